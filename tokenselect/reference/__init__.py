@@ -1,0 +1,12 @@
+"""The reference: what tokenselect computes, one page a stage, an equation at a time.
+
+Eager PyTorch with plain loops over requests, heads and queries; no speed, no tricks. Every other
+backend is held to it. It computes in float32, or in float64 if that is what it is given.
+"""
+
+from tokenselect.contract import Backend, Capability
+from tokenselect.reference.attend import attend
+from tokenselect.reference.score import score
+from tokenselect.reference.select import select
+
+BACKEND = Backend("reference", Capability(), score, select, attend)

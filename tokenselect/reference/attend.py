@@ -1,0 +1,77 @@
+"""Stage 3, attend: softmax attention of each query over the selected tokens it may see (eq. 2)."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from tokenselect.contract import Attended, Problem, Selection
+from tokenselect.reference.cache import read
+
+
+def attend(problem: Problem, selection: Selection) -> Attended:
+    """Attend to the selected positions, causally.
+
+    Returns out (B, Hq, Lq, Dv) in q's dtype and lse (B, Hq, Lq) float32, the natural log of the
+    sum of exp(logit) over the tokens attended to (sink_logits aside). A query that sees nothing:
+    zeros and -inf. Rows that are not selected are never read.
+    """
+    B, Hq, Lq, Dv = problem.B, problem.Hq, problem.Lq, problem.Dv
+    out = torch.zeros((B, Hq, Lq, Dv), dtype=problem.q.dtype, device=problem.q.device)
+    lse = torch.full((B, Hq, Lq), -math.inf, dtype=torch.float32, device=problem.q.device)
+    for b, n in enumerate(problem.cache_seqlens.tolist()):
+        for s in range(problem.S):
+            positions = selection.positions[b, s][: int(selection.count[b, s])].long()
+            queries, keys = placed(problem, b, n, positions)
+            values = read(problem, problem.v_cache, b, positions)
+            for h in heads_of(problem, s):
+                g = h // problem.G
+                sink = None if problem.sink_logits is None else problem.sink_logits[h]
+                for i in range(Lq):
+                    seen = positions <= n - Lq + i
+                    if not seen.any():
+                        continue
+                    logits = problem.scale * (keys[g, seen] @ queries[h, i])
+                    logits = capped(logits, problem.softcap)
+                    out[b, h, i] = weights(logits, sink) @ values[g, seen]
+                    lse[b, h, i] = logits.logsumexp(0)
+    return Attended(out, lse)
+
+
+def heads_of(problem: Problem, s: int) -> range:
+    """The query heads that attend to selection s: all of them, or one group."""
+    heads = problem.Hq // problem.S
+    return range(s * heads, (s + 1) * heads)
+
+
+def placed(problem: Problem, b: int, n: int, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries (Hq, Lq, D) and selected keys (Hkv, count, D), both where they are attended.
+
+    "original": each where it stands. "contiguous": the r-th selected key at r, and the queries
+    at the last Lq of those places.
+    """
+    keys = read(problem, problem.k_cache, b, positions)
+    queries = problem.q[b].to(keys.dtype)
+    rope = problem.rope
+    if rope is None or not problem.moves(problem.config.positions):
+        return queries, keys
+    newest = torch.arange(problem.Lq, device=positions.device) - problem.Lq
+    query_positions = n + newest
+    if problem.config.positions == "original":
+        at, query_at = positions, query_positions
+    else:
+        at = torch.arange(len(positions), device=positions.device)
+        query_at = len(positions) + newest
+    return rope.place(queries, query_positions, query_at), rope.place(keys, positions, at)
+
+
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """Logits kept within +-softcap (Gemma 2)."""
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def weights(logits: Tensor, sink: Tensor | None) -> Tensor:
+    """Softmax, with the sink's logit in the denominator and no value of its own (gpt-oss)."""
+    if sink is None:
+        return torch.softmax(logits, 0)
+    return torch.softmax(torch.cat((logits, sink.to(logits.dtype)[None])), 0)[:-1]

@@ -1,0 +1,146 @@
+"""Names of backends, loaded when first asked for; and the choice among them."""
+
+import dataclasses
+import importlib
+from importlib.metadata import entry_points
+from typing import NamedTuple
+
+import torch
+
+from tokenselect.contract import Backend, Problem, reasons
+from tokenselect.errors import InvalidProblem, UnknownBackend, UnsupportedProblem
+
+# What backend="auto" tries, in this order; everything else has to be asked for by name.
+AUTO = ("cpu",)
+
+ENTRY_POINTS = "tokenselect.backends"
+
+_targets: dict[str, str | Backend] = {
+    "reference": "tokenselect.reference:BACKEND",
+    "cpu": "tokenselect.kernels.cpu:BACKEND",
+}
+_loaded: dict[str, Backend] = {}
+_scanned = False
+
+
+def register(name: str, target: str | Backend) -> None:
+    """Add a backend: a `Backend`, or "package.module:ATTRIBUTE", imported when first asked for.
+
+    Packages can do the same by an entry point of the group "tokenselect.backends".
+    Raises InvalidProblem if the name is taken, is "auto", or the target is neither.
+    """
+    _scan()
+    _add(name, target)
+
+
+def _add(name: str, target: str | Backend) -> None:
+    if name == "auto" or name in _targets:
+        raise InvalidProblem(
+            f"register({name!r}, {target!r})",
+            f"a backend's name is new; taken: {', '.join(['auto', *_targets])}",
+            "choose another name",
+        )
+    if not (isinstance(target, Backend) or (isinstance(target, str) and ":" in target)):
+        raise InvalidProblem(
+            f"register({name!r}, {target!r})",
+            'the target is a Backend or a string "package.module:ATTRIBUTE"',
+            "point it at the module's Backend",
+        )
+    _targets[name] = target
+
+
+def _scan() -> None:
+    global _scanned
+    if not _scanned:
+        _scanned = True
+        for entry in entry_points(group=ENTRY_POINTS):
+            _add(entry.name, entry.value)
+
+
+def backends() -> tuple[str, ...]:
+    """The names that `backend=` takes, besides "auto"."""
+    _scan()
+    return tuple(_targets)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def load(name: str) -> Backend:
+    """The backend of that name, imported now if it has not been.
+
+    Raises UnknownBackend; an installed backend that fails to import raises its own error.
+    """
+    if name not in _loaded:
+        _scan()
+        if name not in _targets:
+            raise UnknownBackend(name, [*_targets, "auto"])
+        _loaded[name] = _filled_in(_import(name, _targets[name]))
+    return _loaded[name]
+
+
+def _import(name: str, target: str | Backend) -> Backend:
+    if isinstance(target, str):
+        module, _, attribute = target.partition(":")
+        target = getattr(importlib.import_module(module), attribute)
+    if not isinstance(target, Backend) or target.name != name:
+        raise InvalidProblem(
+            f"backend {name!r} is {target!r}",
+            "the target is a Backend whose own name is the registered one",
+            f"define Backend({name!r}, ...)",
+        )
+    return target
+
+
+def _filled_in(backend: Backend) -> Backend:
+    """`backend` with each stage that it names by a lender's name replaced by the lender's own."""
+    lenders = {}
+    stages = {}
+    for stage in ("score", "select", "attend"):
+        lender = getattr(backend, stage)
+        if isinstance(lender, str):
+            lenders[lender] = load(lender)
+            stages[stage] = getattr(lenders[lender], stage)
+    return dataclasses.replace(backend, **stages, lenders=tuple(lenders.values()))
+
+
+class Explanation(NamedTuple):
+    """Which backend runs a problem, and why each one tried before it does not."""
+
+    chosen: str | None
+    passed_over: dict[str, list[str]]
+    problem: str
+
+    def __str__(self) -> str:
+        lines = [f"problem: {self.problem}", f"chosen:  {self.chosen or 'none'}"]
+        for name, whys in self.passed_over.items():
+            lines += [f"passed over {name}: {why}" for why in whys]
+        return "\n".join(lines)
+
+
+def explain(name: str, problem: Problem) -> Explanation:
+    """What backend=`name` means for `problem`, without raising for what cannot run."""
+    return Explanation(*_choose(name, problem), problem.describe())
+
+
+def resolve(name: str, problem: Problem) -> str:
+    """The backend that runs `problem`. A backend asked for by name is that one or an error.
+
+    Raises UnknownBackend, or UnsupportedProblem with the reasons of every backend tried.
+    """
+    chosen, passed_over = _choose(name, problem)
+    if chosen is None:
+        raise UnsupportedProblem(
+            problem.describe(),
+            passed_over,
+            "change the problem, or pass backend='reference', which runs everything, slowly",
+        )
+    return chosen
+
+
+def _choose(name: str, problem: Problem) -> tuple[str | None, dict[str, list[str]]]:
+    passed_over: dict[str, list[str]] = {}
+    for candidate in AUTO if name == "auto" else (name,):
+        whys = reasons(load(candidate), problem)
+        if not whys:
+            return candidate, passed_over
+        passed_over[candidate] = whys
+    return None, passed_over

@@ -1,0 +1,73 @@
+"""Rotary position embedding: a token's vector, as if the token stood somewhere else."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tokenselect.errors import InvalidProblem
+
+
+@dataclass(frozen=True, eq=False)
+class Rope:
+    """How the model's queries and keys are rotated, so that they can be moved (RoFormer, eq. 34).
+
+    inv_freq     (rotary_dim / 2,) float, radians per position. Take it from the model: scaled
+                 ropes (linear, NTK, llama3, YaRN) are other values of it.
+    interleaved  pairs are (0, 1), (2, 3), ...; else (i, i + rotary_dim / 2), as in Llama.
+    cached       "rotated": q and k_cache arrive rotated at their true positions, as engines keep
+                 them; "raw": both arrive unrotated. Which of the two never changes a result.
+    scaling      factor on cos and sin (YaRN's attention factor); rotated vectors contain it.
+
+    Dims beyond rotary_dim are left as they are. Angles are float64, whatever the vectors are.
+
+    >>> rope = Rope(10000.0 ** (-torch.arange(0, 8, 2) / 8))
+    >>> rope.rotary_dim
+    8
+    """
+
+    inv_freq: Tensor
+    interleaved: bool = False
+    cached: Literal["rotated", "raw"] = "rotated"
+    scaling: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.inv_freq.dim() != 1 or not self.inv_freq.is_floating_point():
+            raise InvalidProblem(
+                f"Rope: inv_freq is {tuple(self.inv_freq.shape)} {self.inv_freq.dtype}",
+                "inv_freq is (rotary_dim / 2,) and floating point",
+                "pass the model's inv_freq, one frequency a pair of dims",
+            )
+        if self.cached not in ("rotated", "raw"):
+            raise InvalidProblem(
+                f"Rope: cached={self.cached!r}",
+                "cached is 'rotated' or 'raw'",
+                "say how q and k_cache arrive",
+            )
+
+    @property
+    def rotary_dim(self) -> int:
+        return 2 * self.inv_freq.shape[0]
+
+    def place(self, x: Tensor, position: Tensor, at: Tensor) -> Tensor:
+        """Take each vector from its token's `position` to where it shall stand: `at`.
+
+        x (..., L, D) float32 or float64, as given (see `cached`); position and at (L,) or
+        broadcastable to (..., L), integers. Returns x's shape and dtype.
+        """
+        raw = self.cached == "raw"
+        angle = (at if raw else at - position).double()[..., None] * self.inv_freq.double()
+        factor = self.scaling if raw else 1.0
+        cos, sin = (angle.cos() * factor).to(x.dtype), (angle.sin() * factor).to(x.dtype)
+        turned, rest = x[..., : self.rotary_dim], x[..., self.rotary_dim :]
+        if self.interleaved:
+            first, second = turned[..., 0::2], turned[..., 1::2]
+        else:
+            first, second = turned.chunk(2, dim=-1)
+        first, second = first * cos - second * sin, first * sin + second * cos
+        if self.interleaved:
+            turned = torch.stack((first, second), dim=-1).flatten(-2)
+        else:
+            turned = torch.cat((first, second), dim=-1)
+        return torch.cat((turned, rest), dim=-1)
