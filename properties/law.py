@@ -1,0 +1,68 @@
+"""A law: something that holds for every backend on every problem it can run."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from tokenselect import Backend, Problem, reasons
+
+# How many problems each law really ran on each backend, and how many the backend cannot run.
+RAN: Counter[tuple[str, str]] = Counter()
+UNABLE: Counter[tuple[str, str]] = Counter()
+LAWS: list["Law"] = []
+
+
+class CannotRun(Exception):
+    """The backend declares that it cannot run this problem: not a failure, but counted."""
+
+
+@dataclass(frozen=True)
+class Law:
+    name: str
+    holds: Callable[[Backend, Any], None]
+    drawn: st.SearchStrategy[Any]
+    examples: tuple[Any, ...]
+
+    def check(self, backend: Backend, search: settings | None = None) -> None:
+        """Try the law on `backend`, as `search` or Hypothesis's loaded profile says.
+
+        Raises AssertionError.
+        """
+
+        def try_one(case: Any) -> None:
+            try:
+                self.holds(backend, case)
+            except CannotRun:
+                UNABLE[backend.name, self.name] += 1
+            else:
+                RAN[backend.name, self.name] += 1
+
+        try_one.__qualname__ = f"{self.name}.{backend.name}"
+        run = given(case=self.drawn)(try_one)
+        if search is not None:
+            run = search(run)
+        for case in self.examples:
+            run = example(case=case)(run)
+        run()
+
+
+def law(drawn: st.SearchStrategy[Any], *examples: Any) -> Callable[[Any], Any]:
+    """Register a function (backend, case) -> None as a law over what `drawn` draws."""
+
+    def add(holds: Callable[[Backend, Any], None]) -> Callable[[Backend, Any], None]:
+        LAWS.append(Law(holds.__name__, holds, drawn, examples))
+        return holds
+
+    return add
+
+
+def able(backend: Backend, problem: Problem) -> Problem:
+    """`problem`, if the backend can run it."""
+    why_not = reasons(backend, problem)
+    if why_not:
+        raise CannotRun(why_not)
+    return problem

@@ -1,0 +1,97 @@
+"""Stage 3: attention over any selection is within its budget, row by row."""
+
+from dataclasses import replace
+
+import torch
+
+from properties.law import able, law
+from properties.strategies import FILL, Case, Chosen, chosen
+from tokenselect import Backend, SelectConfig, Selection
+from tokenselect.budgets import attend_budget
+
+ATTENDED = (
+    Chosen(Case(lengths=(0, 30)), 0.5, 0),
+    Chosen(Case(lengths=(40,)), 0.0, 0),
+    Chosen(Case(lengths=(40,), Lq=5, filler="nan", page_size=2), 0.5, 1),
+    Chosen(
+        Case(lengths=(40,), content="needles", dtype=torch.bfloat16, has_sink_logits=True), 1, 1
+    ),
+    Chosen(
+        Case(
+            lengths=(60, 9),
+            Lq=2,
+            rope="rotated",
+            config=SelectConfig(5, 2, 3, positions="contiguous"),
+        ),
+        0.3,
+        2,
+    ),
+)
+
+
+@law(chosen(), *ATTENDED)
+def out_and_lse_are_within_budget(backend: Backend, drawn: Chosen) -> None:
+    problem, *selection = drawn.make()
+    able(backend, problem)
+    selection = Selection(*selection)
+    finding = attend_budget(problem, selection).compare(backend.attend(problem, selection))
+    assert finding.holds, finding
+
+
+@law(chosen(), *ATTENDED)
+def rows_that_are_not_selected_have_no_influence(backend: Backend, drawn: Chosen) -> None:
+    """Keys and values, with NaN or inf in them or without: not a bit changes."""
+    problem, *selection = drawn.make()
+    able(backend, problem)
+    selection = Selection(*selection)
+    if problem.S > 1:  # one list for all heads, so that a row is selected or not
+        first = [x[:, :1].expand_as(x).contiguous() for x in selection]
+        selection = Selection(*first)
+    clean = backend.attend(problem, selection)
+    k_cache, v_cache = problem.k_cache.clone(), problem.v_cache.clone()
+    poison(problem, k_cache, selection, FILL["nan"])
+    poison(problem, v_cache, selection, FILL["inf"])
+    poisoned = backend.attend(replace(problem, k_cache=k_cache, v_cache=v_cache), selection)
+    for name, before, after in zip(("out", "lse"), clean, poisoned, strict=True):
+        assert torch.equal(before.nan_to_num(0), after.nan_to_num(0)), f"{name} changed"
+        assert torch.equal(before.isnan(), after.isnan()), f"{name}: NaN came or went"
+
+
+def poison(problem, cache: torch.Tensor, selection: Selection, value: float) -> None:
+    """Overwrite every row of `cache` that no request selects."""
+    spared = torch.zeros_like(cache, dtype=torch.bool)
+    for b in range(problem.B):
+        positions = selection.positions[b, 0][: int(selection.count[b, 0])].long()
+        if problem.is_paged:
+            pages = problem.block_table[b][positions // problem.page_size].long()
+            spared[pages, positions % problem.page_size] = True
+        else:
+            spared[b, :, positions] = True
+    cache[~spared] = value
+
+
+@law(chosen(), *ATTENDED)
+def a_query_sees_nothing_after_itself(backend: Backend, drawn: Chosen) -> None:
+    """NaN and inf in the newest values leave the earlier queries of a call as they were."""
+    problem, *selection = drawn.make()
+    able(backend, problem)
+    if problem.Lq == 1 or problem.is_paged:
+        return
+    selection = Selection(*selection)
+    clean = backend.attend(problem, selection)
+    v_cache = problem.v_cache.clone()
+    for b, n in enumerate(problem.cache_seqlens.tolist()):
+        if n > 0:
+            v_cache[b, :, n - 1] = torch.nan
+            v_cache[b, :, n - 1, 0] = torch.inf
+    spoiled = backend.attend(replace(problem, v_cache=v_cache), selection)
+    assert not (clean.out[:, :, :-1].isnan() ^ spoiled.out[:, :, :-1].isnan()).any()
+    budget = attend_budget(problem, selection).out
+    earlier = replace_rows(budget.truth, spoiled.out.double())
+    finding = budget.compare("out", earlier)
+    assert finding.holds, finding
+
+
+def replace_rows(truth: torch.Tensor, got: torch.Tensor) -> torch.Tensor:
+    """`got`, but for the last query, whose row is taken from `truth`."""
+    return torch.cat((got[:, :, :-1], truth[:, :, -1:]), dim=2)

@@ -1,0 +1,300 @@
+"""The whole: dense attention as k grows, the best set of candidates, the mass that is retained."""
+
+import itertools
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from properties.law import able, law
+from properties.strategies import Case, cases, with_config
+from tokenselect import Backend, Info, Problem, SelectConfig, Selection
+from tokenselect.api import attention
+from tokenselect.budgets import Budget, attend_budget, choice_finding, exact, score_budget
+
+EVERYTHING = 10_000
+
+
+def run(backend: Backend, problem: Problem, **more) -> tuple[Tensor, Info]:
+    """`tokenselect.attention` on a problem that is already built."""
+    return attention(
+        problem.q,
+        problem.k_cache,
+        problem.v_cache,
+        **problem.config,
+        cache_seqlens=problem.cache_seqlens,
+        block_table=problem.block_table,
+        scale=problem.scale,
+        softcap=problem.softcap,
+        sink_logits=problem.sink_logits,
+        rope=problem.rope,
+        backend=backend.name,
+        return_info=True,
+        **more,
+    )
+
+
+def everything(problem: Problem) -> Selection:
+    """Every position of every request."""
+    places = torch.arange(problem.Lk, dtype=torch.int32)
+    n = problem.cache_seqlens
+    positions = torch.where(places < n[:, None], places, -1)
+    shape = (problem.B, problem.S)
+    return Selection(
+        positions[:, None].expand(*shape, -1).contiguous(), n[:, None].expand(shape).contiguous()
+    )
+
+
+def rows_of(problem: Problem, cache: Tensor, b: int) -> Tensor:
+    """The first n rows of request b: (Hkv, n, width)."""
+    n = int(problem.cache_seqlens[b])
+    if problem.block_table is None:
+        return cache[b, :, :n]
+    pages = problem.block_table[b][: -(-n // problem.page_size)].long()
+    return cache[pages].flatten(0, 1)[:n].transpose(0, 1)
+
+
+def torch_dense(problem: Problem) -> Tensor:
+    """Dense attention by torch: scaled_dot_product_attention, in float64, request by request.
+
+    Softcap and sink logits are what it lacks: for them the same formula by hand.
+    """
+    out = torch.zeros((*problem.q.shape[:3], problem.Dv), dtype=torch.float64)
+    for b, n in enumerate(problem.cache_seqlens.tolist()):
+        if n == 0:
+            continue
+        q = problem.q[b].double()
+        k, v = (
+            rows_of(problem, cache, b).double().repeat_interleave(problem.G, 0)
+            for cache in (problem.k_cache, problem.v_cache)
+        )
+        mask = torch.ones(problem.Lq, n, dtype=torch.bool).tril(n - problem.Lq)
+        if problem.softcap is None and problem.sink_logits is None:
+            out[b] = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=problem.scale)
+            continue
+        logits = problem.scale * (q @ k.transpose(1, 2))
+        if problem.softcap is not None:
+            logits = problem.softcap * torch.tanh(logits / problem.softcap)
+        logits = logits.masked_fill(~mask, -math.inf)
+        if problem.sink_logits is not None:
+            sinks = problem.sink_logits.double()[:, None, None].expand(-1, problem.Lq, 1)
+            logits, v = torch.cat((logits, sinks), 2), F.pad(v, (0, 0, 0, 1))
+        out[b] = torch.softmax(logits, -1) @ v
+    return out
+
+
+@law(
+    cases(config={"k": EVERYTHING}, rope=None, dtype=torch.float64),
+    *(
+        Case(
+            lengths=(90, 7),
+            Lq=Lq,
+            page_size=size,
+            strides=strides,
+            Dv=6,
+            dtype=torch.float64,
+            config=SelectConfig(EVERYTHING, 2, 3, vote=vote, scope=scope),
+        )
+        for Lq, size, strides, vote, scope in [
+            (1, None, "plain", "soft", "layer"),
+            (5, None, "token-major", "logit", "group"),
+            (1, 53, "plain", "hard", "layer"),
+            (5, 1, "reversed dims", "soft", "group"),
+        ]
+    ),
+)
+def with_every_candidate_it_is_dense_attention(backend: Backend, case: Case) -> None:
+    """To 1e-12 in float64, whatever the layout, strides, lengths, votes and scope."""
+    problem = able(backend, case.problem())
+    out, info = run(backend, problem)
+    dense = torch_dense(problem)
+    size = dense.abs().amax().clamp(min=1)
+    assert ((out - dense).abs().nan_to_num(math.inf) <= 1e-12 * size).all()
+    assert (info.selection.count == problem.cache_seqlens[:, None]).all()
+
+
+@law(
+    cases(config={"k": EVERYTHING}),
+    Case(
+        lengths=(60,),
+        rope="rotated",
+        rope_scaling=1.3,
+        config=SelectConfig.extrapolate(k=EVERYTHING, n_sink=2, n_local=3),
+    ),
+)
+def with_every_candidate_it_is_dense_attention_in_every_dtype(backend: Backend, case: Case) -> None:
+    """Positions and scoring of any kind: where everything is selected, nothing moves."""
+    problem = able(backend, case.problem())
+    out, info = run(backend, problem)
+    truth = with_config(problem, positions="original", score_at="true", scope="layer")
+    budget = attend_budget(truth, everything(truth))
+    finding = budget.out.compare("out", out)
+    assert finding.holds, finding
+    finding = budget.lse.compare("lse", info.lse)
+    assert finding.holds, finding
+    if problem.rope is None:
+        dense = torch_dense(problem)
+        assert torch.allclose(budget.out.truth, dense, rtol=1e-12, atol=1e-12)
+
+
+@law(
+    cases(),
+    Case(lengths=(90, 0), config=SelectConfig(5, 2, 3, pool=3), content="integers"),
+    Case(lengths=(90,), rope="rotated", config=SelectConfig(5, 2, 3, score_at="split")),
+    Case(lengths=(90, 80), Lq=5, page_size=2, config=SelectConfig(5, 2, 3, n_query_means=2)),
+)
+def it_chooses_what_the_votes_allow_and_attends_to_that(backend: Backend, case: Case) -> None:
+    problem = able(backend, replace(case, max_reuse=0).problem())
+    out, info = run(backend, problem)
+    assert info.backend == backend.name
+    assert not info.reused.any()
+    finding = choice_finding(problem, info.selection, score_budget(problem).votes)
+    assert finding.holds, finding
+    budget = attend_budget(problem, info.selection)
+    finding = max(budget.out.compare("out", out), budget.lse.compare("lse", info.lse))
+    assert finding.holds, finding
+
+
+def true_mass(problem: Problem, selection: Selection) -> Tensor:
+    """Share of the dense softmax on the selection, head by head, in float64: (B, Hq). Lq = 1."""
+    mass = torch.full((problem.B, problem.Hq), math.nan, dtype=torch.float64)
+    for b, n in enumerate(problem.cache_seqlens.tolist()):
+        if n == 0:
+            continue
+        p = dense_weights(problem, b)
+        for h in range(problem.Hq):
+            s = h // problem.G if problem.S > 1 else 0
+            kept = selection.positions[b, s][: int(selection.count[b, s])].long()
+            mass[b, h] = p[h, kept].sum()
+    return mass
+
+
+def dense_weights(problem: Problem, b: int) -> Tensor:
+    """The dense softmax (Hq, n) of the one query of request b."""
+    truth = exact(problem)
+    keys = rows_of(truth, truth.k_cache, b).repeat_interleave(problem.G, 0)
+    queries = truth.q[b]
+    if problem.rope is not None and problem.rope.cached == "raw":
+        n = keys.shape[1]
+        positions = torch.arange(n)
+        keys = problem.rope.place(keys, positions, positions)
+        queries = problem.rope.place(queries, positions[-1:], positions[-1:])
+    logits = problem.scale * torch.einsum("hd,hnd->hn", queries[:, 0], keys)
+    if problem.softcap is not None:
+        logits = problem.softcap * torch.tanh(logits / problem.softcap)
+    return torch.softmax(logits, -1)
+
+
+@law(
+    cases(Lq=1),
+    Case(lengths=(60, 0, 3)),
+    Case(
+        lengths=(60,),
+        softcap=2.0,
+        has_sink_logits=True,
+        config=SelectConfig(4, 1, 2, scope="group"),
+    ),
+    Case(lengths=(60,), config=SelectConfig(4, 1, 2, select_scale=1.0)),
+    Case(lengths=(60,), rope="rotated", config=SelectConfig(4, 1, 2, positions="contiguous")),
+    Case(lengths=(60,), rope="rotated", config=SelectConfig(4, 1, 2, score_at="fixed")),
+    Case(lengths=(60,), rope="raw", config=SelectConfig(4, 1, 2, score_at="split")),
+)
+def retained_mass_is_the_one_computed_densely(backend: Backend, case: Case) -> None:
+    """Or NaN, where the two lse at hand are not of the same logits."""
+    problem = able(backend, replace(case, max_reuse=0).problem())
+    _, info = run(backend, problem)
+    c = problem.config
+    is_known = (
+        c.positions == "original"
+        and c.score_at in ("true", "split")
+        and c.select_scale in (None, problem.scale)
+    )
+    if not is_known:
+        assert info.retained_mass.isnan().all()
+        return
+    truth = true_mass(problem, info.selection)
+    slack = score_budget(problem).lse.slack
+    slack = slack + attend_budget(problem, info.selection).lse.slack[:, :, 0]
+    finding = Budget(truth, truth * torch.expm1(slack) + 1e-6).compare("mass", info.retained_mass)
+    assert finding.holds, finding
+    assert not (info.retained_mass > 1).any()
+
+
+@law(
+    cases(
+        Lq=1,
+        config={"vote": "soft", "normalize": "visible", "pool": 1, "select_scale": None},
+        rope=None,
+    )
+)
+def what_is_left_out_bounds_the_error(backend: Backend, case: Case) -> None:
+    """|out - dense| <= 2 (1 - mass) max |v|, head by head."""
+    problem = able(backend, replace(case, has_sink_logits=False).problem())
+    out, info = run(backend, problem)
+    mass = true_mass(problem, info.selection).nan_to_num(1.0)
+    largest = torch.stack(
+        [
+            rows_of(problem, problem.v_cache, b).double().abs().flatten(1).amax(1)
+            if n > 0
+            else torch.zeros(problem.Hkv, dtype=torch.float64)
+            for b, n in enumerate(problem.cache_seqlens.tolist())
+        ]
+    ).repeat_interleave(problem.G, 1)
+    bound = (2 * (1 - mass) * largest)[:, :, None, None]
+    rounding = attend_budget(problem, info.selection).out.slack
+    error = (out.double() - torch_dense(problem)).abs()
+    assert (error <= bound + rounding + 1e-9).all()
+
+
+DEFAULTS = {
+    "vote": "soft",
+    "normalize": "visible",
+    "scope": "layer",
+    "pool": 1,
+    "select_scale": None,
+    "n_query_means": 1,
+}
+
+
+@law(
+    cases(
+        Lq=1, rope=None, config=DEFAULTS | {"k": 3, "n_sink": 1, "n_local": 2}, dtype=torch.float64
+    ),
+    Case(lengths=(12,), G=7, config=SelectConfig(3, 1, 2)),
+)
+def no_other_set_of_k_candidates_retains_more_mass(backend: Backend, case: Case) -> None:
+    """Summed over heads, with the defaults, against every set there is."""
+    case = replace(case, lengths=tuple(min(n, 12) for n in case.lengths))
+    problem = able(backend, case.problem())
+    _, info = run(backend, problem)
+    for b, n in enumerate(problem.cache_seqlens.tolist()):
+        if n == 0:
+            continue
+        p = dense_weights(problem, b).sum(0)
+        sink_end, local_start = problem.config.regions(n, 1)
+        candidates = range(sink_end, local_start)
+        best = max(
+            float(p[list(group)].sum())
+            for group in itertools.combinations(candidates, min(3, len(candidates)))
+        )
+        kept = [j for j in info.selection.positions[b, 0].tolist() if j in candidates]
+        slack = float(score_budget(problem).votes.slack[b].sum())
+        assert float(p[kept].sum()) >= best - slack - 1e-9
+
+
+@law(cases(Lq=1, rope=None, config=DEFAULTS), Case(lengths=(90,), content="needles"))
+def retained_mass_never_falls_as_k_grows(backend: Backend, case: Case) -> None:
+    problem = able(backend, case.problem())
+    slack = score_budget(problem)
+    before = torch.zeros(problem.B, dtype=torch.float64)
+    for k in (0, 1, 2, 4, 8, 16, 64, EVERYTHING):
+        grown = with_config(problem, k=k)
+        _, info = run(backend, grown)
+        mass = true_mass(grown, info.selection).sum(1).nan_to_num(0.0)
+        room = 2 * slack.votes.slack.flatten(1).sum(1) + 1e-9
+        assert (mass >= before - room).all(), f"k={k}: {mass} after {before}"
+        before = mass
+    present = problem.cache_seqlens > 0
+    assert torch.allclose(mass[present], torch.tensor(float(problem.Hq), dtype=torch.float64))

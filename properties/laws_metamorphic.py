@@ -1,0 +1,220 @@
+"""What must not change a result: where slots lie, who shares the batch, how heads are ordered."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from properties.law import able, law
+from properties.laws_attention import rows_of, run
+from properties.strategies import FILL, Case, cases, with_config
+from tokenselect import Backend, Problem, Scores, SelectConfig
+from tokenselect.budgets import Budget, attend_budget, compare_selection, score_budget
+
+
+def same(backend: Backend, name: str, one: Tensor, other: Tensor) -> None:
+    """Equal to the bit, NaN and all."""
+    equal = (one == other) | (one.isnan() & other.isnan())
+    assert equal.all(), f"{backend.name}: {name} changed at {(~equal).nonzero()[0].tolist()}"
+
+
+def near(name: str, one: Tensor, other: Tensor, budget: Budget) -> None:
+    """Both within the budget of one truth, hence within twice of each other."""
+    finding = Budget(one.double(), 2 * budget.slack).compare(name, other)
+    assert finding.holds, finding
+
+
+def near_scores(one: Scores, other: Scores, problem: Problem) -> None:
+    budget = score_budget(problem)
+    near("votes", one.votes, other.votes, budget.votes)
+    near("lse", one.lse, other.lse, budget.lse)
+
+
+@law(cases(), Case(lengths=(30, 9), page_size=2), Case(lengths=(30, 9), page_size=53))
+def moving_pages_within_the_pool_changes_nothing(backend: Backend, case: Case) -> None:
+    problem = able(backend, replace(case, page_size=case.page_size or 2).problem())
+    n_pages = problem.k_cache.shape[0]
+    order = torch.randperm(n_pages, generator=torch.Generator().manual_seed(case.seed))
+    place = torch.empty_like(order)
+    place[order] = torch.arange(n_pages)
+    in_pool = (problem.block_table >= 0) & (problem.block_table < n_pages)
+    table = torch.where(
+        in_pool, place[problem.block_table.clamp(0, n_pages - 1).long()], problem.block_table
+    )
+    moved = replace(
+        problem,
+        k_cache=problem.k_cache[order],
+        v_cache=problem.v_cache[order],
+        block_table=table.int(),
+    )
+    (out, info), (moved_out, moved_info) = run(backend, problem), run(backend, moved)
+    same(backend, "positions", info.selection.positions, moved_info.selection.positions)
+    same(backend, "out", out, moved_out)
+    same(backend, "lse", info.lse, moved_info.lse)
+
+
+@law(cases(), Case(lengths=(30, 9), page_size=2), Case(lengths=(30,), Lq=5, page_size=64))
+def paging_changes_nothing(backend: Backend, case: Case) -> None:
+    """Against the contiguous cache of the same tokens."""
+    paged = replace(case, page_size=case.page_size or 2, spare=0).problem()
+    able(backend, paged)
+    Lk = paged.Lk
+    caches = []
+    for cache in (paged.k_cache, paged.v_cache):
+        whole = torch.full((paged.B, paged.Hkv, Lk, cache.shape[-1]), FILL[case.filler])
+        whole = whole.to(cache.dtype)
+        for b, n in enumerate(paged.cache_seqlens.tolist()):
+            whole[b, :, :n] = rows_of(paged, cache, b)
+        caches.append(whole)
+    flat = replace(paged, k_cache=caches[0], v_cache=caches[1], block_table=None)
+    able(backend, flat)
+    scores = backend.score(paged)
+    near_scores(scores, backend.score(flat), paged)
+    selection = backend.select(scores.votes, paged)
+    finding = compare_selection(backend.select(scores.votes, flat), selection)
+    assert finding.holds, finding
+    budget = attend_budget(paged, selection)
+    one, other = backend.attend(paged, selection), backend.attend(flat, selection)
+    near("out", one.out, other.out, budget.out)
+    near("lse", one.lse, other.lse, budget.lse)
+
+
+@law(cases(), Case(lengths=(40, 0, 9), G=3))
+def a_request_gets_the_same_alone(backend: Backend, case: Case) -> None:
+    problem = able(backend, case.problem())
+    scores = backend.score(problem)
+    selection = backend.select(scores.votes, problem)
+    attended = backend.attend(problem, selection)
+    budget = attend_budget(problem, selection)
+    score_room = score_budget(problem)
+    for b in range(problem.B):
+        one = slice(b, b + 1)
+        alone = replace(
+            problem,
+            q=problem.q[one],
+            cache_seqlens=problem.cache_seqlens[one],
+            k_cache=problem.k_cache if problem.is_paged else problem.k_cache[one],
+            v_cache=problem.v_cache if problem.is_paged else problem.v_cache[one],
+            block_table=problem.block_table[one] if problem.is_paged else None,
+        )
+        votes, lse = backend.score(alone)
+        near("votes", scores.votes[one], votes, Budget(votes, score_room.votes.slack[one]))
+        near("lse", scores.lse[one], lse, Budget(lse, score_room.lse.slack[one]))
+        mine = type(selection)(*(x[one] for x in selection))
+        finding = compare_selection(backend.select(scores.votes[one], alone), mine)
+        assert finding.holds, finding
+        out, lse = backend.attend(alone, mine)
+        near("out", attended.out[one], out, Budget(out, budget.out.slack[one]))
+        near("lse", attended.lse[one], lse, Budget(lse, budget.lse.slack[one]))
+
+
+@law(cases(), Case(lengths=(40,), G=7, config=SelectConfig(4, 1, 2, scope="group")))
+def heads_of_a_group_may_be_permuted(backend: Backend, case: Case) -> None:
+    """The same votes; the outputs permuted likewise."""
+    problem = able(backend, case.problem())
+    generator = torch.Generator().manual_seed(case.seed)
+    order = torch.cat(
+        [g * problem.G + torch.randperm(problem.G, generator=generator) for g in range(problem.Hkv)]
+    )
+    sinks = problem.sink_logits
+    permuted = replace(
+        problem, q=problem.q[:, order], sink_logits=None if sinks is None else sinks[order]
+    )
+    scores, shuffled = backend.score(problem), backend.score(permuted)
+    budget = score_budget(problem)
+    near("votes", scores.votes, shuffled.votes, budget.votes)
+    permuted_lse = Budget(budget.lse.truth[:, order], budget.lse.slack[:, order])
+    near("lse", scores.lse[:, order], shuffled.lse, permuted_lse)
+    selection = backend.select(scores.votes, problem)
+    budget = attend_budget(problem, selection)
+    attended, shuffled = backend.attend(problem, selection), backend.attend(permuted, selection)
+    room = Budget(budget.out.truth[:, order], budget.out.slack[:, order])
+    near("out", attended.out[:, order], shuffled.out, room)
+
+
+@law(cases(), Case(lengths=(40,), page_size=53), Case(lengths=(40, 0), filler="inf"))
+def what_lies_beyond_a_request_changes_nothing(backend: Backend, case: Case) -> None:
+    """Rows past n, pages of nobody and unused table entries: not a bit, whatever they hold."""
+    clean = able(backend, replace(case, filler="zeros").problem())
+    dirty = replace(case, filler="nan" if case.filler == "zeros" else case.filler).problem()
+    (out, info), (dirty_out, dirty_info) = run(backend, clean), run(backend, dirty)
+    same(backend, "positions", info.selection.positions, dirty_info.selection.positions)
+    same(backend, "out", out, dirty_out)
+    same(backend, "lse", info.lse, dirty_info.lse)
+    same(backend, "retained_mass", info.retained_mass, dirty_info.retained_mass)
+
+
+@law(cases(), Case(lengths=(40,), page_size=2), Case(lengths=(60,), Lq=5))
+def unselected_values_change_nothing(backend: Backend, case: Case) -> None:
+    """NaN in every value that the call does not select."""
+    problem = able(backend, case.problem())
+    out, info = run(backend, problem)
+    v_cache = problem.v_cache.clone()
+    for b, n in enumerate(problem.cache_seqlens.tolist()):
+        kept = set(info.selection.positions[b].flatten().tolist())
+        for j in set(range(n)) - kept:
+            if problem.is_paged:
+                page = int(problem.block_table[b, j // problem.page_size])
+                v_cache[page, j % problem.page_size] = torch.nan
+            else:
+                v_cache[b, :, j] = torch.nan
+    again, _ = run(backend, replace(problem, v_cache=v_cache))
+    same(backend, "out", out, again)
+
+
+@law(cases(), Case(lengths=(40,), page_size=2), Case(lengths=(60,), Lq=5))
+def a_constant_added_to_all_values_moves_the_output_by_it(backend: Backend, case: Case) -> None:
+    problem = able(backend, replace(case, has_sink_logits=False, filler="zeros").problem())
+    constant = 4.0
+    shifted = replace(problem, v_cache=problem.v_cache + constant)
+    (out, info), (shifted_out, _) = run(backend, problem), run(backend, shifted)
+    one, other = attend_budget(problem, info.selection), attend_budget(shifted, info.selection)
+    # Adding the constant rounds each value once, in the cache's own dtype.
+    largest = shifted.v_cache.double().abs().amax()
+    room = one.out.slack + other.out.slack + torch.finfo(out.dtype).eps * largest
+    moved = torch.where(problem.cache_seqlens[:, None, None, None] > 0, out.double() + constant, 0)
+    finding = Budget(moved, room).compare("out", shifted_out)
+    assert finding.holds, finding
+
+
+@law(
+    cases(dtype=torch.float64, content="normal", rope="rotated"),
+    Case(
+        lengths=(50,),
+        rope="rotated",
+        dtype=torch.float64,
+        rope_scaling=1.3,
+        Lq=5,
+        D=16,
+        config=SelectConfig(5, 2, 3, positions="contiguous", score_at="split"),
+    ),
+)
+def keys_may_be_cached_rotated_or_raw(backend: Backend, case: Case) -> None:
+    """Raw queries and keys, against the same rotated at their true positions beforehand."""
+    raw = able(backend, replace(case, rope="raw", page_size=None, filler="zeros").problem())
+    rope, n = raw.rope, raw.cache_seqlens
+    places = torch.arange(raw.Lk)
+    new = torch.arange(-raw.Lq, 0) + n[:, None]
+    rotated = replace(
+        raw,
+        k_cache=rope.place(raw.k_cache, places, places),
+        q=rope.place(raw.q, new[:, None], new[:, None]),
+        rope=replace(rope, cached="rotated"),
+    )
+    one, other = backend.score(raw), backend.score(rotated)
+    assert torch.allclose(one.votes, other.votes, rtol=1e-5, atol=1e-7)
+    assert torch.allclose(one.lse, other.lse, rtol=1e-5, atol=1e-6)
+    selection = backend.select(one.votes, raw)
+    one, other = backend.attend(raw, selection), backend.attend(rotated, selection)
+    assert torch.allclose(one.out, other.out, rtol=1e-9, atol=1e-9)
+
+
+@law(cases(rope="rotated"), Case(lengths=(9,), rope="raw", config=SelectConfig.extrapolate(k=4)))
+def what_fits_is_not_moved(backend: Backend, case: Case) -> None:
+    """Contiguous positions of a selection of everything are the original ones."""
+    problem = able(backend, case.problem())
+    config = {"k": problem.Lk, "score_at": "true", "scope": "layer"}
+    original = with_config(problem, positions="original", **config)
+    contiguous = with_config(problem, positions="contiguous", **config)
+    (out, info), (moved, _) = run(backend, original), run(backend, contiguous)
+    near("out", out, moved, attend_budget(original, info.selection).out)

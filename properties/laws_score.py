@@ -1,0 +1,43 @@
+"""Stage 1: votes and lse are within their budget of the reference in float64."""
+
+import torch
+
+from properties.law import able, law
+from properties.strategies import Case, cases
+from tokenselect import Backend, SelectConfig
+from tokenselect.budgets import score_budget
+
+
+@law(
+    cases(),
+    Case(lengths=(0,)),
+    Case(lengths=(0, 40, 3), config=SelectConfig(k=4, n_sink=8, n_local=2)),
+    Case(content="needles", config=SelectConfig(k=4, n_sink=1, n_local=2, select_scale=1.0)),
+    Case(content="needles", dtype=torch.bfloat16, G=7),
+    Case(lengths=(60,), Lq=5, rope="rotated", D=16, config=SelectConfig(3, 1, 2, score_at="split")),
+    Case(lengths=(60,), softcap=2.0, strides="sliced", page_size=53, filler="inf"),
+)
+def votes_and_lse_are_within_budget(backend: Backend, case: Case) -> None:
+    problem = able(backend, case.problem())
+    scores = backend.score(problem)
+    assert not scores.votes.isnan().any(), "votes are never NaN"
+    finding = score_budget(problem).compare(scores)
+    assert finding.holds, finding
+
+
+@law(
+    cases(config={"vote": "soft"}, filler="nan"),
+    Case(lengths=(50, 30), softcap=2.0, rope="rotated", D=16),
+)
+def a_key_that_is_not_finite_gets_no_votes(backend: Backend, case: Case) -> None:
+    """Inside a request too: such a key counts as -inf, and spoils no other candidate's votes."""
+    problem = able(backend, case.problem())
+    if problem.is_paged:
+        problem.k_cache[::3, 0] = torch.nan
+    else:
+        problem.k_cache[:, :, 3::7] = torch.nan
+        problem.k_cache[:, :, 5::11, 0] = torch.inf
+    scores = backend.score(problem)
+    assert not scores.votes.isnan().any(), "votes are never NaN"
+    finding = score_budget(problem).compare(scores)
+    assert finding.holds, finding

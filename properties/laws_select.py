@@ -1,0 +1,58 @@
+"""Stage 2: select is bit-exact, ties and all, against sorting in plain Python."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from properties.law import able, law
+from properties.strategies import Ballots, Case, ballots
+from tokenselect import Backend, Problem, SelectConfig, Selection
+from tokenselect.budgets import compare_selection
+
+
+def sorted_selection(votes: Tensor, problem: Problem) -> Selection:
+    """What select must return, by Python's sort: an oracle that shares no line with a backend."""
+    positions, counts = [], []
+    for b, n in enumerate(problem.cache_seqlens.tolist()):
+        c = problem.config
+        window = [j for j in range(n) if j > n - problem.Lq - c.n_local]
+        sink = [j for j in range(n) if j < c.n_sink and j not in window]
+        candidates = [j for j in range(n) if j not in window and j not in sink]
+        for s in range(problem.S):
+            chosen: list[int] = []
+            shares = [c.k]
+            if c.score_at == "split":
+                shares = [math.ceil(c.fixed_share * c.k), c.k - math.ceil(c.fixed_share * c.k)]
+            for ballot, share in enumerate(shares):
+                row = [-math.inf if math.isnan(x) else x for x in votes[b, ballot, s].tolist()]
+                free = [j for j in candidates if j not in chosen]
+                chosen += sorted(free, key=lambda j, row=row: (-row[j], j))[:share]
+            selected = sorted([*sink, *chosen, *window])
+            positions.append(selected + [-1] * (problem.K - len(selected)))
+            counts.append(len(selected))
+    shape = (problem.B, problem.S)
+    return Selection(
+        torch.tensor(positions, dtype=torch.int32).view(*shape, problem.K),
+        torch.tensor(counts, dtype=torch.int32).view(shape),
+    )
+
+
+@law(
+    ballots(),
+    Ballots(Case(lengths=(0, 30)), "all equal", 0),
+    Ballots(Case(lengths=(60,)), "signed zeros", 1),
+    Ballots(Case(lengths=(60,)), "infinite", 1),
+    Ballots(
+        Case(lengths=(60, 33), rope="raw", config=SelectConfig(7, 1, 2, score_at="split")), "nan", 2
+    ),
+    Ballots(Case(lengths=(60,), config=SelectConfig(k=0, n_sink=0, n_local=1)), "rising", 0),
+    Ballots(Case(lengths=(60,), config=SelectConfig(5, 2, 4, scope="group")), "few values", 3),
+)
+def select_is_bit_exact(backend: Backend, drawn: Ballots) -> None:
+    votes, problem = drawn.make()
+    able(backend, problem)
+    before = votes.clone()
+    finding = compare_selection(backend.select(votes, problem), sorted_selection(votes, problem))
+    assert finding.holds, finding
+    assert torch.equal(votes.nan_to_num(0), before.nan_to_num(0)), "select changed the votes"

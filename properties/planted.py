@@ -1,0 +1,436 @@
+"""Wrong backends and caches, one mistake each, made on purpose: the suite must catch every one.
+
+Each is the cpu backend with one stage bent. The mistakes are those of real kernels: most were
+seen in released code of this field.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from tokenselect import (
+    Attended,
+    Backend,
+    Problem,
+    Scores,
+    Selection,
+    SelectionCache,
+)
+from tokenselect.kernels.cpu import BACKEND as CPU
+
+PLANTED: list[Backend] = []
+
+
+def plant(stage: str) -> Callable[[Callable], Callable]:
+    """Add a backend whose `stage` is the function, under the function's name."""
+
+    def add(bent: Callable) -> Callable:
+        name = bent.__name__.replace("_", "-")
+        PLANTED.append(replace(CPU, name=f"planted-{name}", **{stage: bent}))
+        return bent
+
+    return add
+
+
+def configured(problem: Problem, **changes: object) -> Problem:
+    return replace(problem, config=replace(problem.config, **changes))
+
+
+def shuffled_heads(problem: Problem) -> Tensor:
+    """Where h // G of the result reads KV head h % Hkv of the problem."""
+    heads = torch.arange(problem.Hq)
+    return torch.argsort(heads % problem.Hkv, stable=True)
+
+
+# --- score ---
+
+
+@plant("score")
+def score_reads_kv_head_modulo(p: Problem) -> Scores:
+    order = shuffled_heads(p)
+    votes, lse = CPU.score(replace(p, q=p.q[:, order]))
+    return Scores(votes, lse[:, torch.argsort(order)])
+
+
+@plant("score")
+def score_without_scale(p: Problem) -> Scores:
+    return CPU.score(configured(p, select_scale=1.0))
+
+
+@plant("score")
+def score_ignores_select_scale(p: Problem) -> Scores:
+    return CPU.score(configured(p, select_scale=None))
+
+
+@plant("score")
+def score_without_softcap(p: Problem) -> Scores:
+    return CPU.score(replace(p, softcap=None))
+
+
+@plant("score")
+def score_normalizes_over_candidates_always(p: Problem) -> Scores:
+    return CPU.score(configured(p, normalize="candidates"))
+
+
+@plant("score")
+def score_by_the_last_query(p: Problem) -> Scores:
+    last = p.q[:, :, -1:].expand(p.q.shape)
+    return CPU.score(replace(p, q=last))
+
+
+@plant("score")
+def score_ignores_query_means(p: Problem) -> Scores:
+    return CPU.score(configured(p, n_query_means=1))
+
+
+@plant("score")
+def score_ignores_pool(p: Problem) -> Scores:
+    return CPU.score(configured(p, pool=1))
+
+
+@plant("score")
+def score_rounds_votes_to_bfloat16(p: Problem) -> Scores:
+    votes, lse = CPU.score(p)
+    return Scores(votes.bfloat16().float(), lse)
+
+
+@plant("score")
+def score_without_subtracting_the_maximum(p: Problem) -> Scores:
+    votes, lse = CPU.score(p)
+    overflowed = lse > math.log(torch.finfo(torch.float32).max)
+    lse = torch.where(overflowed, math.inf, lse)
+    spoiled = overflowed.any(1)[:, None, None, None] & (votes > -math.inf)
+    return Scores(torch.where(spoiled, 0.0, votes), lse)
+
+
+@plant("score")
+def score_gives_lse_in_base_two(p: Problem) -> Scores:
+    votes, lse = CPU.score(p)
+    return Scores(votes, lse / math.log(2))
+
+
+@plant("score")
+def score_reads_capacity_for_length(p: Problem) -> Scores:
+    full = torch.where(p.cache_seqlens > 0, p.Lk, 0).int()
+    if p.is_paged:
+        full = p.cache_seqlens
+    votes, lse = CPU.score(replace(p, cache_seqlens=full))
+    return Scores(votes.where(CPU.score(p).votes > -math.inf, -math.inf), lse)
+
+
+@plant("score")
+def score_reads_pages_of_the_first_request(p: Problem) -> Scores:
+    if p.block_table is None:
+        return CPU.score(p)
+    table = p.block_table[:1].expand_as(p.block_table).clamp(0, p.k_cache.shape[0] - 1)
+    return CPU.score(replace(p, block_table=table.contiguous()))
+
+
+@plant("score")
+def score_lets_one_nan_spoil_a_head(p: Problem) -> Scores:
+    votes, lse = CPU.score(p)
+    if not p.is_paged:
+        for b, n in enumerate(p.cache_seqlens.tolist()):
+            if p.k_cache[b, :, :n].isnan().any():
+                votes[b] = torch.where(votes[b] > -math.inf, 0.0, votes[b])
+    return Scores(votes, lse)
+
+
+@plant("score")
+def score_takes_interleaved_pairs_for_halves(p: Problem) -> Scores:
+    return CPU.score(replace(p, rope=p.rope and replace(p.rope, interleaved=False)))
+
+
+@plant("score")
+def score_rounds_queries_to_bfloat16(p: Problem) -> Scores:
+    return CPU.score(replace(p, q=p.q.bfloat16().to(p.q.dtype)))
+
+
+@plant("score")
+def score_rounds_frequencies_to_bfloat16(p: Problem) -> Scores:
+    rope = p.rope and replace(p.rope, inv_freq=p.rope.inv_freq.bfloat16().float())
+    return CPU.score(replace(p, rope=rope))
+
+
+@plant("score")
+def score_at_the_true_distance_always(p: Problem) -> Scores:
+    votes, lse = CPU.score(configured(p, score_at="true"))
+    return Scores(votes.expand(-1, p.R, -1, -1).contiguous(), lse)
+
+
+@plant("score")
+def score_sums_groups_into_one(p: Problem) -> Scores:
+    votes, lse = CPU.score(configured(p, scope="layer"))
+    return Scores(votes.expand(-1, -1, p.S, -1).contiguous(), lse)
+
+
+_memory: dict[tuple, Scores] = {}
+
+
+@plant("score")
+def score_keeps_stale_state(p: Problem) -> Scores:
+    key = (p.q.shape, p.Lk, p.config, tuple(p.cache_seqlens.tolist()))
+    return _memory.setdefault(key, CPU.score(p))
+
+
+# --- select ---
+
+
+def tied_wrongly(votes: Tensor, p: Problem) -> Selection:
+    """Select with the higher position first among equals."""
+    tilt = torch.arange(p.Lk, dtype=torch.float64) * 1e-9
+    ranked = (votes.double() + tilt).argsort(-1).argsort(-1).float()
+    return CPU.select(torch.where(votes > -math.inf, ranked, votes), p)
+
+
+@plant("select")
+def select_takes_the_higher_position_first(votes: Tensor, p: Problem) -> Selection:
+    return tied_wrongly(votes, p)
+
+
+@plant("select")
+def select_orders_signed_zeros(votes: Tensor, p: Problem) -> Selection:
+    return CPU.select(torch.where(votes.signbit() & (votes == 0), -1e-30, votes), p)
+
+
+@plant("select")
+def select_window_off_by_one(votes: Tensor, p: Problem) -> Selection:
+    bent = CPU.select(votes, configured(p, n_local=p.config.n_local + 1))
+    return Selection(bent.positions[:, :, : p.K], bent.count.clamp(max=p.K))
+
+
+@plant("select")
+def select_forgets_the_sink(votes: Tensor, p: Problem) -> Selection:
+    bent = CPU.select(votes, configured(p, n_sink=0))
+    padded = torch.nn.functional.pad(bent.positions, (0, p.K - bent.positions.shape[2]), value=-1)
+    return Selection(padded, bent.count)
+
+
+@plant("select")
+def select_window_forgets_the_chunk(votes: Tensor, p: Problem) -> Selection:
+    short = replace(p, q=p.q[:, :, :1])
+    bent = CPU.select(votes, short)
+    padded = torch.nn.functional.pad(bent.positions, (0, p.K - bent.positions.shape[2]), value=-1)
+    return Selection(padded, bent.count)
+
+
+@plant("select")
+def select_takes_one_more(votes: Tensor, p: Problem) -> Selection:
+    bent = CPU.select(votes, configured(p, k=p.config.k + 1))
+    return Selection(bent.positions[:, :, : p.K], bent.count.clamp(max=p.K))
+
+
+@plant("select")
+def select_keeps_all_that_tie(votes: Tensor, p: Problem) -> Selection:
+    """A buffer of ties that overflows: what ties beyond the first 4 is lost."""
+    rows = votes.flatten(0, 2)
+    for row in rows:
+        values, counts = row[row > -math.inf].unique(return_counts=True)
+        for value in values[counts > 4]:
+            row[(row == value).nonzero()[4:, 0]] = -math.inf
+    return CPU.select(rows.view_as(votes), p)
+
+
+@plant("select")
+def select_rounds_the_share_down(votes: Tensor, p: Problem) -> Selection:
+    share = math.floor(p.config.fixed_share * p.config.k) / max(1, p.config.k)
+    return CPU.select(votes, configured(p, fixed_share=share))
+
+
+@plant("select")
+def select_pads_with_zero(votes: Tensor, p: Problem) -> Selection:
+    positions, count = CPU.select(votes, p)
+    return Selection(positions.clamp(min=0), count)
+
+
+# --- attend ---
+
+
+@plant("attend")
+def attend_reads_kv_head_modulo(p: Problem, selection: Selection) -> Attended:
+    if p.S > 1:
+        return CPU.attend(p, selection)
+    order = shuffled_heads(p)
+    sinks = None if p.sink_logits is None else p.sink_logits[order]
+    out, lse = CPU.attend(replace(p, q=p.q[:, order], sink_logits=sinks), selection)
+    back = torch.argsort(order)
+    return Attended(out[:, back], lse[:, back])
+
+
+@plant("attend")
+def attend_reads_padding_as_row_zero(p: Problem, selection: Selection) -> Attended:
+    """-1 taken for position 0, which then weighs as often as there is padding."""
+    positions, count = selection
+    filled = Selection(positions.clamp(min=0), torch.full_like(count, positions.shape[2]))
+    padded, right = CPU.attend(p, filled), CPU.attend(p, selection)
+    wrong = (count < positions.shape[2]).any(1) & (count > 0).all(1)
+    return Attended(
+        torch.where(wrong[:, None, None, None], padded.out, right.out),
+        torch.where(wrong[:, None, None], padded.lse, right.lse),
+    )
+
+
+@plant("attend")
+def attend_without_the_causal_rule(p: Problem, selection: Selection) -> Attended:
+    outs = [CPU.attend(replace(p, q=p.q[:, :, i : i + 1]), selection) for i in range(p.Lq)]
+    return Attended(torch.cat([o.out for o in outs], 2), torch.cat([o.lse for o in outs], 2))
+
+
+@plant("attend")
+def attend_without_softcap(p: Problem, selection: Selection) -> Attended:
+    return CPU.attend(replace(p, softcap=None), selection)
+
+
+@plant("attend")
+def attend_without_sink_logits(p: Problem, selection: Selection) -> Attended:
+    return CPU.attend(replace(p, sink_logits=None), selection)
+
+
+@plant("attend")
+def attend_counts_sink_logits_in_lse(p: Problem, selection: Selection) -> Attended:
+    out, lse = CPU.attend(p, selection)
+    if p.sink_logits is not None:
+        lse = torch.logaddexp(lse, p.sink_logits[:, None].float().expand_as(lse))
+    return Attended(out, lse)
+
+
+@plant("attend")
+def attend_ignores_scale(p: Problem, selection: Selection) -> Attended:
+    return CPU.attend(replace(p, scale=p.D**-0.5), selection)
+
+
+@plant("attend")
+def attend_stays_at_original_positions(p: Problem, selection: Selection) -> Attended:
+    return CPU.attend(configured(p, positions="original"), selection)
+
+
+@plant("attend")
+def attend_forgets_the_rope_factor(p: Problem, selection: Selection) -> Attended:
+    return CPU.attend(replace(p, rope=p.rope and replace(p.rope, scaling=1.0)), selection)
+
+
+@plant("attend")
+def attend_multiplies_unseen_values(p: Problem, selection: Selection) -> Attended:
+    """Weights of zero, times NaN."""
+    out, lse = CPU.attend(p, selection)
+    if not p.is_paged:
+        for b, n in enumerate(p.cache_seqlens.tolist()):
+            if n > 0 and (selection.positions[b] == n - 1).any():
+                out[b] += 0 * p.v_cache[b, :, n - 1].repeat_interleave(p.G, 0)[:, None]
+    return Attended(out, lse)
+
+
+@plant("attend")
+def attend_reads_every_value(p: Problem, selection: Selection) -> Attended:
+    out, lse = CPU.attend(p, selection)
+    return Attended(out + 0 * p.v_cache.double().sum().to(out.dtype), lse)
+
+
+@plant("attend")
+def attend_rounds_queries_to_bfloat16(p: Problem, selection: Selection) -> Attended:
+    return CPU.attend(replace(p, q=p.q.bfloat16().to(p.q.dtype)), selection)
+
+
+@plant("attend")
+def attend_leaves_one_row_in_many_wrong(p: Problem, selection: Selection) -> Attended:
+    out, lse = CPU.attend(p, selection)
+    out[-1, -1, -1, -1] *= 1 + 1e-2
+    return Attended(out, lse)
+
+
+@plant("attend")
+def attend_gives_nan_to_a_query_that_sees_nothing(p: Problem, selection: Selection) -> Attended:
+    out, lse = CPU.attend(p, selection)
+    return Attended(torch.where(lse[..., None] == -math.inf, math.nan, out), lse)
+
+
+# --- Selection Caches: the stateful test must catch these ---
+
+
+class LosesWhatWasAppended(SelectionCache):
+    """The released algorithm: the stored selection as it is."""
+
+    def _extended(self, state, problem):
+        merged = SelectionCache._extended(state, problem)
+        place = torch.arange(problem.K)
+        kept = place < state.count[:, :, None]
+        return Selection(torch.where(kept, merged.positions, -1), state.count.clone())
+
+
+class ComparesWithThePreviousQuery(SelectionCache):
+    """Drifts: each step is like the last, and none is like the first."""
+
+    def update(self, problem, reused, fresh):
+        selection = super().update(problem, reused, fresh)
+        self._state.query.copy_(problem.q.float().mean(2).flatten(1))
+        return selection
+
+
+class IgnoresMaxReuse(SelectionCache):
+    def lookup(self, problem):
+        asked, self.max_reuse = self.max_reuse, 10**6
+        reused = super().lookup(problem)
+        self.max_reuse = asked
+        return reused
+
+
+class ComparesTheWholeBatch(SelectionCache):
+    """State keyed on the first request."""
+
+    def lookup(self, problem):
+        return super().lookup(problem)[:1].expand(problem.B)
+
+
+class SurvivesReset(SelectionCache):
+    def reset(self, b=None):
+        pass
+
+
+class IgnoresOverwrittenPositions(SelectionCache):
+    """A request that was cut back and grew again looks as if it had only grown."""
+
+    def crop(self, lengths):
+        pass
+
+    def lookup(self, problem):
+        if self._state is not None:
+            grown_from = (problem.cache_seqlens - problem.Lq).clamp(min=0)
+            self._state.seen.copy_(torch.minimum(self._state.seen, grown_from))
+        return super().lookup(problem)
+
+
+class ReordersOnlyTheQueries(SelectionCache):
+    def reorder(self, order):
+        if self._state is not None:
+            self._state.query.copy_(self._state.query[order])
+
+
+class ReusesAtAnyCosine(SelectionCache):
+    def lookup(self, problem):
+        theta, self.theta = self.theta, -1.0
+        reused = super().lookup(problem)
+        self.theta = theta
+        return reused
+
+
+class CountsEveryMissTwice(SelectionCache):
+    def update(self, problem, reused, fresh):
+        selection = super().update(problem, reused, fresh)
+        self._state.misses.add_(~reused)
+        return selection
+
+
+PLANTED_CACHES = [
+    LosesWhatWasAppended,
+    ComparesWithThePreviousQuery,
+    IgnoresMaxReuse,
+    ComparesTheWholeBatch,
+    SurvivesReset,
+    IgnoresOverwrittenPositions,
+    ReordersOnlyTheQueries,
+    ReusesAtAnyCosine,
+    CountsEveryMissTwice,
+]

@@ -1,0 +1,172 @@
+"""The strategies really reach what is hard: a property that never meets a tie proves nothing."""
+
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+
+from properties.strategies import Ballots, Case, Chosen, ballots, cases, chosen
+from tokenselect import Problem
+from tokenselect.reference import BACKEND as REFERENCE
+
+_DRAWS = settings(
+    max_examples=400,
+    deadline=None,
+    database=None,
+    derandomize=True,
+    phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
+
+
+def candidates(problem: Problem, b: int) -> int:
+    n = int(problem.cache_seqlens[b])
+    sink_end, local_start = problem.config.regions(n, problem.Lq)
+    return local_start - sink_end
+
+
+def some_request(holds: Callable[[Problem, int, int], bool]) -> Callable[[Case, Problem], bool]:
+    """Some request b of n tokens for which it holds."""
+
+    def of_case(case: Case, problem: Problem) -> bool:
+        return any(holds(problem, b, n) for b, n in enumerate(case.lengths))
+
+    return of_case
+
+
+FEATURES: dict[str, Callable[[Case, Problem], bool]] = {
+    "n = 0": lambda case, p: 0 in case.lengths,
+    "only n = 0": lambda case, p: set(case.lengths) == {0},
+    "n = Lq": lambda case, p: case.Lq in case.lengths,
+    "0 < n < n_sink": lambda case, p: any(0 < n < p.config.n_sink for n in case.lengths),
+    "ragged": lambda case, p: len(set(case.lengths)) > 1,
+    "no candidates": some_request(lambda p, b, n: n > 0 and candidates(p, b) == 0),
+    "k = 0 with candidates": some_request(lambda p, b, n: p.config.k == 0 < candidates(p, b)),
+    "k = candidates": some_request(lambda p, b, n: 0 < p.config.k == candidates(p, b)),
+    "k > candidates > 0": some_request(lambda p, b, n: p.config.k > candidates(p, b) > 0),
+    "0 < k < candidates": some_request(lambda p, b, n: 0 < p.config.k < candidates(p, b)),
+    "n_sink = 0": lambda case, p: p.config.n_sink == 0,
+    "n_local = 1": lambda case, p: p.config.n_local == 1,
+    "MHA": lambda case, p: case.G == 1,
+    "GQA with odd G": lambda case, p: case.G in (3, 7) and case.Hkv > 1,
+    "MQA": lambda case, p: case.Hkv == 1 and case.G > 1,
+    "a chunk of queries": lambda case, p: case.Lq > 1,
+    "D != Dv": lambda case, p: case.Dv != case.D,
+    "odd D": lambda case, p: case.D % 2 == 1,
+    "softcap": lambda case, p: case.softcap is not None,
+    "sink logits": lambda case, p: case.has_sink_logits,
+    "pool": lambda case, p: p.config.pool > 1,
+    "several query means": lambda case, p: min(p.config.n_query_means, case.Lq) > 1,
+    "group scope": lambda case, p: p.S > 1,
+    "split": lambda case, p: p.R == 2,
+    "contiguous": lambda case, p: p.config.positions == "contiguous",
+    "fixed": lambda case, p: p.config.score_at == "fixed",
+    "raw keys": lambda case, p: case.rope == "raw",
+    "interleaved pairs": lambda case, p: p.rope is not None and case.interleaved,
+    "partial rotary dims": lambda case, p: p.rope is not None and p.rope.rotary_dim < case.D,
+    "a strided cache": lambda case, p: not p.k_cache.is_contiguous(),
+    "a strided paged cache": lambda case, p: p.is_paged and not p.k_cache.is_contiguous(),
+    "NaN beyond n": lambda case, p: case.filler == "nan" and bool(p.k_cache.isnan().any()),
+    "inf beyond n": lambda case, p: case.filler == "inf" and bool(p.k_cache.isinf().any()),
+    **{f"{vote} vote": lambda case, p, vote=vote: p.config.vote == vote
+       for vote in ("soft", "logit", "hard")},
+    **{f"normalize={kind}": lambda case, p, kind=kind: p.config.normalize == kind
+       for kind in ("visible", "candidates")},
+    **{f"pages of {size}": lambda case, p, size=size: case.page_size == size
+       for size in (1, 2, 53, 64)},
+    **{f"{dtype}": lambda case, p, dtype=dtype: case.dtype == dtype
+       for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)},
+}  # fmt: skip
+
+
+def test_cases_reach_every_feature() -> None:
+    reached: Counter[str] = Counter()
+
+    @_DRAWS
+    @given(case=cases())
+    def draw(case: Case) -> None:
+        problem = case.problem()
+        reached.update(name for name, holds in FEATURES.items() if holds(case, problem))
+
+    draw()
+    rare = {name: reached[name] for name in FEATURES if reached[name] < 5}
+    assert not rare, f"of 400 cases too few are of these kinds: {rare}"
+
+
+VOTES: dict[str, Callable[[torch.Tensor, int], bool]] = {
+    "a tie across the k-th place": lambda row, k: 0 < k < len(row) and tie_at(row, k),
+    "all votes equal": lambda row, k: len(row) > 2 and bool((row == row[0]).all()),
+    "both zeros": lambda row, k: bool((row == 0).any()) and both_zeros(row),
+    "-inf candidates": lambda row, k: bool((row == -torch.inf).any()),
+    "+inf candidates": lambda row, k: bool((row == torch.inf).any()),
+    "NaN": lambda row, k: bool(row.isnan().any()),
+    "rising": lambda row, k: len(row) > k > 0 and bool((row.diff() > 0).all()),
+}
+
+
+def tie_at(row: torch.Tensor, k: int) -> bool:
+    ordered = row.sort(descending=True).values
+    return bool(ordered[k - 1] == ordered[k])
+
+
+def both_zeros(row: torch.Tensor) -> bool:
+    zeros = row[row == 0].signbit()
+    return bool(zeros.any() and not zeros.all())
+
+
+def rows_of_votes(votes: torch.Tensor, problem: Problem) -> list[torch.Tensor]:
+    rows = []
+    for b, n in enumerate(problem.cache_seqlens.tolist()):
+        sink_end, local_start = problem.config.regions(n, problem.Lq)
+        rows += [row for row in votes[b, :, :, sink_end:local_start].flatten(0, 1) if len(row)]
+    return rows
+
+
+def test_ballots_reach_every_kind_of_tie() -> None:
+    reached: Counter[str] = Counter()
+
+    @_DRAWS
+    @given(drawn=ballots())
+    def draw(drawn: Ballots) -> None:
+        votes, problem = drawn.make()
+        for row in rows_of_votes(votes, problem):
+            reached.update(name for name, holds in VOTES.items() if holds(row, problem.config.k))
+
+    draw()
+    rare = {name: reached[name] for name in VOTES if reached[name] < 5}
+    assert not rare, f"of 400 ballots too few are of these kinds: {rare}"
+
+
+def test_scored_votes_tie_too() -> None:
+    """Not only made-up votes collide: votes that the reference scores do."""
+    reached: Counter[str] = Counter()
+
+    @settings(_DRAWS, max_examples=150)
+    @given(case=cases())
+    def draw(case: Case) -> None:
+        problem = case.problem()
+        votes, _ = REFERENCE.score(problem)
+        for row in rows_of_votes(votes, problem):
+            for name in ("a tie across the k-th place", "all votes equal"):
+                reached[name] += VOTES[name](row, problem.config.k)
+
+    draw()
+    assert min(reached.values()) >= 5, reached
+
+
+@pytest.mark.parametrize("empty", [True, False])
+def test_selections_reach_none_and_some(empty: bool) -> None:
+    reached = 0
+
+    @settings(_DRAWS, max_examples=100)
+    @given(drawn=chosen())
+    def draw(drawn: Chosen) -> None:
+        nonlocal reached
+        problem, _, count = drawn.make()
+        rows = count[problem.cache_seqlens > 0]
+        reached += bool(((rows == 0) if empty else (rows > 0)).any())
+
+    draw()
+    assert reached >= 5

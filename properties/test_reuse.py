@@ -1,0 +1,242 @@
+"""The Selection Cache over hundreds of random steps, against a model of it in plain Python."""
+
+import functools
+import math
+from dataclasses import dataclass, replace
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
+from torch import Tensor
+
+from properties.planted import PLANTED_CACHES
+from tokenselect import Backend, Problem, SelectConfig, Selection, SelectionCache, attention
+from tokenselect.budgets import attend_budget, choice_finding, score_budget
+
+CONFIG = SelectConfig(k=3, n_sink=1, n_local=2)
+THETA, MAX_REUSE = 0.9, 4
+HKV, G, D, CAPACITY = 2, 2, 8, 64
+
+
+@dataclass
+class Stored:
+    """What the model remembers of a request's last fresh selection."""
+
+    query: Tensor  # float64
+    positions: list[int]
+    seen: int
+
+
+class Reuse(RuleBasedStateMachine):
+    """Rows of a batch grow, are cut back, forgotten and reordered; every call is checked."""
+
+    backend: str
+    make_cache: type[SelectionCache]
+    theta: float | None = THETA
+
+    @initialize(seed=st.integers(0, 2**16), B=st.sampled_from([1, 3]))
+    def start(self, seed: int, B: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.cache = self.make_cache(theta=self.theta, max_reuse=MAX_REUSE)
+        self.k_cache = self._random(B, HKV, CAPACITY, D)
+        self.v_cache = self._random(B, HKV, CAPACITY, D)
+        self.n = [int(x) for x in torch.randint(0, 30, (B,), generator=self.generator)]
+        self.stored: list[Stored | None] = [None] * B
+        self.hits, self.misses = [0] * B, [0] * B
+        self.last = self._random(B, HKV * G, 1, D)
+
+    def _random(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator)
+
+    @rule(
+        Lq=st.sampled_from([1, 1, 1, 3]),
+        kinds=st.lists(
+            st.sampled_from(["same", "same", "drift", "drift", "far", "zero"]),
+            min_size=3,
+            max_size=3,
+        ),
+        absent=st.lists(st.sampled_from([False] * 7 + [True]), min_size=3, max_size=3),
+    )
+    def append_and_attend(self, Lq: int, kinds: list[str], absent: list[bool]) -> None:
+        B = len(self.n)
+        q = self._queries(Lq, kinds)
+        for b in range(B):
+            if self.n[b] + Lq > CAPACITY:
+                self._cut(b, 20)
+                self._tell_lengths()
+            start = self.n[b]
+            self.k_cache[b, :, start : start + Lq] = self._random(HKV, Lq, D)
+            self.v_cache[b, :, start : start + Lq] = self._random(HKV, Lq, D)
+            self.n[b] = 0 if absent[b] else start + Lq
+        self._attend(q)
+
+    @rule(steps=st.integers(3, 7), kind=st.sampled_from(["same", "drift"]))
+    def decode(self, steps: int, kind: str) -> None:
+        """A run of alike queries: longer than max_reuse, or further than theta in sum."""
+        for _ in range(steps):
+            self.append_and_attend(1, [kind] * 3, [False] * 3)
+
+    @rule(kinds=st.lists(st.sampled_from(["same", "far"]), min_size=3, max_size=3))
+    def rewrite_the_newest_token(self, kinds: list[str]) -> None:
+        """As after a rejected draft token, without telling the cache."""
+        if min(self.n) < 1:
+            return
+        for b, n in enumerate(self.n):
+            self.k_cache[b, :, n - 1] = self._random(HKV, D)
+        self._attend(self._queries(1, kinds))
+
+    def _queries(self, Lq: int, kinds: list[str]) -> Tensor:
+        q = self.last.expand(-1, -1, Lq, -1).clone()
+        for b in range(len(self.n)):
+            if kinds[b] == "far":
+                q[b] = self._random(*q.shape[1:2], 1, D)
+            elif kinds[b] == "drift":  # near the query before, and soon far from the stored one
+                step = self._random(*q.shape[1:2], 1, D)
+                q[b] += 0.35 * step * q[b].norm() / step.norm() / math.sqrt(Lq)
+            elif kinds[b] == "zero":
+                q[b] = 0
+        self.last = torch.where(
+            q.mean(2, keepdim=True).norm() > 0, q.mean(2, keepdim=True), self.last
+        )
+        return q
+
+    def _attend(self, q: Tensor) -> None:
+        problem = Problem.build(
+            q,
+            self.k_cache,
+            self.v_cache,
+            CONFIG,
+            cache_seqlens=torch.tensor(self.n, dtype=torch.int32),
+            max_reuse=MAX_REUSE,
+        )
+        out, info = attention(
+            q,
+            self.k_cache,
+            self.v_cache,
+            **CONFIG,
+            cache_seqlens=problem.cache_seqlens,
+            cache=self.cache,
+            backend=self.backend,
+            return_info=True,
+        )
+        budget = score_budget(problem).votes
+        for b, n in enumerate(self.n):
+            query = q[b].double().mean(1).flatten()
+            expected = self._reuses(b, n, problem, query)
+            reused = bool(info.reused[b])
+            assert expected is None or reused == expected, f"row {b}: reused is {reused}"
+            count = int(info.selection.count[b, 0])
+            positions = info.selection.positions[b, 0, :count].tolist()
+            assert (info.selection.positions[b, 0, count:] == -1).all()
+            if reused:
+                stored = self.stored[b]
+                assert positions == [*stored.positions, *range(stored.seen, n)], f"row {b}"
+                assert info.retained_mass[b].isnan().all()
+            else:
+                self.stored[b] = Stored(query, positions, n) if n > 0 else None
+            if n > 0:
+                self.hits[b] += reused
+                self.misses[b] += not reused
+        self._check_fresh(problem, info.selection, info.reused, budget)
+        finding = attend_budget(problem, info.selection).out.compare("out", out)
+        assert finding.holds, finding
+        assert self.cache.hits.tolist() == self.hits
+        assert self.cache.misses.tolist() == self.misses
+
+    def _reuses(self, b: int, n: int, problem: Problem, query: Tensor) -> bool | None:
+        """What the rule says; None where rounding decides."""
+        stored = self.stored[b]
+        if stored is None or n == 0 or self.theta is None:
+            return False
+        appended = n - stored.seen
+        if n - problem.Lq < stored.seen or appended > MAX_REUSE:
+            return False
+        if len(stored.positions) + appended > problem.K:
+            return False
+        cosine = float(query @ stored.query / (query.norm() * stored.query.norm()))
+        if math.isnan(cosine):
+            return False
+        return None if abs(cosine - self.theta) < 1e-5 else cosine >= self.theta
+
+    def _check_fresh(
+        self, problem: Problem, selection: Selection, reused: Tensor, budget: object
+    ) -> None:
+        """Fresh rows: what the votes allow. Reused rows are made absent for this check."""
+        n = problem.cache_seqlens.masked_fill(reused, 0)
+        fresh = Selection(
+            selection.positions.masked_fill(reused[:, None, None], -1),
+            selection.count.masked_fill(reused[:, None], 0),
+        )
+        finding = choice_finding(replace(problem, cache_seqlens=n), fresh, budget)
+        assert finding.holds, finding
+
+    @rule(to=st.floats(0, 1))
+    def crop(self, to: float) -> None:
+        for b, n in enumerate(self.n):
+            self._cut(b, int(to * n))
+        self._tell_lengths()
+
+    def _cut(self, b: int, length: int) -> None:
+        self.n[b] = min(self.n[b], length)
+        stored = self.stored[b]
+        if stored is not None and stored.seen > self.n[b]:
+            self.stored[b] = None
+
+    def _tell_lengths(self) -> None:
+        self.cache.crop(torch.tensor(self.n))
+
+    @rule(which=st.integers(0, 2))
+    def reset(self, which: int) -> None:
+        b = which % len(self.n)
+        self.cache.reset(b)
+        self.stored[b] = None
+        self.hits[b] = self.misses[b] = 0
+
+    @rule(order=st.lists(st.integers(0, 2), min_size=3, max_size=3))
+    def reorder(self, order: list[int]) -> None:
+        """As a beam search does: some rows twice, others gone."""
+        order = [i % len(self.n) for i in order[: len(self.n)]]
+        rows = torch.tensor(order)
+        self.cache.reorder(rows)
+        self.k_cache, self.v_cache = self.k_cache[rows].clone(), self.v_cache[rows].clone()
+        self.last = self.last[rows].clone()
+        self.n, self.stored = [self.n[i] for i in order], [self.stored[i] for i in order]
+        self.hits, self.misses = [self.hits[i] for i in order], [self.misses[i] for i in order]
+        if self.cache._state is None:
+            self.hits, self.misses = [0] * len(order), [0] * len(order)
+
+
+def machine(backend: str, make_cache: type[SelectionCache], theta: float | None = THETA):
+    """A machine class for one backend and one kind of cache."""
+    given = {"backend": backend, "make_cache": make_cache, "theta": theta}
+    return functools.partial(type("Reuse", (Reuse,), given))
+
+
+def steps(examples: int, count: int) -> settings:
+    return settings(settings.get_profile("quick"), max_examples=examples, stateful_step_count=count)
+
+
+def test_cache_follows_the_model(backend: Backend) -> None:
+    run_state_machine_as_test(machine(backend.name, SelectionCache), settings=steps(10, 30))
+
+
+def test_without_theta_nothing_is_reused(backend: Backend) -> None:
+    run_state_machine_as_test(machine(backend.name, SelectionCache, None), settings=steps(4, 30))
+
+
+_SEARCH = settings(
+    steps(80, 40),
+    derandomize=True,
+    database=None,
+    phases=[Phase.generate],
+    report_multiple_bugs=False,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+@pytest.mark.parametrize("wrong", PLANTED_CACHES, ids=lambda cache: cache.__name__)
+def test_planted_cache_is_caught(wrong: type[SelectionCache]) -> None:
+    with pytest.raises(AssertionError):
+        run_state_machine_as_test(machine("cpu", wrong), settings=_SEARCH)
