@@ -4,6 +4,7 @@ import importlib
 import os
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 from properties import law
@@ -15,6 +16,7 @@ settings.register_profile("quick", max_examples=40, deadline=None, suppress_heal
 settings.register_profile("thorough", settings.get_profile("quick"), max_examples=1000)
 # In CI the same problems every time; the random runs are `make props` and everybody's own.
 settings.register_profile("ci", settings.get_profile("quick"), derandomize=True, database=None)
+torch.set_num_threads(1)  # the problems are small: threads only wait for one another
 settings.load_profile("ci" if os.environ.get("CI") else "quick")
 
 

@@ -5,13 +5,14 @@ from dataclasses import replace
 import torch
 
 from properties.law import able, law
-from properties.strategies import FILL, Case, Chosen, chosen
+from properties.strategies import FILL, NAMED, Case, Chosen, chosen
 from tokenselect import Backend, SelectConfig, Selection
 from tokenselect.budgets import attend_budget
 
 ATTENDED = (
     Chosen(Case(lengths=(0, 30)), 0.5, 0),
     Chosen(Case(lengths=(40,)), 0.0, 0),
+    *(Chosen(case, 0.3, 0) for case in NAMED),
     Chosen(Case(lengths=(40,), Lq=5, filler="nan", page_size=2), 0.5, 1),
     Chosen(
         Case(lengths=(40,), content="needles", dtype=torch.bfloat16, has_sink_logits=True), 1, 1

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from properties.law import able, law
-from properties.strategies import Case, cases, with_config
+from properties.strategies import NAMED, Case, cases, with_config
 from tokenselect import Backend, Info, Problem, SelectConfig, Selection
 from tokenselect.api import attention
 from tokenselect.budgets import Budget, attend_budget, choice_finding, exact, score_budget
@@ -144,6 +144,7 @@ def with_every_candidate_it_is_dense_attention_in_every_dtype(backend: Backend, 
     Case(lengths=(90, 0), config=SelectConfig(5, 2, 3, pool=3), content="integers"),
     Case(lengths=(90,), rope="rotated", config=SelectConfig(5, 2, 3, score_at="split")),
     Case(lengths=(90, 80), Lq=5, page_size=2, config=SelectConfig(5, 2, 3, n_query_means=2)),
+    *NAMED,
 )
 def it_chooses_what_the_votes_allow_and_attends_to_that(backend: Backend, case: Case) -> None:
     problem = able(backend, replace(case, max_reuse=0).problem())

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from properties.law import able, law
+from properties.law import CannotRun, able, law
 from properties.laws_attention import rows_of, run
 from properties.strategies import FILL, Case, cases, with_config
 from tokenselect import Backend, Problem, Scores, SelectConfig
@@ -213,6 +213,8 @@ def keys_may_be_cached_rotated_or_raw(backend: Backend, case: Case) -> None:
 def what_fits_is_not_moved(backend: Backend, case: Case) -> None:
     """Contiguous positions of a selection of everything are the original ones."""
     problem = able(backend, case.problem())
+    if problem.rope is None:
+        raise CannotRun("contiguous positions")
     config = {"k": problem.Lk, "score_at": "true", "scope": "layer"}
     original = with_config(problem, positions="original", **config)
     contiguous = with_config(problem, positions="contiguous", **config)

@@ -3,7 +3,7 @@
 import torch
 
 from properties.law import able, law
-from properties.strategies import Case, cases
+from properties.strategies import NAMED, Case, cases
 from tokenselect import Backend, SelectConfig
 from tokenselect.budgets import score_budget
 
@@ -16,6 +16,7 @@ from tokenselect.budgets import score_budget
     Case(content="needles", dtype=torch.bfloat16, G=7),
     Case(lengths=(60,), Lq=5, rope="rotated", D=16, config=SelectConfig(3, 1, 2, score_at="split")),
     Case(lengths=(60,), softcap=2.0, strides="sliced", page_size=53, filler="inf"),
+    *NAMED,
 )
 def votes_and_lse_are_within_budget(backend: Backend, case: Case) -> None:
     problem = able(backend, case.problem())

@@ -11,7 +11,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tokenselect import Problem, Rope, SelectConfig
+from bench.workloads import TINY, WORKLOADS
+from bench.workloads import make as make_workload
+from tokenselect import Backend, Capability, Problem, Rope, SelectConfig
 
 # Page 0 and slot 0 are never handed out, so that a stray index shows.
 Content = Literal["normal", "integers", "equal", "zeros", "signed zeros", "needles", "ascending"]
@@ -92,9 +94,6 @@ class Case:
         return Rope(inv_freq, self.interleaved, self.rope, self.rope_scaling)
 
     def _named(self) -> Problem:
-        from bench.workloads import WORKLOADS
-        from bench.workloads import make as make_workload
-
         return make_workload(WORKLOADS[self.workload], seed=self.seed)
 
     def __repr__(self) -> str:
@@ -272,6 +271,10 @@ class Ballots:
 VOTES = ("few values", "all equal", "signed zeros", "infinite", "nan", "rising", "normal")
 
 
+# The benchmark's named shapes, at sizes that the reference can follow.
+NAMED = tuple(Case(workload=workload.name) for workload in TINY)
+
+
 def ballots() -> st.SearchStrategy[Ballots]:
     return st.builds(Ballots, cases(), st.sampled_from(VOTES), st.integers(0, 2**16))
 
@@ -308,3 +311,64 @@ def chosen() -> st.SearchStrategy[Chosen]:
 def with_config(problem: Problem, **changes: Any) -> Problem:
     """The same problem under another configuration."""
     return replace(problem, config=replace(problem.config, **changes))
+
+
+# Where a case may be bent to what a backend takes: the capability, the field, what to try instead.
+_CASE_FIELDS = (
+    ("dtypes", "dtype", DTYPES),
+    ("head_dims", "D", (8, 16, 32, 64, 128)),
+    ("head_dims", "Dv", (8, 16, 32, 64, 128)),
+    ("group_sizes", "G", (1, 2, 3, 4, 7, 8)),
+    ("query_lengths", "Lq", (1, 2, 5)),
+    ("page_sizes", "page_size", (1, 2, 16, 53, 64)),
+    ("sink_logits", "has_sink_logits", (False, True)),
+)
+_CONFIG_FIELDS = (
+    ("votes", "vote", ("soft", "logit", "hard")),
+    ("normalizes", "normalize", ("visible", "candidates")),
+    ("scopes", "scope", ("layer", "group")),
+    ("pools", "pool", (1, 3, 7)),
+    ("query_means", "n_query_means", (1, 2, 3)),
+    ("positions", "positions", ("original", "contiguous")),
+    ("score_ats", "score_at", ("true", "fixed", "split")),
+)
+
+
+def fitted(drawn: Any, backend: Backend) -> Any:
+    """`drawn`, bent to what the backend declares, so that a narrow one is tried as often.
+
+    Where there is nothing to bend it to, the problem stays beyond the backend, and is counted so.
+    """
+    if not isinstance(drawn, Case):
+        return replace(drawn, case=fitted(drawn.case, backend))
+    case = drawn
+    if case.workload is not None:
+        return case
+    for takes in (backend.capability, *(lender.capability for lender in backend.lenders)):
+        case = _fitted_once(case, takes)
+    return case
+
+
+def _fitted_once(case: Case, takes: Capability) -> Case:
+    def pick(name: str, now: Any, options: tuple[Any, ...]) -> Any:
+        allowed = getattr(takes, name)
+        if allowed is None or now is None or now in allowed:
+            return now
+        able = [option for option in options if option in allowed]
+        return able[case.seed % len(able)] if able else now
+
+    changes = {field: pick(name, getattr(case, field), options)
+               for name, field, options in _CASE_FIELDS}  # fmt: skip
+    settings = {field: pick(name, case.config[field], options)
+                for name, field, options in _CONFIG_FIELDS}  # fmt: skip
+    if takes.layouts is not None and case.page_size is not None and "paged" not in takes.layouts:
+        changes["page_size"] = None
+    if takes.softcaps is not None and (case.softcap is not None) not in takes.softcaps:
+        changes["softcap"] = None if False in takes.softcaps else 30.0
+    if takes.ropes is not None and (case.rope or "none") not in takes.ropes:
+        changes["rope"] = next((kind for kind in ("rotated", "raw") if kind in takes.ropes), None)
+        if changes["rope"] is None:
+            settings |= {"positions": "original", "score_at": "true"}
+    Lq = changes["Lq"]
+    changes["lengths"] = tuple(n and max(n, Lq) for n in case.lengths)
+    return replace(case, **changes, config=replace(case.config, **settings))

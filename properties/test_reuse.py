@@ -219,7 +219,7 @@ def steps(examples: int, count: int) -> settings:
 
 
 def test_cache_follows_the_model(backend: Backend) -> None:
-    run_state_machine_as_test(machine(backend.name, SelectionCache), settings=steps(10, 30))
+    run_state_machine_as_test(machine(backend.name, SelectionCache), settings=steps(20, 50))
 
 
 def test_without_theta_nothing_is_reused(backend: Backend) -> None:

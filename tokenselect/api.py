@@ -159,11 +159,17 @@ def select(
     """
     name, problem = _ready(problem, backend, validate)
     shape = (problem.B, problem.R, problem.S, problem.Lk)
+    if not isinstance(votes, Tensor):
+        raise InvalidProblem(
+            f"votes is a {type(votes).__name__}",
+            f"votes are a tensor {shape} torch.float32",
+            "pass score(problem).votes",
+        )
     if votes.shape != shape or votes.dtype != torch.float32 or votes.device != problem.q.device:
         raise InvalidProblem(
             f"votes are {tuple(votes.shape)} {votes.dtype} on {votes.device}",
             f"votes of this problem are {shape} torch.float32 on {problem.q.device}",
-            "pass what score(problem) returns",
+            "pass score(problem).votes",
         )
     return ops.select(name, votes, problem)
 
@@ -215,6 +221,12 @@ def _max_reuse(cache: SelectionCache | None) -> int:
 
 def _ready(problem: Problem, backend: str, validate: bool | None) -> tuple[str, Problem]:
     """The backend's name, and the problem with its values checked where they are to be."""
+    if not isinstance(problem, Problem):
+        raise InvalidProblem(
+            f"problem is a {type(problem).__name__}",
+            "the stages take a tokenselect.Problem",
+            "make one with Problem.build, or call attention",
+        )
     inputs = (problem.q, problem.k_cache, problem.v_cache)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
         raise InvalidProblem(
@@ -233,6 +245,12 @@ def _reads_values(problem: Problem, validate: bool | None) -> bool:
 
 
 def _check_selection(problem: Problem, selection: Selection, *, read: bool) -> None:
+    if not isinstance(selection, Selection):
+        raise InvalidProblem(
+            f"selection is a {type(selection).__name__}",
+            "a selection is a tokenselect.Selection",
+            "pass Selection(positions, count), or what select(votes, problem) returns",
+        )
     positions, count = selection
     shape = (problem.B, problem.S)
     if positions.shape[:2] != shape or positions.dim() != 3 or count.shape != shape:
@@ -241,9 +259,25 @@ def _check_selection(problem: Problem, selection: Selection, *, read: bool) -> N
             f"positions are (B, S, K) and count (B, S), with B={shape[0]}, S={shape[1]}",
             "pass what select(votes, problem) returns",
         )
+    for name, tensor in zip(Selection._fields, selection, strict=True):
+        if tensor.dtype != torch.int32 or tensor.device != problem.q.device:
+            raise InvalidProblem(
+                f"selection.{name} is {tensor.dtype} on {tensor.device}",
+                f"positions and count are torch.int32 on {problem.q.device}",
+                "pass what select(votes, problem) returns",
+            )
     if not read:
         return
-    places = torch.arange(positions.shape[2], device=positions.device)
+    K = positions.shape[2]
+    outside = (count < 0) | (count > K)
+    if outside.any():
+        b, s = (int(i) for i in outside.nonzero()[0])
+        raise InvalidProblem(
+            f"selection.count[{b}, {s}]={int(count[b, s])}, with K={K} places for positions",
+            "count says how many of the K places are used: 0 <= count <= K",
+            "pass what select(votes, problem) returns",
+        )
+    places = torch.arange(K, device=positions.device)
     padding = places >= count[..., None]
     n = problem.cache_seqlens[:, None, None]
     follows = torch.nn.functional.pad(positions[..., 1:] > positions[..., :-1], (1, 0), value=True)

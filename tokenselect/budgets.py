@@ -129,7 +129,7 @@ def score_budget(problem: Problem) -> ScoreBudget:
             error = _logit_error(problem, queries, keys, problem.select_scale)
             head_slack = torch.zeros_like(error[:, candidates])
             for run in queries.tensor_split(min(c.n_query_means, problem.Lq), dim=1):
-                s = _logits(problem, run.mean(1), keys, problem.select_scale)
+                s = _logits(problem, run.mean(1, keepdim=True), keys, problem.select_scale)[:, 0]
                 head_slack += _vote_slack(s, error, candidates, problem, u)
             slack = torch.stack([part.sum(0) for part in head_slack.chunk(problem.S)])
             if c.pool > 1 and slack.shape[1] > 0:
@@ -138,15 +138,15 @@ def score_budget(problem: Problem) -> ScoreBudget:
                 torch.finfo(torch.float32).eps
             )
             vote_slack[b, ballot, :, candidates] = slack + rounding
-            s = _logits(problem, queries.mean(1), keys, problem.select_scale)
+            s = _logits(problem, queries.mean(1, keepdim=True), keys, problem.select_scale)[:, 0]
             relative = _softmax_error(s, error, u).amax(1)
             lse_slack[b] = relative + 2**-23 * lse[b].double().abs().nan_to_num(posinf=0.0)
     return ScoreBudget(Budget(votes.double(), vote_slack), Budget(lse.double(), lse_slack))
 
 
-def _logits(problem: Problem, query: Tensor, keys: Tensor, scale: float) -> Tensor:
-    """Float64 logits (Hq, n) of query (Hq, D) over keys (Hq, n, D), -inf if not finite."""
-    s = torch.einsum("hd,hnd->hn", query, keys) * scale
+def _logits(problem: Problem, queries: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """Float64 logits (H, L, n) of queries (H, L, D) over keys (H, n, D), -inf if not finite."""
+    s = queries @ keys.transpose(1, 2) * scale
     capped = s if problem.softcap is None else problem.softcap * torch.tanh(s / problem.softcap)
     return torch.where(s.isfinite(), capped, -math.inf)
 
@@ -213,23 +213,22 @@ def attend_budget(problem: Problem, selection: Selection) -> AttendBudget:
             values = read(truth, truth.v_cache, b, positions)
             heads = list(heads_of(problem, s))
             groups = [h // problem.G for h in heads]
-            for i in range(problem.Lq):
-                seen = positions <= n - problem.Lq + i
-                if not seen.any():
-                    continue
-                visible = keys[groups][:, seen]
-                logits = _logits(problem, queries[heads, i], visible, problem.scale)
-                error = _logit_error(problem, queries[heads], visible, problem.scale)
-                relative = _softmax_error(logits, error, u)
-                if truth.sink_logits is not None:
-                    relative = relative + u * truth.sink_logits[heads].abs()[:, None]
-                lse_slack[b, heads, i] = relative.amax(1) + 2**-23 * lse[b, heads, i].double().abs()
-                # Weights may be rounded to the cache's dtype before they meet the values.
-                relative = relative + torch.finfo(dtype).eps / 2
-                weights = torch.softmax(logits, -1).nan_to_num(0.0)
-                met = values[groups][:, seen].abs().nan_to_num(nan=0.0, posinf=0.0)
-                spread = weights * torch.expm1(relative + u * len(positions))
-                out_slack[b, heads, i] = torch.einsum("hm,hmd->hd", spread, met)
+            newest = torch.arange(n - problem.Lq, n, device=positions.device)
+            seen = positions <= newest[:, None]
+            error = _logit_error(problem, queries[heads], keys[groups], problem.scale)
+            error = error[:, None] * seen
+            logits = _logits(problem, queries[heads], keys[groups], problem.scale)
+            logits = logits.masked_fill(~seen, -math.inf)
+            relative = _softmax_error(logits, error, u)
+            if truth.sink_logits is not None:
+                relative = relative + u * truth.sink_logits[heads].abs()[:, None, None]
+            rounding = 2**-23 * lse[b, heads].double().abs().nan_to_num(posinf=0.0)
+            lse_slack[b, heads] = relative.amax(-1) + rounding
+            # Weights may be rounded to the cache's dtype before they meet the values.
+            relative = relative + torch.finfo(dtype).eps / 2 + u * len(positions)
+            met = values[groups].abs().nan_to_num(nan=0.0, posinf=0.0)
+            weights = torch.softmax(logits, -1).nan_to_num(0.0)
+            out_slack[b, heads] = (weights * torch.expm1(relative)) @ met
     smallest = torch.finfo(dtype).tiny
     out_slack = out_slack + out.abs().nan_to_num(posinf=0.0) * torch.finfo(dtype).eps + smallest
     return AttendBudget(Budget(out, out_slack), Budget(lse.double(), lse_slack), dtype)

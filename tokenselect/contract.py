@@ -8,6 +8,7 @@ paged cache. Query head h reads KV head h // G.
 """
 
 import math
+import sys
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, NamedTuple, Self, get_args
@@ -268,16 +269,27 @@ class Attended(NamedTuple):
 
 @dataclass(frozen=True)
 class Capability:
-    """What a backend can run. None means anything that the contract allows."""
+    """What a backend can run: for each property of a problem, the values that it takes.
+
+    None means any value that the contract allows. `softcaps` and `sink_logits` hold False and
+    True: without and with; `ropes` holds "none", "rotated" and "raw"; `query_lengths` is of Lq.
+    """
 
     devices: Container[str] | None = None
     dtypes: Container[torch.dtype] | None = None
     head_dims: Container[int] | None = None
     group_sizes: Container[int] | None = None
+    query_lengths: Container[int] | None = None
     layouts: Container[str] | None = None
+    page_sizes: Container[int] | None = None
+    softcaps: Container[bool] | None = None
+    sink_logits: Container[bool] | None = None
+    ropes: Container[str] | None = None
     votes: Container[str] | None = None
     normalizes: Container[str] | None = None
     scopes: Container[str] | None = None
+    pools: Container[int] | None = None
+    query_means: Container[int] | None = None
     positions: Container[str] | None = None
     score_ats: Container[str] | None = None
     graph_safe: bool = False
@@ -305,10 +317,17 @@ _NEEDS: tuple[tuple[str, Callable[[Problem], tuple[object, ...]], str], ...] = (
     ("dtype", lambda p: (p.q.dtype,), "dtypes"),
     ("head dim", lambda p: (p.D, p.Dv), "head_dims"),
     ("query heads per KV head", lambda p: (p.G,), "group_sizes"),
+    ("number of queries", lambda p: (p.Lq,), "query_lengths"),
     ("cache layout", lambda p: ("paged" if p.is_paged else "contiguous",), "layouts"),
+    ("page size", lambda p: (p.page_size,) if p.is_paged else (), "page_sizes"),
+    ("softcap in use", lambda p: (p.softcap is not None,), "softcaps"),
+    ("sink_logits in use", lambda p: (p.sink_logits is not None,), "sink_logits"),
+    ("rope", lambda p: ("none" if p.rope is None else p.rope.cached,), "ropes"),
     ("vote", lambda p: (p.config.vote,), "votes"),
     ("normalize", lambda p: (p.config.normalize,), "normalizes"),
     ("scope", lambda p: (p.config.scope,), "scopes"),
+    ("pool", lambda p: (p.config.pool,), "pools"),
+    ("query means", lambda p: (min(p.config.n_query_means, p.Lq),), "query_means"),
     ("positions", lambda p: (p.config.positions,), "positions"),
     ("score_at", lambda p: (p.config.score_at,), "score_ats"),
 )
@@ -322,15 +341,16 @@ def reasons(backend: Backend, problem: Problem) -> list[str]:
     found = []
     for what, needed, name in _NEEDS:
         allowed = getattr(backend.capability, name)
-        for value in needed(problem):
+        for value in dict.fromkeys(needed(problem)):
             if allowed is not None and value not in allowed:
-                found.append(f"{what} is {value}; {backend.name} takes {_listed(allowed)}")
+                found.append(f"{what} is {value}; {backend.name} takes {listed(allowed)}")
     for lender in backend.lenders:
         found += [f"(stage borrowed from {lender.name}) {why}" for why in reasons(lender, problem)]
     return found
 
 
-def _listed(allowed: Container[object]) -> str:
+def listed(allowed: Container[object]) -> str:
+    """The values of one limit of a capability, as text."""
     if isinstance(allowed, range):
         step = f" in steps of {allowed.step}" if allowed.step != 1 else ""
         return f"{allowed[0]} to {allowed[-1]}{step}"
@@ -441,17 +461,26 @@ def _integer(name: str, low: int) -> _Rule:
     return _Rule(broken, f"{name} is an integer >= {low}", f"pass {name}={low} or more")
 
 
-def _number(name: str, value: Callable[[Problem], object], *, positive: bool) -> _Rule:
-    def broken(p: Problem) -> str | None:
-        got = value(p)
-        if got is None:
-            return None
-        if isinstance(got, bool) or not isinstance(got, (int, float)):
-            return f"{name}={got!r}"
-        return None if math.isfinite(got) and (got > 0 or not positive) else f"{name}={got!r}"
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
-    kind = "a finite number > 0" if positive else "a finite number"
-    return _Rule(broken, f"{name} is None or {kind}", f"pass {kind}, or leave {name} out")
+
+def _factor(name: str, value: Callable[[Problem], object]) -> _Rule:
+    def broken(p: Problem) -> str | None:
+        got: Any = value(p)
+        holds = got is None or (_is_number(got) and 0 < got <= sys.float_info.max)
+        return None if holds else f"{name}={got!r}"
+
+    return _Rule(
+        broken,
+        f"{name} is None or a finite number > 0",
+        f"pass a finite number > 0, or leave {name} out",
+    )
+
+
+def _wrong_share(p: Problem) -> str | None:
+    share = p.config.fixed_share
+    return None if _is_number(share) and 0 <= share <= 1 else f"fixed_share={share!r}"
 
 
 _RULES: tuple[_Rule, ...] = (
@@ -482,6 +511,15 @@ _RULES: tuple[_Rule, ...] = (
         _wrong_dtype,
         "q, k_cache and v_cache share one dtype: float32, bfloat16, float16 or float64",
         "convert q to the caches' dtype with q.to(k_cache.dtype)",
+    ),
+    _Rule(
+        lambda p: (
+            None
+            if p.sink_logits is None or p.sink_logits.is_floating_point()
+            else f"sink_logits is {p.sink_logits.dtype}"
+        ),
+        "sink_logits is floating point",
+        "convert it with .float()",
     ),
     _Rule(
         _wrong_integer_dtype,
@@ -551,15 +589,10 @@ _RULES: tuple[_Rule, ...] = (
     _choice("scope", Scope),
     _choice("positions", Positions),
     _choice("score_at", ScoreAt),
-    _number("scale", lambda p: p.scale, positive=True),
-    _number("select_scale", lambda p: p.config.select_scale, positive=True),
-    _number("softcap", lambda p: p.softcap, positive=True),
-    _number("fixed_share", lambda p: p.config.fixed_share, positive=False),
-    _Rule(
-        lambda p: None if 0 <= p.config.fixed_share <= 1 else f"fixed_share={p.config.fixed_share}",
-        "fixed_share is a share of k, in [0, 1]",
-        "pass 0.25 for a quarter",
-    ),
+    _factor("scale", lambda p: p.scale),
+    _factor("select_scale", lambda p: p.config.select_scale),
+    _factor("softcap", lambda p: p.softcap),
+    _Rule(_wrong_share, "fixed_share is a share of k, in [0, 1]", "pass 0.25 for a quarter"),
     _Rule(
         lambda p: (
             None

@@ -32,6 +32,6 @@ class UnknownBackend(TokenSelectError):
         close = difflib.get_close_matches(str(name), names, n=1)
         hint = f"did you mean {close[0]!r}?" if close else "name one of these, or register yours"
         super().__init__(
-            f"backend={name!r} is not registered\n  rule: backend is 'auto' or one of "
+            f"backend={name!r} is not registered\n  rule: backend is one of "
             f"{', '.join(map(repr, names))}\n  do:   {hint}"
         )

@@ -5,8 +5,6 @@ import importlib
 from importlib.metadata import entry_points
 from typing import NamedTuple
 
-import torch
-
 from tokenselect.contract import Backend, Problem, reasons
 from tokenselect.errors import InvalidProblem, UnknownBackend, UnsupportedProblem
 
@@ -27,17 +25,18 @@ def register(name: str, target: str | Backend) -> None:
     """Add a backend: a `Backend`, or "package.module:ATTRIBUTE", imported when first asked for.
 
     Packages can do the same by an entry point of the group "tokenselect.backends".
-    Raises InvalidProblem if the name is taken, is "auto", or the target is neither.
+    Raises InvalidProblem if the name is taken, is "auto" or no name, or the target is neither of
+    the two, or a Backend of another name.
     """
     _scan()
     _add(name, target)
 
 
 def _add(name: str, target: str | Backend) -> None:
-    if name == "auto" or name in _targets:
+    if not isinstance(name, str) or name in ("", "auto", *_targets):
         raise InvalidProblem(
             f"register({name!r}, {target!r})",
-            f"a backend's name is new; taken: {', '.join(['auto', *_targets])}",
+            f"a backend's name is a new string; taken: {', '.join(['auto', *_targets])}",
             "choose another name",
         )
     if not (isinstance(target, Backend) or (isinstance(target, str) and ":" in target)):
@@ -46,15 +45,19 @@ def _add(name: str, target: str | Backend) -> None:
             'the target is a Backend or a string "package.module:ATTRIBUTE"',
             "point it at the module's Backend",
         )
+    if isinstance(target, Backend):
+        _check_name(name, target)
     _targets[name] = target
 
 
 def _scan() -> None:
     global _scanned
     if not _scanned:
-        _scanned = True
         for entry in entry_points(group=ENTRY_POINTS):
-            _add(entry.name, entry.value)
+            # A scan that raised is repeated, and finds what it had added.
+            if _targets.get(entry.name) != entry.value:
+                _add(entry.name, entry.value)
+        _scanned = True
 
 
 def backends() -> tuple[str, ...]:
@@ -63,24 +66,31 @@ def backends() -> tuple[str, ...]:
     return tuple(_targets)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def load(name: str) -> Backend:
     """The backend of that name, imported now if it has not been.
 
     Raises UnknownBackend; an installed backend that fails to import raises its own error.
     """
-    if name not in _loaded:
+    if not isinstance(name, str) or name not in _loaded:
         _scan()
-        if name not in _targets:
+        if not isinstance(name, str) or name not in _targets:
             raise UnknownBackend(name, [*_targets, "auto"])
         _loaded[name] = _filled_in(_import(name, _targets[name]))
     return _loaded[name]
+
+
+# What torch.compiler.assume_constant_result does; calling it would import the whole compiler.
+load._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _import(name: str, target: str | Backend) -> Backend:
     if isinstance(target, str):
         module, _, attribute = target.partition(":")
         target = getattr(importlib.import_module(module), attribute)
+    return _check_name(name, target)
+
+
+def _check_name(name: str, target: object) -> Backend:
     if not isinstance(target, Backend) or target.name != name:
         raise InvalidProblem(
             f"backend {name!r} is {target!r}",
@@ -96,6 +106,12 @@ def _filled_in(backend: Backend) -> Backend:
     stages = {}
     for stage in ("score", "select", "attend"):
         lender = getattr(backend, stage)
+        if not (callable(lender) or isinstance(lender, str)) or lender == backend.name:
+            raise InvalidProblem(
+                f"backend {backend.name!r} has {stage}={lender!r}",
+                "a stage is a function, or the name of another backend that lends its own",
+                "write the stage, or name the lender",
+            )
         if isinstance(lender, str):
             lenders[lender] = load(lender)
             stages[stage] = getattr(lenders[lender], stage)

@@ -118,6 +118,7 @@ class SelectionCache:
         if b is None:
             self._geometry, self._state = None, None
         elif self._state is not None:
+            _check_request(b, self._state.seen)
             for tensor in (self._state.seen, self._state.hits, self._state.misses):
                 tensor[b] = 0
 
@@ -199,13 +200,35 @@ class SelectionCache:
         return Selection(positions, total[:, :, 0])
 
 
-def _check_rows(name: str, given: Tensor, rows: Tensor) -> None:
-    if given.shape != rows.shape or given.is_floating_point():
+def _check_request(b: int | Tensor, rows: Tensor) -> None:
+    B = len(rows)
+    if isinstance(b, Tensor):
+        holds, came = b.shape == (B,) and b.dtype == torch.bool, _shape_of(b)
+    else:
+        is_integer = isinstance(b, int) and not isinstance(b, bool)
+        holds, came = is_integer and 0 <= b < B, f"={b!r}"
+    if not holds:
         raise InvalidProblem(
-            f"{name} is {tuple(given.shape)} {given.dtype}, the cache holds B={len(rows)} requests",
-            f"{name} is (B,) integers, one a request",
+            f"reset: b{came}, the cache holds B={B} requests",
+            "b is the number of a request, 0 <= b < B, or a (B,) bool tensor, or None for all",
+            "pass the row of the batch that another request will take",
+        )
+
+
+def _check_rows(name: str, given: Tensor, rows: Tensor) -> None:
+    integers = (torch.int32, torch.int64)
+    if not isinstance(given, Tensor) or given.shape != rows.shape or given.dtype not in integers:
+        raise InvalidProblem(
+            f"{name}{_shape_of(given)}, the cache holds B={len(rows)} requests",
+            f"{name} is a (B,) tensor of integers, one a request",
             "give every row of the batch an entry",
         )
+
+
+def _shape_of(given: object) -> str:
+    if isinstance(given, Tensor):
+        return f" is {tuple(given.shape)} {given.dtype}"
+    return f" is a {type(given).__name__}"
 
 
 def _mean_query(problem: Problem) -> Tensor:

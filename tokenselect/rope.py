@@ -1,5 +1,6 @@
 """Rotary position embedding: a token's vector, as if the token stood somewhere else."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,9 +34,13 @@ class Rope:
     scaling: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.inv_freq.dim() != 1 or not self.inv_freq.is_floating_point():
+        is_tensor = isinstance(self.inv_freq, Tensor)
+        if not is_tensor or self.inv_freq.dim() != 1 or not self.inv_freq.is_floating_point():
+            came = type(self.inv_freq).__name__
+            if is_tensor:
+                came = f"{tuple(self.inv_freq.shape)} {self.inv_freq.dtype}"
             raise InvalidProblem(
-                f"Rope: inv_freq is {tuple(self.inv_freq.shape)} {self.inv_freq.dtype}",
+                f"Rope: inv_freq is {came}",
                 "inv_freq is (rotary_dim / 2,) and floating point",
                 "pass the model's inv_freq, one frequency a pair of dims",
             )
@@ -44,6 +49,12 @@ class Rope:
                 f"Rope: cached={self.cached!r}",
                 "cached is 'rotated' or 'raw'",
                 "say how q and k_cache arrive",
+            )
+        if not isinstance(self.scaling, (int, float)) or not 0 < self.scaling < math.inf:
+            raise InvalidProblem(
+                f"Rope: scaling={self.scaling!r}",
+                "scaling is a finite number > 0",
+                "pass the model's attention factor, or leave scaling out for 1.0",
             )
 
     @property

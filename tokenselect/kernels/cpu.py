@@ -24,7 +24,7 @@ from tokenselect.contract import (
 )
 
 # A chunk of converted keys should stay in cache while it is multiplied.
-_CHUNK_BYTES = 8 * 2**20
+_CHUNK_BYTES = 4 * 2**20
 # Logits may take this share of a request's cache, or this much where the cache is small.
 _LOGITS_SHARE = 0.06
 _LOGITS_BYTES = 32 * 2**20
@@ -227,7 +227,8 @@ def _attend_request(
     rows = positions.clamp(min=0)  # padding reads row 0, and is masked
     keys = _gather(problem, problem.k_cache, b, rows).to(dtype)
     values = _gather(problem, problem.v_cache, b, rows).to(dtype)
-    values.masked_fill_(~selected[..., None], 0.0)
+    if not selected.all():
+        values.masked_fill_(~selected[..., None], 0.0)
     queries = problem.q[b].to(dtype)
     if problem.rope is not None and problem.moves(problem.config.positions):
         query_position, at = torch.arange(n - Lq, n), positions
