@@ -1,0 +1,1 @@
+"""Named workloads, and what the backends take for them beside dense attention."""

@@ -1,0 +1,185 @@
+"""Named shapes, shared by the benchmark and the properties, and inputs that resemble attention."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenselect import Problem, SelectConfig
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One call's shape and settings. Letters as everywhere: see `tokenselect.contract`.
+
+    n  tokens of request 0, and the cache's capacity; request b holds n - b * n // (2 * B), so that
+       a batch is ragged
+    """
+
+    name: str
+    Hq: int
+    Hkv: int
+    D: int
+    n: int
+    dtype: torch.dtype = torch.bfloat16
+    B: int = 1
+    Lq: int = 1
+    page_size: int | None = None
+    config: SelectConfig = field(default_factory=SelectConfig)
+    seed: int = 0
+
+    @property
+    def Dv(self) -> int:
+        return self.D
+
+    def lengths(self) -> list[int]:
+        return [self.n - b * self.n // (2 * self.B) for b in range(self.B)]
+
+    def describe(self) -> str:
+        layout = f", pages of {self.page_size}" if self.page_size else ""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return (
+            f"{self.n} tokens, Hq {self.Hq}, Hkv {self.Hkv}, D {self.D}, {dtype}, "
+            f"B {self.B}, Lq {self.Lq}, k {self.config.k}{layout}"
+        )
+
+
+_TINY = SelectConfig(k=64, n_sink=8, n_local=32)
+
+# Timed by default, in this order: growing caches, so that memory peaks late.
+TIMED = (
+    Workload("smollm2-8k", Hq=9, Hkv=3, D=64, n=8 * 1024, dtype=torch.float32),
+    Workload("decode-32k", Hq=32, Hkv=8, D=128, n=32 * 1024),
+    Workload("decode-128k", Hq=32, Hkv=8, D=128, n=128 * 1024),
+    Workload("qwen-128k", Hq=28, Hkv=4, D=128, n=128 * 1024),
+    Workload("paged-128k", Hq=32, Hkv=8, D=128, n=128 * 1024, page_size=16),
+    Workload("prefill-128k", Hq=4, Hkv=1, D=128, n=128 * 1024, Lq=512),
+    Workload("decode-1m", Hq=32, Hkv=8, D=128, n=1024 * 1024),
+)
+
+# Small enough for the reference, same geometries.
+TINY = (
+    Workload("tiny-decode", Hq=32, Hkv=8, D=128, n=600, config=_TINY),
+    Workload("tiny-smollm2", Hq=9, Hkv=3, D=64, n=500, dtype=torch.float32, B=2, config=_TINY),
+    Workload("tiny-qwen", Hq=28, Hkv=4, D=128, n=400, config=_TINY),
+    Workload("tiny-paged", Hq=8, Hkv=2, D=64, n=500, B=3, page_size=16, config=_TINY),
+    Workload("tiny-prefill", Hq=8, Hkv=2, D=64, n=500, Lq=48, config=_TINY),
+    Workload(
+        "tiny-group",
+        *(8, 2, 64, 2048),
+        config=SelectConfig(k=64, n_sink=8, n_local=32, scope="group"),
+    ),
+)
+
+WORKLOADS = {workload.name: workload for workload in (*TIMED, *TINY)}
+
+# The recipe's constants; `make` says what they mean.
+_N_TOPICS = 6
+_SPAN = 16
+_TILE = 16 * 1024
+_QUERY = {"sink": 0.8, "recent": 0.4, "first topic": 0.8, "second topic": 0.4, "noise": 0.3}
+_SINK_KEY, _RECENT_KEY, _TOPIC_KEY = 18.0, 20.0, 17.0
+
+
+def make(workload: Workload, *, n: int | None = None, seed: int | None = None) -> Problem:
+    """Draw the workload's inputs, with n tokens in place of its own if given.
+
+    With keys drawn alike and independent, the softmax is nearly flat and there is nothing to
+    select. Here, as in trained models, a query head looks for few things and a few tokens have
+    them. A KV head g has orthonormal directions u: one for the sink, one for recent tokens, and
+    six topics. With e standard normal noise:
+
+    keys     e; the first 4 tokens + 18 u_sink; the newest 512 + 20 exp(-age / 128) u_recent; and
+             spans of 16 tokens, one in 64, each + a u_topic, where a = 17 r^(-1/4) for the r-th
+             strongest span of the KV head
+    queries  sqrt(D) * (0.8 u_sink + 0.4 u_recent + 0.8 u_topic + 0.4 u_topic' + 0.3 e / sqrt(D)),
+             two topics a head; the queries of one call share them and differ in e
+    values   e, + 2 w_topic in a span of a topic (w another unit vector, times sqrt(D)), times 0.1
+             in the first 4 tokens: a sink's value is small
+
+    The scaled logits of the sink reach about 14, those of the strongest spans the same, over noise
+    of standard deviation 1.3; `bench.run` prints the retained mass that comes of it. Deterministic
+    in (workload, n, seed) on one machine and torch version.
+
+    e is a tile of 16K normal rows, repeated with other signs of its columns for every head and
+    repetition: a million tokens take seconds, and no second copy of the cache.
+    """
+    n = workload.n if n is None else n
+    w = workload
+    seed = w.seed if seed is None else seed
+    random = torch.Generator().manual_seed(seed)
+    lengths = [n * length // w.n for length in w.lengths()]
+    k_cache, v_cache = (_noise((w.B, w.Hkv, n, w.D), w.dtype, random) for _ in range(2))
+    q = torch.randn(w.B, w.Hq, w.Lq, w.D, generator=random) * _QUERY["noise"]
+    for b, length in enumerate(lengths):
+        for g in range(w.Hkv):
+            heads = slice(g * (w.Hq // w.Hkv), (g + 1) * (w.Hq // w.Hkv))
+            _plant(q[b, heads], k_cache[b, g, :length], v_cache[b, g, :length], random)
+    tables: dict[str, Any] = {"cache_seqlens": torch.tensor(lengths, dtype=torch.int32)}
+    if w.page_size is not None:
+        k_cache, v_cache, tables["block_table"] = _paged(k_cache, v_cache, w.page_size, random)
+    return Problem.build(q.to(w.dtype), k_cache, v_cache, w.config, **tables)
+
+
+def _noise(shape: tuple[int, int, int, int], dtype: torch.dtype, random: torch.Generator) -> Tensor:
+    B, H, n, D = shape
+    out = torch.empty(shape, dtype=dtype)
+    tile = torch.randn(min(n, _TILE), D, generator=random).to(dtype)
+    for part in out.view(B * H, n, D):
+        for start in range(0, n, _TILE):
+            signs = torch.randint(2, (D,), generator=random).mul_(2).sub_(1).to(dtype)
+            rows = part[start : start + _TILE]
+            torch.mul(tile[: len(rows)], signs, out=rows)
+    return out
+
+
+def _plant(q: Tensor, keys: Tensor, values: Tensor, random: torch.Generator) -> None:
+    """Add one KV head's structure to q (G, Lq, D), keys and values (n, D), in place."""
+    n, D = keys.shape
+    directions = torch.linalg.qr(torch.randn(D, D, generator=random)).Q
+    sink, recent, *rest = directions
+    topics, contents = torch.stack(rest[:_N_TOPICS]), torch.stack(rest[_N_TOPICS : 2 * _N_TOPICS])
+    for head in q:
+        first, second = torch.randperm(_N_TOPICS, generator=random)[:2]
+        aim = _QUERY["sink"] * sink + _QUERY["recent"] * recent
+        aim += _QUERY["first topic"] * topics[first] + _QUERY["second topic"] * topics[second]
+        head += math.sqrt(D) * aim
+
+    n_spans = max(_N_TOPICS, n // (64 * _SPAN))
+    starts = torch.randint(max(1, n - _SPAN), (n_spans,), generator=random)
+    strength = _TOPIC_KEY * torch.arange(1, n_spans + 1) ** -0.25
+    topic = torch.randint(_N_TOPICS, (n_spans,), generator=random)
+    topic[:_N_TOPICS] = torch.arange(_N_TOPICS)
+    for start, a, t in zip(starts.tolist(), strength, topic.tolist(), strict=True):
+        _add(keys[start : start + _SPAN], a * topics[t])
+        _add(values[start : start + _SPAN], 2 * math.sqrt(D) * contents[t])
+
+    age = torch.arange(min(n, 512), 0, -1) - 1
+    _add(keys[n - len(age) :], _RECENT_KEY * torch.exp(-age / 128)[:, None] * recent)
+    _add(keys[:4], _SINK_KEY * sink)
+    values[:4] *= 0.1
+
+
+def _add(rows: Tensor, what: Tensor) -> None:
+    rows.copy_(rows.float() + what)
+
+
+def _paged(
+    k_cache: Tensor, v_cache: Tensor, page_size: int, random: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same caches in pages, in random order, with one spare page a request."""
+    B, Hkv, n, _ = k_cache.shape
+    max_pages = math.ceil(n / page_size)
+    block_table = torch.randperm(B * (max_pages + 1), generator=random)[: B * max_pages]
+    block_table = block_table.view(B, max_pages)
+
+    def paged(cache: Tensor) -> Tensor:
+        pages = cache.new_zeros(B * (max_pages + 1), page_size, Hkv, cache.shape[3])
+        for b in range(B):
+            slots = (block_table[b, :, None] * page_size + torch.arange(page_size)).flatten()
+            pages.view(-1, Hkv, cache.shape[3])[slots[:n]] = cache[b].transpose(0, 1)
+        return pages
+
+    return paged(k_cache), paged(v_cache), block_table.to(torch.int32)

@@ -1,0 +1,35 @@
+"""Run code in a process of its own, where nothing has been imported or registered yet."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(
+    code: str | list[str],
+    *paths: Path,
+    env: dict[str, str] | None = None,
+    timeout: float = 120,
+) -> subprocess.CompletedProcess[str]:
+    """Run code, or `python -m ...` for a list, with `paths` importable. Warnings are errors."""
+    arguments = ["-c", code] if isinstance(code, str) else ["-m", *code]
+    path = os.pathsep.join(map(str, (*paths, ROOT)))
+    return subprocess.run(
+        [sys.executable, "-W", "error", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": path} | (env or {}),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def output(code: str, *paths: Path, timeout: float = 120) -> str:
+    """What code prints; its traceback is the failure if it fails."""
+    done = run(code, *paths, timeout=timeout)
+    assert done.returncode == 0, done.stderr
+    return done.stdout

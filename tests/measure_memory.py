@@ -1,0 +1,95 @@
+"""Peak extra memory of the cpu backend around score, select, attend, in a process of its own.
+
+python -m tests.measure_memory '{"Hq": 32, "Hkv": 1, "D": 64, "n": 1048576}'
+"""
+
+import json
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenselect import Problem, Rope, SelectConfig, attend, score, select
+
+STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def resident(name: str) -> int:
+    """Bytes of memory in use ("VmRSS"), or the most since the last `forget_peak` ("VmHWM")."""
+    if not STATUS.exists():  # macOS: only the peak is known, in bytes; the cache is its main part
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(name + ":"))
+    return int(line.split()[1]) * 1024
+
+
+def forget_peak() -> None:
+    if CLEAR_REFS.exists():
+        CLEAR_REFS.write_text("5")
+
+
+def caches(layout: str, Hkv: int, n: int, D: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """k_cache, v_cache and what else the layout needs, in memory that has been written to."""
+    if layout == "contiguous":
+        k_cache, v_cache = torch.empty(2, 1, Hkv, n, D, dtype=dtype).normal_()
+        return {"k_cache": k_cache, "v_cache": v_cache}
+    if layout == "token-major":  # keys and values of a token side by side
+        both = torch.empty(1, n, 2, Hkv, D, dtype=dtype).normal_()
+        k_cache, v_cache = (both[:, :, i].transpose(1, 2) for i in range(2))
+        return {"k_cache": k_cache, "v_cache": v_cache}
+    page_size = 16
+    k_cache, v_cache = torch.empty(2, n // page_size, page_size, Hkv, D, dtype=dtype).normal_()
+    block_table = torch.randperm(n // page_size, dtype=torch.int32)[None]
+    return {"k_cache": k_cache, "v_cache": v_cache, "block_table": block_table}
+
+
+def run(problem: Problem) -> tuple[Tensor, Tensor]:
+    selection = select(score(problem).votes, problem)
+    return attend(problem, selection).out, selection.positions
+
+
+def measure(
+    Hq: int,
+    Hkv: int,
+    D: int,
+    n: int,
+    Lq: int = 1,
+    dtype: str = "bfloat16",
+    layout: str = "contiguous",
+    rope: str | None = None,
+    config: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    torch.manual_seed(0)
+    turning = Rope(1e4 ** (-torch.arange(0, D, 2).double() / D), cached=rope) if rope else None
+
+    def problem(n: int) -> Problem:
+        given = caches(layout, Hkv, n, D, getattr(torch, dtype))
+        q = torch.randn(1, Hq, Lq, D).to(given["k_cache"].dtype)
+        settings = SelectConfig(**(config or {}))
+        return Problem.build(q, config=settings, rope=turning, **given)
+
+    run(problem(2**13))  # libraries are loaded, thread pools started
+    large = problem(n)
+    cache = large.k_cache.nbytes + large.v_cache.nbytes
+    forget_peak()
+    before = resident("VmRSS")
+    out, positions = run(large)
+    extra = resident("VmHWM") - before
+    equal = None
+    if layout == "token-major":
+        moved = large.k_cache.contiguous(), large.v_cache.contiguous()
+        expected, expected_positions = run(Problem.build(large.q, *moved, large.config))
+        equal = torch.equal(out, expected) and torch.equal(positions, expected_positions)
+    return {
+        "cache": cache,
+        "extra": extra,
+        "resident": before,
+        "finite": bool(out.isfinite().all()),
+        "equals_contiguous": equal,
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(**json.loads(sys.argv[1]))))

@@ -1,0 +1,290 @@
+"""The arithmetic of the contract: regions, ballots, capacity, presets, and what Problem derives."""
+
+import dataclasses
+from fractions import Fraction
+
+import pytest
+import torch
+
+from tests.problems import SMALL, lengths, paged, problem, rope, tensors
+from tokenselect import (
+    Backend,
+    Capability,
+    InvalidProblem,
+    Problem,
+    SelectConfig,
+    attention,
+    reasons,
+    score,
+    select,
+)
+
+
+def stage(*_: object) -> None:
+    raise AssertionError("metadata only")
+
+
+def backend(name: str = "mine", lenders: tuple[Backend, ...] = (), **limits: object) -> Backend:
+    return Backend(name, Capability(**limits), stage, stage, stage, lenders)
+
+
+# --- regions, ballots, capacity -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_sink", [0, 1, 3, 7])
+@pytest.mark.parametrize("n_local", [1, 2, 5])
+@pytest.mark.parametrize("Lq", [1, 2, 4])
+def test_regions_are_the_sets_of_the_definition(n_sink: int, n_local: int, Lq: int) -> None:
+    config = SelectConfig(k=0, n_sink=n_sink, n_local=n_local)
+    for n in range(Lq, 14):
+        # Query i, at n - Lq + i, is sure to see its n_local newest tokens, itself included.
+        local = {
+            position
+            for query in range(n - Lq, n)
+            for position in range(query + 1 - n_local, query + 1)
+            if position >= 0
+        }
+        sink = {position for position in range(n) if position < n_sink} - local
+        sink_end, local_start = config.regions(n, Lq)
+        assert set(range(sink_end)) == sink
+        assert set(range(sink_end, local_start)) == set(range(n)) - local - sink
+        assert set(range(local_start, n)) == local
+
+
+def test_regions_of_a_request_that_is_not_there() -> None:
+    assert SelectConfig().regions(0, 1) == (0, 0)
+
+
+@pytest.mark.parametrize("k", [0, 1, 2, 3, 7, 8, 2048])
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.3, 0.5, 1.0])
+def test_split_ballots_share_k(k: int, share: float) -> None:
+    (first, fixed), (second, true) = SelectConfig(k=k, score_at="split", fixed_share=share).ballots
+    assert (first, second) == ("fixed", "true")
+    assert fixed + true == k
+    exact = Fraction(share) * k
+    assert exact <= fixed < exact + 1
+
+
+@pytest.mark.parametrize("score_at", ["true", "fixed"])
+def test_one_ballot_takes_all_of_k(score_at: str) -> None:
+    assert SelectConfig(k=9, score_at=score_at).ballots == ((score_at, 9),)
+
+
+@pytest.mark.parametrize("max_reuse", [0, 5])
+@pytest.mark.parametrize("Lq", [1, 3])
+def test_capacity(Lq: int, max_reuse: int) -> None:
+    p = problem(shape={"Lq": Lq}, max_reuse=max_reuse)
+    assert derived(p)["K"] == 2 + 4 + 4 + Lq - 1 + max_reuse
+
+
+def test_capacity_is_never_more_than_the_cache() -> None:
+    p = problem(config={"k": 10**9})
+    assert p.K == p.Lk == 40
+
+
+@pytest.mark.parametrize("Lq", [1, 3])
+def test_a_full_selection_fills_the_capacity(Lq: int) -> None:
+    p = problem(shape={"Lq": Lq})
+    assert select(score(p).votes, p).count.unique().tolist() == [p.K]
+
+
+# --- presets, and the configuration as a mapping ------------------------------------------
+
+
+def test_faithful_is_the_default() -> None:
+    assert SelectConfig.faithful() == SelectConfig()
+    assert (SelectConfig().positions, SelectConfig().score_at) == ("original", "true")
+
+
+def test_extrapolate() -> None:
+    changed = {"positions": "contiguous", "score_at": "split"}
+    assert SelectConfig.extrapolate() == SelectConfig(**changed)
+
+
+def test_paper() -> None:
+    assert SelectConfig.paper() == SelectConfig(select_scale=1.0)
+
+
+@pytest.mark.parametrize("preset", ["faithful", "extrapolate", "paper"])
+def test_presets_take_changes(preset: str) -> None:
+    config = getattr(SelectConfig, preset)(k=7, score_at="fixed", select_scale=2.0)
+    assert (config.k, config.score_at, config.select_scale) == (7, "fixed", 2.0)
+
+
+@pytest.mark.parametrize("preset", ["faithful", "extrapolate", "paper"])
+def test_attention_takes_a_configuration(preset: str) -> None:
+    q, k_cache, v_cache = tensors()
+    config = getattr(SelectConfig, preset)(**SMALL)
+    same = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    out = attention(q, k_cache, v_cache, **config, rope=rope())
+    assert torch.equal(out, attention(q, k_cache, v_cache, **same, rope=rope()))
+
+
+def test_the_presets_differ_where_it_matters() -> None:
+    q, k_cache, v_cache = tensors(Lk=300)
+    faithful, extrapolate, paper = (
+        attention(q, k_cache, v_cache, **config(**SMALL), rope=rope(), return_info=True)[1]
+        for config in (SelectConfig.faithful, SelectConfig.extrapolate, SelectConfig.paper)
+    )
+    assert not torch.equal(faithful.lse, extrapolate.lse)
+    assert not torch.equal(faithful.selection.positions, paper.selection.positions)
+
+
+def test_a_configuration_is_a_mapping_of_its_fields() -> None:
+    config = SelectConfig(k=3, pool=5)
+    assert dict(**config) == dict(config) == dataclasses.asdict(config)
+
+
+@pytest.mark.parametrize("value", [SelectConfig(), Capability(), backend(), problem()])
+def test_values_cannot_be_changed(value: object) -> None:
+    field = dataclasses.fields(value)[0].name
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(value, field, None)
+
+
+def test_configurations_are_compared_and_hashed_by_value() -> None:
+    assert SelectConfig(k=3) == SelectConfig(k=3) != SelectConfig(k=4)
+    assert len({SelectConfig(k=3), SelectConfig(k=3), SelectConfig(k=4)}) == 2
+
+
+# --- problems -----------------------------------------------------------------------------
+
+
+def derived(p: Problem) -> dict[str, object]:
+    names = ("B", "Hq", "Hkv", "G", "Lq", "D", "Dv", "R", "S", "K", "scale", "select_scale")
+    return {name: getattr(p, name) for name in names}
+
+
+def test_a_contiguous_problem() -> None:
+    p = problem(shape={"Hq": 6, "Lq": 3, "D": 16, "Dv": 5})
+    assert derived(p) == {
+        "B": 2, "Hq": 6, "Hkv": 2, "G": 3, "Lq": 3, "D": 16, "Dv": 5, "R": 1, "S": 1, "K": 12,
+        "scale": 0.25, "select_scale": 0.25,
+    }  # fmt: skip
+    assert (p.is_paged, p.page_size, p.Lk) == (False, 40, 40)
+
+
+@pytest.mark.parametrize("page_size", [1, 3, 4, 64])
+def test_a_paged_problem_derives_the_same(page_size: int) -> None:
+    q, k_cache, v_cache = tensors(Hq=6, Lq=3, D=16, Dv=5)
+    k_pages, v_pages, block_table = paged(k_cache, v_cache, page_size)
+    p = problem(q, k_pages, v_pages, block_table=block_table)
+    expected = derived(problem(q, k_cache, v_cache))
+    assert derived(p) == expected
+    assert (p.is_paged, p.page_size) == (True, page_size)
+    assert p.Lk == -(-40 // page_size) * page_size
+
+
+def test_lengths_default_to_the_capacity() -> None:
+    p = problem()
+    assert p.cache_seqlens.tolist() == [40, 40]
+    assert p.cache_seqlens.dtype == torch.int32
+    k_pages, v_pages, block_table = paged(*tensors()[1:], page_size=3)
+    p = problem(None, k_pages, v_pages, block_table=block_table)
+    assert p.cache_seqlens.tolist() == [42, 42]
+
+
+def test_selections_and_ballots() -> None:
+    assert problem(config={"scope": "group"}).S == 2
+    assert problem(config={"score_at": "split"}, rope=rope()).R == 2
+
+
+def test_scales() -> None:
+    p = problem(scale=2)
+    assert (p.scale, p.select_scale) == (2.0, 2.0)
+    p = problem(scale=2, config={"select_scale": 1})
+    assert (p.scale, p.select_scale) == (2.0, 1.0)
+    assert isinstance(p.scale, float)
+    assert isinstance(p.select_scale, float)
+
+
+@pytest.mark.parametrize(
+    ("cached", "moving"),
+    [("rotated", {"contiguous", "fixed"}), ("raw", {"original", "true", "contiguous", "fixed"})],
+)
+def test_what_moves(cached: str, moving: set[str]) -> None:
+    p = problem(rope=rope(cached=cached))
+    places = ("original", "true", "contiguous", "fixed")
+    assert {where for where in places if p.moves(where)} == moving
+    assert not any(problem().moves(where) for where in places)
+
+
+def test_describe_gives_shapes_and_what_is_not_default() -> None:
+    p = problem(shape={"Dv": 5, "dtype": torch.bfloat16}, config={"vote": "hard"})
+    assert p.describe() == (
+        "B=2 Hq=4 Hkv=2 Lq=1 Lk=40 D=8 Dv=5 torch.bfloat16 on cpu (contiguous) "
+        "k=4 n_sink=2 n_local=4 vote='hard'"
+    )
+
+
+def test_describe_a_paged_problem() -> None:
+    k_pages, v_pages, block_table = paged(*tensors()[1:], page_size=16)
+    defaults = dataclasses.asdict(SelectConfig())
+    p = problem(None, k_pages, v_pages, block_table=block_table, config=defaults)
+    assert p.describe() == ("B=2 Hq=4 Hkv=2 Lq=1 Lk=48 D=8 Dv=8 torch.float32 on cpu (pages of 16)")
+
+
+def test_the_first_broken_rule_speaks() -> None:
+    q, k_cache, v_cache = tensors()
+    with pytest.raises(InvalidProblem, match="q has shape"):
+        Problem.build(q[0], k_cache, v_cache, SelectConfig(k=-1))
+
+
+# --- why not ------------------------------------------------------------------------------
+
+
+def test_no_limits_no_reasons() -> None:
+    assert reasons(backend(), problem()) == []
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        ({"devices": ("cuda", "xpu")}, "device is cpu; mine takes cuda, xpu"),
+        ({"dtypes": (torch.float16,)}, "dtype is torch.float32; mine takes torch.float16"),
+        ({"head_dims": (64, 128)}, "head dim is 8; mine takes 64, 128"),
+        ({"head_dims": range(16, 257, 16)}, "head dim is 8; mine takes 16 to 256 in steps of 16"),
+        ({"group_sizes": (1,)}, "query heads per KV head is 2; mine takes 1"),
+        ({"group_sizes": range(4, 9)}, "query heads per KV head is 2; mine takes 4 to 8"),
+        ({"layouts": ("paged",)}, "cache layout is contiguous; mine takes paged"),
+        ({"votes": ("hard",)}, "vote is soft; mine takes hard"),
+        ({"normalizes": ("candidates",)}, "normalize is visible; mine takes candidates"),
+        ({"scopes": ("group",)}, "scope is layer; mine takes group"),
+        ({"positions": ("contiguous",)}, "positions is original; mine takes contiguous"),
+        ({"score_ats": ("fixed", "split")}, "score_at is true; mine takes fixed, split"),
+    ],
+)
+def test_a_reason_says_what_is_and_what_is_needed(limits: dict[str, object], expected: str) -> None:
+    assert reasons(backend(**limits), problem()) == [expected]
+
+
+def test_every_limit_has_its_reason() -> None:
+    """No field of Capability that limits anything is left out of `reasons`."""
+    limits = {field.name for field in dataclasses.fields(Capability)}
+    limits -= {"graph_safe", "deterministic"}
+    for name in limits:
+        assert len(reasons(backend(**{name: ()}), problem(shape={"Dv": 8}))) == 1, name
+
+
+def test_both_head_dims_count() -> None:
+    assert reasons(backend(head_dims=(8,)), problem(shape={"Dv": 5})) == [
+        "head dim is 5; mine takes 8"
+    ]
+
+
+def test_all_reasons_are_given() -> None:
+    whys = reasons(backend(devices=("cuda",), votes=("hard",)), problem())
+    assert whys == ["device is cpu; mine takes cuda", "vote is soft; mine takes hard"]
+
+
+def test_a_lenders_limits_count() -> None:
+    mine = backend(lenders=(backend("lender", layouts=("paged",)), backend("other")))
+    assert reasons(mine, problem()) == [
+        "(stage borrowed from lender) cache layout is contiguous; lender takes paged"
+    ]
+
+
+def test_reasons_read_no_tensor() -> None:
+    q, k_cache, v_cache = (x.to("meta") for x in tensors())
+    p = problem(q, k_cache, v_cache, cache_seqlens=lengths(4, 4).to("meta"))
+    assert reasons(backend(devices=("meta",)), p) == []
