@@ -12,7 +12,7 @@ from tokenselect import Backend, UnknownBackend, backends, register
 from tokenselect.registry import load
 
 _SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
-settings.register_profile("quick", max_examples=40, deadline=None, suppress_health_check=_SLOW)
+settings.register_profile("quick", max_examples=100, deadline=None, suppress_health_check=_SLOW)
 settings.register_profile("thorough", settings.get_profile("quick"), max_examples=1000)
 # In CI the same problems every time; the random runs are `make props` and everybody's own.
 settings.register_profile("ci", settings.get_profile("quick"), derandomize=True, database=None)

@@ -304,8 +304,11 @@ class Chosen:
         return problem, positions, count
 
 
-def chosen() -> st.SearchStrategy[Chosen]:
-    return st.builds(Chosen, cases(), st.sampled_from([0.0, 0.1, 0.5, 1.0]), st.integers(0, 2**16))
+def chosen(**fixed: Any) -> st.SearchStrategy[Chosen]:
+    """Any problem and any selection; `fixed` pins settings of the problem."""
+    return st.builds(
+        Chosen, cases(**fixed), st.sampled_from([0.0, 0.1, 0.5, 1.0]), st.integers(0, 2**16)
+    )
 
 
 def with_config(problem: Problem, **changes: Any) -> Problem:

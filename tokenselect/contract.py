@@ -341,12 +341,12 @@ def reasons(backend: Backend, problem: Problem) -> list[str]:
     found = []
     for what, needed, name in _NEEDS:
         allowed = getattr(backend.capability, name)
-        for value in dict.fromkeys(needed(problem)):
+        for value in needed(problem):
             if allowed is not None and value not in allowed:
                 found.append(f"{what} is {value}; {backend.name} takes {listed(allowed)}")
     for lender in backend.lenders:
         found += [f"(stage borrowed from {lender.name}) {why}" for why in reasons(lender, problem)]
-    return found
+    return list(dict.fromkeys(found))
 
 
 def listed(allowed: Container[object]) -> str:

@@ -92,8 +92,9 @@ def _import(name: str, target: str | Backend) -> Backend:
 
 def _check_name(name: str, target: object) -> Backend:
     if not isinstance(target, Backend) or target.name != name:
+        came = f"Backend({target.name!r}, ...)" if isinstance(target, Backend) else repr(target)
         raise InvalidProblem(
-            f"backend {name!r} is {target!r}",
+            f"backend {name!r} is {came}",
             "the target is a Backend whose own name is the registered one",
             f"define Backend({name!r}, ...)",
         )

@@ -169,8 +169,10 @@ class SelectionCache:
                 )
         missing = problem.K - self._state.positions.shape[2]
         if missing > 0:
-            padded = torch.nn.functional.pad(self._state.positions, (0, missing), value=-1)
-            self._state.positions = padded
+            with torch.inference_mode(False):
+                wider = self._state.positions.new_full((problem.B, problem.S, problem.K), -1)
+            wider[:, :, :-missing] = self._state.positions
+            self._state.positions = wider
         return self._state
 
     @staticmethod
@@ -179,14 +181,16 @@ class SelectionCache:
             return torch.zeros(shape, dtype=dtype, device=problem.q.device)
 
         B, S = problem.B, problem.S
-        return _State(
-            query=zeros(B, problem.Hq * problem.D, dtype=torch.float32),
-            positions=zeros(B, S, problem.K) - 1,
-            count=zeros(B, S),
-            seen=zeros(B),
-            hits=zeros(B, dtype=torch.int64),
-            misses=zeros(B, dtype=torch.int64),
-        )
+        # State made in inference mode could not be updated outside of it.
+        with torch.inference_mode(False):
+            return _State(
+                query=zeros(B, problem.Hq * problem.D, dtype=torch.float32),
+                positions=zeros(B, S, problem.K) - 1,
+                count=zeros(B, S),
+                seen=zeros(B),
+                hits=zeros(B, dtype=torch.int64),
+                misses=zeros(B, dtype=torch.int64),
+            )
 
     @staticmethod
     def _extended(state: _State, problem: Problem) -> Selection:
