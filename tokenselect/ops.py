@@ -4,6 +4,7 @@ One operator a stage for all backends: the backend's name is an argument. A Prob
 tensors and settings, in the order of `_SCHEMA`.
 """
 
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
@@ -143,9 +144,22 @@ def _fake_checked_seqlens(cache_seqlens: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(cache_seqlens)
 
 
+def _without_autocast(run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run`, with autocast off inside: it would round logits to its dtype without a word."""
+
+    def wrapped(first: Tensor, *args: Any) -> Any:
+        device = first.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return run(first, *args)
+        return run(first, *args)
+
+    return wrapped
+
+
 def _define(name: str, schema: str, run: Any, fake: Any) -> None:
     _library.define(f"{name}({schema}", tags=torch.Tag.pt2_compliant_tag)
-    _library.impl(name, run, "CompositeExplicitAutograd")
+    _library.impl(name, _without_autocast(run), "CompositeExplicitAutograd")
     torch.library.register_fake(f"tokenselect::{name}", fake, lib=_library)
 
 
