@@ -38,7 +38,8 @@ and the largest. Ratios are medians of the ratios within a round, likewise. The 
 the cache that have to be read, by the formula in `bench/run.py`; *of read* is their rate as a share
 of the fastest plain read of memory found on the machine. Inputs resemble attention: see `make` in
 `bench/workloads.py`. *Retained mass* is the share of the dense softmax on the selection, least and
-mean over heads.
+mean over heads. *Threads ran at a time* is CPU time over wall time: less than the threads asked for
+means that others had the machine too.
 """
 
 
@@ -87,7 +88,10 @@ def _overview(result: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _facts(result: dict[str, Any]) -> str:
-    facts = f"{result['inputs']}; {result['attended']} tokens attended to"
+    facts = (
+        f"{result['inputs']}; {result['attended']} tokens attended to; "
+        f"{result['on_cpu']:.2f} threads ran at a time"
+    )
     if result["peak_memory_gib"] is not None:
         facts += f"; peak memory {result['peak_memory_gib']:.1f} GiB, checks included"
     return facts + "."

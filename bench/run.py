@@ -1,6 +1,6 @@
 """python -m bench.run: what a selection takes, beside the best dense attention there is.
 
-    python -m bench.run [--workload NAME ...] [--threads 1] [--repeats N] [--quick] [--save]
+    python -m bench.run [--workload NAME ...] [--threads 1] [--repeats N] [--quick] [--save SHORT]
 
 First equivalence, on the inputs that are timed: no figure comes of a backend that is wrong, and
 the exit code says so. Then times, both sides alternating in one run. `--docs` prints the page
@@ -119,7 +119,9 @@ def measure(workload: Workload, backend: str, repeats: int, seconds: float) -> d
     ]
     _progress(f"{workload.name}: timing")
     hits = int(cache.hits.sum())
+    wall, busy = time.perf_counter(), time.process_time()
     times = alternate(sides, repeats, seconds)
+    wall, busy = time.perf_counter() - wall, time.process_time() - busy
     if int(cache.hits.sum()) - hits < problem.B * len(times["reused"]):
         raise NotEquivalent("a call that was to reuse its selection selected afresh")
     return {
@@ -130,6 +132,7 @@ def measure(workload: Workload, backend: str, repeats: int, seconds: float) -> d
         "retained_mass": {"min": float(mass.min()), "mean": float(mass.mean())},
         "attended": int(selection.count.max()),
         "peak_memory_gib": _peak_memory(),
+        "on_cpu": busy / wall,
         "sides": [_summary(side, times[side.name]) for side in sides],
         "ratios": _ratios(sides, times),
     }
@@ -411,8 +414,10 @@ def table(result: dict[str, Any], read_gb_per_s: float) -> str:
         lines.append(
             f"  {label:58} {ratio['median']:6.3f}  ({ratio['min']:.3f} to {ratio['max']:.3f})"
         )
+    last = f"  {result['on_cpu']:.2f} threads ran at a time"
     if result["peak_memory_gib"] is not None:
-        lines.append(f"  peak memory {result['peak_memory_gib']:.1f} GiB, checks included")
+        last += f"; peak memory {result['peak_memory_gib']:.1f} GiB, checks included"
+    lines.append(last)
     return "\n".join(lines)
 
 

@@ -189,7 +189,7 @@ def test_the_result_says_what_was_measured_where(report: dict[str, Any]) -> None
     for result in report["workloads"]:
         assert set(result) == {
             *("name", "inputs", "backend", "checks", "retained_mass", "attended"),
-            *("peak_memory_gib", "sides", "ratios"),
+            *("peak_memory_gib", "on_cpu", "sides", "ratios"),
         }
         names = [side["name"] for side in result["sides"]]
         selections_and_stages = ["fresh", "reused", "score", "select", "attend"]

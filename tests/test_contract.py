@@ -246,7 +246,13 @@ def test_no_limits_no_reasons() -> None:
         ({"head_dims": range(16, 257, 16)}, "head dim is 8; mine takes 16 to 256 in steps of 16"),
         ({"group_sizes": (1,)}, "query heads per KV head is 2; mine takes 1"),
         ({"group_sizes": range(4, 9)}, "query heads per KV head is 2; mine takes 4 to 8"),
+        ({"query_lengths": range(2, 65)}, "number of queries is 1; mine takes 2 to 64"),
         ({"layouts": ("paged",)}, "cache layout is contiguous; mine takes paged"),
+        ({"softcaps": (True,)}, "softcap in use is False; mine takes True"),
+        ({"sink_logits": (True,)}, "sink_logits in use is False; mine takes True"),
+        ({"ropes": ("rotated",)}, "rope is none; mine takes rotated"),
+        ({"pools": (3, 5)}, "pool is 1; mine takes 3, 5"),
+        ({"query_means": (2,)}, "query means is 1; mine takes 2"),
         ({"votes": ("hard",)}, "vote is soft; mine takes hard"),
         ({"normalizes": ("candidates",)}, "normalize is visible; mine takes candidates"),
         ({"scopes": ("group",)}, "scope is layer; mine takes group"),
@@ -260,10 +266,20 @@ def test_a_reason_says_what_is_and_what_is_needed(limits: dict[str, object], exp
 
 def test_every_limit_has_its_reason() -> None:
     """No field of Capability that limits anything is left out of `reasons`."""
+    k_pages, v_pages, block_table = paged(*tensors()[1:])
+    p = problem(None, k_pages, v_pages, block_table=block_table)
     limits = {field.name for field in dataclasses.fields(Capability)}
     limits -= {"graph_safe", "deterministic"}
     for name in limits:
-        assert len(reasons(backend(**{name: ()}), problem(shape={"Dv": 8}))) == 1, name
+        assert len(reasons(backend(**{name: ()}), p)) == 1, name
+
+
+def test_page_sizes_count_where_there_are_pages() -> None:
+    k_pages, v_pages, block_table = paged(*tensors()[1:], page_size=4)
+    mine = backend(page_sizes=(16, 32))
+    p = problem(None, k_pages, v_pages, block_table=block_table)
+    assert reasons(mine, p) == ["page size is 4; mine takes 16, 32"]
+    assert reasons(mine, problem()) == []
 
 
 def test_both_head_dims_count() -> None:

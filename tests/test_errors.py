@@ -86,14 +86,21 @@ def registered(name: Any, target: Any) -> Callable[[], object]:
 
 
 def run_on(backend: Backend) -> object:
-    """A call on a backend that is registered for its duration only."""
-    targets = registry._targets
     register(backend.name, backend)
-    try:
-        return call(backend=backend.name)
-    finally:
-        del targets[backend.name]
-        registry._loaded.pop(backend.name, None)
+    return call(backend=backend.name)
+
+
+@pytest.fixture(autouse=True)
+def _only_built_in_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The texts list the registered names: here those of this library, and for one test only."""
+    own = {
+        name: target
+        for name, target in registry._targets.items()
+        if isinstance(target, str) and target.startswith("tokenselect.")
+    }
+    monkeypatch.setattr(registry, "_targets", own)
+    monkeypatch.setattr(registry, "_loaded", {})
+    monkeypatch.setattr(registry, "_scanned", True)
 
 
 class Case(NamedTuple):
@@ -212,6 +219,10 @@ CASES: dict[str, Case] = {
     "q_requires_grad": Case(lambda: call(q=Q.clone().requires_grad_()), ("q", "requires grad")),
     "v_cache_requires_grad": Case(
         lambda: call(v_cache=V_CACHE.clone().requires_grad_()), ("v_cache", "requires grad")
+    ),
+    "sink_logits_require_grad": Case(
+        lambda: call(sink_logits=torch.zeros(4, requires_grad=True)),
+        ("sink_logits", "requires grad"),
     ),
     # lengths and block tables
     "length_beyond_cache": Case(

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.problems import SMALL, lengths, rope, tensors
 from tokenselect import SelectionCache, attention
@@ -42,11 +43,11 @@ SURROUNDINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 }
 
 
-def call(backend: str) -> tuple[Any, ...]:
+def call(backend: str, inputs: tuple[Tensor, ...], n: Tensor) -> tuple[Any, ...]:
     out, info = attention(
-        *tensors(Lq=3),
+        *inputs,
         **SMALL,
-        cache_seqlens=lengths(40, 33),
+        cache_seqlens=n,
         rope=ROPE,
         positions="contiguous",
         score_at="split",
@@ -60,15 +61,11 @@ def call(backend: str) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("surroundings", SURROUNDINGS)
-def test_a_call_is_the_same_bit_for_bit(
-    surroundings: str, backend: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    expected = call(backend)
+def test_a_call_is_the_same_bit_for_bit(surroundings: str, backend: str) -> None:
     inputs, n = tensors(Lq=3), lengths(40, 33)
-    monkeypatch.setattr("tests.test_surroundings.tensors", lambda **_: inputs)
-    monkeypatch.setattr("tests.test_surroundings.lengths", lambda *_: n)
+    expected = call(backend, inputs, n)
     with SURROUNDINGS[surroundings]():
-        got = call(backend)
+        got = call(backend, inputs, n)
     for mine, theirs in zip(got, expected, strict=True):
         assert (mine.dtype, mine.device) == (theirs.dtype, theirs.device)
         assert torch.equal(mine, theirs)

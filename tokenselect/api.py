@@ -227,13 +227,14 @@ def _ready(problem: Problem, backend: str, validate: bool | None) -> tuple[str, 
             "the stages take a tokenselect.Problem",
             "make one with Problem.build, or call attention",
         )
-    inputs = (problem.q, problem.k_cache, problem.v_cache)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
-        raise InvalidProblem(
-            "q, k_cache or v_cache requires grad",
-            "attention over a KV cache is for inference and has no backward pass",
-            "call it under torch.inference_mode() or torch.no_grad()",
-        )
+    for argument in ("q", "k_cache", "v_cache", "sink_logits"):
+        tensor = getattr(problem, argument)
+        if torch.is_grad_enabled() and tensor is not None and tensor.requires_grad:
+            raise InvalidProblem(
+                f"{argument} requires grad",
+                "attention over a KV cache is for inference and has no backward pass",
+                "call it under torch.inference_mode() or torch.no_grad()",
+            )
     name = registry.resolve(backend, problem)
     if _reads_values(problem, validate):
         problem = replace(problem, cache_seqlens=ops.checked_seqlens(problem))
