@@ -42,6 +42,8 @@ def chosen(config: pytest.Config) -> list[str]:
             name = backend.name
             if name not in backends():
                 register(name, backend)
+            elif load(name) is not backend:
+                raise pytest.UsageError(f"--backend={asked}: another backend is named {name!r}")
         try:
             load(name)
         except UnknownBackend as error:

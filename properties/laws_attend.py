@@ -103,3 +103,22 @@ def a_query_sees_nothing_after_itself(backend: Backend, drawn: Chosen) -> None:
 def replace_rows(truth: torch.Tensor, got: torch.Tensor) -> torch.Tensor:
     """`got`, but for the last query, whose row is taken from `truth`."""
     return torch.cat((got[:, :, :-1], truth[:, :, -1:]), dim=2)
+
+
+@law(chosen(), Chosen(Case(lengths=(1, 30)), 1.0, 0), Chosen(Case(lengths=(30,), G=7), 1.0, 0))
+def logits_that_are_all_minus_infinity_give_what_dense_attention_gives(
+    backend: Backend, drawn: Chosen
+) -> None:
+    """NaN: such a query sees tokens, and none of them has any weight. With a sink: zeros."""
+    problem, *selection = drawn.make()
+    able(backend, problem)
+    filled = replace(
+        problem,
+        q=torch.ones_like(problem.q),
+        k_cache=torch.full_like(problem.k_cache, -torch.inf),
+    )
+    if problem.rope is not None or problem.softcap is not None:
+        raise CannotRun("infinite keys that are moved, or capped to finite logits")
+    selection = Selection(*selection)
+    finding = attend_budget(filled, selection).compare(backend.attend(filled, selection))
+    assert finding.holds, finding

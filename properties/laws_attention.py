@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from properties.law import able, law
-from properties.strategies import NAMED, Case, cases, with_config
+from properties.strategies import NAMED, Case, cases, in_float64, with_config
 from tokenselect import Backend, Info, Problem, SelectConfig, Selection
 from tokenselect.api import attention
 from tokenselect.budgets import Budget, attend_budget, choice_finding, exact, score_budget
@@ -107,7 +107,7 @@ def torch_dense(problem: Problem) -> Tensor:
 )
 def with_every_candidate_it_is_dense_attention(backend: Backend, case: Case) -> None:
     """To 1e-12 in float64, whatever the layout, strides, lengths, votes and scope."""
-    problem = able(backend, case.problem())
+    problem = able(backend, in_float64(case).problem())
     out, info = run(backend, problem)
     dense = torch_dense(problem)
     size = dense.abs().amax().clamp(min=1)
@@ -267,7 +267,7 @@ DEFAULTS = {
 )
 def no_other_set_of_k_candidates_retains_more_mass(backend: Backend, case: Case) -> None:
     """Summed over heads, with the defaults, against every set there is."""
-    case = replace(case, lengths=tuple(min(n, 12) for n in case.lengths))
+    case = replace(in_float64(case), lengths=tuple(min(n, 12) for n in case.lengths))
     problem = able(backend, case.problem())
     _, info = run(backend, problem)
     for b, n in enumerate(problem.cache_seqlens.tolist()):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from properties.law import CannotRun, able, law
 from properties.laws_attention import rows_of, run
-from properties.strategies import FILL, Case, cases, with_config
+from properties.strategies import FILL, Case, cases, in_float64, with_config
 from tokenselect import Backend, Problem, Scores, SelectConfig
 from tokenselect.budgets import Budget, attend_budget, compare_selection, score_budget
 
@@ -191,7 +191,9 @@ def a_constant_added_to_all_values_moves_the_output_by_it(backend: Backend, case
 )
 def keys_may_be_cached_rotated_or_raw(backend: Backend, case: Case) -> None:
     """Raw queries and keys, against the same rotated at their true positions beforehand."""
-    raw = able(backend, replace(case, rope="raw", page_size=None, filler="zeros").problem())
+    raw = able(
+        backend, replace(in_float64(case), rope="raw", page_size=None, filler="zeros").problem()
+    )
     rope, n = raw.rope, raw.cache_seqlens
     places = torch.arange(raw.Lk)
     new = torch.arange(-raw.Lq, 0) + n[:, None]
@@ -220,3 +222,14 @@ def what_fits_is_not_moved(backend: Backend, case: Case) -> None:
     contiguous = with_config(problem, positions="contiguous", **config)
     (out, info), (moved, _) = run(backend, original), run(backend, contiguous)
     near("out", out, moved, attend_budget(original, info.selection).out)
+
+
+@law(cases(), Case(lengths=(60,), content="equal", Lq=5), Case(lengths=(60, 9), page_size=2))
+def what_is_declared_deterministic_repeats_to_the_bit(backend: Backend, case: Case) -> None:
+    if not backend.capability.deterministic:
+        raise CannotRun("deterministic")
+    problem = able(backend, case.problem())
+    (out, info), (again, repeated) = run(backend, problem), run(backend, problem)
+    same(backend, "positions", info.selection.positions, repeated.selection.positions)
+    same(backend, "out", out, again)
+    same(backend, "lse", info.lse, repeated.lse)

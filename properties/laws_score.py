@@ -1,6 +1,7 @@
 """Stage 1: votes and lse are within their budget of the reference in float64."""
 
 import torch
+from hypothesis import strategies as st
 
 from properties.law import able, law
 from properties.strategies import NAMED, Case, cases
@@ -41,4 +42,23 @@ def a_key_that_is_not_finite_gets_no_votes(backend: Backend, case: Case) -> None
     scores = backend.score(problem)
     assert not scores.votes.isnan().any(), "votes are never NaN"
     finding = score_budget(problem).compare(scores)
+    assert finding.holds, finding
+
+
+@law(
+    st.just(
+        Case(
+            lengths=(2**15,),
+            Hkv=1,
+            G=1,
+            Dv=1,
+            rope="rotated",
+            config=SelectConfig(8, 2, 4, vote="logit", score_at="fixed"),
+        )
+    )
+)
+def keys_far_out_are_moved_exactly(backend: Backend, case: Case) -> None:
+    """A float32 angle is off by a thousandth out there: angles are float64, or tables exact."""
+    problem = able(backend, case.problem())
+    finding = score_budget(problem).compare(backend.score(problem))
     assert finding.holds, finding

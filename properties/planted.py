@@ -15,6 +15,7 @@ from tokenselect import (
     Attended,
     Backend,
     Problem,
+    Rope,
     Scores,
     Selection,
     SelectionCache,
@@ -153,6 +154,41 @@ def score_rounds_queries_to_bfloat16(p: Problem) -> Scores:
 def score_rounds_frequencies_to_bfloat16(p: Problem) -> Scores:
     rope = p.rope and replace(p.rope, inv_freq=p.rope.inv_freq.bfloat16().float())
     return CPU.score(replace(p, rope=rope))
+
+
+class _Float32Rope(Rope):
+    """Moves by an angle computed in float32."""
+
+    def place(self, x: Tensor, position: Tensor, at: Tensor) -> Tensor:
+        angle = (at - position).float()[..., None] * self.inv_freq.float()
+        first, second = x[..., : self.rotary_dim].chunk(2, dim=-1)
+        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        turned = torch.cat((first * cos - second * sin, first * sin + second * cos), -1)
+        return torch.cat((turned, x[..., self.rotary_dim :]), -1)
+
+
+@plant("score")
+def score_moves_keys_by_a_float32_angle(p: Problem) -> Scores:
+    rope = p.rope
+    if rope is None or rope.interleaved or rope.cached == "raw":
+        return CPU.score(p)
+    return CPU.score(replace(p, rope=_Float32Rope(rope.inv_freq)))
+
+
+@plant("score")
+def score_gives_hard_votes_to_one_too_few(p: Problem) -> Scores:
+    if p.config.vote != "hard":
+        return CPU.score(p)
+    return CPU.score(configured(p, k=max(0, p.config.k - 1)))
+
+
+@plant("score")
+def score_rounds_to_tf32(p: Problem) -> Scores:
+    """Ten bits of mantissa for the queries, as a matrix unit in TF32 would."""
+    if p.q.dtype not in (torch.float32, torch.bfloat16):
+        return CPU.score(p)
+    q = (p.q.float().view(torch.int32) & ~0x1FFF).view(torch.float32)
+    return CPU.score(replace(p, q=q.to(p.q.dtype)))
 
 
 @plant("score")

@@ -316,6 +316,11 @@ def with_config(problem: Problem, **changes: Any) -> Problem:
     return replace(problem, config=replace(problem.config, **changes))
 
 
+def in_float64(case: Case) -> Case:
+    """For laws whose tolerance is that of float64, also where the backend does not take it."""
+    return replace(case, dtype=torch.float64)
+
+
 # Where a case may be bent to what a backend takes: the capability, the field, what to try instead.
 _CASE_FIELDS = (
     ("dtypes", "dtype", DTYPES),

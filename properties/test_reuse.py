@@ -12,7 +12,15 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_sta
 from torch import Tensor
 
 from properties.planted import PLANTED_CACHES
-from tokenselect import Backend, Problem, SelectConfig, Selection, SelectionCache, attention
+from tokenselect import (
+    Backend,
+    Problem,
+    SelectConfig,
+    Selection,
+    SelectionCache,
+    attention,
+    reasons,
+)
 from tokenselect.budgets import attend_budget, choice_finding, score_budget
 
 CONFIG = SelectConfig(k=3, n_sink=1, n_local=2)
@@ -216,6 +224,17 @@ def machine(backend: str, make_cache: type[SelectionCache], theta: float | None 
 
 def steps(examples: int, count: int) -> settings:
     return settings(settings.get_profile("quick"), max_examples=examples, stateful_step_count=count)
+
+
+@pytest.fixture(autouse=True)
+def _able(request: pytest.FixtureRequest) -> None:
+    """The machine's problems are of one kind: a backend that cannot run it is not hidden here."""
+    if "backend" in request.fixturenames:
+        x = torch.ones(1, HKV * G, 1, D)
+        problem = Problem.build(x, x[:, :HKV], x[:, :HKV], CONFIG)
+        why_not = reasons(request.getfixturevalue("backend"), problem)
+        if why_not:
+            pytest.skip("; ".join(why_not))
 
 
 def test_cache_follows_the_model(backend: Backend) -> None:

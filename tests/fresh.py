@@ -9,10 +9,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def run(
-    code: str | list[str],
-    *paths: Path,
-    env: dict[str, str] | None = None,
-    timeout: float = 120,
+    code: str | list[str], *paths: Path, timeout: float = 120
 ) -> subprocess.CompletedProcess[str]:
     """Run code, or `python -m ...` for a list, with `paths` importable. Warnings are errors."""
     arguments = ["-c", code] if isinstance(code, str) else ["-m", *code]
@@ -20,7 +17,8 @@ def run(
     return subprocess.run(
         [sys.executable, "-W", "error", *arguments],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": path} | (env or {}),
+        # Several test runs may share the cores: threads would wait for one another.
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=timeout,

@@ -10,9 +10,6 @@ import torch
 from tests import fresh
 from tokenselect import check, registry
 
-# The problems are small: threads would only wait for one another.
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}
-
 PLANTED = """
 import dataclasses, sys
 import torch
@@ -65,7 +62,7 @@ WRONG = ["wrong_heads", "last_of_equals", "one_too_few", "reads_all", "gives_up"
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return fresh.run(["tokenselect.check", *arguments], env=ONE_THREAD)
+    return fresh.run(["tokenselect.check", *arguments])
 
 
 def section(output: str, backend: str) -> dict[str, str]:
@@ -78,7 +75,7 @@ def section(output: str, backend: str) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def planted() -> subprocess.CompletedProcess[str]:
     named = [x for name in ("right", "float32_only", *WRONG) for x in ("--backend", name)]
-    return fresh.run(PLANTED + f"sys.exit(check.main({named!r}))\n", env=ONE_THREAD)
+    return fresh.run(PLANTED + f"sys.exit(check.main({named!r}))\n")
 
 
 def test_all_is_right_here() -> None:

@@ -1,8 +1,8 @@
 """How far a backend may be from the truth, stage by stage; derived, not chosen.
 
 The truth is the reference run in float64 on the same inputs. A budget is a first-order bound on
-what float32 arithmetic (float64, for float64 inputs) in any order of addition can do to it, entry
-by entry: no norm over a whole tensor, which would hide one wrong row. docs/numerics.md derives it.
+what float32 arithmetic (float64, for float64 inputs) can do to it, entry by entry: no norm over a
+whole tensor, which would hide one wrong row. docs/numerics.md derives it.
 Every measure is an error as a share of its budget, so that at most 1 holds.
 """
 
@@ -126,21 +126,17 @@ def score_budget(problem: Problem) -> ScoreBudget:
         for ballot, (score_at, _) in enumerate(c.ballots):
             queries, keys = placed_to_score(truth, b, n, score_at)
             keys = keys.repeat_interleave(problem.G, 0)
-            error = _logit_error(problem, queries, keys, problem.select_scale)
-            head_slack = torch.zeros_like(error[:, candidates])
+            head_slack = torch.zeros_like(keys[:, candidates, 0])
             for run in queries.tensor_split(min(c.n_query_means, problem.Lq), dim=1):
-                s = _logits(problem, run.mean(1, keepdim=True), keys, problem.select_scale)[:, 0]
+                s, error = _mean_logits(problem, run, keys)
                 head_slack += _vote_slack(s, error, candidates, problem, u)
             slack = torch.stack([part.sum(0) for part in head_slack.chunk(problem.S)])
             if c.pool > 1 and slack.shape[1] > 0:
                 slack = torch.nn.functional.max_pool1d(slack[:, None], c.pool, 1, c.pool // 2)[:, 0]
-            rounding = votes[b, ballot, :, candidates].double().abs().nan_to_num(posinf=0.0) * (
-                torch.finfo(torch.float32).eps
-            )
+            rounding = _rounding(votes[b, ballot, :, candidates])
             vote_slack[b, ballot, :, candidates] = slack + rounding
-            s = _logits(problem, queries.mean(1, keepdim=True), keys, problem.select_scale)[:, 0]
-            relative = _softmax_error(s, error, u).amax(1)
-            lse_slack[b] = relative + 2**-23 * lse[b].double().abs().nan_to_num(posinf=0.0)
+            s, error = _mean_logits(problem, queries, keys)
+            lse_slack[b] = _softmax_error(s, error, u).lse + _rounding(lse[b])
     return ScoreBudget(Budget(votes.double(), vote_slack), Budget(lse.double(), lse_slack))
 
 
@@ -151,24 +147,58 @@ def _logits(problem: Problem, queries: Tensor, keys: Tensor, scale: float) -> Te
     return torch.where(s.isfinite(), capped, -math.inf)
 
 
-def _logit_error(problem: Problem, queries: Tensor, keys: Tensor, scale: float) -> Tensor:
-    """Bound on the error of each logit (Hq, n): dot product, mean, rotation, scale, softcap."""
-    largest_query = queries.norm(dim=-1).amax(-1, keepdim=True)
-    terms = problem.D + problem.Lq + 24  # roundings: sums over D and Lq, two rotations, products
-    error = unit_roundoff(problem) * terms * scale * largest_query * keys.norm(dim=-1)
+def _mean_logits(problem: Problem, run: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (Hq, n) of the mean of a run of queries (Hq, L, D), and bounds on their errors."""
+    scale = problem.select_scale
+    size = run.norm(dim=-1).mean(1, keepdim=True)  # at least the norm of the mean
+    error = _logit_error(problem, size, keys, scale, averaged=run.shape[1])
+    return _logits(problem, run.mean(1, keepdim=True), keys, scale)[:, 0], error[:, 0]
+
+
+def _logit_error(
+    problem: Problem, sizes: Tensor, keys: Tensor, scale: float, averaged: int = 1
+) -> Tensor:
+    """Bound on the errors of logits (H, L, n) of queries of norms `sizes` (H, L).
+
+    The dot product and the mean by Cauchy-Schwarz; two rotations, the scale, the softcap.
+    """
+    roundings = _summing(problem.D) + _summing(averaged) + 24
+    error = (
+        unit_roundoff(problem) * roundings * scale * sizes[..., None] * keys.norm(dim=-1)[:, None]
+    )
     if problem.softcap is not None:
         error = error + 8 * unit_roundoff(problem) * problem.softcap
     finite: Tensor = error.nan_to_num(nan=0.0, posinf=0.0)  # such a logit counts as -inf, exactly
     return finite
 
 
-def _softmax_error(s: Tensor, error: Tensor, u: float) -> Tensor:
-    """Bound on the relative error of each exp(s - lse), from that of the logits; along dim -1."""
+def _summing(terms: int) -> float:
+    """Roundings that a sum of so many terms is charged with: 4 sqrt(terms) (Higham, Mary 2019)."""
+    return min(float(terms), 4 * math.sqrt(terms))
+
+
+def _rounding(x: Tensor) -> Tensor:
+    """What rounding finite values to float32 may do, twice."""
+    return torch.finfo(torch.float32).eps * x.double().abs().nan_to_num(posinf=0.0)
+
+
+class _SoftmaxError(NamedTuple):
+    relative: Tensor  # of each exp(s - lse): (..., n)
+    lse: Tensor  # absolute: (...)
+
+
+def _softmax_error(s: Tensor, error: Tensor, u: float) -> _SoftmaxError:
+    """Bounds for a softmax over the last dim, from those on the errors of its logits."""
     if s.shape[-1] == 0:
-        return torch.zeros_like(s)
-    largest = s.abs().nan_to_num(posinf=0.0).amax(-1, keepdim=True)
-    sums = 40 + s.shape[-1] / 8  # additions in lanes or blocks, exp, division
-    return error + error.amax(-1, keepdim=True) + u * (4 * largest + sums)
+        return _SoftmaxError(torch.zeros_like(s), s.sum(-1))
+    largest, lse = s.amax(-1, keepdim=True), s.logsumexp(-1, keepdim=True)
+    # exp rounds its argument, s less the largest or less lse, and its result.
+    exp_error = error + u * (2 * (largest - s) + lse.abs() + 8)
+    exp_error = torch.where(s > -math.inf, exp_error, 0.0)
+    moved = (s + exp_error).logsumexp(-1, keepdim=True) - lse
+    moved = moved.nan_to_num(nan=0.0) + u * (_summing(s.shape[-1]) + 8)
+    size = largest.abs().nan_to_num(posinf=0.0)
+    return _SoftmaxError(exp_error + moved, (moved + 2 * u * size)[..., 0])
 
 
 def _vote_slack(s: Tensor, error: Tensor, candidates: slice, problem: Problem, u: float) -> Tensor:
@@ -176,25 +206,31 @@ def _vote_slack(s: Tensor, error: Tensor, candidates: slice, problem: Problem, u
     c = problem.config
     if c.vote == "soft" and c.normalize == "visible":
         share = torch.softmax(s, -1).nan_to_num(0.0)[:, candidates]
-        relative = _softmax_error(s, error, u)[:, candidates]
+        relative = _softmax_error(s, error, u).relative[:, candidates]
         return _soft_slack(share, relative, problem, u)
     s, error = s[:, candidates], error[:, candidates]
     if c.vote == "soft":
         share = torch.softmax(s, -1).nan_to_num(0.0)
-        return _soft_slack(share, _softmax_error(s, error, u), problem, u)
+        return _soft_slack(share, _softmax_error(s, error, u).relative, problem, u)
     if c.vote == "logit":
-        return error + u * problem.Hq * s.abs().nan_to_num(posinf=0.0)
+        return error + u * _summing(_voters(problem)) * s.abs().nan_to_num(posinf=0.0)
     if c.k == 0 or c.k >= s.shape[-1]:
         return torch.zeros_like(s)
-    # Hard votes: a head may take or leave what lies within the error of its k-th best.
-    kth = s.topk(c.k, dim=-1).values[:, -1:]
-    near = (s - kth).abs() <= 2 * error.amax(-1, keepdim=True)
+    # Hard votes: what is among a head's k best may leave if the next one is near, and the reverse.
+    best = s.topk(c.k + 1, dim=-1).values
+    kth, following = best[:, -2:-1], best[:, -1:]
+    reach = 2 * error.amax(-1, keepdim=True)
+    near = torch.where(s >= kth, s - following <= reach, kth - s <= reach)
     return (near & s.isfinite()).double()
+
+
+def _voters(problem: Problem) -> int:
+    return problem.Hq * min(problem.config.n_query_means, problem.Lq)
 
 
 def _soft_slack(share: Tensor, relative: Tensor, problem: Problem, u: float) -> Tensor:
     tiniest = torch.finfo(torch.float32).tiny  # exp may flush to zero below it
-    return share * torch.expm1(relative + u * problem.Hq) + 2 * tiniest
+    return share * torch.expm1(relative + u * _summing(_voters(problem))) + 2 * tiniest
 
 
 def attend_budget(problem: Problem, selection: Selection) -> AttendBudget:
@@ -202,6 +238,9 @@ def attend_budget(problem: Problem, selection: Selection) -> AttendBudget:
     truth = exact(problem)
     out, lse = REFERENCE.attend(truth, selection)  # type: ignore[operator]
     u, dtype = unit_roundoff(problem), problem.q.dtype
+    # Below this, a weight or a result may vanish: float32 flushed to zero, or half a subnormal.
+    finfo = torch.finfo(dtype)
+    smallest = max(torch.finfo(torch.float32).tiny, finfo.smallest_normal * finfo.eps / 2)
     out_slack = torch.zeros_like(out)
     lse_slack = torch.zeros_like(lse, dtype=torch.float64)
     for b, n in enumerate(problem.cache_seqlens.tolist()):
@@ -215,22 +254,22 @@ def attend_budget(problem: Problem, selection: Selection) -> AttendBudget:
             groups = [h // problem.G for h in heads]
             newest = torch.arange(n - problem.Lq, n, device=positions.device)
             seen = positions <= newest[:, None]
-            error = _logit_error(problem, queries[heads], keys[groups], problem.scale)
-            error = error[:, None] * seen
+            sizes = queries[heads].norm(dim=-1)
+            error = _logit_error(problem, sizes, keys[groups], problem.scale)
             logits = _logits(problem, queries[heads], keys[groups], problem.scale)
             logits = logits.masked_fill(~seen, -math.inf)
-            relative = _softmax_error(logits, error, u)
+            relative, lse_slack[b, heads] = _softmax_error(logits, error, u)
             if truth.sink_logits is not None:
-                relative = relative + u * truth.sink_logits[heads].abs()[:, None, None]
-            rounding = 2**-23 * lse[b, heads].double().abs().nan_to_num(posinf=0.0)
-            lse_slack[b, heads] = relative.amax(-1) + rounding
+                sinks = truth.sink_logits[heads].abs().nan_to_num(posinf=0.0)
+                relative = relative + u * sinks[:, None, None]
             # Weights may be rounded to the cache's dtype before they meet the values.
-            relative = relative + torch.finfo(dtype).eps / 2 + u * len(positions)
+            relative = relative + torch.finfo(dtype).eps / 2 + u * _summing(len(positions))
             met = values[groups].abs().nan_to_num(nan=0.0, posinf=0.0)
             weights = torch.softmax(logits, -1).nan_to_num(0.0)
-            out_slack[b, heads] = (weights * torch.expm1(relative)) @ met
-    smallest = torch.finfo(dtype).tiny
-    out_slack = out_slack + out.abs().nan_to_num(posinf=0.0) * torch.finfo(dtype).eps + smallest
+            flushed = smallest * (seen.double() @ met)
+            out_slack[b, heads] = (weights * torch.expm1(relative)) @ met + flushed
+    lse_slack += _rounding(lse)
+    out_slack += out.abs().nan_to_num(posinf=0.0) * torch.finfo(dtype).eps + smallest
     return AttendBudget(Budget(out, out_slack), Budget(lse.double(), lse_slack), dtype)
 
 
@@ -292,16 +331,19 @@ def _ballots_finding(problem: Problem, chosen: Tensor, truth: Tensor, slack: Ten
     if chosen.all():
         return Finding(0.0, "all")
     explained = torch.zeros_like(chosen)
-    for ballot, (_, share) in enumerate(problem.config.ballots[:-1]):
+    *earlier, (_, last_share) = problem.config.ballots
+    for ballot, (_, share) in enumerate(earlier):
         if share == 0:
             continue
-        # What must be chosen by this ballot, and what may have been.
-        surely = lower[ballot] > upper[ballot].topk(share).values[-1]
-        explained |= upper[ballot] >= lower[ballot].topk(share).values[-1]
-        if not chosen[surely].all():
+        # Sure: better than all but share of the others can be. Explained: may be among the best.
+        runner_up = upper[ballot].topk(share + 1).values[-1]
+        if not chosen[lower[ballot] > runner_up].all():
             return Finding(math.inf, f"a sure choice of ballot {ballot} is missing")
-    least = upper[-1][chosen & ~explained]
-    most = lower[-1][~chosen]
+        explained |= upper[ballot] >= lower[ballot].topk(share).values[-1]
+    by_last = chosen & ~explained
+    if int(by_last.sum()) > last_share:
+        return Finding(math.inf, f"{int(by_last.sum())} choices are left to {last_share} votes")
+    least, most = upper[-1][by_last], lower[-1][~chosen]
     if len(least) and len(most) and float(least.min()) < float(most.max()):
         return Finding(
             math.inf,

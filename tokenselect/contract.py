@@ -353,9 +353,9 @@ def listed(allowed: Container[object]) -> str:
     """The values of one limit of a capability, as text."""
     if isinstance(allowed, range):
         step = f" in steps of {allowed.step}" if allowed.step != 1 else ""
-        return f"{allowed[0]} to {allowed[-1]}{step}"
+        return f"{allowed[0]} to {allowed[-1]}{step}" if allowed else "none"
     if isinstance(allowed, (tuple, list, set, frozenset)):
-        return ", ".join(map(str, allowed))
+        return ", ".join(map(str, allowed)) or "none"
     return str(allowed)
 
 

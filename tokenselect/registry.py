@@ -66,8 +66,8 @@ def backends() -> tuple[str, ...]:
     return tuple(_targets)
 
 
-def load(name: str) -> Backend:
-    """The backend of that name, imported now if it has not been.
+def load(name: str, borrowers: tuple[str, ...] = ()) -> Backend:
+    """The backend of that name, imported now if it has not been; for `borrowers`, if for any.
 
     Raises UnknownBackend; an installed backend that fails to import raises its own error.
     """
@@ -75,7 +75,7 @@ def load(name: str) -> Backend:
         _scan()
         if not isinstance(name, str) or name not in _targets:
             raise UnknownBackend(name, [*_targets, "auto"])
-        _loaded[name] = _filled_in(_import(name, _targets[name]))
+        _loaded[name] = _filled_in(_import(name, _targets[name]), borrowers)
     return _loaded[name]
 
 
@@ -101,20 +101,21 @@ def _check_name(name: str, target: object) -> Backend:
     return target
 
 
-def _filled_in(backend: Backend) -> Backend:
+def _filled_in(backend: Backend, borrowers: tuple[str, ...]) -> Backend:
     """`backend` with each stage that it names by a lender's name replaced by the lender's own."""
     lenders = {}
     stages = {}
     for stage in ("score", "select", "attend"):
         lender = getattr(backend, stage)
-        if not (callable(lender) or isinstance(lender, str)) or lender == backend.name:
+        in_a_circle = lender in (backend.name, *borrowers)
+        if in_a_circle or not (callable(lender) or isinstance(lender, str)):
             raise InvalidProblem(
                 f"backend {backend.name!r} has {stage}={lender!r}",
-                "a stage is a function, or the name of another backend that lends its own",
+                "a stage is a function, or the name of another backend, which does not borrow back",
                 "write the stage, or name the lender",
             )
         if isinstance(lender, str):
-            lenders[lender] = load(lender)
+            lenders[lender] = load(lender, (backend.name, *borrowers))
             stages[stage] = getattr(lenders[lender], stage)
     return dataclasses.replace(backend, **stages, lenders=tuple(lenders.values()))
 

@@ -80,8 +80,10 @@ class SelectionCache:
 
         Raises InvalidProblem if the cache was made by another layer, batch or configuration.
         """
-        state = self._matching(problem)
         n = problem.cache_seqlens
+        if self._state is None:
+            return torch.zeros_like(n, dtype=torch.bool)
+        state = self._matching(problem)
         if self.theta is None:
             return torch.zeros_like(n, dtype=torch.bool)
         query = _mean_query(problem)

@@ -103,12 +103,13 @@ def _logits(problem: Problem, b: int, n: int, where: str, queries: Tensor) -> Te
         if problem.rope is not None and problem.moves(where):
             at = torch.zeros_like(position) if where == "fixed" else position
             keys = problem.rope.place(keys, position, at)
-        torch.bmm(queries, keys.transpose(1, 2), out=logits[:, :, start:stop])
+        # Not out=logits[...]: into a strided slice, bmm would make one product a head.
+        part = torch.bmm(queries, keys.transpose(1, 2))
         if problem.softcap is not None:
-            part = logits[:, :, start:stop]
             finite = part.isfinite()
             part.div_(problem.softcap).tanh_().mul_(problem.softcap)
             part.masked_fill_(~finite, -math.inf)
+        logits[:, :, start:stop] = part
     return logits.nan_to_num_(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
 
 
@@ -200,6 +201,9 @@ def _best(votes: Tensor, k: int) -> Tensor:
         return torch.zeros_like(votes, dtype=torch.bool)
     votes = votes.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
     threshold = votes.topk(k, sorted=False).values.amin(-1, keepdim=True)
+    enough = votes >= threshold
+    if int(enough.sum()) == k * (votes.numel() // votes.shape[-1]):  # no tie across the k-th place
+        return enough
     above, tied = votes > threshold, votes == threshold
     room = k - above.sum(-1, keepdim=True)
     return above | (tied & (tied.cumsum(-1, dtype=torch.int32) <= room))
@@ -251,20 +255,22 @@ def _attend_request(
             logits = torch.tanh(logits / problem.softcap) * problem.softcap
         logits = logits.unflatten(1, (G, -1)).masked_fill_(~visible[:, None], -math.inf)
         lse[:, :, block] = logits.logsumexp(-1)
-        weights = _softmax(logits, problem.sink_logits)
+        weights = _softmax(logits, problem.sink_logits, visible)
         out[:, :, block] = _weigh(weights, values, visible).to(out.dtype)
 
 
-def _softmax(logits: Tensor, sink_logits: Tensor | None) -> Tensor:
-    """Softmax of logits (Hkv, G, queries, m), sinks in the denominator; zeros where all is -inf."""
-    blind = logits.amax(-1, keepdim=True) == -math.inf
+def _softmax(logits: Tensor, sink_logits: Tensor | None, visible: Tensor) -> Tensor:
+    """Softmax of logits (Hkv, G, queries, m), sinks in the denominator; zeros where none sees.
+
+    visible (S, queries, m).
+    """
     if sink_logits is None:
         weights = torch.softmax(logits, -1)
     else:
         sinks = sink_logits.to(logits.dtype).view(*logits.shape[:2], 1, 1)
         sinks = sinks.expand(*logits.shape[:3], 1)
         weights = torch.softmax(torch.cat((logits, sinks), -1), -1)[..., :-1]
-    return weights.masked_fill(blind, 0.0)
+    return weights.masked_fill_(~visible.any(-1)[:, None, :, None], 0.0)
 
 
 def _weigh(weights: Tensor, values: Tensor, visible: Tensor) -> Tensor:
