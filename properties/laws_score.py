@@ -12,6 +12,7 @@ from tokenselect.budgets import score_budget
 @law(
     cases(),
     Case(lengths=(0,)),
+    Case(lengths=(60,), config=SelectConfig(k=5, n_sink=2, n_local=4, vote="hard")),
     Case(lengths=(0, 40, 3), config=SelectConfig(k=4, n_sink=8, n_local=2)),
     Case(content="needles", config=SelectConfig(k=4, n_sink=1, n_local=2, select_scale=1.0)),
     Case(content="needles", dtype=torch.bfloat16, G=7),

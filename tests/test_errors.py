@@ -427,6 +427,13 @@ CASES: dict[str, Case] = {
         lambda: run_on(Backend("narcissus", Capability(), "narcissus", "cpu", "cpu")),
         ("narcissus",),
     ),
+    "backends_borrow_in_a_circle": Case(
+        lambda: (
+            register("one", Backend("one", Capability(), "other", "cpu", "cpu")),
+            run_on(Backend("other", Capability(), "one", "cpu", "cpu")),
+        ),
+        ("'one'", "score='other'"),
+    ),
     "backend_borrows_from_nobody": Case(
         lambda: run_on(Backend("orphan", Capability(), "nobody", "cpu", "cpu")),
         ("backend='nobody'",),
