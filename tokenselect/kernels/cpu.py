@@ -28,6 +28,9 @@ _CHUNK_BYTES = 4 * 2**20
 # Logits may take this share of a request's cache, or this much where the cache is small.
 _LOGITS_SHARE = 0.06
 _LOGITS_BYTES = 32 * 2**20
+# A chunk has no fewer tokens than this, and sums over tokens are cut into parts of so many.
+_LEAST_CHUNK = 16
+_PART = 2**14
 
 
 def score(problem: Problem) -> Scores:
@@ -90,7 +93,7 @@ def _logits(problem: Problem, b: int, n: int, where: str, queries: Tensor) -> Te
     dtype = queries.dtype
     logits = torch.empty(*queries.shape[:2], n, dtype=dtype)
     queries = queries * problem.select_scale
-    step = max(16, _CHUNK_BYTES // (problem.Hkv * problem.D * dtype.itemsize))
+    step = max(_LEAST_CHUNK, _CHUNK_BYTES // (problem.Hkv * problem.D * dtype.itemsize))
     buffer = torch.empty(problem.Hkv, min(step, n), problem.D, dtype=dtype)
     for start in range(0, n, step):
         stop = min(start + step, n)
@@ -147,7 +150,7 @@ def _weighted_sum(exps: Tensor, sums: Tensor) -> Tensor:
 
 def _logsumexp(logits: Tensor) -> Tensor:
     """logsumexp over the last dim, without a second tensor of that size."""
-    return torch.stack([part.logsumexp(-1) for part in logits.split(2**14, dim=-1)]).logsumexp(0)
+    return torch.stack([part.logsumexp(-1) for part in logits.split(_PART, dim=-1)]).logsumexp(0)
 
 
 def _row_blocks(problem: Problem, n: int, rows: int) -> Iterator[slice]:
