@@ -93,7 +93,7 @@ def _logits(problem: Problem, b: int, n: int, where: str, queries: Tensor) -> Te
     dtype = queries.dtype
     logits = torch.empty(*queries.shape[:2], n, dtype=dtype)
     queries = queries * problem.select_scale
-    step = max(_LEAST_CHUNK, _CHUNK_BYTES // (problem.Hkv * problem.D * dtype.itemsize))
+    step = _chunk(problem)
     buffer = torch.empty(problem.Hkv, min(step, n), problem.D, dtype=dtype)
     for start in range(0, n, step):
         stop = min(start + step, n)
@@ -227,39 +227,74 @@ def attend(problem: Problem, selection: Selection) -> Attended:
 def _attend_request(
     problem: Problem, b: int, n: int, positions: Tensor, out: Tensor, lse: Tensor
 ) -> None:
-    """Fill out (Hq, Lq, Dv) and lse (Hq, Lq) of one request, from positions (S, m)."""
-    Hkv, G, Lq = problem.Hkv, problem.G, problem.Lq
-    dtype = _compute_dtype(problem)
-    selected = positions >= 0
-    rows = positions.clamp(min=0)  # padding reads row 0, and is masked
-    keys = _gather(problem, problem.k_cache, b, rows).to(dtype)
-    values = _gather(problem, problem.v_cache, b, rows).to(dtype)
-    if not selected.all():
-        values.masked_fill_(~selected[..., None], 0.0)
-    queries = problem.q[b].to(dtype)
+    """Fill out (Hq, Lq, Dv) and lse (Hq, Lq) of one request, from positions (S, m).
+
+    Selected rows are gathered a chunk at a time, again for each block of queries.
+    """
+    G, Lq, m = problem.G, problem.Lq, positions.shape[1]
+    queries, at = _placed_to_attend(problem, b, n, positions)
+    out, lse = out.view(-1, G, *out.shape[1:]), lse.view(-1, G, Lq)
+    width = _chunk(problem)
+    chunks = [slice(start, min(start + width, m)) for start in range(0, m, width)]
+    step = max(1, _LOGITS_BYTES // (problem.Hq * m * queries.dtype.itemsize))
+    for start in range(0, Lq, step):
+        block = slice(start, min(start + step, Lq))
+        query_position = torch.arange(n - Lq, n)[block, None]
+        visible = (positions >= 0)[:, None] & (positions[:, None] <= query_position)
+        rows = queries[:, :, block].flatten(1, 2)
+        parts = [
+            torch.bmm(rows, _selected_keys(problem, b, positions[:, c], at[:, c]).transpose(1, 2))
+            for c in chunks
+        ]
+        logits = torch.cat(parts, dim=2).unflatten(1, (G, -1))
+        if problem.softcap is not None:
+            logits.div_(problem.softcap).tanh_().mul_(problem.softcap)
+        logits.masked_fill_(~visible[:, None], -math.inf)
+        lse[:, :, block] = logits.logsumexp(-1)
+        weights = _softmax(logits, problem.sink_logits, visible)
+        total = torch.zeros(*weights.shape[:3], problem.Dv, dtype=weights.dtype)
+        for c in chunks:
+            values = _selected_values(problem, b, positions[:, c])
+            total += _weigh(weights[..., c], values, visible[..., c])
+        out[:, :, block] = total.to(out.dtype)
+
+
+def _placed_to_attend(problem: Problem, b: int, n: int, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Scaled queries (Hkv, G, Lq, D) where they are attended, and where the keys shall be (S, m)."""
+    Lq, at = problem.Lq, positions
+    queries = problem.q[b].to(_compute_dtype(problem))
     if problem.rope is not None and problem.moves(problem.config.positions):
-        query_position, at = torch.arange(n - Lq, n), positions
+        query_position = torch.arange(n - Lq, n)
         query_at = query_position.expand(problem.S, Lq)
         if problem.config.positions == "contiguous":
             at = torch.arange(positions.shape[1]).expand_as(positions)
-            query_at = selected.sum(1, keepdim=True) + torch.arange(-Lq, 0)
-        keys = problem.rope.place(keys, positions, at)
+            query_at = (positions >= 0).sum(1, keepdim=True) + torch.arange(-Lq, 0)
         per_selection = queries.reshape(problem.S, -1, Lq, problem.D)
         queries = problem.rope.place(per_selection, query_position, query_at[:, None])
-    queries = queries.reshape(Hkv, G, Lq, problem.D) * problem.scale
-    out, lse = out.view(Hkv, G, Lq, -1), lse.view(Hkv, G, Lq)
-    step = max(1, _LOGITS_BYTES // (problem.Hq * positions.shape[1] * dtype.itemsize))
-    for start in range(0, Lq, step):
-        block = slice(start, min(start + step, Lq))
-        query_position = torch.arange(n - Lq, n)[block]
-        visible = selected[:, None] & (positions[:, None] <= query_position[:, None])
-        logits = torch.bmm(queries[:, :, block].flatten(1, 2), keys.transpose(1, 2))
-        if problem.softcap is not None:
-            logits = torch.tanh(logits / problem.softcap) * problem.softcap
-        logits = logits.unflatten(1, (G, -1)).masked_fill_(~visible[:, None], -math.inf)
-        lse[:, :, block] = logits.logsumexp(-1)
-        weights = _softmax(logits, problem.sink_logits, visible)
-        out[:, :, block] = _weigh(weights, values, visible).to(out.dtype)
+    return queries.reshape(problem.Hkv, problem.G, Lq, problem.D) * problem.scale, at
+
+
+def _selected_keys(problem: Problem, b: int, positions: Tensor, at: Tensor) -> Tensor:
+    """Keys (Hkv, m, D) of positions (S, m), moved to `at`; row 0 for padding, which is masked."""
+    keys = _gather(problem, problem.k_cache, b, positions.clamp(min=0))
+    keys = keys.to(_compute_dtype(problem))
+    if problem.rope is not None and problem.moves(problem.config.positions):
+        keys = problem.rope.place(keys, positions, at)
+    return keys
+
+
+def _selected_values(problem: Problem, b: int, positions: Tensor) -> Tensor:
+    """Values (Hkv, m, Dv) of positions (S, m); zeros for padding."""
+    padding = positions < 0
+    values = _gather(problem, problem.v_cache, b, positions.clamp(min=0))
+    values = values.to(_compute_dtype(problem))
+    return values.masked_fill_(padding[..., None], 0.0) if padding.any() else values
+
+
+def _chunk(problem: Problem) -> int:
+    """Tokens in a chunk: so many that their keys, converted, stay in the processor's cache."""
+    row = problem.Hkv * max(problem.D, problem.Dv) * _compute_dtype(problem).itemsize
+    return max(_LEAST_CHUNK, _CHUNK_BYTES // row)
 
 
 def _softmax(logits: Tensor, sink_logits: Tensor | None, visible: Tensor) -> Tensor:
