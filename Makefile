@@ -49,7 +49,7 @@ help:
 	@echo "another torch, V=1 shows what pip does."
 
 demo: $(VENV)/.stamp-demo
-	@$(PY) -m tokenselect.demo $(ARGS)
+	@OMP_WAIT_POLICY=passive $(PY) -m tokenselect.demo $(ARGS)
 
 test: $(VENV)/.stamp-dev
 	@echo "→ running tests and properties"

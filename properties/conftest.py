@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, settings
 
 from properties import law
 from tokenselect import Backend, UnknownBackend, backends, register
-from tokenselect.registry import load
+from tokenselect.registry import load, resolved
 
 _SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
 settings.register_profile("quick", max_examples=100, deadline=None, suppress_health_check=_SLOW)
@@ -42,7 +42,7 @@ def chosen(config: pytest.Config) -> list[str]:
             name = backend.name
             if name not in backends():
                 register(name, backend)
-            elif load(name) is not backend:
+            elif resolved(backend) != load(name):
                 raise pytest.UsageError(f"--backend={asked}: another backend is named {name!r}")
         try:
             load(name)

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import torch
+from hypothesis import strategies as st
 
 from properties.law import CannotRun, able, law
 from properties.strategies import FILL, NAMED, Case, Chosen, chosen
@@ -122,3 +123,20 @@ def logits_that_are_all_minus_infinity_give_what_dense_attention_gives(
     selection = Selection(*selection)
     finding = attend_budget(filled, selection).compare(backend.attend(filled, selection))
     assert finding.holds, finding
+
+
+@law(st.just(Case(lengths=(12,), Hkv=1, G=1, Lq=2, D=8, Dv=3)))
+def an_infinite_value_of_weight_zero_is_not_a_number(backend: Backend, case: Case) -> None:
+    """As in dense attention: 0 * inf, for a value that is selected and seen."""
+    problem = able(backend, case.problem())
+    problem.q[:] = 20
+    problem.k_cache[:, :, :12] = 1
+    problem.k_cache[:, :, :3] = -100
+    problem.v_cache[:, :, 0] = torch.inf
+    places = torch.arange(problem.K, dtype=torch.int32)
+    positions = torch.where(places < 12, places, -1).expand(1, problem.S, -1).contiguous()
+    selection = Selection(positions, torch.full((1, problem.S), 12, dtype=torch.int32))
+    attended = backend.attend(problem, selection)
+    finding = attend_budget(problem, selection).compare(attended)
+    assert finding.holds, finding
+    assert attended.out.isnan().all()

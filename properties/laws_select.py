@@ -42,6 +42,12 @@ def sorted_selection(votes: Tensor, problem: Problem) -> Selection:
     ballots(),
     Ballots(Case(lengths=(0, 30)), "all equal", 0),
     Ballots(Case(lengths=(60,)), "signed zeros", 1),
+    # More that tie than 16 bits can count.
+    Ballots(
+        Case(lengths=(80_000,), Hkv=1, G=1, D=2, Dv=1, config=SelectConfig(40_000, 1, 2)),
+        "all equal",
+        0,
+    ),
     Ballots(Case(lengths=(60,)), "infinite", 1),
     Ballots(
         Case(lengths=(60, 33), rope="raw", config=SelectConfig(7, 1, 2, score_at="split")), "nan", 2

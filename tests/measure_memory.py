@@ -80,10 +80,13 @@ def measure(
     run(problem(2**14))  # libraries are loaded, thread pools started
     large = problem(n)
     cache = large.k_cache.nbytes + large.v_cache.nbytes
-    forget_peak()
-    before = resident("VmRSS")
-    out, positions = run(large)
-    extra = resident("VmHWM") - before
+    extra = 2 * cache
+    for _ in range(3):  # what the system takes back and returns meanwhile only ever adds
+        large.k_cache.amax(), large.v_cache.amax()  # all of the cache is in memory
+        forget_peak()
+        before = resident("VmRSS")
+        out, positions = run(large)
+        extra = min(extra, resident("VmHWM") - before)
     equal = None
     if layout == "token-major":
         moved = large.k_cache.contiguous(), large.v_cache.contiguous()

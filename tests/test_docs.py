@@ -4,7 +4,10 @@ Blocks of one page share a namespace, top to bottom, in a process of their own. 
 to be run is marked `python no-run`.
 """
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,3 +68,24 @@ def test_an_example_that_fails_is_named_by_page_and_line(tmp_path: Path) -> None
     page.write_text("text\n```python\nx = 1\nassert x == 2\n```\n")
     with pytest.raises(AssertionError, match=r"page\.md\", line 4"):
         test_examples_run(page)
+
+
+def test_the_readme_backend_passes_the_way_the_readme_says(tmp_path: Path) -> None:
+    """The last block, saved as my_module.py, and the command below it."""
+    readme = PAGES[0].read_text(encoding="utf-8")
+    block = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)[-1]
+    assert len([line for line in block.splitlines() if line]) <= 20
+    command = "pytest properties --backend=my_module:BACKEND"
+    assert command in readme
+    (tmp_path / "my_module.py").write_text(block)
+    arguments = [*command.split()[1:], "-q", "-p", "no:cacheprovider", "-k", "test_law and select"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *arguments],
+        cwd=fresh.ROOT,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"mine +[1-9][0-9]* run", done.stdout), done.stdout

@@ -5,6 +5,7 @@ them; read the diff.
 """
 
 import math
+import pickle
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -554,3 +555,15 @@ def test_a_backend_that_fails_to_import_raises_its_own_error(
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith(f"{error}: ")
     assert "broken_backend.py" in done.stderr
+
+
+def test_errors_survive_pickling() -> None:
+    """As they must to come back from a worker process."""
+    for error in (
+        InvalidProblem("k=-1", "k >= 0", "pass 0"),
+        UnknownBackend("cppu", ["cpu"]),
+        UnsupportedProblem("B=1", {"cpu": ["dtype"]}, "change it"),
+    ):
+        again = pickle.loads(pickle.dumps(error))
+        assert type(again) is type(error)
+        assert str(again) == str(error)

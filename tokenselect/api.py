@@ -227,8 +227,9 @@ def _ready(problem: Problem, backend: str, validate: bool | None) -> tuple[str, 
             "the stages take a tokenselect.Problem",
             "make one with Problem.build, or call attention",
         )
-    for argument in ("q", "k_cache", "v_cache", "sink_logits"):
-        tensor = getattr(problem, argument)
+    inputs = {name: getattr(problem, name) for name in ("q", "k_cache", "v_cache", "sink_logits")}
+    inputs["rope.inv_freq"] = None if problem.rope is None else problem.rope.inv_freq
+    for argument, tensor in inputs.items():
         if torch.is_grad_enabled() and tensor is not None and tensor.requires_grad:
             raise InvalidProblem(
                 f"{argument} requires grad",

@@ -132,7 +132,8 @@ def score_budget(problem: Problem) -> ScoreBudget:
                 head_slack += _vote_slack(s, error, candidates, problem, u)
             slack = torch.stack([part.sum(0) for part in head_slack.chunk(problem.S)])
             if c.pool > 1 and slack.shape[1] > 0:
-                slack = torch.nn.functional.max_pool1d(slack[:, None], c.pool, 1, c.pool // 2)[:, 0]
+                pool = min(c.pool, 2 * slack.shape[1] - 1)
+                slack = torch.nn.functional.max_pool1d(slack[:, None], pool, 1, pool // 2)[:, 0]
             rounding = _rounding(votes[b, ballot, :, candidates])
             vote_slack[b, ballot, :, candidates] = slack + rounding
             s, error = _mean_logits(problem, queries, keys)

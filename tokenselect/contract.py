@@ -8,7 +8,6 @@ paged cache. Query head h reads KV head h // G.
 """
 
 import math
-import sys
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, NamedTuple, Self, get_args
@@ -92,6 +91,9 @@ class SelectConfig:
         """(end of the sink, start of the local window); the candidates lie between."""
         local_start = max(0, n - Lq + 1 - self.n_local)
         return min(self.n_sink, local_start), local_start
+
+
+CONFIG_NAMES = tuple(field.name for field in fields(SelectConfig))
 
 
 @dataclass(frozen=True, eq=False)
@@ -456,25 +458,29 @@ def _integer(name: str, low: int) -> _Rule:
     def broken(p: Problem) -> str | None:
         value = p.config[name]
         is_integer = isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
-        return None if is_integer and value >= low else f"{name}={value!r}"
+        return None if is_integer and low <= value < 2**31 else f"{name}={value!r}"
 
-    return _Rule(broken, f"{name} is an integer >= {low}", f"pass {name}={low} or more")
+    rule = f"{name} is an integer, {low} <= {name} < 2**31"
+    return _Rule(broken, rule, f"pass an int of {low} or more")
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+_LARGEST = torch.finfo(torch.float32).max
+
+
 def _factor(name: str, value: Callable[[Problem], object]) -> _Rule:
     def broken(p: Problem) -> str | None:
         got: Any = value(p)
-        holds = got is None or (_is_number(got) and 0 < got <= sys.float_info.max)
+        holds = got is None or (_is_number(got) and 0 < got <= _LARGEST)
         return None if holds else f"{name}={got!r}"
 
     return _Rule(
         broken,
-        f"{name} is None or a finite number > 0",
-        f"pass a finite number > 0, or leave {name} out",
+        f"{name} is None or a number > 0 that float32 holds",
+        f"pass a number > 0, or leave {name} out",
     )
 
 
@@ -488,7 +494,8 @@ _RULES: tuple[_Rule, ...] = (
         _not_tensor,
         "q, k_cache and v_cache are tensors; cache_seqlens, block_table and sink_logits are "
         "tensors or None",
-        "convert it with torch.as_tensor",
+        "lengths as torch.tensor(lengths, dtype=torch.int32); of a model's cache object, one "
+        "layer's keys and values",
     ),
     _Rule(
         lambda p: (
@@ -510,7 +517,7 @@ _RULES: tuple[_Rule, ...] = (
     _Rule(
         _wrong_dtype,
         "q, k_cache and v_cache share one dtype: float32, bfloat16, float16 or float64",
-        "convert q to the caches' dtype with q.to(k_cache.dtype)",
+        "convert what differs, say with q.to(k_cache.dtype)",
     ),
     _Rule(
         lambda p: (

@@ -12,26 +12,37 @@ class InvalidProblem(TokenSelectError):
     """The arguments contradict one another or a documented rule; no backend could run them."""
 
     def __init__(self, came: str, rule: str, fix: str) -> None:
-        super().__init__(f"{came}\n  rule: {rule}\n  do:   {fix}")
+        super().__init__(came, rule, fix)  # all of it, so that the error can be pickled
+
+    def __str__(self) -> str:
+        came, rule, fix = self.args
+        return f"{came}\n  rule: {rule}\n  do:   {fix}"
 
 
 class UnsupportedProblem(TokenSelectError):
     """The problem is valid, but the backends asked cannot run it. `reasons` says why, by name."""
 
     def __init__(self, problem: str, reasons: dict[str, list[str]], fix: str) -> None:
+        super().__init__(problem, reasons, fix)
         self.reasons = reasons
+
+    def __str__(self) -> str:
+        problem, reasons, fix = self.args
         lines = [f"  {name}: {why}" for name, whys in reasons.items() for why in whys]
-        super().__init__("\n".join([f"no backend asked can run {problem}", *lines, f"  do: {fix}"]))
+        return "\n".join([f"no backend asked can run {problem}", *lines, f"  do: {fix}"])
 
 
 class UnknownBackend(TokenSelectError):
     """No backend of that name is registered."""
 
     def __init__(self, name: object, known: Iterable[str]) -> None:
-        names = sorted(known)
-        close = difflib.get_close_matches(str(name), names, n=1)
+        super().__init__(name, sorted(known))
+
+    def __str__(self) -> str:
+        name, names = self.args
+        close = difflib.get_close_matches(str(name).lower(), names, n=1)
         hint = f"did you mean {close[0]!r}?" if close else "name one of these, or register yours"
-        super().__init__(
+        return (
             f"backend={name!r} is not registered\n  rule: backend is one of "
             f"{', '.join(map(repr, names))}\n  do:   {hint}"
         )

@@ -5,13 +5,13 @@ tensors and settings, in the order of `_SCHEMA`.
 """
 
 from collections.abc import Callable
-from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tokenselect.contract import (
+    CONFIG_NAMES,
     Attended,
     Backend,
     Problem,
@@ -30,8 +30,6 @@ _SCHEMA = (
     "int k, int n_sink, int n_local, str vote, str normalize, str scope, float? select_scale, "
     "int pool, int n_query_means, str positions, str score_at, float fixed_share"
 )
-_CONFIG = tuple(field.name for field in fields(SelectConfig))
-
 _library = torch.library.Library("tokenselect", "DEF")
 
 
@@ -44,7 +42,7 @@ def _flat(p: Problem) -> tuple[Any, ...]:
         *(p.q, p.k_cache, p.v_cache, p.cache_seqlens, p.block_table, p.sink_logits),
         *turning,
         *(p.scale, p.softcap, p.max_reuse),
-        *(getattr(p.config, name) for name in _CONFIG),
+        *(getattr(p.config, name) for name in CONFIG_NAMES),
     )
 
 

@@ -75,7 +75,7 @@ def load(name: str, borrowers: tuple[str, ...] = ()) -> Backend:
         _scan()
         if not isinstance(name, str) or name not in _targets:
             raise UnknownBackend(name, [*_targets, "auto"])
-        _loaded[name] = _filled_in(_import(name, _targets[name]), borrowers)
+        _loaded[name] = resolved(_import(name, _targets[name]), borrowers)
     return _loaded[name]
 
 
@@ -101,7 +101,7 @@ def _check_name(name: str, target: object) -> Backend:
     return target
 
 
-def _filled_in(backend: Backend, borrowers: tuple[str, ...]) -> Backend:
+def resolved(backend: Backend, borrowers: tuple[str, ...] = ()) -> Backend:
     """`backend` with each stage that it names by a lender's name replaced by the lender's own."""
     lenders = {}
     stages = {}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenselect.contract import Problem, Selection
+from tokenselect.contract import CONFIG_NAMES, Problem, Selection
 from tokenselect.errors import InvalidProblem
 
 
@@ -54,10 +54,11 @@ class SelectionCache:
                 "theta is a cosine in [-1, 1], or None for no reuse",
                 "pass the paper's 0.9",
             )
-        if not isinstance(max_reuse, int) or isinstance(max_reuse, bool) or max_reuse < 0:
+        is_integer = isinstance(max_reuse, int) and not isinstance(max_reuse, bool)
+        if not (is_integer and 0 <= max_reuse < 2**31):
             raise InvalidProblem(
                 f"max_reuse={max_reuse!r}",
-                "max_reuse is an integer >= 0",
+                "max_reuse is an integer, 0 <= max_reuse < 2**31",
                 "pass how many tokens may be appended before selecting afresh",
             )
         self.theta = theta
@@ -87,14 +88,15 @@ class SelectionCache:
         if self.theta is None:
             return torch.zeros_like(n, dtype=torch.bool)
         query = _mean_query(problem)
-        cosine: Tensor = (query * state.query).sum(1) / (
-            query.norm(dim=1) * state.query.norm(dim=1)
-        )
+        # cosine >= theta without a division, so that equal queries have a cosine of exactly 1.
+        product, power = (query * state.query).sum(1).double(), query.square().sum(1).double()
+        power = power * state.query.square().sum(1).double()
+        alike = (power > 0) & power.isfinite() & (product >= self.theta * power.sqrt())
         appended = n - state.seen
         only_new = n - problem.Lq >= state.seen
         fits = state.count.amax(1) + appended <= problem.K
         is_known = (state.seen > 0) & only_new & (appended <= self.max_reuse) & fits
-        return is_known & cosine.ge(self.theta)
+        return is_known & alike
 
     def update(self, problem: Problem, reused: Tensor, fresh: Selection) -> Selection:
         """This call's selection: the stored one and what was appended, or the fresh one, stored."""
@@ -138,6 +140,12 @@ class SelectionCache:
         """Row b becomes what row order[b] was: beams, or a batch put together anew. order (B,)."""
         if self._state is not None:
             _check_rows("order", order, self._state.seen)
+            if order.device.type == "cpu" and not ((order >= 0) & (order < len(order))).all():
+                raise InvalidProblem(
+                    f"order={order.tolist()}, the cache holds B={len(order)} requests",
+                    "every entry is the number of a request, 0 <= row < B",
+                    "say for each row which row it was",
+                )
             for tensor in self._state.tensors():
                 tensor.copy_(tensor[order])
 
@@ -156,9 +164,12 @@ class SelectionCache:
             "Hq": problem.Hq,
             "Hkv": problem.Hkv,
             "D": problem.D,
+            "Dv": problem.Dv,
+            "dtype": problem.q.dtype,
+            "scale": problem.scale,
+            "softcap": problem.softcap,
             "device": problem.q.device,
-            "config": problem.config,
-        }
+        } | {name: getattr(problem.config, name) for name in CONFIG_NAMES}
         if self._geometry is None or self._state is None:
             self._geometry, self._state = geometry, self._empty(problem)
         for name, value in geometry.items():

@@ -33,7 +33,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--gguf-file", help="GGUF file in that folder; else the only one there")
     add("--text", default="kjv", help="kjv, pydoc, or a path to a text file")
     add("--context", type=int, default=6144, help="tokens of text in the cache")
-    add("--held-back", type=int, default=256, help="tokens of text to foresee after them")
+    add("--held-back", type=int, default=128, help="tokens of text to predict after them")
     add("--depth", type=float, default=0.4, help="where the needle is, 0 to 1")
     add("--k", type=int, default=512, help="tokens selected by vote")
     add("--n-sink", type=int, default=16, help="first tokens, always kept")
@@ -64,7 +64,8 @@ def require_packages(options: argparse.Namespace) -> None:
     if missing:
         raise MissingPackage(
             f"the demo needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} "
-            'not installed here\n  do:   pip install "tokenselect[demo]"'
+            "not installed here\n"
+            '  do:   make demo in a checkout, or pip install "tokenselect[demo]"'
         )
 
 

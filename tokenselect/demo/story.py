@@ -206,7 +206,8 @@ def _print(
     console.print(
         f"\nOver {len(branches[0].reading.seconds)} held-back tokens, the three taking turns token "
         "by token; time is the median of a token. dense is transformers' sdpa. window only is "
-        "tokenselect.attention with k=0, which scores all tokens too: its time says nothing."
+        "tokenselect.attention with k=0, which scores all tokens too: its time says nothing. "
+        "A short text and a small model are no place to save time: docs/benchmarks.md shows where."
     )
     console.print("\nAttention mass that tokenselect retains, by layer (mean of heads and tokens)")
     console.print(

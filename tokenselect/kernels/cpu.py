@@ -2,7 +2,8 @@
 
 Loops run over requests, over chunks of tokens and over blocks of query rows, never over tokens or
 heads. The cache is read where it lies: scoring converts it a chunk at a time, attention gathers
-the selected rows. Logits of one block of query rows over all tokens are the largest thing held.
+the selected rows. The logits of all tokens are kept if they fit a share of the cache's memory;
+otherwise the keys are read twice, first for the softmax's sums, then for the votes.
 """
 
 import functools
@@ -23,21 +24,21 @@ from tokenselect.contract import (
     Selection,
 )
 
-# A chunk of converted keys should stay in cache while it is multiplied.
+# A chunk of converted keys should stay in the processor's cache while it is multiplied.
 _CHUNK_BYTES = 4 * 2**20
-# Logits may take this share of a request's cache, or this much where the cache is small.
-_LOGITS_SHARE = 0.06
-_LOGITS_BYTES = 32 * 2**20
+# What a call may hold beside the cache, as a share of it; this much where the cache is small.
+_SHARE = 0.08
+_SMALL = 16 * 2**20
 # A chunk has no fewer tokens than this, and sums over tokens are cut into parts of so many.
 _LEAST_CHUNK = 16
-_PART = 2**14
+_PART = 2**16
 
 
 def score(problem: Problem) -> Scores:
     """See `tokenselect.reference.score`: votes within the error budget, in one pass over the keys.
 
-    A call whose logits would not fit their share of memory makes further passes, a block of query
-    rows each.
+    In two where the logits of all tokens would take too much memory; hard votes, which rank them,
+    then take a pass for each block of query rows.
     """
     votes = _full((problem.B, problem.R, problem.S, problem.Lk))
     lse = _full((problem.B, problem.Hq))
@@ -62,20 +63,70 @@ def _score_request(
     runs = queries.tensor_split(min(c.n_query_means, problem.Lq), dim=1)
     voters = torch.cat([run.mean(1).reshape(Hkv, G, -1) for run in runs], dim=1)
     lse = lse.view(Hkv, G)
-    total = torch.zeros(problem.S, candidates.stop - candidates.start, dtype=voters.dtype)
-    for rows in _row_blocks(problem, n, voters.shape[1]):
-        logits = _logits(problem, b, n, score_at, voters[:, rows])
-        block_votes, block_lse = _vote_(logits, candidates, problem)
-        total += block_votes.sum(0) if problem.S == 1 else block_votes
+    total = votes[:, candidates].zero_().to(voters.dtype)  # votes themselves, but for float64
+    fitting = _fitting_rows(problem, n)
+    if c.vote != "hard" and voters.shape[1] > fitting:
+        block_lse = _stream(problem, b, n, score_at, voters, candidates, total)
         if len(runs) == 1:
-            lse[:, rows] = block_lse
+            lse.copy_(block_lse)
+    else:
+        for start in range(0, voters.shape[1], fitting):
+            rows = slice(start, min(start + fitting, voters.shape[1]))
+            logits = _logits(problem, b, n, score_at, voters[:, rows])
+            block_votes, block_lse = _vote_(logits, candidates, problem)
+            del logits  # before the next ones are made
+            _add(total, block_votes)
+            if len(runs) == 1:
+                lse[:, rows] = block_lse
     if len(runs) > 1:
         whole = queries.mean(1).reshape(Hkv, G, -1)
-        for rows in _row_blocks(problem, n, G):
-            lse[:, rows] = _logsumexp(_logits(problem, b, n, score_at, whole[:, rows]))
-    if c.pool > 1 and total.shape[1] > 0:
-        total = F.max_pool1d(total[:, None], c.pool, stride=1, padding=c.pool // 2)[:, 0]
-    votes[:, candidates] = total.float()
+        lse.copy_(_streamed_lse(problem, b, n, score_at, whole, slice(0, n)))
+    m = total.shape[1]
+    if c.pool > 1 and m > 0:
+        pool = min(c.pool, 2 * m - 1)
+        total = F.max_pool1d(total[:, None], pool, stride=1, padding=pool // 2)[:, 0]
+    votes[:, candidates] = total
+
+
+def _add(total: Tensor, votes: Tensor) -> None:
+    """Add votes (Hkv, m) to total (S, m): all of them to the one, or each group's to its own."""
+    total += votes if votes.shape == total.shape else votes.sum(0)
+
+
+def _stream(
+    problem: Problem,
+    b: int,
+    n: int,
+    where: str,
+    voters: Tensor,
+    candidates: slice,
+    total: Tensor,
+) -> Tensor:
+    """Add the votes of voters (Hkv, rows, D) to total (S, m) and return their lse (Hkv, rows).
+
+    Keeps no logits: reads the keys once for the sums, once more for the votes.
+    """
+    c = problem.config
+    lse = _streamed_lse(problem, b, n, where, voters, slice(0, n))
+    norm = lse
+    if c.normalize == "candidates":
+        norm = _streamed_lse(problem, b, n, where, voters, candidates)
+    norm = torch.where(norm == -math.inf, 0.0, norm)[..., None]
+    for start, part in _logit_chunks(problem, b, n, where, voters, candidates):
+        weights = part if c.vote == "logit" else part.sub_(norm).exp_()
+        first = start - candidates.start
+        _add(total[:, first : first + part.shape[2]], weights.sum(1))
+    return lse
+
+
+def _streamed_lse(
+    problem: Problem, b: int, n: int, where: str, queries: Tensor, tokens: slice
+) -> Tensor:
+    """logsumexp over `tokens` of the logits of queries (Hkv, rows, D): (Hkv, rows)."""
+    lse = queries.new_full(queries.shape[:2], -math.inf)
+    for _, part in _logit_chunks(problem, b, n, where, queries, tokens):
+        lse = torch.logaddexp(lse, part.logsumexp(-1))
+    return lse
 
 
 def _queries(problem: Problem, b: int, n: int, where: str) -> Tensor:
@@ -90,13 +141,23 @@ def _queries(problem: Problem, b: int, n: int, where: str) -> Tensor:
 
 def _logits(problem: Problem, b: int, n: int, where: str, queries: Tensor) -> Tensor:
     """Logits (Hkv, rows, n) of queries (Hkv, rows, D) over all n tokens; -inf if not finite."""
+    logits = queries.new_empty(*queries.shape[:2], n)
+    for start, part in _logit_chunks(problem, b, n, where, queries, slice(0, n)):
+        # Not out=logits[...]: into a strided slice, bmm would make one product a head.
+        logits[:, :, start : start + part.shape[2]] = part
+    return logits
+
+
+def _logit_chunks(
+    problem: Problem, b: int, n: int, where: str, queries: Tensor, tokens: slice
+) -> Iterator[tuple[int, Tensor]]:
+    """The logits of `tokens`, a chunk at a time: the chunk's first position, (Hkv, rows, chunk)."""
     dtype = queries.dtype
-    logits = torch.empty(*queries.shape[:2], n, dtype=dtype)
     queries = queries * problem.select_scale
-    step = _chunk(problem)
+    step = _chunk(problem, n)
     buffer = torch.empty(problem.Hkv, min(step, n), problem.D, dtype=dtype)
-    for start in range(0, n, step):
-        stop = min(start + step, n)
+    for start in range(tokens.start, tokens.stop, step):
+        stop = min(start + step, tokens.stop)
         position = torch.arange(start, stop)
         if problem.is_paged:
             chunk = _gather(problem, problem.k_cache, b, position[None])
@@ -106,14 +167,12 @@ def _logits(problem: Problem, b: int, n: int, where: str, queries: Tensor) -> Te
         if problem.rope is not None and problem.moves(where):
             at = torch.zeros_like(position) if where == "fixed" else position
             keys = problem.rope.place(keys, position, at)
-        # Not out=logits[...]: into a strided slice, bmm would make one product a head.
         part = torch.bmm(queries, keys.transpose(1, 2))
         if problem.softcap is not None:
             finite = part.isfinite()
             part.div_(problem.softcap).tanh_().mul_(problem.softcap)
             part.masked_fill_(~finite, -math.inf)
-        logits[:, :, start:stop] = part
-    return logits.nan_to_num_(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
+        yield start, part.nan_to_num_(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
 
 
 def _vote_(logits: Tensor, candidates: slice, problem: Problem) -> tuple[Tensor, Tensor]:
@@ -127,7 +186,8 @@ def _vote_(logits: Tensor, candidates: slice, problem: Problem) -> tuple[Tensor,
     if c.vote == "logit":
         return logits.sum(1), lse
     if c.vote == "hard":
-        return _best(logits, c.k).sum(1).to(logits.dtype), lse
+        # Into the logits' own memory, which is not needed any more.
+        return torch.sum(_best(logits, c.k), 1, out=logits[:, 0]), lse
     sums, _ = _exp_(logits)
     return _weighted_sum(logits, sums), lse
 
@@ -153,15 +213,20 @@ def _logsumexp(logits: Tensor) -> Tensor:
     return torch.stack([part.logsumexp(-1) for part in logits.split(_PART, dim=-1)]).logsumexp(0)
 
 
-def _row_blocks(problem: Problem, n: int, rows: int) -> Iterator[slice]:
-    """Cut `rows` query rows a KV head so that their logits keep within their share of memory."""
-    cached = (problem.D + problem.Dv) * problem.k_cache.dtype.itemsize
+def _fitting_rows(problem: Problem, n: int) -> int:
+    """Query rows a KV head whose logits over n tokens may be held at once; at least 1."""
     item = _compute_dtype(problem).itemsize
-    allowed = max(_LOGITS_BYTES // (problem.Hkv * n), int(_LOGITS_SHARE * cached)) // item
-    if problem.config.vote == "hard":  # ranks and masks take twice as much again
-        allowed //= 3
-    step = max(1, allowed)
-    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+    cached = _cached_bytes(problem, n)
+    # Beside the logits: votes, their sum and a product of that size; a chunk, turned or not.
+    others = 2 * problem.S * item * n + 3 * _CHUNK_BYTES
+    room = _SMALL if cached <= 10 * _SMALL else _SHARE * cached - others
+    if problem.config.vote == "hard":  # masks and ranks take as much again
+        room /= 3
+    return max(1, int(room / (problem.Hkv * n * item)))
+
+
+def _cached_bytes(problem: Problem, n: int) -> int:
+    return n * problem.Hkv * (problem.D + problem.Dv) * problem.k_cache.dtype.itemsize
 
 
 def _compute_dtype(problem: Problem) -> torch.dtype:
@@ -190,26 +255,46 @@ def _elect(votes: Tensor, problem: Problem) -> Tensor:
     (_, share), *rest = problem.config.ballots
     chosen = _best(votes[0], share)
     for ballot, (_, next_share) in enumerate(rest, start=1):
-        free = (~chosen).nonzero()[:, 1].view(len(chosen), max(0, chosen.shape[1] - share))
-        chosen.scatter_(1, free, _best(votes[ballot].gather(1, free), next_share))
+        chosen |= _best(votes[ballot], next_share, taken=chosen, n_taken=share)
         share += next_share
     return chosen
 
 
-def _best(votes: Tensor, k: int) -> Tensor:
-    """Mask of the k largest along the last dim, the lower place first among equals."""
-    if k >= votes.shape[-1]:
-        return torch.ones_like(votes, dtype=torch.bool)
+def _best(votes: Tensor, k: int, taken: Tensor | None = None, n_taken: int = 0) -> Tensor:
+    """Mask of the k largest along the last dim, the lower place first among equals.
+
+    Of those not `taken`, a mask of n_taken places in every row.
+    """
+    if k >= votes.shape[-1] - n_taken:
+        return torch.ones_like(votes, dtype=torch.bool) if taken is None else ~taken
     if k == 0:
         return torch.zeros_like(votes, dtype=torch.bool)
-    votes = votes.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
-    threshold = votes.topk(k, sorted=False).values.amin(-1, keepdim=True)
+    if votes.isnan().any():
+        votes = votes.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+    threshold = _kth_largest(votes, k, taken)
     enough = votes >= threshold
+    if taken is not None:
+        enough &= ~taken
     if int(enough.sum()) == k * (votes.numel() // votes.shape[-1]):  # no tie across the k-th place
         return enough
-    above, tied = votes > threshold, votes == threshold
-    room = k - above.sum(-1, keepdim=True)
-    return above | (tied & (tied.cumsum(-1, dtype=torch.int32) <= room))
+    tied = enough & (votes == threshold)
+    spare = enough.sum(-1, keepdim=True) - k  # the last of those that tie must go
+    rank = tied.cumsum(-1, dtype=torch.int32)
+    return enough & ~(tied & (rank > rank[..., -1:] - spare))
+
+
+def _kth_largest(votes: Tensor, k: int, taken: Tensor | None) -> Tensor:
+    """The k-th largest of those not taken, along the last dim: (..., 1).
+
+    In parts, since topk holds 16 bytes an entry.
+    """
+    best = []
+    for start in range(0, votes.shape[-1], _PART):
+        part = votes[..., start : start + _PART]
+        if taken is not None:
+            part = part.masked_fill(taken[..., start : start + _PART], -math.inf)
+        best.append(part.topk(min(k, part.shape[-1]), sorted=False)[0])
+    return torch.cat(best, -1).topk(k, sorted=False)[0].amin(-1, keepdim=True)
 
 
 def attend(problem: Problem, selection: Selection) -> Attended:
@@ -234,9 +319,9 @@ def _attend_request(
     G, Lq, m = problem.G, problem.Lq, positions.shape[1]
     queries, at = _placed_to_attend(problem, b, n, positions)
     out, lse = out.view(-1, G, *out.shape[1:]), lse.view(-1, G, Lq)
-    width = _chunk(problem)
+    width = _chunk(problem, n)
     chunks = [slice(start, min(start + width, m)) for start in range(0, m, width)]
-    step = max(1, _LOGITS_BYTES // (problem.Hq * m * queries.dtype.itemsize))
+    step = max(1, _SMALL // (problem.Hq * m * queries.dtype.itemsize))
     for start in range(0, Lq, step):
         block = slice(start, min(start + step, Lq))
         query_position = torch.arange(n - Lq, n)[block, None]
@@ -260,7 +345,7 @@ def _attend_request(
 
 
 def _placed_to_attend(problem: Problem, b: int, n: int, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Scaled queries (Hkv, G, Lq, D) where they are attended, and where the keys shall be (S, m)."""
+    """Scaled queries (Hkv, G, Lq, D) where they are attended; where keys shall be, (S, m)."""
     Lq, at = problem.Lq, positions
     queries = problem.q[b].to(_compute_dtype(problem))
     if problem.rope is not None and problem.moves(problem.config.positions):
@@ -291,10 +376,13 @@ def _selected_values(problem: Problem, b: int, positions: Tensor) -> Tensor:
     return values.masked_fill_(padding[..., None], 0.0) if padding.any() else values
 
 
-def _chunk(problem: Problem) -> int:
-    """Tokens in a chunk: so many that their keys, converted, stay in the processor's cache."""
+def _chunk(problem: Problem, n: int) -> int:
+    """Tokens in a chunk: their keys, converted, stay in the processor's cache, and are few of n."""
     row = problem.Hkv * max(problem.D, problem.Dv) * _compute_dtype(problem).itemsize
-    return max(_LEAST_CHUNK, _CHUNK_BYTES // row)
+    size = min(_CHUNK_BYTES, max(_CHUNK_BYTES // 4, _cached_bytes(problem, n) // 128))
+    if problem.rope is not None:  # angles are float64
+        size //= 4
+    return max(_LEAST_CHUNK, size // row)
 
 
 def _softmax(logits: Tensor, sink_logits: Tensor | None, visible: Tensor) -> Tensor:

@@ -100,4 +100,5 @@ def pooled(votes: Tensor, pool: int) -> Tensor:
     """The maximum over a centred window of `pool` candidates, clipped at the edges."""
     if pool == 1 or len(votes) == 0:
         return votes
+    pool = min(pool, 2 * len(votes) - 1)
     return F.max_pool1d(votes[None, None], pool, stride=1, padding=pool // 2)[0, 0]
