@@ -26,9 +26,10 @@ from tokenselect.contract import (
 
 # A chunk of converted keys should stay in the processor's cache while it is multiplied.
 _CHUNK_BYTES = 4 * 2**20
-# What a call may hold beside the cache, as a share of it; this much where the cache is small.
+# What a call may hold beside the cache, as a share of it; of few tokens, this much anyway.
 _SHARE = 0.08
-_SMALL = 16 * 2**20
+_SMALL = 32 * 2**20
+_FEW = 2**18
 # A chunk has no fewer tokens than this, and sums over tokens are cut into parts of so many.
 _LEAST_CHUNK = 16
 _PART = 2**16
@@ -216,10 +217,11 @@ def _logsumexp(logits: Tensor) -> Tensor:
 def _fitting_rows(problem: Problem, n: int) -> int:
     """Query rows a KV head whose logits over n tokens may be held at once; at least 1."""
     item = _compute_dtype(problem).itemsize
-    cached = _cached_bytes(problem, n)
     # Beside the logits: votes, their sum and a product of that size; a chunk, turned or not.
     others = 2 * problem.S * item * n + 3 * _CHUNK_BYTES
-    room = _SMALL if cached <= 10 * _SMALL else _SHARE * cached - others
+    room = _SHARE * _cached_bytes(problem, n) - others
+    if n <= _FEW:
+        room = max(room, _SMALL)
     if problem.config.vote == "hard":  # masks and ranks take as much again
         room /= 3
     return max(1, int(room / (problem.Hkv * n * item)))
