@@ -13,6 +13,7 @@ from tokenselect.budgets import attend_budget
 ATTENDED = (
     Chosen(Case(lengths=(0, 30)), 0.5, 0),
     Chosen(Case(lengths=(40,)), 0.0, 0),
+    Chosen(Case(lengths=(40,), has_sink_logits=True, softcap=2.0, G=3), 0.5, 2),
     *(Chosen(case, 0.3, 0) for case in NAMED),
     Chosen(Case(lengths=(40,), Lq=5, filler="nan", page_size=2), 0.5, 1),
     Chosen(

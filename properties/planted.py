@@ -326,6 +326,16 @@ def attend_without_sink_logits(p: Problem, selection: Selection) -> Attended:
 
 
 @plant("attend")
+def attend_vanishes_under_a_large_sink(p: Problem, selection: Selection) -> Attended:
+    """Where a sink takes nearly all, what is left is dropped."""
+    out, lse = CPU.attend(p, selection)
+    if p.sink_logits is None:
+        return Attended(out, lse)
+    left = torch.sigmoid(lse - p.sink_logits[:, None].float())
+    return Attended(torch.where(left[..., None] < 0.1, 0 * out, out), lse)
+
+
+@plant("attend")
 def attend_counts_sink_logits_in_lse(p: Problem, selection: Selection) -> Attended:
     out, lse = CPU.attend(p, selection)
     if p.sink_logits is not None:

@@ -142,10 +142,9 @@ def score_budget(problem: Problem) -> ScoreBudget:
 
 
 def _logits(problem: Problem, queries: Tensor, keys: Tensor, scale: float) -> Tensor:
-    """Float64 logits (H, L, n) of queries (H, L, D) over keys (H, n, D), -inf if not finite."""
+    """Float64 logits (H, L, n) of queries (H, L, D) over keys (H, n, D)."""
     s = queries @ keys.transpose(1, 2) * scale
-    capped = s if problem.softcap is None else problem.softcap * torch.tanh(s / problem.softcap)
-    return torch.where(s.isfinite(), capped, -math.inf)
+    return s if problem.softcap is None else problem.softcap * torch.tanh(s / problem.softcap)
 
 
 def _mean_logits(problem: Problem, run: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,7 +152,10 @@ def _mean_logits(problem: Problem, run: Tensor, keys: Tensor) -> tuple[Tensor, T
     scale = problem.select_scale
     size = run.norm(dim=-1).mean(1, keepdim=True)  # at least the norm of the mean
     error = _logit_error(problem, size, keys, scale, averaged=run.shape[1])
-    return _logits(problem, run.mean(1, keepdim=True), keys, scale)[:, 0], error[:, 0]
+    mean = run.mean(1, keepdim=True)
+    is_finite = (mean @ keys.transpose(1, 2))[:, 0].isfinite()  # before a softcap would hide it
+    s = torch.where(is_finite, _logits(problem, mean, keys, scale)[:, 0], -math.inf)
+    return s, error[:, 0]
 
 
 def _logit_error(
@@ -260,15 +262,17 @@ def attend_budget(problem: Problem, selection: Selection) -> AttendBudget:
             logits = _logits(problem, queries[heads], keys[groups], problem.scale)
             logits = logits.masked_fill(~seen, -math.inf)
             relative, lse_slack[b, heads] = _softmax_error(logits, error, u)
+            weights = torch.softmax(logits, -1)
             if truth.sink_logits is not None:
-                sinks = truth.sink_logits[heads].abs().nan_to_num(posinf=0.0)
-                relative = relative + u * sinks[:, None, None]
+                sinks = truth.sink_logits[heads, None, None].expand(-1, problem.Lq, 1)
+                relative = relative + u * sinks.abs().nan_to_num(posinf=0.0)
+                weights = torch.softmax(torch.cat((logits, sinks), -1), -1)[..., :-1]
             # Weights may be rounded to the cache's dtype before they meet the values.
             relative = relative + torch.finfo(dtype).eps / 2 + u * _summing(len(positions))
             met = values[groups].abs().nan_to_num(nan=0.0, posinf=0.0)
-            weights = torch.softmax(logits, -1).nan_to_num(0.0)
             flushed = smallest * (seen.double() @ met)
-            out_slack[b, heads] = (weights * torch.expm1(relative)) @ met + flushed
+            spread = weights.nan_to_num(0.0) * torch.expm1(relative)
+            out_slack[b, heads] = spread @ met + flushed
     lse_slack += _rounding(lse)
     out_slack += out.abs().nan_to_num(posinf=0.0) * torch.finfo(dtype).eps + smallest
     return AttendBudget(Budget(out, out_slack), Budget(lse.double(), lse_slack), dtype)
