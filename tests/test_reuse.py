@@ -383,3 +383,23 @@ def test_lookup_changes_nothing() -> None:
     assert cache.lookup(p).tolist() == cache.lookup(p).tolist() == [True, False]
     assert cache.misses.tolist() == [1, 1]
     assert cache.hits.tolist() == [0, 0]
+
+
+def test_equal_queries_are_reused_at_theta_one() -> None:
+    """Their cosine is 1, whatever rounding makes of their norms."""
+    for seed in range(100):
+        q, k_cache, v_cache = tensors(seed=seed, Hq=4, D=64, Dv=64)
+        cache = SelectionCache(theta=1)
+        reused = []
+        for n in (30, 31):
+            _, info = attention(
+                q,
+                k_cache,
+                v_cache,
+                **SMALL,
+                cache_seqlens=lengths(n, n),
+                cache=cache,
+                return_info=True,
+            )
+            reused += info.reused.tolist()
+        assert reused == [False, False, True, True], seed
