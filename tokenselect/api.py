@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tokenselect import ops, registry
 from tokenselect.contract import (
+    CONFIG_NAMES,
     Attended,
     Normalize,
     Positions,
@@ -198,7 +199,7 @@ def explain(
     Runs nothing and reads no tensor. Print the result, or read .chosen and .passed_over.
     """
     arguments = {"k": k} | arguments
-    config = {name: arguments.pop(name) for name in SelectConfig().keys() if name in arguments}  # noqa: SIM118
+    config = {name: arguments.pop(name) for name in CONFIG_NAMES if name in arguments}
     for name in ("validate", "return_info"):
         arguments.pop(name, None)
     problem = Problem.build(

@@ -36,6 +36,7 @@ from tokenselect.budgets import (
     score_budget,
 )
 from tokenselect.contract import (
+    CONFIG_NAMES,
     Attended,
     Backend,
     Capability,
@@ -96,7 +97,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "reuse over 9 steps": {"steps": 9, "lengths": (160, 160)},
     "reuse, paged": {"steps": 9, "lengths": (160, 160), "page_size": 16},
 }  # fmt: skip
-_CONFIG = tuple(field.name for field in fields(SelectConfig))
 
 
 # --- problems -----------------------------------------------------------------------------
@@ -131,7 +131,7 @@ def draw(kind: str, seed: int) -> Problem:
         q,
         caches[0],
         caches[1],
-        SelectConfig(**{name: given[name] for name in _CONFIG if name in given}),
+        SelectConfig(**{name: given[name] for name in CONFIG_NAMES if name in given}),
         cache_seqlens=n.int(),
         block_table=block_table,
         softcap=given.get("softcap"),

@@ -131,6 +131,8 @@ class Explanation(NamedTuple):
         lines = [f"problem: {self.problem}", f"chosen:  {self.chosen or 'none'}"]
         for name, whys in self.passed_over.items():
             lines += [f"passed over {name}: {why}" for why in whys]
+        untried = [name for name in backends() if name not in (self.chosen, *self.passed_over)]
+        lines += [f"not tried {name}: not asked for" for name in untried]
         return "\n".join(lines)
 
 
