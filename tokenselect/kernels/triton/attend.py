@@ -1,0 +1,622 @@
+"""Stage 3: attention over the selected rows, read where they lie in the cache.
+
+attend  a share of one selection, for a block of the queries of one KV head
+merge   the shares of a selection put together, in order
+
+Few query rows are a matter of latency: the selection is cut into shares of `split` tokens, one a
+program. A chunk has rows enough to fill a GPU, and each program walks the whole selection. How a
+selection is cut depends on the shape of one request only, so no result depends on the batch.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tokenselect.contract import Attended, Problem, Selection
+from tokenselect.kernels.triton import launch
+from tokenselect.kernels.triton.configs import TABLE, Config
+from tokenselect.kernels.triton.device import (
+    LN2,
+    LOG2E,
+    angles,
+    capped,
+    length,
+    rotary_columns,
+    rows,
+    turned,
+)
+from tokenselect.kernels.triton.launch import Launch
+from tokenselect.kernels.triton.tables import LOW, Tables, tables
+
+
+_BEYOND = tl.constexpr(2**31 - 1)
+
+
+def attend(problem: Problem, selection: Selection) -> Attended:
+    """See `tokenselect.reference.attend`: out and lse within the error budget."""
+    attended, launches_ = launches(problem, selection, launch.arch(problem.q.device))
+    launch.run(launches_, problem.q.device)
+    return attended
+
+
+@triton.jit
+def _attend(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    table_ptr,
+    seqlens_ptr,
+    positions_ptr,
+    count_ptr,
+    sinks_ptr,
+    high_ptr,
+    low_ptr,
+    out_ptr,
+    lse_ptr,
+    acc_ptr,
+    max_ptr,
+    sum_ptr,
+    scale,
+    softcap,
+    Hkv,
+    G,
+    Lq,
+    Lk,
+    K,
+    D,
+    Dv,
+    half,
+    n_splits,
+    n_blocks,
+    page_size,
+    n_pages,
+    stride_qb,
+    stride_qh,
+    stride_qi,
+    stride_qd,
+    stride_page,
+    stride_row,
+    stride_head,
+    stride_d,
+    v_stride_page,
+    v_stride_row,
+    v_stride_head,
+    v_stride_d,
+    stride_table_b,
+    stride_table_page,
+    stride_positions_b,
+    stride_positions_s,
+    stride_positions_place,
+    stride_count_b,
+    stride_count_s,
+    S: tl.constexpr,
+    ONE_QUERY: tl.constexpr,
+    MOVES: tl.constexpr,
+    CONTIGUOUS: tl.constexpr,
+    RAW: tl.constexpr,
+    RAW_FACTOR: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SINKS: tl.constexpr,
+    PAGED: tl.constexpr,
+    WHOLE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CHUNKED: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    LOW_ROWS: tl.constexpr,
+):
+    """Attend to SPLIT places of a selection, or to the WHOLE and finish.
+
+    Rows are the queries of one KV head: query i of its head h is row i * G + h.
+    """
+    pid = tl.program_id(0)
+    g, pid = pid % Hkv, pid // Hkv
+    block, pid = pid % n_blocks, pid // n_blocks
+    split, b = pid % n_splits, pid // n_splits
+    s = g if S > 1 else 0
+    n = length(seqlens_ptr, b, Lk)
+    count = tl.load(count_ptr + b.to(tl.int64) * stride_count_b + s * stride_count_s)
+    count = tl.where(n > 0, tl.minimum(tl.maximum(count, 0), K), 0)
+    row = block * ROWS + tl.arange(0, ROWS)
+    is_row = row < Lq * G
+    query, head = row // G, g * G + row % G
+    query_position = n - Lq + query
+
+    first_place = 0
+    last_place = count
+    if not WHOLE:
+        first_place = split * SPLIT
+        last_place = tl.minimum(first_place + SPLIT, count)
+        if first_place >= count:
+            return
+    picked_ptr = positions_ptr + b.to(tl.int64) * stride_positions_b + s * stride_positions_s
+    first_query = n - Lq + block * ROWS // G
+    if not ONE_QUERY:
+        # Positions ascend: what the block's last query does not see ends the walk.
+        last_query = n - Lq + tl.minimum((block * ROWS + ROWS - 1) // G, Lq - 1)
+        seen_places = tl.zeros([128], tl.int32)
+        for start in range(first_place, last_place, 128):
+            place = start + tl.arange(0, 128)
+            is_place = place < last_place
+            at = picked_ptr + place * stride_positions_place
+            position = tl.load(at, mask=is_place, other=0)
+            seen_places += (is_place & (position <= last_query)).to(tl.int32)
+        last_place = first_place + tl.sum(seen_places, 0)
+
+    q_row = q_ptr + b.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
+    q_row = (q_row + query.to(tl.int64) * stride_qi)[:, None]
+    d = tl.arange(0, BLOCK_D)
+    if MOVES:
+        # Raw queries go to where they are attended; rotated ones go back with the newest token.
+        if RAW:
+            q_steps = count - Lq + query if CONTIGUOUS else query_position
+        else:
+            q_steps = n - count + tl.zeros([ROWS], tl.int32)
+        q_steps = tl.minimum(tl.maximum(q_steps, 0), Lk)
+    elif not CHUNKED:
+        is_query = is_row[:, None] & (d < D)[None, :]
+        queries = tl.load(q_row + d[None, :] * stride_qd, mask=is_query, other=0.0).to(DOT)
+
+    largest = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    first_seen = _BEYOND
+    acc = tl.zeros([ROWS, BLOCK_DV], tl.float32)
+    dv = tl.arange(0, BLOCK_DV)
+    head_ptr = k_ptr + g.to(tl.int64) * stride_head
+    v_head_ptr = v_ptr + g.to(tl.int64) * v_stride_head
+    for start in tl.range(first_place, last_place, TILE):
+        place = start + tl.arange(0, TILE)
+        is_token = place < last_place
+        at = picked_ptr + place * stride_positions_place
+        position = tl.load(at, mask=is_token, other=-1)
+        is_token = is_token & (position >= 0) & (position < n)
+        offset, is_token = rows(
+            table_ptr,
+            b,
+            position,
+            is_token,
+            page_size,
+            n_pages,
+            stride_page,
+            stride_row,
+            stride_table_b,
+            stride_table_page,
+            PAGED,
+        )
+        v_offset, is_token = rows(
+            table_ptr,
+            b,
+            position,
+            is_token,
+            page_size,
+            n_pages,
+            v_stride_page,
+            v_stride_row,
+            stride_table_b,
+            stride_table_page,
+            PAGED,
+        )
+        value_row = v_head_ptr + tl.where(is_token, v_offset, 0)[:, None]
+        is_value = is_token[:, None] & (dv < Dv)[None, :]
+        values = tl.load(value_row + dv[None, :] * v_stride_d, mask=is_value, other=0.0).to(DOT)
+        key_row = head_ptr + tl.where(is_token, offset, 0)[:, None]
+        logits = tl.zeros([ROWS, TILE], tl.float32)
+        if MOVES:
+            # Out to where they are attended; or, rotated, back by how far they stand beyond it.
+            if RAW:
+                steps = place if CONTIGUOUS else position
+            else:
+                steps = position - place
+            steps = tl.minimum(tl.maximum(tl.where(is_token, steps, 0), 0), Lk)
+            for first_column in range(0, half, BLOCK_D):
+                column = first_column + d
+                q_first, q_second = _pairs(
+                    q_row, is_row, column, q_steps, high_ptr, low_ptr, half, stride_qd,
+                    INTERLEAVED, RAW, LOW_ROWS,
+                )  # fmt: skip
+                first, second = _pairs(
+                    key_row, is_token, column, steps, high_ptr, low_ptr, half, stride_d,
+                    INTERLEAVED, RAW, LOW_ROWS,
+                )  # fmt: skip
+                q_first, q_second = q_first * RAW_FACTOR, q_second * RAW_FACTOR
+                logits = tl.dot(q_first, tl.trans(first), logits, input_precision=PRECISION)
+                logits = tl.dot(q_second, tl.trans(second), logits, input_precision=PRECISION)
+            for first_d in range(2 * half, D, BLOCK_D):
+                logits = _product(
+                    logits, q_row, key_row, is_row, is_token, first_d + d, D, stride_qd, stride_d,
+                    tl.float32, PRECISION,
+                )  # fmt: skip
+        elif CHUNKED:
+            for first_d in range(0, D, BLOCK_D):
+                logits = _product(
+                    logits, q_row, key_row, is_row, is_token, first_d + d, D, stride_qd, stride_d,
+                    DOT, PRECISION,
+                )  # fmt: skip
+        else:
+            is_key = is_token[:, None] & (d < D)[None, :]
+            keys = tl.load(key_row + d[None, :] * stride_d, mask=is_key, other=0.0).to(DOT)
+            logits = tl.dot(queries, tl.trans(keys), logits, input_precision=PRECISION)
+        logits *= scale
+        if SOFTCAP:
+            logits = capped(logits, softcap)
+        # Where a token stands, for the causal rule; what is no token stands beyond all queries.
+        stands = tl.where(is_token, position, _BEYOND)
+        logits *= LOG2E
+        logits = tl.where(stands[None, :] <= query_position[:, None], logits, float("-inf"))
+        new = tl.maximum(largest, tl.max(logits, 1))
+        safe = tl.where(tl.abs(new) == float("inf"), 0.0, new)
+        weights = tl.exp2(logits - safe[:, None])
+        old = tl.exp2(largest - safe)
+        total = total * old + tl.sum(weights, 1)
+        first_seen = tl.minimum(first_seen, tl.min(stands, 0))
+        acc *= old[:, None]
+        largest = new
+
+        if not ONE_QUERY:
+            # A value that some row does not see must not reach that row as 0 * NaN: tokens with
+            # such values are taken out, and added to the rows that see them one by one.
+            if tl.max(tl.where(is_token, position, -1), 0) > first_query:
+                is_odd = tl.max((tl.abs(values.to(tl.float32)) < float("inf")).to(tl.int32) ^ 1, 1)
+                values = tl.where(is_odd[:, None] > 0, 0.0, values)
+                n_odd = tl.sum(is_odd, 0)
+                order = tl.cumsum(is_odd, 0) * is_odd
+                for odd in range(1, n_odd + 1):
+                    is_this = order == odd
+                    value = tl.sum(tl.where(is_this, v_offset, 0), 0) + dv * v_stride_d
+                    value = tl.load(v_head_ptr + value, mask=dv < Dv, other=0.0).to(tl.float32)
+                    weight = tl.sum(tl.where(is_this[None, :], weights, 0.0), 1)
+                    is_met = tl.sum(tl.where(is_this, position, 0), 0) <= query_position
+                    met = weight[:, None] * value[None, :]
+                    acc += tl.where(is_met[:, None], met, 0.0)
+        acc = tl.dot(weights.to(DOT), values, acc, input_precision=PRECISION)
+
+    sees = first_seen <= query_position
+    if WHOLE:
+        if SINKS:
+            sink = tl.load(sinks_ptr + head, mask=is_row, other=0.0).to(tl.float32) * LOG2E
+        else:
+            sink = tl.full([ROWS], float("-inf"), tl.float32)
+        out, lse = _finished(acc, largest, total, sees, sink, SINKS)
+        at = (b * Hkv * G + head).to(tl.int64) * Lq + query
+        is_out = is_row[:, None] & (dv < Dv)[None, :]
+        tl.store(out_ptr + at[:, None] * Dv + dv[None, :], _rounded(out, out_ptr), mask=is_out)
+        tl.store(lse_ptr + at, lse, mask=is_row)
+    else:
+        # A sum below zero says that the row sees nothing of this share.
+        at = ((b * Hkv + g).to(tl.int64) * n_splits + split) * (Lq * G) + row
+        is_out = is_row[:, None] & (dv < Dv)[None, :]
+        tl.store(acc_ptr + at[:, None] * Dv + dv[None, :], acc, mask=is_out)
+        tl.store(max_ptr + at, largest, mask=is_row)
+        tl.store(sum_ptr + at, tl.where(sees, total, -1.0), mask=is_row)
+
+
+@triton.jit
+def _pairs(
+    row,
+    is_row,
+    column,
+    steps,
+    high_ptr,
+    low_ptr,
+    half,
+    stride_d,
+    INTERLEAVED: tl.constexpr,
+    RAW: tl.constexpr,
+    LOW_ROWS: tl.constexpr,
+):
+    """Pairs of dims of some rows in float32, turned out by `steps` positions, or if rotated back."""
+    first_dim, second_dim = rotary_columns(column, half, INTERLEAVED)
+    mask = is_row[:, None] & (column < half)[None, :]
+    first = tl.load(row + first_dim[None, :] * stride_d, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(row + second_dim[None, :] * stride_d, mask=mask, other=0.0).to(tl.float32)
+    high, low = steps // LOW_ROWS, steps % LOW_ROWS
+    cos, sin = angles(high_ptr, low_ptr, high, low, column, half, 1 if RAW else -1)
+    return turned(first, second, cos, sin)
+
+
+@triton.jit
+def _product(
+    logits,
+    q_row,
+    key_row,
+    is_row,
+    is_token,
+    d,
+    D,
+    stride_qd,
+    stride_d,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """logits (ROWS, TILE) and the products of dims d."""
+    is_query = is_row[:, None] & (d < D)[None, :]
+    is_key = is_token[:, None] & (d < D)[None, :]
+    queries = tl.load(q_row + d[None, :] * stride_qd, mask=is_query, other=0.0).to(DOT)
+    keys = tl.load(key_row + d[None, :] * stride_d, mask=is_key, other=0.0).to(DOT)
+    return tl.dot(queries, tl.trans(keys), logits, input_precision=PRECISION)
+
+
+@triton.jit
+def _finished(acc, largest, total, sees, sink, SINKS: tl.constexpr):
+    """out and lse of rows, from their sums of weights and of weighted values."""
+    safe = tl.where(tl.abs(largest) == float("inf"), 0.0, largest)
+    lse = tl.where(sees, (safe + tl.log2(total)) * LN2, float("-inf"))
+    denominator = total
+    if SINKS:
+        top = tl.maximum(safe, sink)
+        shrunk = tl.exp2(safe - top)
+        acc *= shrunk[:, None]
+        denominator = total * shrunk + tl.exp2(sink - top)
+    out = tl.where(sees[:, None], acc / denominator[:, None], 0.0)
+    return out, lse
+
+
+@triton.jit
+def _rounded(x, ptr):
+    """x in the dtype behind ptr, to nearest even (the interpreter would cut bfloat16 off)."""
+    if ptr.dtype.element_ty == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        nearest = bits + 32767 + (bits >> 16 & 1) & -65536
+        x = tl.where(x == x, nearest.to(tl.float32, bitcast=True), x)
+    return x.to(ptr.dtype.element_ty)
+
+
+@triton.jit
+def _merge(
+    acc_ptr,
+    max_ptr,
+    sum_ptr,
+    sinks_ptr,
+    count_ptr,
+    seqlens_ptr,
+    out_ptr,
+    lse_ptr,
+    Hkv,
+    G,
+    Lq,
+    Lk,
+    K,
+    Dv,
+    n_splits,
+    stride_count_b,
+    stride_count_s,
+    S: tl.constexpr,
+    SINKS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """One query row: its shares' sums, scaled to their common maximum, SPLITS of them at a time."""
+    pid = tl.program_id(0)
+    row, pid = pid % (Lq * G), pid // (Lq * G)
+    g, b = pid % Hkv, pid // Hkv
+    s = g if S > 1 else 0
+    head = g * G + row % G
+    n = length(seqlens_ptr, b, Lk)
+    count = tl.load(count_ptr + b.to(tl.int64) * stride_count_b + s * stride_count_s)
+    count = tl.where(n > 0, tl.minimum(tl.maximum(count, 0), K), 0)
+    used = tl.cdiv(count, SPLIT)
+    start_at = (b * Hkv + g).to(tl.int64) * n_splits
+    largest = tl.full([1], float("-inf"), tl.float32)
+    total = tl.zeros([1], tl.float32)
+    sees = tl.zeros([1], tl.int32)
+    acc = tl.zeros([1, BLOCK_DV], tl.float32)
+    dv = tl.arange(0, BLOCK_DV)
+    for start in range(0, used, SPLITS):
+        split = start + tl.arange(0, SPLITS)
+        is_used = split < used
+        at = (start_at + split) * (Lq * G) + row
+        tops = tl.load(max_ptr + at, mask=is_used, other=float("-inf"))
+        sums = tl.load(sum_ptr + at, mask=is_used, other=-1.0)
+        is_part = is_used[:, None] & (dv < Dv)[None, :]
+        parts = tl.load(acc_ptr + at[:, None] * Dv + dv[None, :], mask=is_part, other=0.0)
+        sees = tl.maximum(sees, tl.max((sums < 0).to(tl.int32) ^ 1, 0))
+        new = tl.maximum(largest, tl.max(tops, 0))
+        safe = tl.where(tl.abs(new) == float("inf"), 0.0, new)
+        old, weights = tl.exp2(largest - safe), tl.exp2(tops - safe)
+        total = total * old + tl.sum(tl.where(sums < 0, 0.0, sums) * weights, 0)
+        acc = acc * old[:, None] + tl.sum(parts * weights[:, None], 0)[None, :]
+        largest = new
+    if SINKS:
+        sink = tl.load(sinks_ptr + head + tl.zeros([1], tl.int32)).to(tl.float32) * LOG2E
+    else:
+        sink = tl.full([1], float("-inf"), tl.float32)
+    out, lse = _finished(acc, largest, total, sees > 0, sink, SINKS)
+    at = (b * Hkv * G + head).to(tl.int64) * Lq + row // G + tl.zeros([1], tl.int32)
+    tl.store(
+        out_ptr + at[:, None] * Dv + dv[None, :], _rounded(out, out_ptr), mask=(dv < Dv)[None, :]
+    )
+    tl.store(lse_ptr + at, lse)
+
+
+# --- the host's side ----------------------------------------------------------------------
+
+
+def launches(
+    problem: Problem, selection: Selection, arch: str
+) -> tuple[Attended, list[Launch]]:
+    """What attending will return, and the kernels that fill it."""
+    p, config = problem, TABLE[arch]
+    B, Hq, Hkv, G, Lq, D, Dv = p.B, p.Hq, p.Hkv, p.G, p.Lq, p.D, p.Dv
+    K = selection.positions.shape[2]
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return launch.empty(shape, dtype, p.q.device)
+
+    out, lse = empty(B, Hq, Lq, Dv, dtype=p.q.dtype), empty(B, Hq, Lq)
+    n_rows = Lq * G
+    moves = p.rope is not None and p.moves(p.config.positions)
+    in_float32 = moves or p.q.dtype == torch.float32
+    split = _split(config, n_rows, K)
+    rows_, tile, warps = _tile(config, p, moves)
+    n_splits = math.ceil(K / split)
+    is_whole = n_splits == 1
+    partial = (B, Hkv, 1 if is_whole else n_splits, 1 if is_whole else n_rows)
+    largest, sums = empty(*partial), empty(*partial)
+    acc = empty(*partial, 1 if is_whole else Dv)
+    is_raw = p.rope is not None and p.rope.cached == "raw"
+    half = p.rope.rotary_dim // 2 if moves and p.rope is not None else 0
+    turn = Tables(p.q, p.q, p.q)
+    if moves and p.rope is not None:
+        turn = tables(p.rope.inv_freq, p.Lk, 0)
+    n_blocks = math.ceil(n_rows / rows_)
+    values = launch.cache_arguments(p, p.v_cache)
+    sinks = p.q if p.sink_logits is None else p.sink_logits.contiguous()
+    selected = {
+        "count_ptr": selection.count,
+        "stride_count_b": selection.count.stride(0),
+        "stride_count_s": selection.count.stride(1),
+    }
+    todo = [
+        Launch(
+            _attend,
+            (B * n_splits * n_blocks * Hkv,),
+            dict(
+                q_ptr=p.q,
+                k_ptr=p.k_cache,
+                v_ptr=p.v_cache,
+                seqlens_ptr=p.cache_seqlens,
+                positions_ptr=selection.positions,
+                sinks_ptr=sinks,
+                high_ptr=turn.high,
+                low_ptr=turn.low,
+                out_ptr=out,
+                lse_ptr=lse,
+                acc_ptr=acc,
+                max_ptr=largest,
+                sum_ptr=sums,
+                scale=p.scale,
+                softcap=1.0 if p.softcap is None else p.softcap,
+                Hkv=Hkv,
+                G=G,
+                Lq=Lq,
+                Lk=p.Lk,
+                K=K,
+                D=D,
+                Dv=Dv,
+                half=half,
+                n_splits=n_splits,
+                n_blocks=n_blocks,
+                **{f"stride_q{dim}": p.q.stride(i) for i, dim in enumerate("bhid")},
+                **launch.cache_arguments(p, p.k_cache),
+                **{f"v_{name}": values[name] for name in _V_STRIDES},
+                **{
+                    f"stride_positions_{dim}": selection.positions.stride(i)
+                    for i, dim in enumerate(("b", "s", "place"))
+                },
+                **selected,
+            ),
+            dict(
+                S=p.S,
+                ONE_QUERY=Lq == 1,
+                MOVES=moves,
+                CONTIGUOUS=p.config.positions == "contiguous",
+                RAW=is_raw,
+                # Raw keys lack the factor on cos and sin too: it is theirs and the query's.
+                RAW_FACTOR=p.rope.scaling**2 if is_raw and p.rope is not None else 1.0,
+                INTERLEAVED=p.rope is not None and p.rope.interleaved,
+                SOFTCAP=p.softcap is not None,
+                SINKS=p.sink_logits is not None,
+                PAGED=p.is_paged,
+                WHOLE=is_whole,
+                SPLIT=split,
+                TILE=tile,
+                ROWS=rows_,
+                BLOCK_D=16 if moves else 32 if in_float32 else _padded(D),
+                CHUNKED=in_float32,
+                BLOCK_DV=_padded(Dv),
+                DOT=launch.dot_dtype(p.q.dtype),
+                PRECISION=config.float32,
+                LOW_ROWS=LOW,
+            ),
+            warps,
+            1,
+        )
+    ]
+    if not is_whole:
+        todo.append(
+            Launch(
+                _merge,
+                (B * Hkv * n_rows,),
+                dict(
+                    acc_ptr=acc,
+                    max_ptr=largest,
+                    sum_ptr=sums,
+                    sinks_ptr=sinks,
+                    seqlens_ptr=p.cache_seqlens,
+                    out_ptr=out,
+                    lse_ptr=lse,
+                    Hkv=Hkv,
+                    G=G,
+                    Lq=Lq,
+                    Lk=p.Lk,
+                    K=K,
+                    Dv=Dv,
+                    n_splits=n_splits,
+                    **selected,
+                ),
+                dict(
+                    S=p.S,
+                    SINKS=p.sink_logits is not None,
+                    SPLIT=split,
+                    SPLITS=16,
+                    BLOCK_DV=_padded(Dv),
+                ),
+                4,
+                1,
+            )
+        )
+    return Attended(out, lse), todo
+
+
+_V_STRIDES = ("stride_page", "stride_row", "stride_head", "stride_d")
+
+
+def _split(config: Config, n_rows: int, K: int) -> int:
+    """How many places of a selection one program walks: by the shape of a request alone."""
+    if n_rows <= config.query_rows:
+        return config.split
+    return config.long_split if n_rows <= 16 * config.query_rows else max(K, 1)
+
+
+def _tile(config: Config, problem: Problem, moves: bool) -> tuple[int, int, int]:
+    """Query rows of a program, places that it takes at once, and its warps."""
+    p, places = problem, config.gather // 2
+    rows_ = min(config.query_rows, _padded(p.Lq * p.G))
+    in_float32 = moves or p.q.dtype == torch.float32
+    is_wide = max(p.D, p.Dv) > 128
+    if p.Lq == 1 and rows_ == 16 and not in_float32 and not is_wide:
+        return rows_, config.gather, 4
+    if is_wide or in_float32 or rows_ == 16:
+        rows_, places = min(rows_, config.query_rows // 2), places // 2
+    if (is_wide and in_float32) or moves:
+        rows_ = 16
+    return rows_, places // 2 if is_wide and in_float32 else places, 8
+
+
+def _padded(size: int) -> int:
+    """A size that a matrix unit takes: a power of two, at least 16."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def bytes_moved(problem: Problem) -> dict[str, int]:
+    """Bytes that each kernel reads and writes, if K tokens are selected, each row read once."""
+    p = problem
+    item, config = p.q.dtype.itemsize, TABLE["sm_90"]
+    n_splits = math.ceil(p.K / _split(config, p.Lq * p.G, p.K))
+    out = p.B * p.Hq * p.Lq * (p.Dv * item + 4)
+    partial = 0 if n_splits == 1 else p.B * p.Hq * p.Lq * n_splits * (4 * p.Dv + 8)
+    gathered = p.B * p.Hkv * p.K * (p.D + p.Dv) * item
+    queries = p.B * p.Hq * p.Lq * p.D * item
+    moved = {"attend": gathered + queries + (partial or out)}
+    if partial:
+        moved["merge"] = partial + out
+    return moved

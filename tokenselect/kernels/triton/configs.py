@@ -1,0 +1,52 @@
+"""How large the kernels' tiles are, by architecture. Nothing is tuned at run time."""
+
+from typing import NamedTuple
+
+
+class Config(NamedTuple):
+    """Sizes of one architecture.
+
+    multiprocessors     how many the grid of `score` is to fill
+    programs            programs of `score` per multiprocessor
+    tile                tokens that `score` multiplies at once, at a head dim of up to 128
+    segment             tiles whose sums of weights are kept together
+    vote_block          candidates per program of `vote`
+    select_block        candidates per program of `select`
+    gather              selected tokens that `attend` multiplies at once, for 16 query rows
+    query_rows          query rows that a program of `attend` takes of a chunk
+    float32             how a matrix unit multiplies float32: "ieee", or "tf32x3", which keeps 22 bits
+    split, long_split   selected tokens per program of `attend`, for few query rows and for more
+    """
+
+    multiprocessors: int
+    programs: int = 2
+    tile: int = 128
+    segment: int = 8
+    vote_block: int = 256
+    select_block: int = 2048
+    gather: int = 128
+    query_rows: int = 64
+    split: int = 128
+    long_split: int = 512
+    float32: str = "tf32x3"
+
+
+TABLE = {
+    "sm_80": Config(multiprocessors=108),
+    "sm_90": Config(multiprocessors=132),
+    "sm_100": Config(multiprocessors=148),
+    "gfx942": Config(multiprocessors=304, tile=64, float32="ieee"),
+    # Small, so that every loop and every border is met at the sizes of the properties.
+    "interpreter": Config(
+        multiprocessors=1,
+        tile=32,
+        segment=2,
+        vote_block=64,
+        select_block=64,
+        gather=64,
+        query_rows=32,
+        split=32,
+        long_split=48,
+        float32="ieee",
+    ),
+}

@@ -1,0 +1,79 @@
+"""What the three stages share on the host: memory, launches, and which machine this is."""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import numpy
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tokenselect.contract import Problem
+
+# In Triton's interpreter (TRITON_INTERPRET=1 when triton was imported) kernels run on the CPU.
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+
+class Launch(NamedTuple):
+    """One kernel to run, with everything that it is given.
+
+    args holds runtime arguments by name, constants the compile-time ones. A tensor that a problem
+    lacks is stood in for by another, which a constant keeps from being read.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: dict[str, Any]
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+
+def run(launches: Iterable[Launch], device: torch.device) -> None:
+    """Run the launches in order, on the tensors' device. Waits for nothing."""
+    # The interpreter's numpy would warn of every inf and NaN that is meant.
+    quiet = numpy.errstate(all="ignore" if INTERPRETED else None)
+    with quiet, torch.cuda.device(device if device.type == "cuda" else -1):
+        for kernel, grid, args, constants, num_warps, num_stages in launches:
+            kernel[grid](**args, **constants, num_warps=num_warps, num_stages=num_stages)
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """All memory that the kernels write to comes from here, uninitialised."""
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def arch(device: torch.device) -> str:
+    """The architecture whose configurations fit this device: a name in `configs.TABLE`."""
+    if INTERPRETED:
+        return "interpreter"
+    if torch.version.hip is not None:
+        return "gfx942"
+    major, _ = torch.cuda.get_device_capability(device)
+    # What is not named here (sm_86, sm_89, sm_120) has the shared memory of the smallest.
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+
+
+def dot_dtype(dtype: torch.dtype) -> tl.dtype:
+    """What unmoved rows are multiplied in: the interpreter is wrong on products of bfloat16."""
+    if dtype == torch.bfloat16:
+        return tl.float32 if INTERPRETED else tl.bfloat16
+    return tl.float16 if dtype == torch.float16 else tl.float32
+
+
+def cache_arguments(problem: Problem, cache: Tensor) -> dict[str, Any]:
+    """What `device.rows` takes of a cache, contiguous (one page a request) or paged."""
+    table = problem.block_table
+    page, head, row = (0, 2, 1) if table is not None else (0, 1, 2)
+    return {
+        "table_ptr": problem.cache_seqlens if table is None else table,
+        "page_size": problem.page_size,
+        "n_pages": cache.shape[0],
+        "stride_page": cache.stride(page),
+        "stride_row": cache.stride(row),
+        "stride_head": cache.stride(head),
+        "stride_d": cache.stride(3),
+        "stride_table_b": 0 if table is None else table.stride(0),
+        "stride_table_page": 0 if table is None else table.stride(1),
+    }

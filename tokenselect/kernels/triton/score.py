@@ -1,0 +1,892 @@
+"""Stage 1: one read of the keys, logits kept in three bytes, votes summed in a fixed order.
+
+voters     mean queries, placed where they score: only where they are not q itself
+logits     keys times queries; each tile's logits as steps below its maximum; sums of weights
+normalize  those sums to the logsumexp of each voter
+vote       softmax weights summed over the voters
+pool       the maximum over neighbours
+
+Weights and sums are powers of two: logits are scaled by log2(e) once. A tile is `tile` consecutive
+tokens; sums are kept for `segment` tiles and added in order, so that no result depends on how many
+programs share the work, or on what else is in the batch.
+"""
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tokenselect.contract import Problem, Scores
+from tokenselect.kernels.triton import launch
+from tokenselect.kernels.triton.configs import TABLE, Config
+from tokenselect.kernels.triton.device import (
+    LN2,
+    LOG2E,
+    angles,
+    capped,
+    length,
+    regions,
+    rotary_columns,
+    rows,
+    turned,
+)
+from tokenselect.kernels.triton.launch import Launch
+from tokenselect.kernels.triton.tables import LOW, Tables, tables
+
+# Voters that one read of the keys serves; more take another read.
+_MOST_VOTERS = 64
+# A logit is kept as its distance from the tile's maximum, in steps: 0 to LAST, or NONE for a
+# weight that is 0 in float32 whatever the maximum (FARTHEST, in powers of two).
+_LAST = tl.constexpr(2**24 - 2)
+_NONE = tl.constexpr(2**24 - 1)
+_FARTHEST = tl.constexpr(150.0)
+_LOW = tl.constexpr(LOW)
+
+
+def score(problem: Problem) -> Scores:
+    """See `tokenselect.reference.score`: soft votes within the error budget of float32."""
+    scores, launches_ = launches(problem, launch.arch(problem.q.device))
+    launch.run(launches_, problem.q.device)
+    return scores
+
+
+@triton.jit
+def _voters(
+    q_ptr,
+    seqlens_ptr,
+    shift_ptr,
+    high_ptr,
+    low_ptr,
+    out_ptr,
+    factor_ptr,
+    Hkv,
+    G,
+    Lq,
+    Lk,
+    D,
+    half,
+    means,
+    n_voters,
+    stride_qb,
+    stride_qh,
+    stride_qi,
+    stride_qd,
+    AT: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    RAW: tl.constexpr,
+    RAW_FACTOR: tl.constexpr,
+    PARTS: tl.constexpr,
+    HALF: tl.constexpr,
+    REST: tl.constexpr,
+    QUERIES: tl.constexpr,
+    LOW_ROWS: tl.constexpr,
+):
+    """One mean query, as given or turned to AT ("true" or "fixed"), in PARTS that add up to it.
+
+    The first `means` of a head are those of its runs of queries; one more is that of all.
+    """
+    pid = tl.program_id(0)
+    v = pid % n_voters
+    b = pid // n_voters // Hkv
+    run, head = v // G, pid // n_voters % Hkv * G + v % G
+    n = length(seqlens_ptr, b, Lk)
+    size, larger = Lq // means, Lq % means
+    start = run * size + tl.minimum(run, larger)
+    stop = start + size + (run < larger).to(tl.int32)
+    is_whole = run == means
+    start, stop = tl.where(is_whole, 0, start), tl.where(is_whole, Lq, stop)
+
+    column = tl.arange(0, HALF)
+    first_dim, second_dim = rotary_columns(column, half, INTERLEAVED)
+    rest_dim = 2 * half + tl.arange(0, REST)
+    row_ptr = q_ptr + b.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
+    first = tl.zeros([HALF], tl.float32)
+    second = tl.zeros([HALF], tl.float32)
+    rest = tl.zeros([REST], tl.float32)
+    for block in range(start, stop, QUERIES):
+        i = block + tl.arange(0, QUERIES)
+        q_row = (row_ptr + i.to(tl.int64) * stride_qi)[:, None]
+        is_rotated = (i < stop)[:, None] & (column < half)[None, :]
+        is_rest = (i < stop)[:, None] & (rest_dim < D)[None, :]
+        x = tl.load(q_row + first_dim[None, :] * stride_qd, mask=is_rotated, other=0.0)
+        y = tl.load(q_row + second_dim[None, :] * stride_qd, mask=is_rotated, other=0.0)
+        z = tl.load(q_row + rest_dim[None, :] * stride_qd, mask=is_rest, other=0.0)
+        x, y = x.to(tl.float32), y.to(tl.float32)
+        if AT == "true" or (AT == "fixed" and not RAW):
+            # Out to its own position; or, standing there, back to the start.
+            position = tl.minimum(tl.maximum(n - Lq + i, 0), Lk)
+            high, low = position // LOW_ROWS, position % LOW_ROWS
+            cos, sin = angles(high_ptr, low_ptr, high, low, column, half, 1 if RAW else -1)
+            x, y = turned(x, y, cos, sin)
+        if AT == "fixed":
+            is_pair = (column < half)[None, :]
+            cos = tl.load(shift_ptr + column[None, :], mask=is_pair, other=0.0)
+            sin = tl.load(shift_ptr + half + column[None, :], mask=is_pair, other=0.0)
+            x, y = turned(x, y, cos, sin)
+        first += tl.sum(x, 0)
+        second += tl.sum(y, 0)
+        rest += tl.sum(z.to(tl.float32), 0)
+    many = tl.maximum(stop - start, 1).to(tl.float32)
+    first, second, rest = first / many, second / many, rest / many
+    first, second = first * RAW_FACTOR, second * RAW_FACTOR
+
+    # Between 1 and 2 at the largest, so that the small parts of a float16 are not lost.
+    largest = tl.maximum(tl.max(tl.abs(first), 0), tl.max(tl.abs(second), 0))
+    largest = tl.maximum(largest, tl.max(tl.abs(rest), 0))
+    is_usual = (largest > 1e-30) & (largest < 1e30)
+    factor = tl.where(is_usual, tl.exp2(tl.floor(tl.log2(tl.where(is_usual, largest, 1.0)))), 1.0)
+    tl.store(factor_ptr + pid, factor)
+    first, second, rest = first / factor, second / factor, rest / factor
+    out_row = out_ptr + pid.to(tl.int64) * (PARTS * D)
+    for part in tl.static_range(PARTS):
+        at = out_row + part * D
+        kept = _part(first, PARTS, out_ptr.dtype.element_ty)
+        tl.store(at + first_dim, kept.to(out_ptr.dtype.element_ty), mask=column < half)
+        first -= kept
+        kept = _part(second, PARTS, out_ptr.dtype.element_ty)
+        tl.store(at + second_dim, kept.to(out_ptr.dtype.element_ty), mask=column < half)
+        second -= kept
+        kept = _part(rest, PARTS, out_ptr.dtype.element_ty)
+        tl.store(at + rest_dim, kept.to(out_ptr.dtype.element_ty), mask=rest_dim < D)
+        rest -= kept
+
+
+@triton.jit
+def _part(x, PARTS: tl.constexpr, DTYPE: tl.constexpr):
+    """The leading bits of x, as many as DTYPE holds: three bfloat16 make up a float32 exactly."""
+    if PARTS == 1:
+        kept = x
+    elif DTYPE == tl.bfloat16:
+        kept = (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+    else:
+        kept = x.to(DTYPE).to(tl.float32)
+    return kept
+
+
+@triton.jit
+def _logits(
+    q_ptr,
+    factor_ptr,
+    moved_q_ptr,
+    moved_factor_ptr,
+    k_ptr,
+    table_ptr,
+    seqlens_ptr,
+    high_ptr,
+    low_ptr,
+    code_ptr,
+    fine_ptr,
+    top_ptr,
+    step_ptr,
+    max_ptr,
+    sum_ptr,
+    scale,
+    softcap,
+    B,
+    Hkv,
+    Lq,
+    Lk,
+    D,
+    half,
+    n_sink,
+    n_local,
+    n_voters,
+    n_tiles,
+    n_segments,
+    n_programs,
+    candidate_sums,
+    page_size,
+    n_pages,
+    stride_qb,
+    stride_qg,
+    stride_qv,
+    stride_qpart,
+    stride_qd,
+    stride_page,
+    stride_row,
+    stride_head,
+    stride_d,
+    stride_table_b,
+    stride_table_page,
+    PLAIN: tl.constexpr,
+    MOVED: tl.constexpr,
+    R: tl.constexpr,
+    SIGN: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    PARTS: tl.constexpr,
+    HAS_FACTOR: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    CANDIDATES: tl.constexpr,
+    PAGED: tl.constexpr,
+    TILE: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    VOTERS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CHUNKED: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    LOW_ROWS: tl.constexpr,
+):
+    """Logits of one KV head's voters over a share of the tiles; the keys are read once.
+
+    PLAIN is the ballot scored with keys as they lie, MOVED the one with keys turned by SIGN times
+    their position, -1 for none. If none are turned, they are multiplied in the cache's dtype by
+    PARTS of the queries; else both ballots are scored in float32, from one read.
+    """
+    # KV heads fastest: of token-major pages, neighbours read neighbouring rows.
+    pid = tl.program_id(0)
+    n_blocks = tl.cdiv(n_voters, VOTERS)
+    g, pid = pid % Hkv, pid // Hkv
+    block, pid = pid % n_blocks, pid // n_blocks
+    b, program = pid % B, pid // B
+    n = length(seqlens_ptr, b, Lk)
+    used_tiles = tl.cdiv(n, TILE)
+    used_segments = tl.cdiv(used_tiles, SEGMENT)
+    share = tl.cdiv(used_segments, n_programs)
+    first_tile = program * share * SEGMENT
+    last_tile = tl.minimum(first_tile + share * SEGMENT, used_tiles)
+    if first_tile >= last_tile:
+        return
+    sink_end, local_start = regions(n, Lq, n_sink, n_local)
+
+    voter = block * VOTERS + tl.arange(0, VOTERS)
+    is_voter = voter < n_voters
+    # Rows of the results: (B, R, Hkv, n_voters), tiles or segments after them.
+    plain_row = ((b * R + PLAIN) * Hkv + g).to(tl.int64) * n_voters + voter
+    moved_row = ((b * R + MOVED) * Hkv + g).to(tl.int64) * n_voters + voter
+    q_row = q_ptr + b.to(tl.int64) * stride_qb + g.to(tl.int64) * stride_qg + voter * stride_qv
+    query_row = (b * Hkv + g).to(tl.int64) * n_voters + voter
+    moved_q_row = moved_q_ptr + query_row * D
+    head_ptr = k_ptr + g.to(tl.int64) * stride_head
+    plain_factor = tl.full([VOTERS], 1.0, tl.float32) * scale
+    if HAS_FACTOR:
+        plain_factor = tl.load(factor_ptr + query_row, mask=is_voter, other=0.0) * scale
+    if MOVED >= 0:
+        moved_factor = tl.load(moved_factor_ptr + query_row, mask=is_voter, other=0.0) * scale
+
+    plain_max = tl.full([VOTERS], float("-inf"), tl.float32)
+    plain_sum = tl.zeros([VOTERS], tl.float32)
+    plain_cmax = plain_max
+    plain_csum = plain_sum
+    moved_max = plain_max
+    moved_sum = plain_sum
+    moved_cmax = plain_max
+    moved_csum = plain_sum
+    for tile in tl.range(first_tile, last_tile):
+        position = tile * TILE + tl.arange(0, TILE)
+        offset, is_token = rows(
+            table_ptr,
+            b,
+            position,
+            position < n,
+            page_size,
+            n_pages,
+            stride_page,
+            stride_row,
+            stride_table_b,
+            stride_table_page,
+            PAGED,
+        )
+        is_candidate = (position >= sink_end) & (position < local_start)
+        is_end = ((tile + 1) % SEGMENT == 0) | (tile + 1 == last_tile)
+        segment = tile // SEGMENT
+        s = tl.zeros([TILE, VOTERS], tl.float32)
+        if MOVED < 0:
+            if CHUNKED:
+                for first_d in range(0, D, BLOCK_D):
+                    s = _product(
+                        s, head_ptr + offset, is_token, q_row, is_voter, first_d + tl.arange(0, BLOCK_D),
+                        D, stride_d, stride_qd, stride_qpart, PARTS, DOT, PRECISION,
+                    )  # fmt: skip
+            else:
+                s = _product(
+                    s, head_ptr + offset, is_token, q_row, is_voter, tl.arange(0, BLOCK_D),
+                    D, stride_d, stride_qd, stride_qpart, PARTS, DOT, PRECISION,
+                )  # fmt: skip
+        else:
+            t = tl.zeros([TILE, VOTERS], tl.float32)
+            key_row = (head_ptr + offset)[:, None]
+            low = tile * TILE % LOW_ROWS + tl.arange(0, TILE)
+            high = tl.full([1], tile * TILE // LOW_ROWS, tl.int32)
+            for first_column in range(0, half, BLOCK_D):
+                column = first_column + tl.arange(0, BLOCK_D)
+                first_dim, second_dim = rotary_columns(column, half, INTERLEAVED)
+                is_key = is_token[:, None] & (column < half)[None, :]
+                first = tl.load(key_row + first_dim[None, :] * stride_d, mask=is_key, other=0.0)
+                second = tl.load(key_row + second_dim[None, :] * stride_d, mask=is_key, other=0.0)
+                first, second = first.to(tl.float32), second.to(tl.float32)
+                is_query = is_voter[None, :] & (column < half)[:, None]
+                if PLAIN >= 0:
+                    at = q_row[None, :]
+                    x = tl.load(at + first_dim[:, None] * stride_qd, mask=is_query, other=0.0)
+                    y = tl.load(at + second_dim[:, None] * stride_qd, mask=is_query, other=0.0)
+                    s = tl.dot(first, x, s, input_precision=PRECISION)
+                    s = tl.dot(second, y, s, input_precision=PRECISION)
+                cos, sin = angles(high_ptr, low_ptr, high, low, column, half, SIGN)
+                first, second = turned(first, second, cos, sin)
+                x = tl.load(moved_q_row[None, :] + first_dim[:, None], mask=is_query, other=0.0)
+                y = tl.load(moved_q_row[None, :] + second_dim[:, None], mask=is_query, other=0.0)
+                t = tl.dot(first, x, t, input_precision=PRECISION)
+                t = tl.dot(second, y, t, input_precision=PRECISION)
+            for first_d in range(2 * half, D, BLOCK_D):
+                d = first_d + tl.arange(0, BLOCK_D)
+                t = _product(
+                    t, head_ptr + offset, is_token, moved_q_row, is_voter, d,
+                    D, stride_d, 1, 0, 1, tl.float32, PRECISION,
+                )  # fmt: skip
+                if PLAIN >= 0:
+                    s = _product(
+                        s, head_ptr + offset, is_token, q_row, is_voter, d,
+                        D, stride_d, stride_qd, 0, 1, tl.float32, PRECISION,
+                    )  # fmt: skip
+            t = _in_powers_of_two(t * moved_factor[None, :], is_token, softcap, SOFTCAP)
+            at_tile = moved_row * n_tiles + tile
+            at_segment = moved_row * n_segments + segment
+            _keep(t, is_candidate, at_tile, is_voter, code_ptr, fine_ptr, top_ptr, step_ptr, TILE)
+            moved_max, moved_sum = _add(
+                t, moved_max, moved_sum, is_end, max_ptr + at_segment, sum_ptr + at_segment, is_voter
+            )
+            if CANDIDATES:
+                t = tl.where(is_candidate[:, None], t, float("-inf"))
+                at_segment += candidate_sums
+                moved_cmax, moved_csum = _add(
+                    t, moved_cmax, moved_csum, is_end,
+                    max_ptr + at_segment, sum_ptr + at_segment, is_voter,
+                )  # fmt: skip
+        if PLAIN >= 0:
+            s = _in_powers_of_two(s * plain_factor[None, :], is_token, softcap, SOFTCAP)
+            at_tile = plain_row * n_tiles + tile
+            at_segment = plain_row * n_segments + segment
+            _keep(s, is_candidate, at_tile, is_voter, code_ptr, fine_ptr, top_ptr, step_ptr, TILE)
+            plain_max, plain_sum = _add(
+                s, plain_max, plain_sum, is_end, max_ptr + at_segment, sum_ptr + at_segment, is_voter
+            )
+            if CANDIDATES:
+                s = tl.where(is_candidate[:, None], s, float("-inf"))
+                at_segment += candidate_sums
+                plain_cmax, plain_csum = _add(
+                    s, plain_cmax, plain_csum, is_end,
+                    max_ptr + at_segment, sum_ptr + at_segment, is_voter,
+                )  # fmt: skip
+
+
+@triton.jit
+def _product(
+    s,
+    key_row,
+    is_token,
+    q_row,
+    is_voter,
+    d,
+    D,
+    stride_d,
+    stride_qd,
+    stride_qpart,
+    PARTS: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """s (TILE, VOTERS) and the products of dims d of the keys and of each part of the queries."""
+    keys = tl.load(
+        key_row[:, None] + d[None, :] * stride_d,
+        mask=is_token[:, None] & (d < D)[None, :],
+        other=0.0,
+        eviction_policy="evict_first",
+    ).to(DOT)
+    is_query = is_voter[None, :] & (d < D)[:, None]
+    for part in tl.static_range(PARTS):
+        # The smallest part first.
+        at = q_row[None, :] + (PARTS - 1 - part) * stride_qpart + d[:, None] * stride_qd
+        queries = tl.load(at, mask=is_query, other=0.0).to(DOT)
+        s = tl.dot(keys, queries, s, input_precision=PRECISION)
+    return s
+
+
+@triton.jit
+def _in_powers_of_two(s, is_token, softcap, SOFTCAP: tl.constexpr):
+    """Logits times log2(e), -inf where not finite and where there is no token."""
+    is_finite = is_token[:, None] & (tl.abs(s) < float("inf"))
+    if SOFTCAP:
+        s = capped(s, softcap)
+    return tl.where(is_finite, s * LOG2E, float("-inf"))
+
+
+@triton.jit
+def _keep(s, is_candidate, at_tile, is_voter, code_ptr, fine_ptr, top_ptr, step_ptr, TILE: tl.constexpr):
+    """Store a tile of logits (TILE, VOTERS) as its maxima and whole steps below them.
+
+    24 bits a logit: 16 in one plane, 8 in another. The error is half a step, 2**-25 of the tile's
+    range: what one rounding of float32 makes of the farthest distance. (In 16 bits it would be
+    2**-17, beyond what float32 arithmetic explains.)
+    """
+    s = tl.where(is_candidate[:, None], s, float("-inf"))
+    top = tl.max(s, 0)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    distance = top[None, :] - s
+    is_near = distance <= _FARTHEST
+    widest = tl.max(tl.where(is_near, distance, 0.0), 0)
+    step = widest * (1.0 / _LAST)
+    per_step = tl.where(step > 1e-30, 1.0 / tl.where(step > 1e-30, step, 1.0), 0.0)
+    code = (tl.where(is_near, distance, 0.0) * per_step[None, :] + 0.5).to(tl.int32)
+    code = tl.where(is_near, tl.minimum(code, _LAST), _NONE)
+    tl.store(top_ptr + at_tile, top, mask=is_voter)
+    tl.store(step_ptr + at_tile, step, mask=is_voter)
+    at = at_tile[None, :] * TILE + tl.arange(0, TILE)[:, None]
+    tl.store(code_ptr + at, (code >> 8).to(tl.uint16), mask=is_voter[None, :])
+    tl.store(fine_ptr + at, (code & 255).to(tl.uint8), mask=is_voter[None, :])
+
+
+@triton.jit
+def _add(s, largest, total, is_end, max_at, sum_at, is_voter):
+    """Running maxima and sums of 2**(s - maximum), with the logits of one more tile.
+
+    At the end of a segment they are stored, and start anew.
+    """
+    new = tl.maximum(largest, tl.max(s, 0))
+    safe = tl.where(new == float("-inf"), 0.0, new)
+    total = total * tl.exp2(largest - safe) + tl.sum(tl.exp2(s - safe[None, :]), 0)
+    tl.store(max_at, new, mask=is_voter & is_end)
+    tl.store(sum_at, total, mask=is_voter & is_end)
+    return tl.where(is_end, float("-inf"), new), tl.where(is_end, 0.0, total)
+
+
+@triton.jit
+def _normalize(
+    max_ptr,
+    sum_ptr,
+    norm_ptr,
+    lse_ptr,
+    seqlens_ptr,
+    Hkv,
+    G,
+    Lk,
+    n_voters,
+    n_segments,
+    many_rows,
+    first_lse_voter,
+    R: tl.constexpr,
+    CANDIDATES: tl.constexpr,
+    SEGMENT_TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Add up one voter's segments, in order. norm, in powers of two, is what its softmax takes.
+
+    lse (B, Hq), natural, is that of the mean of all queries on the last ballot.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    v, group = row % n_voters, row // n_voters
+    g, r, b = group % Hkv, group // Hkv % R, group // Hkv // R
+    n = length(seqlens_ptr, b, Lk)
+    used = tl.cdiv(n, SEGMENT_TOKENS)
+    all_tokens = _logsumexp(max_ptr, sum_ptr, row * n_segments, used, BLOCK)
+    norm = all_tokens
+    if CANDIDATES:
+        norm = _logsumexp(max_ptr, sum_ptr, (many_rows + row) * n_segments, used, BLOCK)
+    tl.store(norm_ptr + row, norm)
+    h = v - first_lse_voter
+    is_lse = (h >= 0) & (h < G) & (r == R - 1)
+    tl.store(lse_ptr + (b * Hkv + g) * G + h, all_tokens * LN2, mask=is_lse)
+
+
+@triton.jit
+def _logsumexp(max_ptr, sum_ptr, at, used, BLOCK: tl.constexpr):
+    """log2 of the sum of `used` segments' sums."""
+    largest = tl.full([1], float("-inf"), tl.float32)
+    total = tl.zeros([1], tl.float32)
+    for start in range(0, used, BLOCK):
+        segment = start + tl.arange(0, BLOCK)
+        is_used = segment < used
+        top = tl.load(max_ptr + at + segment, mask=is_used, other=float("-inf"))
+        sums = tl.load(sum_ptr + at + segment, mask=is_used, other=0.0)
+        new = tl.maximum(largest, tl.max(top, 0))
+        safe = tl.where(new == float("-inf"), 0.0, new)
+        total = total * tl.exp2(largest - safe) + tl.sum(sums * tl.exp2(top - safe), 0)
+        largest = new
+    safe = tl.where(largest == float("-inf"), 0.0, largest)
+    return tl.sum(safe + tl.log2(total), 0)
+
+
+@triton.jit
+def _vote(
+    code_ptr,
+    fine_ptr,
+    top_ptr,
+    step_ptr,
+    norm_ptr,
+    votes_ptr,
+    seqlens_ptr,
+    Hkv,
+    Lq,
+    Lk,
+    n_sink,
+    n_local,
+    n_voters,
+    n_voting,
+    n_tiles,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    TILE: tl.constexpr,
+    VOTERS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Votes of a block of candidates: the softmax weights of all voters, KV head by KV head."""
+    block, row = tl.program_id(0), tl.program_id(1)
+    s, r, b = row % S, row // S % R, row // S // R
+    n = length(seqlens_ptr, b, Lk)
+    sink_end, local_start = regions(n, Lq, n_sink, n_local)
+    position = block * BLOCK + tl.arange(0, BLOCK)
+    is_candidate = (position >= sink_end) & (position < local_start)
+    votes = tl.zeros([BLOCK], tl.float32)
+    if (block * BLOCK < local_start) & (block * BLOCK + BLOCK > sink_end):
+        many = Hkv // S * n_voting
+        for start in range(0, many, VOTERS):
+            u = start + tl.arange(0, VOTERS)
+            is_voter = u < many
+            head = (b * R + r) * Hkv + s * (Hkv // S) + u // n_voting
+            voter = head.to(tl.int64) * n_voters + u % n_voting
+            # Whole tiles are loaded, so that loads are wide; what is no candidate's is dropped.
+            is_kept = is_voter[:, None] & (position // TILE < n_tiles)[None, :]
+            is_vote = is_kept & is_candidate[None, :]
+            at_tile = voter[:, None] * n_tiles + (position // TILE)[None, :]
+            at = at_tile * TILE + (position % TILE)[None, :]
+            code = tl.load(code_ptr + at, mask=is_kept, other=0).to(tl.int32) << 8
+            code += tl.load(fine_ptr + at, mask=is_kept, other=0).to(tl.int32)
+            top = tl.load(top_ptr + at_tile, mask=is_kept, other=0.0)
+            step = tl.load(step_ptr + at_tile, mask=is_kept, other=0.0)
+            norm = tl.load(norm_ptr + voter, mask=is_voter, other=0.0)[:, None]
+            weight = tl.exp2(top - norm - code.to(tl.float32) * step)
+            votes += tl.sum(tl.where(is_vote & (code != _NONE), weight, 0.0), 0)
+    votes = tl.where(is_candidate, votes, float("-inf"))
+    tl.store(votes_ptr + row.to(tl.int64) * Lk + position, votes, mask=position < Lk)
+
+
+@triton.jit
+def _pool(
+    votes_ptr,
+    out_ptr,
+    seqlens_ptr,
+    Lq,
+    Lk,
+    n_sink,
+    n_local,
+    reach,
+    rows_per_request,
+    BLOCK: tl.constexpr,
+):
+    """The maximum over the candidates at most `reach` away."""
+    block, row = tl.program_id(0), tl.program_id(1)
+    n = length(seqlens_ptr, row // rows_per_request, Lk)
+    sink_end, local_start = regions(n, Lq, n_sink, n_local)
+    position = block * BLOCK + tl.arange(0, BLOCK)
+    is_candidate = (position >= sink_end) & (position < local_start)
+    best = tl.full([BLOCK], float("-inf"), tl.float32)
+    for away in range(-reach, reach + 1):
+        other = position + away
+        is_there = is_candidate & (other >= sink_end) & (other < local_start)
+        at = votes_ptr + row.to(tl.int64) * Lk + other
+        best = tl.maximum(best, tl.load(at, mask=is_there, other=float("-inf")))
+    tl.store(out_ptr + row.to(tl.int64) * Lk + position, best, mask=position < Lk)
+
+
+# --- the host's side ----------------------------------------------------------------------
+
+
+def launches(problem: Problem, arch: str) -> tuple[Scores, list[Launch]]:
+    """The scores to be, and the kernels that fill them."""
+    p, config = problem, TABLE[arch]
+    B, R, S, Hkv, G, Lk, D = p.B, p.R, p.S, p.Hkv, p.G, p.Lk, p.D
+    device = p.q.device
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return launch.empty(shape, dtype, device)
+
+    votes, lse = empty(B, R, S, Lk), empty(B, p.Hq)
+    means = min(p.config.n_query_means, p.Lq)
+    n_voting = means * G
+    n_voters = n_voting + (G if means > 1 else 0)
+    plain, moved, sign = _ballots(p)
+    half = p.rope.rotary_dim // 2 if p.rope is not None and moved >= 0 else 0
+    turn = _tables(p)
+    tile = _tile(config, D, _in_float32(p, moved))
+    n_tiles = math.ceil(Lk / tile)
+    n_segments = math.ceil(n_tiles / config.segment)
+    voter_rows = B * R * Hkv * n_voters
+    codes = empty(voter_rows, n_tiles * tile, dtype=torch.uint16)
+    fine = empty(voter_rows, n_tiles * tile, dtype=torch.uint8)
+    top, step = empty(voter_rows, n_tiles), empty(voter_rows, n_tiles)
+    kinds = 2 if p.config.normalize == "candidates" else 1
+    largest, sums = (empty(kinds, voter_rows, n_segments) for _ in range(2))
+    norm = empty(voter_rows)
+    n_sink, n_local = min(p.config.n_sink, Lk), min(p.config.n_local, Lk)
+    todo: list[Launch] = []
+
+    def queries(ballot: int, dtype: torch.dtype, parts: int) -> tuple[Tensor, Tensor]:
+        """Launch `voters` for one ballot: (B, Hkv, voters, parts, D), and their factors."""
+        out, factor = empty(B, Hkv, n_voters, parts, D, dtype=dtype), empty(B, Hkv, n_voters)
+        score_at = p.config.ballots[ballot][0]
+        turns = p.moves(score_at)
+        pairs = p.rope.rotary_dim // 2 if turns and p.rope is not None else 0
+        is_raw = p.rope is not None and p.rope.cached == "raw"
+        # Raw keys lack the factor on cos and sin too: it is theirs and the query's.
+        raw_factor = p.rope.scaling**2 if turns and p.rope is not None and is_raw else 1.0
+        todo.append(
+            Launch(
+                _voters,
+                (B * Hkv * n_voters,),
+                dict(
+                    q_ptr=p.q,
+                    seqlens_ptr=p.cache_seqlens,
+                    shift_ptr=turn.shift,
+                    high_ptr=turn.high,
+                    low_ptr=turn.low,
+                    out_ptr=out,
+                    factor_ptr=factor,
+                    Hkv=Hkv,
+                    G=G,
+                    Lq=p.Lq,
+                    Lk=Lk,
+                    D=D,
+                    half=pairs,
+                    means=means,
+                    n_voters=n_voters,
+                    **_strides("q", p.q, "bhid"),
+                ),
+                dict(
+                    AT=score_at if turns else "none",
+                    INTERLEAVED=p.rope is not None and p.rope.interleaved,
+                    RAW=is_raw,
+                    RAW_FACTOR=raw_factor,
+                    PARTS=parts,
+                    HALF=_padded(pairs),
+                    REST=_padded(D - 2 * pairs),
+                    QUERIES=min(16, triton.next_power_of_2(p.Lq)),
+                    LOW_ROWS=LOW,
+                ),
+                4,
+                1,
+            )
+        )
+        return out, factor
+
+    parts = 1
+    plain_q = plain_factor = moved_q = moved_factor = p.q
+    strides = {"qb": p.q.stride(0), "qg": G * p.q.stride(1), "qv": p.q.stride(1)}
+    strides |= {"qpart": 0, "qd": p.q.stride(3)}
+    needs_voters = plain >= 0 and (p.Lq > 1 or moved >= 0 or p.moves(p.config.ballots[plain][0]))
+    if needs_voters:
+        dtype = torch.float32 if moved >= 0 else p.q.dtype
+        parts = 1 if dtype == torch.float32 else 3
+        plain_q, plain_factor = queries(plain, dtype, parts)
+        strides = {"qb": plain_q.stride(0), "qg": plain_q.stride(1), "qv": plain_q.stride(2)}
+        strides |= {"qpart": D, "qd": 1}
+    if moved >= 0:
+        moved_q, moved_factor = queries(moved, torch.float32, 1)
+
+    block = min(_MOST_VOTERS, _padded(n_voters))
+    shared = B * Hkv * math.ceil(n_voters / block)
+    n_programs = max(1, config.multiprocessors * config.programs // shared)
+    n_programs = min(n_programs, n_segments)
+    candidates = p.config.normalize == "candidates"
+    in_float32 = _in_float32(p, moved)
+    block_d = 16 if moved >= 0 else 32 if in_float32 else _padded(D)
+    warps, stages = (8, 1 if moved >= 0 else 2) if in_float32 else (4, 3)
+    todo.append(
+        Launch(
+            _logits,
+            (n_programs * shared,),
+            dict(
+                q_ptr=plain_q,
+                factor_ptr=plain_factor,
+                moved_q_ptr=moved_q,
+                moved_factor_ptr=moved_factor,
+                k_ptr=p.k_cache,
+                seqlens_ptr=p.cache_seqlens,
+                high_ptr=turn.high,
+                low_ptr=turn.low,
+                code_ptr=codes,
+                fine_ptr=fine,
+                top_ptr=top,
+                step_ptr=step,
+                max_ptr=largest,
+                sum_ptr=sums,
+                scale=p.select_scale,
+                softcap=1.0 if p.softcap is None else p.softcap,
+                B=B,
+                Hkv=Hkv,
+                Lq=p.Lq,
+                Lk=Lk,
+                D=D,
+                half=half,
+                n_sink=n_sink,
+                n_local=n_local,
+                n_voters=n_voters,
+                n_tiles=n_tiles,
+                n_segments=n_segments,
+                n_programs=n_programs,
+                # A second set of sums, over the candidates, lies behind the first.
+                candidate_sums=voter_rows * n_segments,
+                **{f"stride_{name}": stride for name, stride in strides.items()},
+                **launch.cache_arguments(p, p.k_cache),
+            ),
+            dict(
+                PLAIN=plain,
+                MOVED=moved,
+                R=R,
+                SIGN=sign,
+                INTERLEAVED=p.rope is not None and p.rope.interleaved,
+                PARTS=parts,
+                HAS_FACTOR=needs_voters,
+                SOFTCAP=p.softcap is not None,
+                CANDIDATES=candidates,
+                PAGED=p.is_paged,
+                TILE=tile,
+                SEGMENT=config.segment,
+                VOTERS=block,
+                BLOCK_D=block_d,
+                CHUNKED=block_d < D,
+                DOT=launch.dot_dtype(p.q.dtype),
+                PRECISION=config.float32,
+                LOW_ROWS=LOW,
+            ),
+            warps,
+            stages,
+        )
+    )
+    todo.append(
+        Launch(
+            _normalize,
+            (voter_rows,),
+            dict(
+                max_ptr=largest,
+                sum_ptr=sums,
+                norm_ptr=norm,
+                lse_ptr=lse,
+                seqlens_ptr=p.cache_seqlens,
+                Hkv=Hkv,
+                G=G,
+                Lk=Lk,
+                n_voters=n_voters,
+                n_segments=n_segments,
+                many_rows=voter_rows,
+                first_lse_voter=n_voters - G,
+            ),
+            dict(R=R, CANDIDATES=candidates, SEGMENT_TOKENS=tile * config.segment, BLOCK=128),
+            1,
+            1,
+        )
+    )
+    pool = min(p.config.pool, 2 * Lk - 1)
+    unpooled = votes if pool == 1 else empty(B, R, S, Lk)
+    grid = (math.ceil(Lk / config.vote_block), B * R * S)
+    lengths: dict[str, Any] = dict(seqlens_ptr=p.cache_seqlens, Lq=p.Lq, Lk=Lk)
+    lengths |= dict(n_sink=n_sink, n_local=n_local)
+    todo.append(
+        Launch(
+            _vote,
+            grid,
+            dict(
+                code_ptr=codes,
+                fine_ptr=fine,
+                top_ptr=top,
+                step_ptr=step,
+                norm_ptr=norm,
+                votes_ptr=unpooled,
+                Hkv=Hkv,
+                n_voters=n_voters,
+                n_voting=n_voting,
+                n_tiles=n_tiles,
+                **lengths,
+            ),
+            dict(R=R, S=S, TILE=tile, VOTERS=8, BLOCK=config.vote_block),
+            4,
+            1,
+        )
+    )
+    if pool > 1:
+        todo.append(
+            Launch(
+                _pool,
+                grid,
+                dict(
+                    votes_ptr=unpooled,
+                    out_ptr=votes,
+                    reach=pool // 2,
+                    rows_per_request=R * S,
+                    **lengths,
+                ),
+                dict(BLOCK=config.vote_block),
+                4,
+                1,
+            )
+        )
+    return Scores(votes, lse), todo
+
+
+def _ballots(problem: Problem) -> tuple[int, int, int]:
+    """Which ballot takes the keys as they lie, which turns them, and which way; -1 for none.
+
+    Rotated keys are turned back to the start to be scored at a fixed distance, raw ones out to
+    their position to be scored at the true one. No problem turns both ways.
+    """
+    plain = moved = -1
+    sign = 1
+    for ballot, (score_at, _) in enumerate(problem.config.ballots):
+        is_raw = problem.rope is not None and problem.rope.cached == "raw"
+        if problem.moves(score_at) and is_raw == (score_at == "true"):
+            moved, sign = ballot, 1 if is_raw else -1
+        else:
+            plain = ballot
+    return plain, moved, sign
+
+
+def _tables(problem: Problem) -> Tables:
+    rope = problem.rope
+    if rope is None or not any(problem.moves(score_at) for score_at, _ in problem.config.ballots):
+        stand_in = problem.q
+        return Tables(stand_in, stand_in, stand_in)
+    return tables(rope.inv_freq, problem.Lk, problem.config.n_local)
+
+
+def _padded(size: int) -> int:
+    """A size that a matrix unit takes: a power of two, at least 16."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def _tile(config: Config, D: int, in_float32: bool) -> int:
+    """Tokens a tile: fewer of wide keys, and of those that are multiplied in float32."""
+    tile = config.tile if D <= 128 else config.tile // 2
+    return max(16, tile // 2) if in_float32 else tile
+
+
+def _in_float32(problem: Problem, moved: int) -> bool:
+    return moved >= 0 or problem.q.dtype == torch.float32
+
+
+def _strides(name: str, tensor: Tensor, dims: str) -> dict[str, int]:
+    return {f"stride_{name}{dim}": tensor.stride(i) for i, dim in enumerate(dims)}
+
+
+def bytes_moved(problem: Problem) -> dict[str, int]:
+    """Bytes that each kernel reads and writes, for requests as long as the cache."""
+    p, item = problem, problem.q.dtype.itemsize
+    means = min(p.config.n_query_means, p.Lq)
+    voters = p.B * p.R * p.Hkv * (means * p.G + (p.G if means > 1 else 0))
+    voting = p.B * p.R * p.Hkv * means * p.G
+    config = TABLE["sm_90"]
+    _, moved, _ = _ballots(p)
+    tile = _tile(config, p.D, _in_float32(p, moved))
+    n_tiles = math.ceil(p.Lk / tile)
+    n_segments = math.ceil(n_tiles / config.segment)
+    keys = p.B * p.Hkv * p.Lk * p.D * item * math.ceil(voters // (p.B * p.R * p.Hkv) / _MOST_VOTERS)
+    votes = 4 * p.B * p.R * p.S * p.Lk
+    moved_bytes = {
+        "logits": keys + voters * (3 * p.Lk + 8 * n_tiles + 8 * n_segments),
+        "normalize": voters * (8 * n_segments + 4),
+        "vote": voting * (3 * p.Lk + 8 * n_tiles) + votes,
+    }
+    if p.config.pool > 1:
+        moved_bytes["pool"] = 2 * votes
+    return moved_bytes

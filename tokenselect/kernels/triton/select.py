@@ -1,0 +1,397 @@
+"""Stage 2: radix select over as many blocks as there are; exact for any mass of ties.
+
+count      histogram of the first digit of every candidate's key
+shortlist  in each block, the candidates that reach the first digit's threshold, in order; and the
+           histogram of the second digit
+narrow     histogram of the third digit
+tally      how many of each block are above the threshold, and how many on it
+collect    positions in ascending order, after the winners of all blocks before
+
+A key is a vote's bits, so turned that keys order as votes do; its digits have 11, 11 and 10 bits.
+A block's shortlist has room for the whole block: votes may tie in any number. The second ballot of
+a split ranks what the first one chose above everything.
+"""
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tokenselect.contract import Problem, Selection
+from tokenselect.kernels.triton import launch
+from tokenselect.kernels.triton.configs import TABLE
+from tokenselect.kernels.triton.device import length, regions
+from tokenselect.kernels.triton.launch import Launch
+
+# Bins of a row's three histograms, one after the other.
+_BINS = tl.constexpr(2048)
+_LAST_BINS = tl.constexpr(1024)
+_ALL_BINS = tl.constexpr(2048 + 2048 + 1024)
+
+
+def select(votes: Tensor, problem: Problem) -> Selection:
+    """See `tokenselect.reference.select`: bit-exact."""
+    selection, launches_ = launches(votes, problem, launch.arch(votes.device))
+    launch.run(launches_, votes.device)
+    return selection
+
+
+@triton.jit
+def _clear(ptr, size, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(ptr + at, tl.zeros([BLOCK], ptr.dtype.element_ty), mask=at < size)
+
+
+@triton.jit
+def _keys(votes_ptr, taken_ptr, row, position, is_candidate, Lk, stride_j, TAKEN: tl.constexpr):
+    """Unsigned keys that order as the votes: -0.0 as 0.0, NaN as -inf, what is taken on top."""
+    # More is loaded than the candidates, so that loads are wide.
+    vote = tl.load(votes_ptr + position.to(tl.int64) * stride_j, mask=position < Lk, other=0.0)
+    vote = tl.where(vote != vote, float("-inf"), vote)
+    bits = tl.where(vote == 0.0, 0.0, vote).to(tl.int32, bitcast=True)
+    bits = tl.where(bits < 0, ~bits, bits ^ -2147483648)
+    if TAKEN:
+        at = row.to(tl.int64) * Lk + position
+        taken = tl.load(taken_ptr + at, mask=is_candidate, other=0) != 0
+        bits = tl.where(taken, -1, bits)
+    return bits.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def _add_counts(histogram_ptr, digit, is_counted, BINS: tl.constexpr):
+    """Add a block's digits to a row's histogram; whole numbers add up in any order."""
+    counts = tl.histogram(digit.to(tl.int32), BINS, mask=is_counted)
+    bins = tl.arange(0, BINS)
+    tl.atomic_add(histogram_ptr + bins, counts, mask=counts > 0, sem="relaxed")
+
+
+@triton.jit
+def _threshold(histogram_ptr, need, BINS: tl.constexpr):
+    """The digit of the need-th largest, and how many of that digit are still needed."""
+    bins = tl.arange(0, BINS)
+    counts = tl.load(histogram_ptr + bins)
+    reaching = tl.cumsum(counts, 0, reverse=True)
+    digit = tl.max(tl.where(reaching >= need, bins, 0), 0)
+    above = tl.sum(tl.where(bins > digit, counts, 0), 0)
+    return digit.to(tl.uint32), need - above
+
+
+@triton.jit
+def _row(row, seqlens_ptr, S, Lq, Lk, n_sink, n_local, share):
+    """n, the candidates' bounds and how many of them are needed, of one row of (B, S)."""
+    n = length(seqlens_ptr, row // S, Lk)
+    sink_end, local_start = regions(n, Lq, n_sink, n_local)
+    return n, sink_end, local_start, tl.minimum(share, local_start - sink_end)
+
+
+@triton.jit
+def _count(
+    votes_ptr,
+    taken_ptr,
+    histogram_ptr,
+    seqlens_ptr,
+    S,
+    Lq,
+    Lk,
+    n_sink,
+    n_local,
+    share,
+    stride_b,
+    stride_s,
+    stride_j,
+    TAKEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    block, row = tl.program_id(0), tl.program_id(1)
+    n, sink_end, local_start, need = _row(row, seqlens_ptr, S, Lq, Lk, n_sink, n_local, share)
+    if block * BLOCK >= local_start:
+        return
+    position = block * BLOCK + tl.arange(0, BLOCK)
+    is_candidate = (position >= sink_end) & (position < local_start)
+    votes_ptr += (row // S).to(tl.int64) * stride_b + (row % S).to(tl.int64) * stride_s
+    key = _keys(votes_ptr, taken_ptr, row, position, is_candidate, Lk, stride_j, TAKEN)
+    _add_counts(histogram_ptr + row * _ALL_BINS, key >> 21, is_candidate, _BINS)
+
+
+@triton.jit
+def _shortlist(
+    votes_ptr,
+    taken_ptr,
+    histogram_ptr,
+    keys_ptr,
+    positions_ptr,
+    sizes_ptr,
+    seqlens_ptr,
+    S,
+    Lq,
+    Lk,
+    n_sink,
+    n_local,
+    share,
+    n_blocks,
+    stride_b,
+    stride_s,
+    stride_j,
+    TAKEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    block, row = tl.program_id(0), tl.program_id(1)
+    n, sink_end, local_start, need = _row(row, seqlens_ptr, S, Lq, Lk, n_sink, n_local, share)
+    if block * BLOCK >= local_start:
+        return
+    histogram_ptr += row * _ALL_BINS
+    first, _ = _threshold(histogram_ptr, need, _BINS)
+    position = block * BLOCK + tl.arange(0, BLOCK)
+    is_candidate = (position >= sink_end) & (position < local_start)
+    votes_ptr += (row // S).to(tl.int64) * stride_b + (row % S).to(tl.int64) * stride_s
+    key = _keys(votes_ptr, taken_ptr, row, position, is_candidate, Lk, stride_j, TAKEN)
+    is_listed = is_candidate & (key >> 21 >= first)
+    place = tl.cumsum(is_listed.to(tl.int32), 0) - 1
+    at = (row.to(tl.int64) * n_blocks + block) * BLOCK + place
+    tl.store(keys_ptr + at, key.to(tl.int32, bitcast=True), mask=is_listed)
+    tl.store(positions_ptr + at, position, mask=is_listed)
+    tl.store(sizes_ptr + row * n_blocks + block, tl.sum(is_listed.to(tl.int32), 0))
+    is_second = is_listed & (key >> 21 == first)
+    _add_counts(histogram_ptr + _BINS, key >> 10 & 2047, is_second, _BINS)
+
+
+@triton.jit
+def _listed(keys_ptr, sizes_ptr, row, block, n_blocks, BLOCK: tl.constexpr):
+    """A block's shortlist: keys, and which of the BLOCK places hold one."""
+    place = tl.arange(0, BLOCK)
+    is_listed = place < tl.load(sizes_ptr + row * n_blocks + block)
+    at = (row.to(tl.int64) * n_blocks + block) * BLOCK + place
+    key = tl.load(keys_ptr + at, mask=is_listed, other=0)
+    return key.to(tl.uint32, bitcast=True), is_listed
+
+
+@triton.jit
+def _narrow(
+    histogram_ptr,
+    keys_ptr,
+    sizes_ptr,
+    seqlens_ptr,
+    S,
+    Lq,
+    Lk,
+    n_sink,
+    n_local,
+    share,
+    n_blocks,
+    BLOCK: tl.constexpr,
+):
+    block, row = tl.program_id(0), tl.program_id(1)
+    n, sink_end, local_start, need = _row(row, seqlens_ptr, S, Lq, Lk, n_sink, n_local, share)
+    if block * BLOCK >= local_start:
+        return
+    histogram_ptr += row * _ALL_BINS
+    first, need = _threshold(histogram_ptr, need, _BINS)
+    second, need = _threshold(histogram_ptr + _BINS, need, _BINS)
+    key, is_listed = _listed(keys_ptr, sizes_ptr, row, block, n_blocks, BLOCK)
+    is_third = is_listed & (key >> 10 == (first << 11 | second))
+    _add_counts(histogram_ptr + 2 * _BINS, key & 1023, is_third, _LAST_BINS)
+
+
+@triton.jit
+def _last_key(histogram_ptr, need):
+    """The key of the last winner, and how many of that very key win."""
+    first, need = _threshold(histogram_ptr, need, _BINS)
+    second, need = _threshold(histogram_ptr + _BINS, need, _BINS)
+    third, need = _threshold(histogram_ptr + 2 * _BINS, need, _LAST_BINS)
+    return first << 21 | second << 10 | third, need
+
+
+@triton.jit
+def _tally(
+    histogram_ptr,
+    keys_ptr,
+    sizes_ptr,
+    above_ptr,
+    tied_ptr,
+    seqlens_ptr,
+    S,
+    Lq,
+    Lk,
+    n_sink,
+    n_local,
+    share,
+    n_blocks,
+    BLOCK: tl.constexpr,
+):
+    block, row = tl.program_id(0), tl.program_id(1)
+    n, sink_end, local_start, need = _row(row, seqlens_ptr, S, Lq, Lk, n_sink, n_local, share)
+    if block * BLOCK >= local_start:
+        return
+    last, need = _last_key(histogram_ptr + row * _ALL_BINS, need)
+    key, is_listed = _listed(keys_ptr, sizes_ptr, row, block, n_blocks, BLOCK)
+    at = row * n_blocks + block
+    tl.store(above_ptr + at, tl.sum((is_listed & (key > last)).to(tl.int32), 0))
+    tl.store(tied_ptr + at, tl.sum((is_listed & (key == last)).to(tl.int32), 0))
+
+
+@triton.jit
+def _collect(
+    histogram_ptr,
+    keys_ptr,
+    positions_ptr,
+    sizes_ptr,
+    above_ptr,
+    tied_ptr,
+    taken_ptr,
+    out_ptr,
+    count_ptr,
+    seqlens_ptr,
+    S,
+    K,
+    Lq,
+    Lk,
+    n_sink,
+    n_local,
+    share,
+    n_blocks,
+    MARK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write the winners of one block, and a share of the sink, the local window and the padding.
+
+    Or, before a further ballot, MARK the winners as taken.
+    """
+    block, row = tl.program_id(0), tl.program_id(1)
+    n, sink_end, local_start, need = _row(row, seqlens_ptr, S, Lq, Lk, n_sink, n_local, share)
+    won = need
+    if block * BLOCK < local_start:
+        last, need = _last_key(histogram_ptr + row * _ALL_BINS, need)
+        above = tl.zeros([BLOCK], tl.int32)
+        tied = tl.zeros([BLOCK], tl.int32)
+        for start in range(0, block, BLOCK):
+            other = start + tl.arange(0, BLOCK)
+            is_before = other < block
+            above += tl.load(above_ptr + row * n_blocks + other, mask=is_before, other=0)
+            tied += tl.load(tied_ptr + row * n_blocks + other, mask=is_before, other=0)
+        tied_before = tl.sum(tied, 0)
+        won_before = tl.sum(above, 0) + tl.minimum(tied_before, need)
+        key, is_listed = _listed(keys_ptr, sizes_ptr, row, block, n_blocks, BLOCK)
+        at = (row.to(tl.int64) * n_blocks + block) * BLOCK + tl.arange(0, BLOCK)
+        position = tl.load(positions_ptr + at, mask=is_listed, other=0)
+        is_tied = is_listed & (key == last)
+        rank = tied_before + tl.cumsum(is_tied.to(tl.int32), 0) - 1
+        is_winner = (is_listed & (key > last)) | (is_tied & (rank < need))
+        if MARK:
+            tl.store(taken_ptr + row.to(tl.int64) * Lk + position, 1, mask=is_winner)
+        else:
+            place = sink_end + won_before + tl.cumsum(is_winner.to(tl.int32), 0) - 1
+            tl.store(out_ptr + row.to(tl.int64) * K + place, position, mask=is_winner)
+    if not MARK:
+        count = sink_end + won + n - local_start
+        for start in range(block * BLOCK, K, n_blocks * BLOCK):
+            place = start + tl.arange(0, BLOCK)
+            position = tl.where(place < sink_end, place, local_start + place - sink_end - won)
+            position = tl.where(place < count, position, -1)
+            is_framed = (place < K) & ((place < sink_end) | (place >= sink_end + won))
+            tl.store(out_ptr + row.to(tl.int64) * K + place, position, mask=is_framed)
+        if block == 0:
+            tl.store(count_ptr + row, count)
+
+
+# --- the host's side ----------------------------------------------------------------------
+
+
+def launches(votes: Tensor, problem: Problem, arch: str) -> tuple[Selection, list[Launch]]:
+    """The selection to be, and the kernels that fill it."""
+    p, block = problem, TABLE[arch].select_block
+    n_rows, n_blocks = p.B * p.S, math.ceil(p.Lk / block)
+
+    def empty(*shape: int) -> Tensor:
+        return launch.empty(shape, torch.int32, votes.device)
+
+    positions, count = empty(p.B, p.S, p.K), empty(p.B, p.S)
+    keys, places = empty(n_rows, n_blocks, block), empty(n_rows, n_blocks, block)
+    sizes, above, tied = (empty(n_rows, n_blocks) for _ in range(3))
+    histograms = empty(p.R, n_rows, _ALL_BINS.value)
+    taken = histograms
+    todo = [_cleared(histograms)]
+    if p.R > 1:
+        taken = launch.empty((n_rows, p.Lk), torch.int8, votes.device)
+        todo.append(_cleared(taken))
+    grid = (n_blocks, n_rows)
+    share = 0
+    for ballot, (_, more) in enumerate(p.config.ballots):
+        share = min(share + more, p.Lk)
+        is_last = ballot == p.R - 1
+        where: dict[str, Any] = {
+            "seqlens_ptr": p.cache_seqlens,
+            "S": p.S,
+            "Lq": p.Lq,
+            "Lk": p.Lk,
+            "n_sink": min(p.config.n_sink, p.Lk),
+            "n_local": min(p.config.n_local, p.Lk),
+            "share": share,
+        }
+        voted: dict[str, Any] = {
+            "votes_ptr": votes[:, ballot],
+            "taken_ptr": taken,
+            "stride_b": votes.stride(0),
+            "stride_s": votes.stride(2),
+            "stride_j": votes.stride(3),
+        }
+        counted: dict[str, Any] = {"histogram_ptr": histograms[ballot]}
+        listed: dict[str, Any] = {"keys_ptr": keys, "sizes_ptr": sizes, "n_blocks": n_blocks}
+        tallied: dict[str, Any] = {"above_ptr": above, "tied_ptr": tied}
+        results = {"positions_ptr": places, "taken_ptr": taken, "out_ptr": positions}
+        results |= {"count_ptr": count, "K": p.K}
+        sized = {"BLOCK": block}
+        ranked = sized | {"TAKEN": ballot > 0}
+        todo += [
+            Launch(_count, grid, where | voted | counted, ranked, 4, 1),
+            Launch(
+                _shortlist,
+                grid,
+                where | voted | counted | listed | {"positions_ptr": places},
+                ranked,
+                4,
+                1,
+            ),
+            Launch(_narrow, grid, where | counted | listed, sized, 4, 1),
+            Launch(_tally, grid, where | counted | listed | tallied, sized, 4, 1),
+            Launch(
+                _collect,
+                grid,
+                where | counted | listed | tallied | results,
+                sized | {"MARK": not is_last},
+                4,
+                1,
+            ),
+        ]
+    return Selection(positions, count), todo
+
+
+def _cleared(tensor: Tensor) -> Launch:
+    size, block = tensor.numel(), 4096
+    return Launch(
+        _clear, (math.ceil(size / block),), {"ptr": tensor, "size": size}, {"BLOCK": block}, 4, 1
+    )
+
+
+def bytes_moved(problem: Problem) -> dict[str, int]:
+    """Bytes that each kernel reads and writes, for requests as long as the cache.
+
+    If a candidate in 30 reaches the first digit's threshold, or all winners and as many again,
+    whichever is more. Votes that tie in masses take up to 8 times `shortlist` more.
+    """
+    p = problem
+    n_rows = p.B * p.S
+    votes = 4 * n_rows * p.Lk
+    listed = n_rows * min(p.Lk, max(2 * p.config.k, p.Lk // 30))
+    histograms = 4 * n_rows * _ALL_BINS.value
+    per_ballot = {
+        "count": votes,
+        "shortlist": votes + 8 * listed,
+        "narrow": 4 * listed,
+        "tally": 4 * listed,
+        "collect": 8 * listed + 4 * n_rows * p.K,
+    }
+    moved = {name: size * p.R for name, size in per_ballot.items()}
+    return {"clear": p.R * histograms} | moved

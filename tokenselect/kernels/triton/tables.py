@@ -1,0 +1,51 @@
+"""Cosines and sines of whole numbers of positions, exact to float32: see `device.angles`."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+# A position p is LOW * high + low: two small tables reach any position.
+LOW = 128
+
+
+class Tables(NamedTuple):
+    """(rows, 2 * half) float32: cosines, then sines, of position * inv_freq, a row a position.
+
+    low has the positions 0 to LOW - 1, high the multiples of LOW, shift the one position `at`.
+    """
+
+    low: Tensor
+    high: Tensor
+    shift: Tensor
+
+
+# For each inv_freq tensor alive: its version and, for each (limit, at), the tables.
+_made = WeakTensorKeyDictionary()
+
+
+def tables(inv_freq: Tensor, limit: int, at: int) -> Tables:
+    """Tables for positions up to `limit`, and for `at`; kept while inv_freq lives unchanged."""
+    version = 0 if inv_freq.is_inference() else inv_freq._version
+    known = _made.get(inv_freq)
+    if known is None or known[0] != version or inv_freq.is_inference():
+        known = version, {}
+        _made[inv_freq] = known
+    limit = LOW * math.ceil((limit + 1) / LOW)
+    if (limit, at) not in known[1]:
+        known[1][limit, at] = Tables(
+            _rows(inv_freq, range(LOW)),
+            _rows(inv_freq, range(0, limit, LOW)),
+            _rows(inv_freq, range(at, at + 1)),
+        )
+    made: Tables = known[1][limit, at]
+    return made
+
+
+def _rows(inv_freq: Tensor, positions: range) -> Tensor:
+    first, stop, step = positions.start, positions.stop, positions.step
+    position = torch.arange(first, stop, step, dtype=torch.float64, device=inv_freq.device)
+    angle = position[:, None] * inv_freq.double()
+    return torch.cat((angle.cos(), angle.sin()), dim=1).float().contiguous()
