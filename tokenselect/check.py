@@ -343,7 +343,7 @@ def versions() -> Iterator[tuple[str, str]]:
     for i in range(torch.cuda.device_count()):
         yield f"cuda:{i}", torch.cuda.get_device_name(i)
     if not torch.cuda.is_available():
-        yield "cuda", "no device"
+        yield "cuda", "no device: triton is checked in its interpreter, on the CPU"
 
 
 def _version(distribution: str) -> str:
@@ -381,6 +381,13 @@ def device_of(backend: Backend) -> str:
     devices = backend.capability.devices
     named = devices is not None and "cuda" in devices
     return "cuda" if named and torch.cuda.is_available() else "cpu"
+
+
+def where(backend: Backend) -> str:
+    """The device, in words: without a GPU, Triton's kernels run in its interpreter."""
+    device = device_of(backend)
+    uses_triton = "triton" in (backend.name, *(lender.name for lender in backend.lenders))
+    return f"{device}, interpreted" if uses_triton and device == "cpu" else device
 
 
 def loaded(name: str) -> Backend | str:
@@ -436,6 +443,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.problems < 1:
         parser.error("--problems is at least 1")
+    if not torch.cuda.is_available():
+        # To be set before triton is imported; it then computes the same on the CPU, slowly.
+        os.environ.setdefault("TRITON_INTERPRET", "1")
     for label, value in versions():
         print(f"{label:<12}{value}")
 
@@ -455,7 +465,7 @@ def main(arguments: list[str] | None = None) -> int:
     seeds = range(options.seed, options.seed + options.problems)
     tallies: dict[str, Tally] = {}
     for backend in available:
-        print(f"\n{backend.name} on {device_of(backend)}: worst error as a share of its budget")
+        print(f"\n{backend.name} on {where(backend)}: worst error as a share of its budget")
         tallies[backend.name] = check(backend, seeds, lambda line: print(line, flush=True))
 
     print()

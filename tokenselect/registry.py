@@ -9,14 +9,17 @@ from tokenselect.contract import Backend, Problem, reasons
 from tokenselect.errors import InvalidProblem, UnknownBackend, UnsupportedProblem
 
 # What backend="auto" tries, in this order; everything else has to be asked for by name.
-AUTO = ("cpu",)
+AUTO = ("cpu", "triton")
 
 ENTRY_POINTS = "tokenselect.backends"
 
 _targets: dict[str, str | Backend] = {
     "reference": "tokenselect.reference:BACKEND",
     "cpu": "tokenselect.kernels.cpu:BACKEND",
+    "triton": "tokenselect.kernels.triton:BACKEND",
 }
+# Packages without which one of them is not there, instead of broken.
+_PACKAGES = {"triton": "triton"}
 _loaded: dict[str, Backend] = {}
 _scanned = False
 
@@ -159,7 +162,12 @@ def resolve(name: str, problem: Problem) -> str:
 def _choose(name: str, problem: Problem) -> tuple[str | None, dict[str, list[str]]]:
     passed_over: dict[str, list[str]] = {}
     for candidate in AUTO if name == "auto" else (name,):
-        whys = reasons(load(candidate), problem)
+        try:
+            whys = reasons(load(candidate), problem)
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name != _PACKAGES.get(candidate):
+                raise
+            whys = [f"the package {error.name} is not installed; pip install {error.name}"]
         if not whys:
             return candidate, passed_over
         passed_over[candidate] = whys

@@ -28,7 +28,7 @@ from tokenselect.kernels.triton.device import (
     rows,
     turned,
 )
-from tokenselect.kernels.triton.launch import Launch
+from tokenselect.kernels.triton.launch import Launch, padded
 from tokenselect.kernels.triton.tables import LOW, Tables, tables
 
 
@@ -204,17 +204,15 @@ def _attend(
             stride_table_page,
             PAGED,
         )
-        value_row = v_head_ptr + tl.where(is_token, v_offset, 0)[:, None]
+        value_row = v_head_ptr + v_offset[:, None]
         is_value = is_token[:, None] & (dv < Dv)[None, :]
         values = tl.load(value_row + dv[None, :] * v_stride_d, mask=is_value, other=0.0).to(DOT)
-        key_row = head_ptr + tl.where(is_token, offset, 0)[:, None]
+        key_row = head_ptr + offset[:, None]
         logits = tl.zeros([ROWS, TILE], tl.float32)
         if MOVES:
             # Out to where they are attended; or, rotated, back by how far they stand beyond it.
-            if RAW:
-                steps = place if CONTIGUOUS else position
-            else:
-                steps = position - place
+            outward = place if CONTIGUOUS else position
+            steps = outward if RAW else position - place
             steps = tl.minimum(tl.maximum(tl.where(is_token, steps, 0), 0), Lk)
             for first_column in range(0, half, BLOCK_D):
                 column = first_column + d
@@ -260,7 +258,7 @@ def _attend(
         acc *= old[:, None]
         largest = new
 
-        if not ONE_QUERY:
+        if not ONE_QUERY:  # noqa: SIM102  # decided when compiling
             # A value that some row does not see must not reach that row as 0 * NaN: tokens with
             # such values are taken out, and added to the rows that see them one by one.
             if tl.max(tl.where(is_token, position, -1), 0) > first_query:
@@ -312,7 +310,7 @@ def _pairs(
     RAW: tl.constexpr,
     LOW_ROWS: tl.constexpr,
 ):
-    """Pairs of dims of some rows in float32, turned out by `steps` positions, or if rotated back."""
+    """Pairs of dims of rows in float32, turned out by `steps` positions; or back, if rotated."""
     first_dim, second_dim = rotary_columns(column, half, INTERLEAVED)
     mask = is_row[:, None] & (column < half)[None, :]
     first = tl.load(row + first_dim[None, :] * stride_d, mask=mask, other=0.0).to(tl.float32)
@@ -530,9 +528,9 @@ def launches(
                 SPLIT=split,
                 TILE=tile,
                 ROWS=rows_,
-                BLOCK_D=16 if moves else 32 if in_float32 else _padded(D),
+                BLOCK_D=config.pairs if moves else 32 if in_float32 else padded(D),
                 CHUNKED=in_float32,
-                BLOCK_DV=_padded(Dv),
+                BLOCK_DV=padded(Dv),
                 DOT=launch.dot_dtype(p.q.dtype),
                 PRECISION=config.float32,
                 LOW_ROWS=LOW,
@@ -568,7 +566,7 @@ def launches(
                     SINKS=p.sink_logits is not None,
                     SPLIT=split,
                     SPLITS=16,
-                    BLOCK_DV=_padded(Dv),
+                    BLOCK_DV=padded(Dv),
                 ),
                 4,
                 1,
@@ -590,7 +588,7 @@ def _split(config: Config, n_rows: int, K: int) -> int:
 def _tile(config: Config, problem: Problem, moves: bool) -> tuple[int, int, int]:
     """Query rows of a program, places that it takes at once, and its warps."""
     p, places = problem, config.gather // 2
-    rows_ = min(config.query_rows, _padded(p.Lq * p.G))
+    rows_ = min(config.query_rows, padded(p.Lq * p.G))
     in_float32 = moves or p.q.dtype == torch.float32
     is_wide = max(p.D, p.Dv) > 128
     if p.Lq == 1 and rows_ == 16 and not in_float32 and not is_wide:
@@ -599,18 +597,14 @@ def _tile(config: Config, problem: Problem, moves: bool) -> tuple[int, int, int]
         rows_, places = min(rows_, config.query_rows // 2), places // 2
     if (is_wide and in_float32) or moves:
         rows_ = 16
-    return rows_, places // 2 if is_wide and in_float32 else places, 8
+    places = places // 2 if is_wide and in_float32 else places
+    return max(16, rows_), max(16, places), 8
 
 
-def _padded(size: int) -> int:
-    """A size that a matrix unit takes: a power of two, at least 16."""
-    return max(16, triton.next_power_of_2(size))
-
-
-def bytes_moved(problem: Problem) -> dict[str, int]:
+def bytes_moved(problem: Problem, arch: str = "sm_90") -> dict[str, int]:
     """Bytes that each kernel reads and writes, if K tokens are selected, each row read once."""
     p = problem
-    item, config = p.q.dtype.itemsize, TABLE["sm_90"]
+    item, config = p.q.dtype.itemsize, TABLE[arch]
     n_splits = math.ceil(p.K / _split(config, p.Lq * p.G, p.K))
     out = p.B * p.Hq * p.Lq * (p.Dv * item + 4)
     partial = 0 if n_splits == 1 else p.B * p.Hq * p.Lq * n_splits * (4 * p.Dv + 8)

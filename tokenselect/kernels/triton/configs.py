@@ -10,6 +10,13 @@ class Config(NamedTuple):
     programs            programs of `score` per multiprocessor
     tile                tokens that `score` multiplies at once, at a head dim of up to 128
     segment             tiles whose sums of weights are kept together
+    voters              the most voters that one read of the keys serves
+    warps               of `logits`, for at most 16 voters that are queries of the cache's dtype
+    wide_warps          of `logits`, for more of them, and for mean queries
+    float32_warps       of `logits`, where it multiplies in float32
+    stages              tiles whose keys `logits` has on the way, in the cache's dtype
+    pairs               pairs of dims that are turned at once
+    queries             queries that `voters` adds up at once
     vote_block          candidates per program of `vote`
     select_block        candidates per program of `select`
     gather              selected tokens that `attend` multiplies at once, for 16 query rows
@@ -22,6 +29,13 @@ class Config(NamedTuple):
     programs: int = 2
     tile: int = 128
     segment: int = 8
+    voters: int = 64
+    warps: int = 4
+    wide_warps: int = 4
+    float32_warps: int = 8
+    stages: int = 3
+    pairs: int = 16
+    queries: int = 16
     vote_block: int = 256
     select_block: int = 2048
     gather: int = 128
@@ -32,10 +46,21 @@ class Config(NamedTuple):
 
 
 TABLE = {
-    "sm_80": Config(multiprocessors=108),
+    "sm_80": Config(multiprocessors=108, float32_warps=4),
     "sm_90": Config(multiprocessors=132),
-    "sm_100": Config(multiprocessors=148),
-    "gfx942": Config(multiprocessors=304, tile=64, float32="ieee"),
+    "sm_100": Config(multiprocessors=148, wide_warps=8, pairs=32, queries=8),
+    # Each load under its own mask takes two scalar registers: few places a thread, no pipelining.
+    "gfx942": Config(
+        multiprocessors=304,
+        tile=64,
+        voters=16,
+        warps=16,
+        wide_warps=16,
+        stages=1,
+        gather=16,
+        query_rows=32,
+        float32="ieee",
+    ),
     # Small, so that every loop and every border is met at the sizes of the properties.
     "interpreter": Config(
         multiprocessors=1,

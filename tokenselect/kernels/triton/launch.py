@@ -55,6 +55,11 @@ def arch(device: torch.device) -> str:
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 
+def padded(size: int) -> int:
+    """A size that a matrix unit takes: a power of two, at least 16."""
+    return max(16, int(triton.next_power_of_2(size)))
+
+
 def dot_dtype(dtype: torch.dtype) -> tl.dtype:
     """What unmoved rows are multiplied in: the interpreter is wrong on products of bfloat16."""
     if dtype == torch.bfloat16:

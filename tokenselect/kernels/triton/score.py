@@ -33,11 +33,9 @@ from tokenselect.kernels.triton.device import (
     rows,
     turned,
 )
-from tokenselect.kernels.triton.launch import Launch
+from tokenselect.kernels.triton.launch import Launch, padded
 from tokenselect.kernels.triton.tables import LOW, Tables, tables
 
-# Voters that one read of the keys serves; more take another read.
-_MOST_VOTERS = 64
 # A logit is kept as its distance from the tile's maximum, in steps: 0 to LAST, or NONE for a
 # weight that is 0 in float32 whatever the maximum (FARTHEST, in powers of two).
 _LAST = tl.constexpr(2**24 - 2)
@@ -416,7 +414,7 @@ def _in_powers_of_two(s, is_token, softcap, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _keep(s, is_candidate, at_tile, is_voter, code_ptr, fine_ptr, top_ptr, step_ptr, TILE: tl.constexpr):
-    """Store a tile of logits (TILE, VOTERS) as its maxima and whole steps below them.
+    """Store a tile of the candidates' logits (TILE, VOTERS): maxima, and whole steps below them.
 
     24 bits a logit: 16 in one plane, 8 in another. The error is half a step, 2**-25 of the tile's
     range: what one rounding of float32 makes of the farthest distance. (In 16 bits it would be
@@ -660,9 +658,9 @@ def launches(problem: Problem, arch: str) -> tuple[Scores, list[Launch]]:
                     RAW=is_raw,
                     RAW_FACTOR=raw_factor,
                     PARTS=parts,
-                    HALF=_padded(pairs),
-                    REST=_padded(D - 2 * pairs),
-                    QUERIES=min(16, triton.next_power_of_2(p.Lq)),
+                    HALF=padded(pairs),
+                    REST=padded(D - 2 * pairs),
+                    QUERIES=min(config.queries, triton.next_power_of_2(p.Lq)),
                     LOW_ROWS=LOW,
                 ),
                 4,
@@ -685,14 +683,16 @@ def launches(problem: Problem, arch: str) -> tuple[Scores, list[Launch]]:
     if moved >= 0:
         moved_q, moved_factor = queries(moved, torch.float32, 1)
 
-    block = min(_MOST_VOTERS, _padded(n_voters))
+    block = min(config.voters, padded(n_voters))
     shared = B * Hkv * math.ceil(n_voters / block)
     n_programs = max(1, config.multiprocessors * config.programs // shared)
     n_programs = min(n_programs, n_segments)
     candidates = p.config.normalize == "candidates"
     in_float32 = _in_float32(p, moved)
-    block_d = 16 if moved >= 0 else 32 if in_float32 else _padded(D)
-    warps, stages = (8, 1 if moved >= 0 else 2) if in_float32 else (4, 3)
+    block_d = config.pairs if moved >= 0 else 32 if in_float32 else padded(D)
+    warps = config.warps if block == 16 and parts == 1 else config.wide_warps
+    warps = config.float32_warps if in_float32 else warps
+    stages = 1 if moved >= 0 else min(config.stages, 2 if in_float32 else 3)
     todo.append(
         Launch(
             _logits,
@@ -850,11 +850,6 @@ def _tables(problem: Problem) -> Tables:
     return tables(rope.inv_freq, problem.Lk, problem.config.n_local)
 
 
-def _padded(size: int) -> int:
-    """A size that a matrix unit takes: a power of two, at least 16."""
-    return max(16, triton.next_power_of_2(size))
-
-
 def _tile(config: Config, D: int, in_float32: bool) -> int:
     """Tokens a tile: fewer of wide keys, and of those that are multiplied in float32."""
     tile = config.tile if D <= 128 else config.tile // 2
@@ -869,18 +864,18 @@ def _strides(name: str, tensor: Tensor, dims: str) -> dict[str, int]:
     return {f"stride_{name}{dim}": tensor.stride(i) for i, dim in enumerate(dims)}
 
 
-def bytes_moved(problem: Problem) -> dict[str, int]:
+def bytes_moved(problem: Problem, arch: str = "sm_90") -> dict[str, int]:
     """Bytes that each kernel reads and writes, for requests as long as the cache."""
     p, item = problem, problem.q.dtype.itemsize
     means = min(p.config.n_query_means, p.Lq)
     voters = p.B * p.R * p.Hkv * (means * p.G + (p.G if means > 1 else 0))
     voting = p.B * p.R * p.Hkv * means * p.G
-    config = TABLE["sm_90"]
+    config = TABLE[arch]
     _, moved, _ = _ballots(p)
     tile = _tile(config, p.D, _in_float32(p, moved))
     n_tiles = math.ceil(p.Lk / tile)
     n_segments = math.ceil(n_tiles / config.segment)
-    keys = p.B * p.Hkv * p.Lk * p.D * item * math.ceil(voters // (p.B * p.R * p.Hkv) / _MOST_VOTERS)
+    keys = p.B * p.Hkv * p.Lk * p.D * item * math.ceil(voters // (p.B * p.R * p.Hkv) / config.voters)
     votes = 4 * p.B * p.R * p.S * p.Lk
     moved_bytes = {
         "logits": keys + voters * (3 * p.Lk + 8 * n_tiles + 8 * n_segments),

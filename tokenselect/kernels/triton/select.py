@@ -81,10 +81,9 @@ def _threshold(histogram_ptr, need, BINS: tl.constexpr):
 
 @triton.jit
 def _row(row, seqlens_ptr, S, Lq, Lk, n_sink, n_local, share):
-    """n, the candidates' bounds and how many of them are needed, of one row of (B, S)."""
-    n = length(seqlens_ptr, row // S, Lk)
-    sink_end, local_start = regions(n, Lq, n_sink, n_local)
-    return n, sink_end, local_start, tl.minimum(share, local_start - sink_end)
+    """The candidates' bounds and how many of them are needed, of one row of (B, S)."""
+    sink_end, local_start = regions(length(seqlens_ptr, row // S, Lk), Lq, n_sink, n_local)
+    return sink_end, local_start, tl.minimum(share, local_start - sink_end)
 
 
 @triton.jit
@@ -106,7 +105,7 @@ def _count(
     BLOCK: tl.constexpr,
 ):
     block, row = tl.program_id(0), tl.program_id(1)
-    n, sink_end, local_start, need = _row(row, seqlens_ptr, S, Lq, Lk, n_sink, n_local, share)
+    sink_end, local_start, _ = _row(row, seqlens_ptr, S, Lq, Lk, n_sink, n_local, share)
     if block * BLOCK >= local_start:
         return
     position = block * BLOCK + tl.arange(0, BLOCK)
@@ -139,7 +138,7 @@ def _shortlist(
     BLOCK: tl.constexpr,
 ):
     block, row = tl.program_id(0), tl.program_id(1)
-    n, sink_end, local_start, need = _row(row, seqlens_ptr, S, Lq, Lk, n_sink, n_local, share)
+    sink_end, local_start, need = _row(row, seqlens_ptr, S, Lq, Lk, n_sink, n_local, share)
     if block * BLOCK >= local_start:
         return
     histogram_ptr += row * _ALL_BINS
@@ -184,7 +183,7 @@ def _narrow(
     BLOCK: tl.constexpr,
 ):
     block, row = tl.program_id(0), tl.program_id(1)
-    n, sink_end, local_start, need = _row(row, seqlens_ptr, S, Lq, Lk, n_sink, n_local, share)
+    _, local_start, need = _row(row, seqlens_ptr, S, Lq, Lk, n_sink, n_local, share)
     if block * BLOCK >= local_start:
         return
     histogram_ptr += row * _ALL_BINS
@@ -222,7 +221,7 @@ def _tally(
     BLOCK: tl.constexpr,
 ):
     block, row = tl.program_id(0), tl.program_id(1)
-    n, sink_end, local_start, need = _row(row, seqlens_ptr, S, Lq, Lk, n_sink, n_local, share)
+    _, local_start, need = _row(row, seqlens_ptr, S, Lq, Lk, n_sink, n_local, share)
     if block * BLOCK >= local_start:
         return
     last, need = _last_key(histogram_ptr + row * _ALL_BINS, need)
@@ -260,7 +259,7 @@ def _collect(
     Or, before a further ballot, MARK the winners as taken.
     """
     block, row = tl.program_id(0), tl.program_id(1)
-    n, sink_end, local_start, need = _row(row, seqlens_ptr, S, Lq, Lk, n_sink, n_local, share)
+    sink_end, local_start, need = _row(row, seqlens_ptr, S, Lq, Lk, n_sink, n_local, share)
     won = need
     if block * BLOCK < local_start:
         last, need = _last_key(histogram_ptr + row * _ALL_BINS, need)
@@ -285,6 +284,7 @@ def _collect(
             place = sink_end + won_before + tl.cumsum(is_winner.to(tl.int32), 0) - 1
             tl.store(out_ptr + row.to(tl.int64) * K + place, position, mask=is_winner)
     if not MARK:
+        n = length(seqlens_ptr, row // S, Lk)
         count = sink_end + won + n - local_start
         for start in range(block * BLOCK, K, n_blocks * BLOCK):
             place = start + tl.arange(0, BLOCK)
@@ -385,13 +385,13 @@ def bytes_moved(problem: Problem) -> dict[str, int]:
     n_rows = p.B * p.S
     votes = 4 * n_rows * p.Lk
     listed = n_rows * min(p.Lk, max(2 * p.config.k, p.Lk // 30))
-    histograms = 4 * n_rows * _ALL_BINS.value
+    bins, all_bins = 4 * n_rows * _BINS.value, 4 * n_rows * _ALL_BINS.value
     per_ballot = {
-        "count": votes,
-        "shortlist": votes + 8 * listed,
-        "narrow": 4 * listed,
-        "tally": 4 * listed,
-        "collect": 8 * listed + 4 * n_rows * p.K,
+        "count": votes + bins,
+        "shortlist": votes + 8 * listed + 2 * bins,
+        "narrow": 4 * listed + all_bins,
+        "tally": 4 * listed + all_bins,
+        "collect": 8 * listed + all_bins + 4 * n_rows * p.K,
     }
     moved = {name: size * p.R for name, size in per_ballot.items()}
-    return {"clear": p.R * histograms} | moved
+    return {"clear": p.R * all_bins} | moved

@@ -1,9 +1,9 @@
 """Cosines and sines of whole numbers of positions, exact to float32: see `device.angles`."""
 
-import math
 from typing import NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -28,12 +28,13 @@ _made = WeakTensorKeyDictionary()
 
 def tables(inv_freq: Tensor, limit: int, at: int) -> Tables:
     """Tables for positions up to `limit`, and for `at`; kept while inv_freq lives unchanged."""
-    version = 0 if inv_freq.is_inference() else inv_freq._version
+    # Limits are powers of two, so that a cache that grows by a token a step does not fill memory.
+    limit = max(LOW, triton.next_power_of_2(limit + 1))
+    version = None if inv_freq.is_inference() else inv_freq._version
     known = _made.get(inv_freq)
-    if known is None or known[0] != version or inv_freq.is_inference():
-        known = version, {}
-        _made[inv_freq] = known
-    limit = LOW * math.ceil((limit + 1) / LOW)
+    # A tensor made in inference mode does not tell whether it was changed.
+    if known is None or version is None or known[0] != version:
+        known = _made[inv_freq] = (version, {})
     if (limit, at) not in known[1]:
         known[1][limit, at] = Tables(
             _rows(inv_freq, range(LOW)),
