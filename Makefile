@@ -34,14 +34,20 @@ PIP := $(PY) -m pip $(if $(V),,-qq) --disable-pip-version-check install
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test check props bench clean distclean
+.PHONY: help demo test test-tritons check props bench gpu resources clean distclean
 
 help:
 	@echo "make demo    a small model reads a long text with and without selection   [ARGS=...]"
 	@echo "make test    all tests and properties                                     [ARGS=...]"
+	@echo "make test-tritons  the triton backend's properties under other versions of triton"
+	@echo "                   [TRITONS='3.6.0 3.9.0'] [ARGS=...]"
 	@echo "make check   ruff, mypy, the import arrows, the examples in docstrings"
 	@echo "make props   the properties only       [BACKEND=name] [HYPOTHESIS_PROFILE=name] [ARGS=...]"
 	@echo "make bench   the benchmark             [ARGS=...]"
+	@echo "make gpu     all checks and the benchmark on an NVIDIA GPU, with the torch of \$$(PYTHON),"
+	@echo "             which needs no .venv      [PYTHON=...] [ARGS='--quick']"
+	@echo "make resources  compile the kernels for GPUs that are not here: registers, spills, memory"
+	@echo "             [ARGS='--check' or '--docs']"
 	@echo "make clean   remove caches and outputs, keep .venv (make distclean removes it too)"
 	@echo
 	@echo "The first run of a verb creates .venv and installs what it needs; later runs skip that."
@@ -68,11 +74,38 @@ check: $(VENV)/.stamp-dev
 	@$(PY) -m pytest -q --doctest-modules tokenselect \
 		--ignore=tokenselect/demo --ignore=tokenselect/integrations
 
+# The kernels under other versions of triton than the pinned one: the oldest and the newest.
+TRITONS ?= 3.6.0 3.9.0
+# In triton 3.6 the interpreter's loops need a numpy before 2.4.
+NUMPY_FOR_3.6.0 := 'numpy<2.4'
+
+test-tritons: $(TRITONS:%=test-triton-%)
+
+test-triton-%: $(VENV)/triton-%
+	@echo "→ running the properties of the triton backend under triton $*"
+	@PYTHONPATH=$< $(PY) -c 'import triton; assert triton.__version__ == "$*", triton.__version__'
+	@PYTHONPATH=$< $(PY) -m pytest properties --backend=triton $(PROFILE_ARG) $(ARGS)
+
+# Laid over .venv, so that torch is not installed again.
+.PRECIOUS: $(VENV)/triton-%
+$(VENV)/triton-%: $(VENV)/.stamp-dev
+	@echo "→ installing triton $*"
+	@rm -rf $@ $@.part
+	@$(PIP) --no-deps --target $@.part 'triton==$*' $(NUMPY_FOR_$*)
+	@mv $@.part $@
+
 props: $(VENV)/.stamp-dev
 	@$(PY) -m pytest properties $(if $(BACKEND),--backend=$(BACKEND)) $(PROFILE_ARG) $(ARGS)
 
 bench: $(VENV)/.stamp-dev
 	@$(PY) -m bench.run $(ARGS)
+
+# The torch that drives a GPU comes with the machine, so nothing is installed: no .venv.
+gpu:
+	@PYTHONPATH=. $(PYTHON) -m bench.gpu $(ARGS)
+
+resources: $(VENV)/.stamp-dev
+	@$(PY) -m bench.resources $(ARGS)
 
 clean:
 	@echo "→ removing caches and outputs"

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from bench.gpu import page as gpu
+
 RESULTS = Path(__file__).parent / "results"
 
 _HEAD = """\
@@ -11,8 +13,10 @@ _HEAD = """\
 
 Made by `python -m bench.run --docs > docs/benchmarks.md` from the results in `bench/results`.
 Measure your own machine with `make bench`; add `ARGS='--save NAME'` to keep the result there.
+"""
 
-## What is compared
+_ON_CPUS = """\
+## On a CPU
 
 One attention layer, one call. *Fresh* scores all cached tokens, selects, and attends to the
 selection. *Reused* attends to the selection that a Selection Cache kept from the step before.
@@ -55,15 +59,25 @@ _DETAILS = ("", "ms", "MB", "GB/s", "of read", "error / budget")
 
 
 def page(results: Path = RESULTS) -> str:
-    """The whole page as Markdown."""
-    reports = [json.loads(path.read_text("utf-8")) for path in sorted(results.glob("*.json"))]
-    return "\n".join([_HEAD, *map(_section, reversed(reports))])
+    """The whole page as Markdown. Raises `bench.gpu.page.Refused`, with the file's name."""
+    reports, on_gpus = [], []
+    for path in sorted(results.glob("*.json")):
+        report = json.loads(path.read_text("utf-8"))
+        if report.get("kind") != "gpu":
+            reports.append(report)
+            continue
+        try:
+            gpu.accept(report)
+        except gpu.Refused as refused:
+            raise gpu.Refused(f"{path}: {refused}") from None
+        on_gpus.append(report)
+    return "\n".join([_HEAD, gpu.section(on_gpus), _ON_CPUS, *map(_section, reversed(reports))])
 
 
 def _section(report: dict[str, Any]) -> str:
     host = report["machine"]
     lines = [
-        f"## {report['date']}: {host['cpu']}, {host['threads']} thread(s)\n",
+        f"### {report['date']}: {host['cpu']}, {host['threads']} thread(s)\n",
         f"`{report['command'].strip()}` at {host['commit']} on {host['cores']} cores, "
         f"{host['isa']}; torch {host['torch']}, python {host['python']}; read bandwidth "
         f"{host['read_gb_per_s']:.1f} GB/s; load average at the start "
@@ -72,7 +86,7 @@ def _section(report: dict[str, Any]) -> str:
     ]
     for result in report["workloads"]:
         details = _rows(_DETAILS, _details(result, host["read_gb_per_s"]))
-        lines += [f"\n### {result['name']}\n", _facts(result) + "\n", *details]
+        lines += [f"\n#### {result['name']}\n", _facts(result) + "\n", *details]
     return "\n".join(lines) + "\n"
 
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import strategies as st
 
 from properties.law import CannotRun, able, law
-from properties.strategies import FILL, NAMED, Case, Chosen, chosen
+from properties.strategies import FAR, FILL, NAMED, Case, Chosen, chosen
 from tokenselect import Backend, SelectConfig, Selection
 from tokenselect.budgets import attend_budget
 
@@ -14,6 +14,21 @@ ATTENDED = (
     Chosen(Case(lengths=(0, 30)), 0.5, 0),
     Chosen(Case(lengths=(40,)), 0.0, 0),
     Chosen(Case(lengths=(40,), has_sink_logits=True, softcap=2.0, G=3), 0.5, 2),
+    Chosen(
+        Case(
+            lengths=(60, 9),
+            rope="raw",
+            D=16,
+            rotary_dim=16,
+            interleaved=True,
+            rope_scaling=1.3,
+            has_sink_logits=True,
+            page_size=2,
+            config=SelectConfig(5, 2, 3, positions="contiguous", scope="group"),
+        ),
+        0.3,
+        1,
+    ),
     *(Chosen(case, 0.3, 0) for case in NAMED),
     Chosen(Case(lengths=(40,), Lq=5, filler="nan", page_size=2), 0.5, 1),
     Chosen(
@@ -141,3 +156,25 @@ def an_infinite_value_of_weight_zero_is_not_a_number(backend: Backend, case: Cas
     finding = attend_budget(problem, selection).compare(attended)
     assert finding.holds, finding
     assert attended.out.isnan().all()
+
+
+@law(
+    st.builds(
+        Chosen,
+        st.sampled_from(
+            [
+                replace(FAR, rope="rotated", config=replace(FAR.config, positions="contiguous")),
+                replace(FAR, rope="raw", rotary_dim=32),
+            ]
+        ),
+        st.sampled_from([0.5, 14 / 2**16]),  # of the newest, and of all
+        st.just(0),
+    )
+)
+def keys_far_out_are_attended_to_exactly(backend: Backend, drawn: Chosen) -> None:
+    """Moved all the way to the front, or raw and turned at where they are: as in scoring."""
+    problem, *selection = drawn.make()
+    able(backend, problem)
+    selection = Selection(*selection)
+    finding = attend_budget(problem, selection).compare(backend.attend(problem, selection))
+    assert finding.holds, finding

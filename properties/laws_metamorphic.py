@@ -3,11 +3,12 @@
 from dataclasses import replace
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 from properties.law import CannotRun, able, law
 from properties.laws_attention import rows_of, run
-from properties.strategies import FILL, Case, cases, in_float64, with_config
+from properties.strategies import FILL, Case, cases, finest, with_config
 from tokenselect import Backend, Problem, Scores, SelectConfig
 from tokenselect.budgets import Budget, attend_budget, compare_selection, score_budget
 
@@ -192,7 +193,8 @@ def a_constant_added_to_all_values_moves_the_output_by_it(backend: Backend, case
 def keys_may_be_cached_rotated_or_raw(backend: Backend, case: Case) -> None:
     """Raw queries and keys, against the same rotated at their true positions beforehand."""
     raw = able(
-        backend, replace(in_float64(case), rope="raw", page_size=None, filler="zeros").problem()
+        backend,
+        replace(finest(case, backend), rope="raw", page_size=None, filler="zeros").problem(),
     )
     rope, n = raw.rope, raw.cache_seqlens
     places = torch.arange(raw.Lk)
@@ -203,12 +205,21 @@ def keys_may_be_cached_rotated_or_raw(backend: Backend, case: Case) -> None:
         q=rope.place(raw.q, new[:, None], new[:, None]),
         rope=replace(rope, cached="rotated"),
     )
+    able(backend, rotated)
     one, other = backend.score(raw), backend.score(rotated)
-    assert torch.allclose(one.votes, other.votes, rtol=1e-5, atol=1e-7)
-    assert torch.allclose(one.lse, other.lse, rtol=1e-5, atol=1e-6)
     selection = backend.select(one.votes, raw)
-    one, other = backend.attend(raw, selection), backend.attend(rotated, selection)
-    assert torch.allclose(one.out, other.out, rtol=1e-9, atol=1e-9)
+    attended, moved = backend.attend(raw, selection), backend.attend(rotated, selection)
+    if raw.q.dtype == torch.float64:
+        assert torch.allclose(one.votes, other.votes, rtol=1e-5, atol=1e-7)
+        assert torch.allclose(one.lse, other.lse, rtol=1e-5, atol=1e-6)
+        assert torch.allclose(attended.out, moved.out, rtol=1e-9, atol=1e-9)
+        return
+    # Rotating in float32 beforehand is two of the roundings that the budget has for a rotation.
+    budget, room = score_budget(raw), 1.5
+    near("votes", one.votes, other.votes, budget.votes._replace(slack=room * budget.votes.slack))
+    near("lse", one.lse, other.lse, budget.lse._replace(slack=room * budget.lse.slack))
+    budget = attend_budget(raw, selection).out
+    near("out", attended.out, moved.out, budget._replace(slack=room * budget.slack))
 
 
 @law(cases(rope="rotated"), Case(lengths=(9,), rope="raw", config=SelectConfig.extrapolate(k=4)))
@@ -222,6 +233,40 @@ def what_fits_is_not_moved(backend: Backend, case: Case) -> None:
     contiguous = with_config(problem, positions="contiguous", **config)
     (out, info), (moved, _) = run(backend, original), run(backend, contiguous)
     near("out", out, moved, attend_budget(original, info.selection).out)
+
+
+@law(
+    st.sampled_from(
+        [
+            Case(lengths=(66, 0, 40), Hkv=1, G=3),
+            Case(lengths=(90,), Hkv=1, Lq=5, content="equal", page_size=16),
+            Case(
+                lengths=(70, 40),
+                dtype=torch.bfloat16,
+                rope="rotated",
+                config=SelectConfig.extrapolate(k=20, n_sink=2, n_local=4, scope="group"),
+            ),
+        ]
+    )
+)
+def it_repeats_twenty_times_to_the_bit(backend: Backend, case: Case) -> None:
+    """Few problems, often: what depends on which of two writes comes first shows now and then."""
+    if not backend.capability.deterministic:
+        raise CannotRun("deterministic")
+    problem = able(backend, case.problem())
+    scores = backend.score(problem)
+    selection = backend.select(scores.votes, problem)
+    attended = backend.attend(problem, selection)
+    for _ in range(19):
+        again = backend.score(problem)
+        same(backend, "votes", scores.votes, again.votes)
+        same(backend, "lse of scores", scores.lse, again.lse)
+        repeated = backend.select(scores.votes, problem)
+        same(backend, "positions", selection.positions, repeated.positions)
+        same(backend, "count", selection.count, repeated.count)
+        out, lse = backend.attend(problem, selection)
+        same(backend, "out", attended.out, out)
+        same(backend, "lse", attended.lse, lse)
 
 
 @law(cases(), Case(lengths=(60,), content="equal", Lq=5), Case(lengths=(60, 9), page_size=2))

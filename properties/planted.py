@@ -1,12 +1,14 @@
 """Wrong backends and caches, one mistake each, made on purpose: the suite must catch every one.
 
-Each is the cpu backend with one stage bent. The mistakes are those of real kernels: most were
-seen in released code of this field.
+Each bends one stage of a right backend: what it is given, or what comes out. The mistakes are those
+of real kernels: most were seen in released code of this field.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,25 +17,37 @@ from tokenselect import (
     Attended,
     Backend,
     Problem,
-    Rope,
     Scores,
     Selection,
     SelectionCache,
 )
-from tokenselect.kernels.cpu import BACKEND as CPU
 
-PLANTED: list[Backend] = []
+# By name: the stage that is bent, and the function of the right backend and the stage's arguments.
+PLANTED: dict[str, tuple[str, Callable]] = {}
+
+# The backends in which the mistakes are planted, and those that cannot show in them: what a problem
+# would have to be, and is beyond what the backend declares.
+BASES: dict[str, dict[str, tuple[str, Any]]] = {
+    "cpu": {},
+    "triton": {"score-gives-hard-votes-to-one-too-few": ("votes", "hard")},
+}
 
 
 def plant(stage: str) -> Callable[[Callable], Callable]:
-    """Add a backend whose `stage` is the function, under the function's name."""
+    """Add a mistake in a `stage`, under the function's name."""
 
     def add(bent: Callable) -> Callable:
-        name = bent.__name__.replace("_", "-")
-        PLANTED.append(replace(CPU, name=f"planted-{name}", **{stage: bent}))
+        PLANTED[bent.__name__.replace("_", "-")] = stage, bent
         return bent
 
     return add
+
+
+def planted(name: str, base: Backend) -> Backend:
+    """`base` with one mistake."""
+    stage, bent = PLANTED[name]
+    named = f"planted-{base.name}-{name}"
+    return replace(base, name=named, **{stage: functools.partial(bent, base)})
 
 
 def configured(problem: Problem, **changes: object) -> Problem:
@@ -50,57 +64,57 @@ def shuffled_heads(problem: Problem) -> Tensor:
 
 
 @plant("score")
-def score_reads_kv_head_modulo(p: Problem) -> Scores:
+def score_reads_kv_head_modulo(base: Backend, p: Problem) -> Scores:
     order = shuffled_heads(p)
-    votes, lse = CPU.score(replace(p, q=p.q[:, order]))
+    votes, lse = base.score(replace(p, q=p.q[:, order]))
     return Scores(votes, lse[:, torch.argsort(order)])
 
 
 @plant("score")
-def score_without_scale(p: Problem) -> Scores:
-    return CPU.score(configured(p, select_scale=1.0))
+def score_without_scale(base: Backend, p: Problem) -> Scores:
+    return base.score(configured(p, select_scale=1.0))
 
 
 @plant("score")
-def score_ignores_select_scale(p: Problem) -> Scores:
-    return CPU.score(configured(p, select_scale=None))
+def score_ignores_select_scale(base: Backend, p: Problem) -> Scores:
+    return base.score(configured(p, select_scale=None))
 
 
 @plant("score")
-def score_without_softcap(p: Problem) -> Scores:
-    return CPU.score(replace(p, softcap=None))
+def score_without_softcap(base: Backend, p: Problem) -> Scores:
+    return base.score(replace(p, softcap=None))
 
 
 @plant("score")
-def score_normalizes_over_candidates_always(p: Problem) -> Scores:
-    return CPU.score(configured(p, normalize="candidates"))
+def score_normalizes_over_candidates_always(base: Backend, p: Problem) -> Scores:
+    return base.score(configured(p, normalize="candidates"))
 
 
 @plant("score")
-def score_by_the_last_query(p: Problem) -> Scores:
+def score_by_the_last_query(base: Backend, p: Problem) -> Scores:
     last = p.q[:, :, -1:].expand(p.q.shape)
-    return CPU.score(replace(p, q=last))
+    return base.score(replace(p, q=last))
 
 
 @plant("score")
-def score_ignores_query_means(p: Problem) -> Scores:
-    return CPU.score(configured(p, n_query_means=1))
+def score_ignores_query_means(base: Backend, p: Problem) -> Scores:
+    return base.score(configured(p, n_query_means=1))
 
 
 @plant("score")
-def score_ignores_pool(p: Problem) -> Scores:
-    return CPU.score(configured(p, pool=1))
+def score_ignores_pool(base: Backend, p: Problem) -> Scores:
+    return base.score(configured(p, pool=1))
 
 
 @plant("score")
-def score_rounds_votes_to_bfloat16(p: Problem) -> Scores:
-    votes, lse = CPU.score(p)
+def score_rounds_votes_to_bfloat16(base: Backend, p: Problem) -> Scores:
+    votes, lse = base.score(p)
     return Scores(votes.bfloat16().float(), lse)
 
 
 @plant("score")
-def score_without_subtracting_the_maximum(p: Problem) -> Scores:
-    votes, lse = CPU.score(p)
+def score_without_subtracting_the_maximum(base: Backend, p: Problem) -> Scores:
+    votes, lse = base.score(p)
     overflowed = lse > math.log(torch.finfo(torch.float32).max)
     lse = torch.where(overflowed, math.inf, lse)
     spoiled = overflowed.any(1)[:, None, None, None] & (votes > -math.inf)
@@ -108,31 +122,31 @@ def score_without_subtracting_the_maximum(p: Problem) -> Scores:
 
 
 @plant("score")
-def score_gives_lse_in_base_two(p: Problem) -> Scores:
-    votes, lse = CPU.score(p)
+def score_gives_lse_in_base_two(base: Backend, p: Problem) -> Scores:
+    votes, lse = base.score(p)
     return Scores(votes, lse / math.log(2))
 
 
 @plant("score")
-def score_reads_capacity_for_length(p: Problem) -> Scores:
+def score_reads_capacity_for_length(base: Backend, p: Problem) -> Scores:
     full = torch.where(p.cache_seqlens > 0, p.Lk, 0).int()
     if p.is_paged:
         full = p.cache_seqlens
-    votes, lse = CPU.score(replace(p, cache_seqlens=full))
-    return Scores(votes.where(CPU.score(p).votes > -math.inf, -math.inf), lse)
+    votes, lse = base.score(replace(p, cache_seqlens=full))
+    return Scores(votes.where(base.score(p).votes > -math.inf, -math.inf), lse)
 
 
 @plant("score")
-def score_reads_pages_of_the_first_request(p: Problem) -> Scores:
+def score_reads_pages_of_the_first_request(base: Backend, p: Problem) -> Scores:
     if p.block_table is None:
-        return CPU.score(p)
+        return base.score(p)
     table = p.block_table[:1].expand_as(p.block_table).clamp(0, p.k_cache.shape[0] - 1)
-    return CPU.score(replace(p, block_table=table.contiguous()))
+    return base.score(replace(p, block_table=table.contiguous()))
 
 
 @plant("score")
-def score_lets_one_nan_spoil_a_head(p: Problem) -> Scores:
-    votes, lse = CPU.score(p)
+def score_lets_one_nan_spoil_a_head(base: Backend, p: Problem) -> Scores:
+    votes, lse = base.score(p)
     if not p.is_paged:
         for b, n in enumerate(p.cache_seqlens.tolist()):
             if p.k_cache[b, :, :n].isnan().any():
@@ -141,65 +155,82 @@ def score_lets_one_nan_spoil_a_head(p: Problem) -> Scores:
 
 
 @plant("score")
-def score_takes_interleaved_pairs_for_halves(p: Problem) -> Scores:
-    return CPU.score(replace(p, rope=p.rope and replace(p.rope, interleaved=False)))
+def score_takes_interleaved_pairs_for_halves(base: Backend, p: Problem) -> Scores:
+    return base.score(replace(p, rope=p.rope and replace(p.rope, interleaved=False)))
 
 
 @plant("score")
-def score_rounds_queries_to_bfloat16(p: Problem) -> Scores:
-    return CPU.score(replace(p, q=p.q.bfloat16().to(p.q.dtype)))
+def score_rounds_queries_to_bfloat16(base: Backend, p: Problem) -> Scores:
+    return base.score(replace(p, q=p.q.bfloat16().to(p.q.dtype)))
 
 
 @plant("score")
-def score_rounds_frequencies_to_bfloat16(p: Problem) -> Scores:
+def score_rounds_frequencies_to_bfloat16(base: Backend, p: Problem) -> Scores:
     rope = p.rope and replace(p.rope, inv_freq=p.rope.inv_freq.bfloat16().float())
-    return CPU.score(replace(p, rope=rope))
+    return base.score(replace(p, rope=rope))
 
 
-class _Float32Rope(Rope):
-    """Moves by an angle computed in float32."""
-
-    def place(self, x: Tensor, position: Tensor, at: Tensor) -> Tensor:
-        angle = (at - position).float()[..., None] * self.inv_freq.float()
-        first, second = x[..., : self.rotary_dim].chunk(2, dim=-1)
-        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-        turned = torch.cat((first * cos - second * sin, first * sin + second * cos), -1)
-        return torch.cat((turned, x[..., self.rotary_dim :]), -1)
-
-
-@plant("score")
-def score_moves_keys_by_a_float32_angle(p: Problem) -> Scores:
+def off_by_a_float32_angle(p: Problem, positions: Tensor, at: Tensor) -> Problem:
+    """Keys turned by what a float32 angle is off, so that moving them exactly is off by it."""
     rope = p.rope
-    if rope is None or rope.interleaved or rope.cached == "raw":
-        return CPU.score(p)
-    return CPU.score(replace(p, rope=_Float32Rope(rope.inv_freq)))
+    steps = at if rope.cached == "raw" else at - positions
+    angle = steps.double()[:, None] * rope.inv_freq.double()
+    error = (steps.float()[:, None] * rope.inv_freq.float()).double() - angle
+    k_cache = p.k_cache.clone()
+    keys = k_cache[:, :, positions].double()
+    first, second = keys[..., : rope.rotary_dim].chunk(2, dim=-1)
+    cos, sin = error.cos(), error.sin()
+    turned = torch.cat((first * cos - second * sin, first * sin + second * cos), -1)
+    k_cache[:, :, positions, : rope.rotary_dim] = turned.to(k_cache.dtype)
+    return replace(p, k_cache=k_cache)
+
+
+def turns_far(p: Problem, where: str) -> bool:
+    """Whether keys of one long request in a contiguous cache are turned to score or attend."""
+    return (
+        p.rope is not None
+        and p.moves(where)
+        and not p.rope.interleaved
+        and not p.is_paged
+        and p.B == p.S == p.R == 1
+        and p.Lk > 2**12
+    )
 
 
 @plant("score")
-def score_gives_hard_votes_to_one_too_few(p: Problem) -> Scores:
+def score_moves_keys_by_a_float32_angle(base: Backend, p: Problem) -> Scores:
+    if not turns_far(p, p.config.score_at):
+        return base.score(p)
+    positions = torch.arange(int(p.cache_seqlens))
+    at = positions if p.config.score_at == "true" else torch.zeros_like(positions)
+    return base.score(off_by_a_float32_angle(p, positions, at))
+
+
+@plant("score")
+def score_gives_hard_votes_to_one_too_few(base: Backend, p: Problem) -> Scores:
     if p.config.vote != "hard":
-        return CPU.score(p)
-    return CPU.score(configured(p, k=max(0, p.config.k - 1)))
+        return base.score(p)
+    return base.score(configured(p, k=max(0, p.config.k - 1)))
 
 
 @plant("score")
-def score_rounds_to_tf32(p: Problem) -> Scores:
+def score_rounds_to_tf32(base: Backend, p: Problem) -> Scores:
     """Ten bits of mantissa for the queries, as a matrix unit in TF32 would."""
     if p.q.dtype not in (torch.float32, torch.bfloat16):
-        return CPU.score(p)
+        return base.score(p)
     q = (p.q.float().view(torch.int32) & ~0x1FFF).view(torch.float32)
-    return CPU.score(replace(p, q=q.to(p.q.dtype)))
+    return base.score(replace(p, q=q.to(p.q.dtype)))
 
 
 @plant("score")
-def score_at_the_true_distance_always(p: Problem) -> Scores:
-    votes, lse = CPU.score(configured(p, score_at="true"))
+def score_at_the_true_distance_always(base: Backend, p: Problem) -> Scores:
+    votes, lse = base.score(configured(p, score_at="true"))
     return Scores(votes.expand(-1, p.R, -1, -1).contiguous(), lse)
 
 
 @plant("score")
-def score_sums_groups_into_one(p: Problem) -> Scores:
-    votes, lse = CPU.score(configured(p, scope="layer"))
+def score_sums_groups_into_one(base: Backend, p: Problem) -> Scores:
+    votes, lse = base.score(configured(p, scope="layer"))
     return Scores(votes.expand(-1, -1, p.S, -1).contiguous(), lse)
 
 
@@ -207,78 +238,78 @@ _memory: dict[tuple, Scores] = {}
 
 
 @plant("score")
-def score_keeps_stale_state(p: Problem) -> Scores:
-    key = (p.q.shape, p.Lk, p.config, tuple(p.cache_seqlens.tolist()))
-    return _memory.setdefault(key, CPU.score(p))
+def score_keeps_stale_state(base: Backend, p: Problem) -> Scores:
+    key = (base.name, p.q.shape, p.Lk, p.config, tuple(p.cache_seqlens.tolist()))
+    return _memory.setdefault(key, base.score(p))
 
 
 # --- select ---
 
 
-def tied_wrongly(votes: Tensor, p: Problem) -> Selection:
+def tied_wrongly(base: Backend, votes: Tensor, p: Problem) -> Selection:
     """Select with the higher position first among equals."""
     tilt = torch.arange(p.Lk, dtype=torch.float64) * 1e-9
     ranked = (votes.double() + tilt).argsort(-1).argsort(-1).float()
-    return CPU.select(torch.where(votes > -math.inf, ranked, votes), p)
+    return base.select(torch.where(votes > -math.inf, ranked, votes), p)
 
 
 @plant("select")
-def select_takes_the_higher_position_first(votes: Tensor, p: Problem) -> Selection:
-    return tied_wrongly(votes, p)
+def select_takes_the_higher_position_first(base: Backend, votes: Tensor, p: Problem) -> Selection:
+    return tied_wrongly(base, votes, p)
 
 
 @plant("select")
-def select_orders_signed_zeros(votes: Tensor, p: Problem) -> Selection:
-    return CPU.select(torch.where(votes.signbit() & (votes == 0), -1e-30, votes), p)
+def select_orders_signed_zeros(base: Backend, votes: Tensor, p: Problem) -> Selection:
+    return base.select(torch.where(votes.signbit() & (votes == 0), -1e-30, votes), p)
 
 
 @plant("select")
-def select_window_off_by_one(votes: Tensor, p: Problem) -> Selection:
-    bent = CPU.select(votes, configured(p, n_local=p.config.n_local + 1))
+def select_window_off_by_one(base: Backend, votes: Tensor, p: Problem) -> Selection:
+    bent = base.select(votes, configured(p, n_local=p.config.n_local + 1))
     return Selection(bent.positions[:, :, : p.K], bent.count.clamp(max=p.K))
 
 
 @plant("select")
-def select_forgets_the_sink(votes: Tensor, p: Problem) -> Selection:
-    bent = CPU.select(votes, configured(p, n_sink=0))
+def select_forgets_the_sink(base: Backend, votes: Tensor, p: Problem) -> Selection:
+    bent = base.select(votes, configured(p, n_sink=0))
     padded = torch.nn.functional.pad(bent.positions, (0, p.K - bent.positions.shape[2]), value=-1)
     return Selection(padded, bent.count)
 
 
 @plant("select")
-def select_window_forgets_the_chunk(votes: Tensor, p: Problem) -> Selection:
+def select_window_forgets_the_chunk(base: Backend, votes: Tensor, p: Problem) -> Selection:
     short = replace(p, q=p.q[:, :, :1])
-    bent = CPU.select(votes, short)
+    bent = base.select(votes, short)
     padded = torch.nn.functional.pad(bent.positions, (0, p.K - bent.positions.shape[2]), value=-1)
     return Selection(padded, bent.count)
 
 
 @plant("select")
-def select_takes_one_more(votes: Tensor, p: Problem) -> Selection:
-    bent = CPU.select(votes, configured(p, k=p.config.k + 1))
+def select_takes_one_more(base: Backend, votes: Tensor, p: Problem) -> Selection:
+    bent = base.select(votes, configured(p, k=p.config.k + 1))
     return Selection(bent.positions[:, :, : p.K], bent.count.clamp(max=p.K))
 
 
 @plant("select")
-def select_keeps_all_that_tie(votes: Tensor, p: Problem) -> Selection:
+def select_keeps_all_that_tie(base: Backend, votes: Tensor, p: Problem) -> Selection:
     """A buffer of ties that overflows: what ties beyond the first 4 is lost."""
-    rows = votes.flatten(0, 2)
+    rows = votes.flatten(0, 2).clone()
     for row in rows:
         values, counts = row[row > -math.inf].unique(return_counts=True)
         for value in values[counts > 4]:
             row[(row == value).nonzero()[4:, 0]] = -math.inf
-    return CPU.select(rows.view_as(votes), p)
+    return base.select(rows.view_as(votes), p)
 
 
 @plant("select")
-def select_rounds_the_share_down(votes: Tensor, p: Problem) -> Selection:
+def select_rounds_the_share_down(base: Backend, votes: Tensor, p: Problem) -> Selection:
     share = math.floor(p.config.fixed_share * p.config.k) / max(1, p.config.k)
-    return CPU.select(votes, configured(p, fixed_share=share))
+    return base.select(votes, configured(p, fixed_share=share))
 
 
 @plant("select")
-def select_pads_with_zero(votes: Tensor, p: Problem) -> Selection:
-    positions, count = CPU.select(votes, p)
+def select_pads_with_zero(base: Backend, votes: Tensor, p: Problem) -> Selection:
+    positions, count = base.select(votes, p)
     return Selection(positions.clamp(min=0), count)
 
 
@@ -286,22 +317,22 @@ def select_pads_with_zero(votes: Tensor, p: Problem) -> Selection:
 
 
 @plant("attend")
-def attend_reads_kv_head_modulo(p: Problem, selection: Selection) -> Attended:
+def attend_reads_kv_head_modulo(base: Backend, p: Problem, selection: Selection) -> Attended:
     if p.S > 1:
-        return CPU.attend(p, selection)
+        return base.attend(p, selection)
     order = shuffled_heads(p)
     sinks = None if p.sink_logits is None else p.sink_logits[order]
-    out, lse = CPU.attend(replace(p, q=p.q[:, order], sink_logits=sinks), selection)
+    out, lse = base.attend(replace(p, q=p.q[:, order], sink_logits=sinks), selection)
     back = torch.argsort(order)
     return Attended(out[:, back], lse[:, back])
 
 
 @plant("attend")
-def attend_reads_padding_as_row_zero(p: Problem, selection: Selection) -> Attended:
+def attend_reads_padding_as_row_zero(base: Backend, p: Problem, selection: Selection) -> Attended:
     """-1 taken for position 0, which then weighs as often as there is padding."""
     positions, count = selection
     filled = Selection(positions.clamp(min=0), torch.full_like(count, positions.shape[2]))
-    padded, right = CPU.attend(p, filled), CPU.attend(p, selection)
+    padded, right = base.attend(p, filled), base.attend(p, selection)
     wrong = (count < positions.shape[2]).any(1) & (count > 0).all(1)
     return Attended(
         torch.where(wrong[:, None, None, None], padded.out, right.out),
@@ -310,25 +341,25 @@ def attend_reads_padding_as_row_zero(p: Problem, selection: Selection) -> Attend
 
 
 @plant("attend")
-def attend_without_the_causal_rule(p: Problem, selection: Selection) -> Attended:
-    outs = [CPU.attend(replace(p, q=p.q[:, :, i : i + 1]), selection) for i in range(p.Lq)]
+def attend_without_the_causal_rule(base: Backend, p: Problem, selection: Selection) -> Attended:
+    outs = [base.attend(replace(p, q=p.q[:, :, i : i + 1]), selection) for i in range(p.Lq)]
     return Attended(torch.cat([o.out for o in outs], 2), torch.cat([o.lse for o in outs], 2))
 
 
 @plant("attend")
-def attend_without_softcap(p: Problem, selection: Selection) -> Attended:
-    return CPU.attend(replace(p, softcap=None), selection)
+def attend_without_softcap(base: Backend, p: Problem, selection: Selection) -> Attended:
+    return base.attend(replace(p, softcap=None), selection)
 
 
 @plant("attend")
-def attend_without_sink_logits(p: Problem, selection: Selection) -> Attended:
-    return CPU.attend(replace(p, sink_logits=None), selection)
+def attend_without_sink_logits(base: Backend, p: Problem, selection: Selection) -> Attended:
+    return base.attend(replace(p, sink_logits=None), selection)
 
 
 @plant("attend")
-def attend_vanishes_under_a_large_sink(p: Problem, selection: Selection) -> Attended:
+def attend_vanishes_under_a_large_sink(base: Backend, p: Problem, selection: Selection) -> Attended:
     """Where a sink takes nearly all, what is left is dropped."""
-    out, lse = CPU.attend(p, selection)
+    out, lse = base.attend(p, selection)
     if p.sink_logits is None:
         return Attended(out, lse)
     left = torch.sigmoid(lse - p.sink_logits[:, None].float())
@@ -336,32 +367,43 @@ def attend_vanishes_under_a_large_sink(p: Problem, selection: Selection) -> Atte
 
 
 @plant("attend")
-def attend_counts_sink_logits_in_lse(p: Problem, selection: Selection) -> Attended:
-    out, lse = CPU.attend(p, selection)
+def attend_counts_sink_logits_in_lse(base: Backend, p: Problem, selection: Selection) -> Attended:
+    out, lse = base.attend(p, selection)
     if p.sink_logits is not None:
         lse = torch.logaddexp(lse, p.sink_logits[:, None].float().expand_as(lse))
     return Attended(out, lse)
 
 
 @plant("attend")
-def attend_ignores_scale(p: Problem, selection: Selection) -> Attended:
-    return CPU.attend(replace(p, scale=p.D**-0.5), selection)
+def attend_ignores_scale(base: Backend, p: Problem, selection: Selection) -> Attended:
+    return base.attend(replace(p, scale=p.D**-0.5), selection)
 
 
 @plant("attend")
-def attend_stays_at_original_positions(p: Problem, selection: Selection) -> Attended:
-    return CPU.attend(configured(p, positions="original"), selection)
+def attend_stays_at_original_positions(base: Backend, p: Problem, selection: Selection) -> Attended:
+    return base.attend(configured(p, positions="original"), selection)
 
 
 @plant("attend")
-def attend_forgets_the_rope_factor(p: Problem, selection: Selection) -> Attended:
-    return CPU.attend(replace(p, rope=p.rope and replace(p.rope, scaling=1.0)), selection)
+def attend_moves_keys_by_a_float32_angle(
+    base: Backend, p: Problem, selection: Selection
+) -> Attended:
+    if not turns_far(p, p.config.positions):
+        return base.attend(p, selection)
+    positions = selection.positions[0, 0][: int(selection.count)].long()
+    at = torch.arange(len(positions)) if p.config.positions == "contiguous" else positions
+    return base.attend(off_by_a_float32_angle(p, positions, at), selection)
 
 
 @plant("attend")
-def attend_multiplies_unseen_values(p: Problem, selection: Selection) -> Attended:
+def attend_forgets_the_rope_factor(base: Backend, p: Problem, selection: Selection) -> Attended:
+    return base.attend(replace(p, rope=p.rope and replace(p.rope, scaling=1.0)), selection)
+
+
+@plant("attend")
+def attend_multiplies_unseen_values(base: Backend, p: Problem, selection: Selection) -> Attended:
     """Weights of zero, times NaN."""
-    out, lse = CPU.attend(p, selection)
+    out, lse = base.attend(p, selection)
     if not p.is_paged:
         for b, n in enumerate(p.cache_seqlens.tolist()):
             if n > 0 and (selection.positions[b] == n - 1).any():
@@ -370,26 +412,30 @@ def attend_multiplies_unseen_values(p: Problem, selection: Selection) -> Attende
 
 
 @plant("attend")
-def attend_reads_every_value(p: Problem, selection: Selection) -> Attended:
-    out, lse = CPU.attend(p, selection)
+def attend_reads_every_value(base: Backend, p: Problem, selection: Selection) -> Attended:
+    out, lse = base.attend(p, selection)
     return Attended(out + 0 * p.v_cache.double().sum().to(out.dtype), lse)
 
 
 @plant("attend")
-def attend_rounds_queries_to_bfloat16(p: Problem, selection: Selection) -> Attended:
-    return CPU.attend(replace(p, q=p.q.bfloat16().to(p.q.dtype)), selection)
+def attend_rounds_queries_to_bfloat16(base: Backend, p: Problem, selection: Selection) -> Attended:
+    return base.attend(replace(p, q=p.q.bfloat16().to(p.q.dtype)), selection)
 
 
 @plant("attend")
-def attend_leaves_one_row_in_many_wrong(p: Problem, selection: Selection) -> Attended:
-    out, lse = CPU.attend(p, selection)
+def attend_leaves_one_row_in_many_wrong(
+    base: Backend, p: Problem, selection: Selection
+) -> Attended:
+    out, lse = base.attend(p, selection)
     out[-1, -1, -1, -1] *= 1 + 1e-2
     return Attended(out, lse)
 
 
 @plant("attend")
-def attend_gives_nan_to_a_query_that_sees_nothing(p: Problem, selection: Selection) -> Attended:
-    out, lse = CPU.attend(p, selection)
+def attend_gives_nan_to_a_query_that_sees_nothing(
+    base: Backend, p: Problem, selection: Selection
+) -> Attended:
+    out, lse = base.attend(p, selection)
     return Attended(torch.where(lse[..., None] == -math.inf, math.nan, out), lse)
 
 

@@ -4,16 +4,19 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 
 from properties import test_laws  # noqa: F401  # registers the laws
-from properties.law import LAWS
-from properties.planted import CPU, PLANTED
-from tokenselect import Backend, register
+from properties.backends import chosen
+from properties.devices import for_the_cpu
+from properties.law import LAWS, SHARES, Law
+from properties.planted import BASES, PLANTED, planted
+from tokenselect import Backend, backends, register
+from tokenselect.registry import load
 
-_STAGE_LAWS = {  # a stage's own laws first: they are the ones that should catch it
+STAGE_LAWS = {  # a stage's own laws first: they are the ones that should catch it
     "score": "laws_score",
     "select": "laws_select",
     "attend": "laws_attend",
 }
-_SEARCH = settings(
+SEARCH = settings(
     max_examples=60,
     deadline=None,
     database=None,
@@ -24,23 +27,44 @@ _SEARCH = settings(
 )
 
 
-def catcher(backend: Backend) -> str | None:
-    """The law that `backend` breaks, its bent stage's own laws tried first."""
-    bent = next(s for s in _STAGE_LAWS if getattr(backend, s) is not getattr(CPU, s))
-    own = [law for law in LAWS if law.holds.__module__.endswith(_STAGE_LAWS[bent])]
-    for law in [*own, *(law for law in LAWS if law not in own)]:
+def laws_by_stage(stage: str) -> list[Law]:
+    """All of them; a stage's own come first."""
+    return sorted(LAWS, key=lambda law: not law.holds.__module__.endswith(STAGE_LAWS[stage]))
+
+
+def catcher(backend: Backend, bent: str) -> str | None:
+    """The law that `backend`, of which one stage is bent, breaks."""
+    for law in laws_by_stage(bent):
         try:
-            law.check(backend, _SEARCH)
+            law.check(backend, SEARCH)
         except AssertionError:
             return law.name
     return None
 
 
-@pytest.mark.parametrize("backend", PLANTED, ids=lambda backend: backend.name)
-def test_planted_backend_is_caught(backend: Backend) -> None:
-    register(backend.name, backend)
-    assert catcher(backend) is not None, f"no law notices {backend.name}"
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Mistakes are planted in those of the chosen backends that are bases, or in cpu."""
+    if "mistake" in metafunc.fixturenames:
+        bases = [name for name in chosen(metafunc.config) if name in BASES] or ["cpu"]
+        both = [(base, mistake) for base in bases for mistake in PLANTED]
+        ids = [f"{base}-{mistake}" for base, mistake in both]
+        metafunc.parametrize(("base", "mistake"), both, ids=ids)
 
 
-def test_there_are_many_and_their_names_differ() -> None:
-    assert len({backend.name for backend in PLANTED}) == len(PLANTED) >= 15
+def test_planted_mistake_is_caught(base: str, mistake: str) -> None:
+    right = for_the_cpu(load(base))
+    if mistake in BASES[base]:
+        limit, value = BASES[base][mistake]
+        assert value not in getattr(right.capability, limit), f"{mistake} can show in {base}"
+        pytest.skip(f"{mistake} is beyond {base}: it declares no {limit} of {value!r}")
+    backend = planted(mistake, right)
+    if backend.name not in backends():
+        register(backend.name, backend)
+    SHARES[backend.name] = 0.4 if base in SHARES else 1
+    assert catcher(backend, PLANTED[mistake][0]), f"no law notices {backend.name}"
+
+
+def test_there_are_many() -> None:
+    assert len(PLANTED) >= 15
+    for base, beyond in BASES.items():
+        assert beyond.keys() <= PLANTED.keys(), f"{base}: {beyond}"

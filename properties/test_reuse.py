@@ -11,6 +11,9 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 from torch import Tensor
 
+from properties.devices import device_of, on
+from properties.law import SHARES
+from properties.laws_attention import run
 from properties.planted import PLANTED_CACHES
 from tokenselect import (
     Backend,
@@ -18,14 +21,15 @@ from tokenselect import (
     SelectConfig,
     Selection,
     SelectionCache,
-    attention,
     reasons,
 )
 from tokenselect.budgets import attend_budget, choice_finding, score_budget
+from tokenselect.registry import load
 
 CONFIG = SelectConfig(k=3, n_sink=1, n_local=2)
 THETA, MAX_REUSE = 0.9, 4
-HKV, G, D, CAPACITY = 2, 2, 8, 64
+HKV, G, CAPACITY = 2, 2, 64
+HEAD_DIMS = (8, 32, 64, 128)  # the first that the backend takes
 
 
 @dataclass
@@ -44,16 +48,24 @@ class Reuse(RuleBasedStateMachine):
     make_cache: type[SelectionCache]
     theta: float | None = THETA
 
+    @property
+    def D(self) -> int:
+        return head_dim(load(self.backend))
+
+    @property
+    def device(self) -> str:
+        return device_of(load(self.backend))
+
     @initialize(seed=st.integers(0, 2**16), B=st.sampled_from([1, 3]))
     def start(self, seed: int, B: int) -> None:
         self.generator = torch.Generator().manual_seed(seed)
         self.cache = self.make_cache(theta=self.theta, max_reuse=MAX_REUSE)
-        self.k_cache = self._random(B, HKV, CAPACITY, D)
-        self.v_cache = self._random(B, HKV, CAPACITY, D)
+        self.k_cache = self._random(B, HKV, CAPACITY, self.D)
+        self.v_cache = self._random(B, HKV, CAPACITY, self.D)
         self.n = [int(x) for x in torch.randint(0, 30, (B,), generator=self.generator)]
         self.stored: list[Stored | None] = [None] * B
         self.hits, self.misses = [0] * B, [0] * B
-        self.last = self._random(B, HKV * G, 1, D)
+        self.last = self._random(B, HKV * G, 1, self.D)
 
     def _random(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.generator)
@@ -75,8 +87,8 @@ class Reuse(RuleBasedStateMachine):
                 self._cut(b, 20)
                 self._tell_lengths()
             start = self.n[b]
-            self.k_cache[b, :, start : start + Lq] = self._random(HKV, Lq, D)
-            self.v_cache[b, :, start : start + Lq] = self._random(HKV, Lq, D)
+            self.k_cache[b, :, start : start + Lq] = self._random(HKV, Lq, self.D)
+            self.v_cache[b, :, start : start + Lq] = self._random(HKV, Lq, self.D)
             self.n[b] = 0 if absent[b] else start + Lq
         self._attend(q)
 
@@ -92,16 +104,16 @@ class Reuse(RuleBasedStateMachine):
         if min(self.n) < 1:
             return
         for b, n in enumerate(self.n):
-            self.k_cache[b, :, n - 1] = self._random(HKV, D)
+            self.k_cache[b, :, n - 1] = self._random(HKV, self.D)
         self._attend(self._queries(1, kinds))
 
     def _queries(self, Lq: int, kinds: list[str]) -> Tensor:
         q = self.last.expand(-1, -1, Lq, -1).clone()
         for b in range(len(self.n)):
             if kinds[b] == "far":
-                q[b] = self._random(*q.shape[1:2], 1, D)
+                q[b] = self._random(*q.shape[1:2], 1, self.D)
             elif kinds[b] == "drift":  # near the query before, and soon far from the stored one
-                step = self._random(*q.shape[1:2], 1, D)
+                step = self._random(*q.shape[1:2], 1, self.D)
                 q[b] += 0.35 * step * q[b].norm() / step.norm() / math.sqrt(Lq)
             elif kinds[b] == "zero":
                 q[b] = 0
@@ -119,16 +131,7 @@ class Reuse(RuleBasedStateMachine):
             cache_seqlens=torch.tensor(self.n, dtype=torch.int32),
             max_reuse=MAX_REUSE,
         )
-        out, info = attention(
-            q,
-            self.k_cache,
-            self.v_cache,
-            **CONFIG,
-            cache_seqlens=problem.cache_seqlens,
-            cache=self.cache,
-            backend=self.backend,
-            return_info=True,
-        )
+        out, info = run(load(self.backend), problem, cache=self.cache)
         budget = score_budget(problem).votes
         for b, n in enumerate(self.n):
             query = q[b].double().mean(1).flatten()
@@ -193,7 +196,7 @@ class Reuse(RuleBasedStateMachine):
             self.stored[b] = None
 
     def _tell_lengths(self) -> None:
-        self.cache.crop(torch.tensor(self.n))
+        self.cache.crop(on(self.device, torch.tensor(self.n)))
 
     @rule(which=st.integers(0, 2))
     def reset(self, which: int) -> None:
@@ -207,7 +210,7 @@ class Reuse(RuleBasedStateMachine):
         """As a beam search does: some rows twice, others gone."""
         order = [i % len(self.n) for i in order[: len(self.n)]]
         rows = torch.tensor(order)
-        self.cache.reorder(rows)
+        self.cache.reorder(on(self.device, rows))
         self.k_cache, self.v_cache = self.k_cache[rows].clone(), self.v_cache[rows].clone()
         self.last = self.last[rows].clone()
         self.n, self.stored = [self.n[i] for i in order], [self.stored[i] for i in order]
@@ -216,13 +219,20 @@ class Reuse(RuleBasedStateMachine):
             self.hits, self.misses = [0] * len(order), [0] * len(order)
 
 
+def head_dim(backend: Backend) -> int:
+    """The first of a few that the backend takes."""
+    takes = backend.capability.head_dims
+    return next((D for D in HEAD_DIMS if takes is None or D in takes), HEAD_DIMS[0])
+
+
 def machine(backend: str, make_cache: type[SelectionCache], theta: float | None = THETA):
     """A machine class for one backend and one kind of cache."""
     given = {"backend": backend, "make_cache": make_cache, "theta": theta}
     return functools.partial(type("Reuse", (Reuse,), given))
 
 
-def steps(examples: int, count: int) -> settings:
+def steps(examples: int, count: int, backend: str = "cpu") -> settings:
+    examples = max(1, round(examples * SHARES.get(backend, 1)))
     return settings(settings.get_profile("quick"), max_examples=examples, stateful_step_count=count)
 
 
@@ -230,19 +240,24 @@ def steps(examples: int, count: int) -> settings:
 def _able(request: pytest.FixtureRequest) -> None:
     """The machine's problems are of one kind: a backend that cannot run it is not hidden here."""
     if "backend" in request.fixturenames:
-        x = torch.ones(1, HKV * G, 1, D)
+        backend = request.getfixturevalue("backend")
+        x = torch.ones(1, HKV * G, 1, head_dim(backend))
         problem = Problem.build(x, x[:, :HKV], x[:, :HKV], CONFIG)
-        why_not = reasons(request.getfixturevalue("backend"), problem)
+        why_not = reasons(backend, problem)
         if why_not:
             pytest.skip("; ".join(why_not))
 
 
 def test_cache_follows_the_model(backend: Backend) -> None:
-    run_state_machine_as_test(machine(backend.name, SelectionCache), settings=steps(20, 50))
+    run_state_machine_as_test(
+        machine(backend.name, SelectionCache), settings=steps(20, 50, backend.name)
+    )
 
 
 def test_without_theta_nothing_is_reused(backend: Backend) -> None:
-    run_state_machine_as_test(machine(backend.name, SelectionCache, None), settings=steps(4, 30))
+    run_state_machine_as_test(
+        machine(backend.name, SelectionCache, None), settings=steps(4, 30, backend.name)
+    )
 
 
 _SEARCH = settings(

@@ -1,8 +1,13 @@
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+# As in properties/conftest.py: before anything imports triton.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def run(
-    code: str | list[str], *paths: Path, timeout: float = 120
+    code: str | list[str], *paths: Path, timeout: float = 120, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Run code, or `python -m ...` for a list, with `paths` importable. Warnings are errors."""
     arguments = ["-c", code] if isinstance(code, str) else ["-m", *code]
@@ -18,7 +18,7 @@ def run(
         [sys.executable, "-W", "error", *arguments],
         cwd=ROOT,
         # Several test runs may share the cores: threads would wait for one another.
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | environment,
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -26,8 +26,8 @@ def run(
     )
 
 
-def output(code: str, *paths: Path, timeout: float = 120) -> str:
+def output(code: str, *paths: Path, timeout: float = 120, **environment: str) -> str:
     """What code prints; its traceback is the failure if it fails."""
-    done = run(code, *paths, timeout=timeout)
+    done = run(code, *paths, timeout=timeout, **environment)
     assert done.returncode == 0, done.stderr
     return done.stdout

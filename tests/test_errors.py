@@ -504,7 +504,10 @@ def test_every_snapshot_is_used(update_snapshots: bool) -> None:
 def test_unsupported_problem_carries_its_reasons() -> None:
     with pytest.raises(UnsupportedProblem) as caught:
         call(*(x.to(META) for x in (Q, K_CACHE, V_CACHE)))
-    assert caught.value.reasons == {"cpu": ["device is meta; cpu takes cpu"]}
+    reasons = caught.value.reasons
+    assert reasons["cpu"] == ["device is meta; cpu takes cpu"]
+    assert list(reasons) == ["cpu", "triton"]
+    assert reasons["triton"][0].startswith("device is meta; triton takes ")
 
 
 def test_entries_past_the_last_page_in_use_may_be_anything() -> None:

@@ -102,6 +102,46 @@ def test_runs_with_triton_blocked(backend: str) -> None:
     assert printed == "(1, 4, 1, 8) False\n"
 
 
+def test_without_triton_its_backend_says_so() -> None:
+    printed = fresh.output(
+        BLOCK_TRITON
+        + CALL
+        + """
+why = "the package triton is not installed; pip install triton"
+assert tokenselect.explain(q, cache, cache, backend="triton").passed_over == {"triton": [why]}
+assert tokenselect.explain(q, cache, cache).chosen == "cpu"
+try:
+    tokenselect.attention(q, cache, cache, 4, backend="triton")
+except tokenselect.UnsupportedProblem as error:
+    assert why in str(error)
+    print("told")
+"""
+    )
+    assert printed == "told\n"
+
+
+def test_a_triton_that_is_broken_says_what_broke_it() -> None:
+    """Only a missing package is no error; one that fails to import raises its own."""
+    part = "tokenselect.kernels.triton.tables"
+    broken = BLOCK_TRITON.replace('"triton"', repr(part)).replace('name.partition(".")[0]', "name")
+    done = fresh.run(
+        broken + CALL + "tokenselect.attention(q, cache, cache, 4, backend='triton')\n"
+    )
+    assert done.returncode == 1
+    assert f"ModuleNotFoundError: {part} is blocked" in done.stderr
+    assert "UnsupportedProblem" not in done.stderr
+
+
+def test_on_the_cpu_triton_is_refused_unless_interpreted() -> None:
+    call = CALL + (
+        "q, cache = torch.randn(1, 4, 1, 32), torch.randn(1, 2, 40, 32)\n"
+        "print(tokenselect.explain(q, cache, cache, 4, n_sink=1, n_local=4, backend='triton'))\n"
+    )
+    refused = fresh.output(call, TRITON_INTERPRET="0")
+    assert "passed over triton: device is cpu; triton takes cuda" in refused
+    assert "chosen:  triton" in fresh.output(call, TRITON_INTERPRET="1")
+
+
 def test_the_block_blocks() -> None:
     done = fresh.run(BLOCK_TRITON + "import triton\n")
     assert done.returncode == 1

@@ -31,7 +31,6 @@ from tokenselect.kernels.triton.device import (
 from tokenselect.kernels.triton.launch import Launch, padded
 from tokenselect.kernels.triton.tables import LOW, Tables, tables
 
-
 _BEYOND = tl.constexpr(2**31 - 1)
 
 
@@ -42,7 +41,7 @@ def attend(problem: Problem, selection: Selection) -> Attended:
     return attended
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["page_size"])
 def _attend(
     q_ptr,
     k_ptr,
@@ -66,9 +65,6 @@ def _attend(
     Lq,
     Lk,
     K,
-    D,
-    Dv,
-    half,
     n_splits,
     n_blocks,
     page_size,
@@ -92,6 +88,9 @@ def _attend(
     stride_positions_place,
     stride_count_b,
     stride_count_s,
+    D: tl.constexpr,
+    Dv: tl.constexpr,
+    half: tl.constexpr,
     S: tl.constexpr,
     ONE_QUERY: tl.constexpr,
     MOVES: tl.constexpr,
@@ -438,9 +437,7 @@ def _merge(
 # --- the host's side ----------------------------------------------------------------------
 
 
-def launches(
-    problem: Problem, selection: Selection, arch: str
-) -> tuple[Attended, list[Launch]]:
+def launches(problem: Problem, selection: Selection, arch: str) -> tuple[Attended, list[Launch]]:
     """What attending will return, and the kernels that fill it."""
     p, config = problem, TABLE[arch]
     B, Hq, Hkv, G, Lq, D, Dv = p.B, p.Hq, p.Hkv, p.G, p.Lq, p.D, p.Dv
@@ -498,9 +495,6 @@ def launches(
                 Lq=Lq,
                 Lk=p.Lk,
                 K=K,
-                D=D,
-                Dv=Dv,
-                half=half,
                 n_splits=n_splits,
                 n_blocks=n_blocks,
                 **{f"stride_q{dim}": p.q.stride(i) for i, dim in enumerate("bhid")},
@@ -513,6 +507,9 @@ def launches(
                 **selected,
             ),
             dict(
+                D=D,
+                Dv=Dv,
+                half=half,
                 S=p.S,
                 ONE_QUERY=Lq == 1,
                 MOVES=moves,
@@ -528,7 +525,7 @@ def launches(
                 SPLIT=split,
                 TILE=tile,
                 ROWS=rows_,
-                BLOCK_D=config.pairs if moves else 32 if in_float32 else padded(D),
+                BLOCK_D=config.gather_pairs if moves else 32 if in_float32 else padded(D),
                 CHUNKED=in_float32,
                 BLOCK_DV=padded(Dv),
                 DOT=launch.dot_dtype(p.q.dtype),

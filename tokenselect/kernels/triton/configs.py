@@ -11,17 +11,18 @@ class Config(NamedTuple):
     tile                tokens that `score` multiplies at once, at a head dim of up to 128
     segment             tiles whose sums of weights are kept together
     voters              the most voters that one read of the keys serves
-    warps               of `logits`, for at most 16 voters that are queries of the cache's dtype
-    wide_warps          of `logits`, for more of them, and for mean queries
+    warps               of `logits`
     float32_warps       of `logits`, where it multiplies in float32
     stages              tiles whose keys `logits` has on the way, in the cache's dtype
-    pairs               pairs of dims that are turned at once
+    mean_stages         likewise for mean queries, which take three times the room of others
+    pairs               pairs of dims that `logits` turns at once
     queries             queries that `voters` adds up at once
     vote_block          candidates per program of `vote`
     select_block        candidates per program of `select`
     gather              selected tokens that `attend` multiplies at once, for 16 query rows
+    gather_pairs        pairs of dims that `attend` turns at once
     query_rows          query rows that a program of `attend` takes of a chunk
-    float32             how a matrix unit multiplies float32: "ieee", or "tf32x3", which keeps 22 bits
+    float32             how a matrix unit multiplies float32: "ieee", or "tf32x3": 22 bits
     split, long_split   selected tokens per program of `attend`, for few query rows and for more
     """
 
@@ -30,15 +31,16 @@ class Config(NamedTuple):
     tile: int = 128
     segment: int = 8
     voters: int = 64
-    warps: int = 4
-    wide_warps: int = 4
+    warps: int = 8
     float32_warps: int = 8
     stages: int = 3
+    mean_stages: int = 3
     pairs: int = 16
     queries: int = 16
     vote_block: int = 256
     select_block: int = 2048
     gather: int = 128
+    gather_pairs: int = 64
     query_rows: int = 64
     split: int = 128
     long_split: int = 512
@@ -46,18 +48,20 @@ class Config(NamedTuple):
 
 
 TABLE = {
-    "sm_80": Config(multiprocessors=108, float32_warps=4),
+    "sm_80": Config(multiprocessors=108),
     "sm_90": Config(multiprocessors=132),
-    "sm_100": Config(multiprocessors=148, wide_warps=8, pairs=32, queries=8),
+    "sm_100": Config(multiprocessors=148, stages=2, mean_stages=1, pairs=32, queries=8),
     # Each load under its own mask takes two scalar registers: few places a thread, no pipelining.
     "gfx942": Config(
         multiprocessors=304,
         tile=64,
         voters=16,
         warps=16,
-        wide_warps=16,
+        float32_warps=16,
         stages=1,
+        mean_stages=1,
         gather=16,
+        gather_pairs=16,
         query_rows=32,
         float32="ieee",
     ),
@@ -69,6 +73,7 @@ TABLE = {
         vote_block=64,
         select_block=64,
         gather=64,
+        gather_pairs=16,
         query_rows=32,
         split=32,
         long_split=48,

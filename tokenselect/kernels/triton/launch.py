@@ -36,7 +36,14 @@ def run(launches: Iterable[Launch], device: torch.device) -> None:
     quiet = numpy.errstate(all="ignore" if INTERPRETED else None)
     with quiet, torch.cuda.device(device if device.type == "cuda" else -1):
         for kernel, grid, args, constants, num_warps, num_stages in launches:
-            kernel[grid](**args, **constants, num_warps=num_warps, num_stages=num_stages)
+            # Fusion is said, since triton's default for it is about to change.
+            kernel[grid](
+                **args,
+                **constants,
+                num_warps=num_warps,
+                num_stages=num_stages,
+                enable_fp_fusion=True,
+            )
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -157,14 +157,14 @@ def _part(x, PARTS: tl.constexpr, DTYPE: tl.constexpr):
     """The leading bits of x, as many as DTYPE holds: three bfloat16 make up a float32 exactly."""
     if PARTS == 1:
         kept = x
-    elif DTYPE == tl.bfloat16:
+    elif tl.bfloat16 == DTYPE:
         kept = (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
     else:
         kept = x.to(DTYPE).to(tl.float32)
     return kept
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["page_size"])
 def _logits(
     q_ptr,
     factor_ptr,
@@ -295,8 +295,9 @@ def _logits(
         if MOVED < 0:
             if CHUNKED:
                 for first_d in range(0, D, BLOCK_D):
+                    d = first_d + tl.arange(0, BLOCK_D)
                     s = _product(
-                        s, head_ptr + offset, is_token, q_row, is_voter, first_d + tl.arange(0, BLOCK_D),
+                        s, head_ptr + offset, is_token, q_row, is_voter, d,
                         D, stride_d, stride_qd, stride_qpart, PARTS, DOT, PRECISION,
                     )  # fmt: skip
             else:
@@ -345,7 +346,13 @@ def _logits(
             at_segment = moved_row * n_segments + segment
             _keep(t, is_candidate, at_tile, is_voter, code_ptr, fine_ptr, top_ptr, step_ptr, TILE)
             moved_max, moved_sum = _add(
-                t, moved_max, moved_sum, is_end, max_ptr + at_segment, sum_ptr + at_segment, is_voter
+                t,
+                moved_max,
+                moved_sum,
+                is_end,
+                max_ptr + at_segment,
+                sum_ptr + at_segment,
+                is_voter,
             )
             if CANDIDATES:
                 t = tl.where(is_candidate[:, None], t, float("-inf"))
@@ -360,7 +367,13 @@ def _logits(
             at_segment = plain_row * n_segments + segment
             _keep(s, is_candidate, at_tile, is_voter, code_ptr, fine_ptr, top_ptr, step_ptr, TILE)
             plain_max, plain_sum = _add(
-                s, plain_max, plain_sum, is_end, max_ptr + at_segment, sum_ptr + at_segment, is_voter
+                s,
+                plain_max,
+                plain_sum,
+                is_end,
+                max_ptr + at_segment,
+                sum_ptr + at_segment,
+                is_voter,
             )
             if CANDIDATES:
                 s = tl.where(is_candidate[:, None], s, float("-inf"))
@@ -413,7 +426,9 @@ def _in_powers_of_two(s, is_token, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _keep(s, is_candidate, at_tile, is_voter, code_ptr, fine_ptr, top_ptr, step_ptr, TILE: tl.constexpr):
+def _keep(
+    s, is_candidate, at_tile, is_voter, code_ptr, fine_ptr, top_ptr, step_ptr, TILE: tl.constexpr
+):
     """Store a tile of the candidates' logits (TILE, VOTERS): maxima, and whole steps below them.
 
     24 bits a logit: 16 in one plane, 8 in another. The error is half a step, 2**-25 of the tile's
@@ -608,7 +623,7 @@ def launches(problem: Problem, arch: str) -> tuple[Scores, list[Launch]]:
     plain, moved, sign = _ballots(p)
     half = p.rope.rotary_dim // 2 if p.rope is not None and moved >= 0 else 0
     turn = _tables(p)
-    tile = _tile(config, D, _in_float32(p, moved))
+    tile = _tile(config, p, moved)
     n_tiles = math.ceil(Lk / tile)
     n_segments = math.ceil(n_tiles / config.segment)
     voter_rows = B * R * Hkv * n_voters
@@ -683,16 +698,17 @@ def launches(problem: Problem, arch: str) -> tuple[Scores, list[Launch]]:
     if moved >= 0:
         moved_q, moved_factor = queries(moved, torch.float32, 1)
 
-    block = min(config.voters, padded(n_voters))
+    block = _voters_at_once(config, moved, n_voters)
     shared = B * Hkv * math.ceil(n_voters / block)
     n_programs = max(1, config.multiprocessors * config.programs // shared)
     n_programs = min(n_programs, n_segments)
     candidates = p.config.normalize == "candidates"
     in_float32 = _in_float32(p, moved)
     block_d = config.pairs if moved >= 0 else 32 if in_float32 else padded(D)
-    warps = config.warps if block == 16 and parts == 1 else config.wide_warps
-    warps = config.float32_warps if in_float32 else warps
-    stages = 1 if moved >= 0 else min(config.stages, 2 if in_float32 else 3)
+    warps = config.float32_warps if in_float32 else config.warps
+    stages = config.stages if parts == 1 else config.mean_stages
+    if in_float32:
+        stages = 1 if moved >= 0 else min(stages, 2)
     todo.append(
         Launch(
             _logits,
@@ -850,10 +866,15 @@ def _tables(problem: Problem) -> Tables:
     return tables(rope.inv_freq, problem.Lk, problem.config.n_local)
 
 
-def _tile(config: Config, D: int, in_float32: bool) -> int:
+def _tile(config: Config, problem: Problem, moved: int) -> int:
     """Tokens a tile: fewer of wide keys, and of those that are multiplied in float32."""
-    tile = config.tile if D <= 128 else config.tile // 2
-    return max(16, tile // 2) if in_float32 else tile
+    tile = config.tile if problem.D <= 128 else config.tile // 2
+    return max(16, tile // 2) if _in_float32(problem, moved) else tile
+
+
+def _voters_at_once(config: Config, moved: int, n_voters: int) -> int:
+    """Voters that one read of the keys serves: fewer where keys are turned."""
+    return min(16 if moved >= 0 else config.voters, padded(n_voters))
 
 
 def _in_float32(problem: Problem, moved: int) -> bool:
@@ -872,10 +893,12 @@ def bytes_moved(problem: Problem, arch: str = "sm_90") -> dict[str, int]:
     voting = p.B * p.R * p.Hkv * means * p.G
     config = TABLE[arch]
     _, moved, _ = _ballots(p)
-    tile = _tile(config, p.D, _in_float32(p, moved))
+    tile = _tile(config, p, moved)
     n_tiles = math.ceil(p.Lk / tile)
     n_segments = math.ceil(n_tiles / config.segment)
-    keys = p.B * p.Hkv * p.Lk * p.D * item * math.ceil(voters // (p.B * p.R * p.Hkv) / config.voters)
+    n_voters = voters // (p.B * p.R * p.Hkv)
+    reads = math.ceil(n_voters / _voters_at_once(config, moved, n_voters))
+    keys = p.B * p.Hkv * p.Lk * p.D * item * reads
     votes = 4 * p.B * p.R * p.S * p.Lk
     moved_bytes = {
         "logits": keys + voters * (3 * p.Lk + 8 * n_tiles + 8 * n_segments),

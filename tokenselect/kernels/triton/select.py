@@ -340,7 +340,11 @@ def launches(votes: Tensor, problem: Problem, arch: str) -> tuple[Selection, lis
         counted: dict[str, Any] = {"histogram_ptr": histograms[ballot]}
         listed: dict[str, Any] = {"keys_ptr": keys, "sizes_ptr": sizes, "n_blocks": n_blocks}
         tallied: dict[str, Any] = {"above_ptr": above, "tied_ptr": tied}
-        results = {"positions_ptr": places, "taken_ptr": taken, "out_ptr": positions}
+        results: dict[str, Any] = {
+            "positions_ptr": places,
+            "taken_ptr": taken,
+            "out_ptr": positions,
+        }
         results |= {"count_ptr": count, "K": p.K}
         sized = {"BLOCK": block}
         ranked = sized | {"TAKEN": ballot > 0}
@@ -351,7 +355,7 @@ def launches(votes: Tensor, problem: Problem, arch: str) -> tuple[Selection, lis
                 grid,
                 where | voted | counted | listed | {"positions_ptr": places},
                 ranked,
-                4,
+                8,
                 1,
             ),
             Launch(_narrow, grid, where | counted | listed, sized, 4, 1),

@@ -1,0 +1,193 @@
+"""Whether a backend is right on the very inputs that are timed. If not, no time means anything.
+
+The truth is float64, on the device: `bench.dense` says what it is and how far float32 arithmetic
+inside may be from it. Nothing of a backend runs under the default device that the truth is
+computed under.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import tokenselect
+from bench.dense import Request, Truth, requests, truth, votes
+from bench.gpu.device import Device, tensors
+from bench.run import NotEquivalent, _check_bound
+from tokenselect import Problem, Scores, Selection
+
+# Dense attention by a backend gathers the whole cache: do it on a prefix.
+_EVERYTHING = 32 * 1024
+_ROWS = 8
+# Of a vote, to its size; of an lse. Both far above what float32 arithmetic does to these inputs,
+# and far below what rounded logits do.
+_VOTE, _LSE = 1e-3, 1e-4
+
+
+@dataclass(frozen=True)
+class Exact:
+    """What is true of a problem: the dense attention, and the requests that it is of."""
+
+    several: list[Request]
+    dense: Truth
+
+
+def exact_of(problem: Problem) -> Exact:
+    """Dense attention in float64 for up to 8 queries of each head."""
+    with problem.q.device:
+        several = requests(problem)
+        return Exact(several, truth(several, _ROWS))
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a backend made of a problem, once it is known to be right."""
+
+    scores: Scores
+    selection: Selection
+    exact: Truth  # of attention to the selection
+    gathered: tuple[Tensor, Tensor]  # the selected keys and values, (B, Hkv, m, D) each
+    checks: dict[str, float]
+
+
+def check(problem: Problem, backend: str, exact: Exact, device: Device) -> Found:
+    """Hold every stage and the whole call to the truth. Raises NotEquivalent."""
+    checks = {"k for everything, share of budget": _everything(problem, backend)}
+    scores = tokenselect.score(problem, backend)
+    checks["worst vote, relative"] = _votes(problem, scores, exact)
+    selection = tokenselect.select(scores.votes, problem, backend)
+    for name, got, right in zip(
+        Selection._fields, selection, sorted_selection(scores.votes, problem), strict=True
+    ):
+        if not torch.equal(got, right):
+            raise NotEquivalent(f"select: {name} are not those of a stable sort of the votes")
+
+    gathered = gather(problem, selection)
+    with problem.q.device:
+        over = [
+            Request(problem.q[b], gathered[0][b], gathered[1][b], problem.scale)
+            for b in range(problem.B)
+        ]
+        over_truth = truth(over, _ROWS)
+    attended = tokenselect.attend(problem, selection, backend)
+    share = over_truth.share(attended.out)
+    if not share <= 1:
+        raise NotEquivalent(f"attend is {share:.3g} x the error budget away from float64")
+    checks["attend, share of budget"] = share
+    checks["attend, worst lse"] = _near(
+        "attend's lse", attended.lse[:, :, over_truth.rows], over_truth.lse
+    )
+
+    out, info = attention(problem, backend, return_info=True)
+    whole = (*info.selection, out, info.lse)
+    for name, got, right in zip(
+        ("positions", "count", "out", "lse"), whole, (*selection, *attended), strict=True
+    ):
+        if not torch.equal(got, right):
+            raise NotEquivalent(f"attention's {name} differ from those of its stages, one by one")
+    mass = _check_bound("a fresh selection", out, info, exact.dense)
+    told = info.retained_mass
+    if problem.Lq == 1 and not ((told - mass[:, :, 0]).abs() <= 1e-4).all():
+        raise NotEquivalent("retained_mass is not the share of the softmax that was retained")
+    checks["retained mass, least"] = float(mass.min())
+    checks["retained mass, mean"] = float(mass.mean())
+    device.synchronize()
+    return Found(scores, selection, over_truth, gathered, checks)
+
+
+def attention(problem: Problem, backend: str, **more: Any) -> Any:
+    """The public call on a problem's tensors and settings."""
+    p = problem
+    given = {"cache_seqlens": p.cache_seqlens, "scale": p.scale, "backend": backend}
+    return tokenselect.attention(p.q, p.k_cache, p.v_cache, **p.config, **given, **more)
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two results of one call are bitwise the same."""
+    pairs = zip(tensors(one), tensors(other), strict=True)
+    return all(_bits(a).equal(_bits(b)) for a, b in pairs)
+
+
+def _bits(x: Tensor) -> Tensor:
+    sizes = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return x.contiguous().view(sizes[x.element_size()])
+
+
+def _everything(problem: Problem, backend: str) -> float:
+    """With a budget for all tokens, attention is dense attention."""
+    n = problem.cache_seqlens.clamp(max=_EVERYTHING)
+    largest = min(problem.Lk, _EVERYTHING)
+    prefix = replace(problem, cache_seqlens=n, config=replace(problem.config, k=largest))
+    out = attention(prefix, backend)
+    with problem.q.device:
+        share = truth(requests(prefix), _ROWS).share(out)
+    if not share <= 1:
+        raise NotEquivalent(
+            f"attention(k={largest}), k for everything, is {share:.3g} x the error budget away "
+            "from dense attention in float64"
+        )
+    return share
+
+
+def _votes(problem: Problem, scores: Scores, exact: Exact) -> float:
+    """Soft votes of a layer against float64's, and -inf off the candidates; the worst, relative."""
+    worst = 0.0
+    for b, request in enumerate(exact.several):
+        with problem.q.device:
+            right = votes(request).sum(0)
+        n = len(right)
+        sink_end, local_start = problem.config.regions(n, problem.Lq)
+        row = scores.votes[b, 0, 0]
+        outside = torch.cat((row[:sink_end], row[local_start:]))
+        if not torch.isneginf(outside).all():
+            raise NotEquivalent(f"score: request {b} has votes off the candidates")
+        right, got = right[sink_end:local_start], row[sink_end:local_start].double()
+        if len(right):
+            # Votes below float32's normal range may be flushed to zero.
+            error = (got - right).abs() / (right + torch.finfo(torch.float32).tiny / _VOTE)
+            worst = max(worst, float(error.nan_to_num(nan=math.inf).max()))
+    if not worst <= _VOTE:
+        raise NotEquivalent(f"score: a vote is {worst:.3g} of its size away from float64")
+    if problem.Lq == 1:
+        _near("score's lse", scores.lse, exact.dense.lse[:, :, 0])
+    return worst
+
+
+def _near(what: str, got: Tensor, right: Tensor) -> float:
+    error = float((got.double() - right).abs().nan_to_num(nan=math.inf).max())
+    if not error <= _LSE:
+        raise NotEquivalent(f"{what} is {error:.3g} away from float64")
+    return error
+
+
+def sorted_selection(votes: Tensor, problem: Problem) -> Selection:
+    """The selection by the rule, from a stable sort: equal votes, the lower position first."""
+    p = problem
+    positions = votes.new_full((p.B, p.S, p.K), -1, dtype=torch.int32)
+    count = votes.new_zeros((p.B, p.S), dtype=torch.int32)
+    for b, n in enumerate(p.cache_seqlens.tolist()):
+        sink_end, local_start = p.config.regions(n, p.Lq)
+        for s in range(p.S):
+            candidates = votes[b, 0, s, sink_end:local_start] + 0.0
+            candidates = candidates.nan_to_num(-math.inf, math.inf, -math.inf)
+            order = candidates.sort(descending=True, stable=True).indices
+            chosen = torch.ones(n, dtype=torch.bool, device=votes.device)
+            chosen[sink_end:local_start][order[p.config.k :]] = False
+            found = chosen.nonzero()[:, 0]
+            positions[b, s, : len(found)] = found
+            count[b, s] = len(found)
+    return Selection(positions, count)
+
+
+def gather(problem: Problem, selection: Selection) -> tuple[Tensor, Tensor]:
+    """Selected keys and values (B, Hkv, m, D), of one selection a request, all as long."""
+    lengths = set(selection.count.flatten().tolist())
+    assert problem.S == len(lengths) == 1, "cells have one selection a request, all as long"
+    rows = selection.positions[:, 0, : lengths.pop()].long()
+    k, v = (
+        torch.stack([cache[b].index_select(1, rows[b]) for b in range(problem.B)])
+        for cache in (problem.k_cache, problem.v_cache)
+    )
+    return k, v

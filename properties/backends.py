@@ -1,0 +1,31 @@
+"""Which backends a run is about."""
+
+import functools
+import importlib
+
+import pytest
+
+from tokenselect import Backend, UnknownBackend, backends, register
+from tokenselect.registry import load, resolved
+
+
+@functools.cache
+def chosen(config: pytest.Config) -> tuple[str, ...]:
+    """The backends to run. One that was named and cannot be loaded is an error, not a skip."""
+    names = []
+    for asked in config.getoption("--backend") or backends():
+        name = asked
+        if ":" in asked:
+            module, _, attribute = asked.partition(":")
+            backend: Backend = getattr(importlib.import_module(module), attribute)
+            name = backend.name
+            if name not in backends():
+                register(name, backend)
+            elif resolved(backend) != load(name):
+                raise pytest.UsageError(f"--backend={asked}: another backend is named {name!r}")
+        try:
+            load(name)
+        except UnknownBackend as error:
+            raise pytest.UsageError(f"--backend={asked}: {error}") from None
+        names.append(name)
+    return tuple(names)

@@ -1,0 +1,186 @@
+"""The triton backend on bad lengths, tables and selections: `python -m properties.fenced`.
+
+A process of its own, since what is wrong here ends it. On the CPU every tensor lies against pages
+that nobody may touch, so that one stray read is a crash; on a GPU it lies between canaries. What
+comes out for a bad request is its own affair; the requests beside it get what they get without it.
+"""
+
+import ctypes
+import mmap
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from properties.devices import device_of, moved, on
+from properties.guard import run_guarded
+from properties.interpreter import hasten
+from properties.strategies import Case
+from tokenselect import Backend, Problem, SelectConfig, Selection
+
+_NOTHING, _PRIVATE, _ANONYMOUS, _NORESERVE = 0, 0x02, 0x20, 0x4000
+_FENCE = 2**33  # bytes on each side; only addresses, no memory
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+class Fences:
+    """Lends memory that ends, or starts, where a fence does."""
+
+    def __init__(self, at_end: bool) -> None:
+        self.at_end = at_end
+        self._maps: list[tuple[int, int]] = []
+
+    def empty(self, shape: Any, dtype: torch.dtype, device: Any) -> Tensor:
+        size = torch.Size(shape).numel() * dtype.itemsize
+        inner = -(-max(size, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
+        whole = inner + 2 * _FENCE
+        start = _libc.mmap(None, whole, _NOTHING, _PRIVATE | _ANONYMOUS | _NORESERVE, -1, 0)
+        if start in (None, ctypes.c_void_p(-1).value):
+            raise MemoryError("no room for a fence")
+        self._maps.append((start, whole))
+        assert _libc.mprotect(start + _FENCE, inner, mmap.PROT_READ | mmap.PROT_WRITE) == 0
+        first = start + _FENCE + (inner - size if self.at_end else 0)
+        if size == 0:
+            return torch.empty(shape, dtype=dtype)
+        memory = (ctypes.c_uint8 * size).from_address(first)
+        return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+    def copy(self, x: Tensor) -> Tensor:
+        return self.empty(tuple(x.shape), x.dtype, x.device).copy_(x)
+
+    def close(self) -> None:
+        for start, size in self._maps:
+            _libc.munmap(start, size)
+
+
+def run(launch: Any, stage: Callable[..., Any], *given: Any, at_end: bool) -> Any:
+    """What a stage makes of copies in guarded memory; on the CPU, in memory between fences."""
+    if next(x for x in given if isinstance(x, Problem)).q.device.type != "cpu":
+        return run_guarded(launch, stage, *given, poison=int(at_end))
+    fences = Fences(at_end)
+    with mock.patch.object(launch, "empty", fences.empty):
+        results = stage(*(moved(x, fences.copy) for x in given))
+    results = type(results)(*(x.clone() for x in results))
+    fences.close()
+    return results
+
+
+SMALL = SelectConfig(k=5, n_sink=2, n_local=4)
+CASES = {
+    "decode": Case(lengths=(40, 37, 21), D=32, Dv=32, G=3, config=SMALL),
+    "pages": Case(lengths=(40, 37, 21), D=40, Dv=32, page_size=16, dtype=torch.float16),
+    "a chunk": Case(lengths=(70, 66, 50), D=32, Dv=48, Lq=5, page_size=1, dtype=torch.bfloat16),
+    "strides": Case(lengths=(40, 37, 21), D=32, Dv=32, strides="sliced", Lq=2, max_reuse=4),
+    "raw": Case(
+        lengths=(70, 66, 50),
+        D=32,
+        Dv=32,
+        rope="raw",
+        rotary_dim=16,
+        config=SelectConfig.extrapolate(k=7, n_sink=2, n_local=3, pool=3, scope="group"),
+    ),
+    "rotated": Case(
+        lengths=(70, 66, 50),
+        D=32,
+        Dv=32,
+        Lq=2,
+        rope="rotated",
+        page_size=16,
+        softcap=2.0,
+        has_sink_logits=True,
+        config=SelectConfig.extrapolate(k=7, n_sink=2, n_local=3, normalize="candidates"),
+    ),
+}
+LARGEST = 2**31 - 1
+
+
+def bad_problems(problem: Problem) -> Iterator[tuple[str, Problem]]:
+    """Request 1 is wrong: its length, or its pages."""
+    for n in (problem.Lk + 1, LARGEST, -1, -LARGEST - 1, problem.Lq - 1):
+        lengths = problem.cache_seqlens.clone()
+        lengths[1] = n
+        yield f"cache_seqlens[1] = {n}, Lk = {problem.Lk}", replace(problem, cache_seqlens=lengths)
+    if problem.block_table is not None:
+        n_pages = problem.k_cache.shape[0]
+        for page in (-1, -LARGEST - 1, n_pages, LARGEST, LARGEST // problem.page_size):
+            table = problem.block_table.clone()
+            table[1] = page
+            yield (
+                f"block_table[1] = {page}, n_pages = {n_pages}",
+                replace(problem, block_table=table),
+            )
+
+
+def bad_selections(right: Selection, problem: Problem) -> Iterator[tuple[str, Selection]]:
+    """Request 1 is wrong: positions that are not its own, out of order, or their count."""
+    n, K = int(problem.cache_seqlens[1]), right.positions.shape[2]
+    for position in (-LARGEST - 1, -2, n, problem.Lk, LARGEST):
+        positions = right.positions.clone()
+        positions[1, :, ::2] = position
+        yield f"positions[1, :, ::2] = {position}", right._replace(positions=positions)
+    backwards = right.positions.clone()
+    backwards[1] = backwards[1].flip(-1)
+    yield "positions[1] backwards", right._replace(positions=backwards)
+    for size in (K + 1, LARGEST, -1, -LARGEST - 1):
+        count = right.count.clone()
+        count[1] = size
+        yield f"count[1] = {size}, K = {K}", right._replace(count=count)
+
+
+def check(backend: Backend, launch: Any, say: Callable[[str], None]) -> int:
+    """Run them all, saying beforehand what is run. Returns how many there were."""
+    device = device_of(backend)
+    many = 0
+    for name, case in CASES.items():
+        problem = on(device, case.problem())
+        scores = backend.score(problem)
+        selection = backend.select(scores.votes, problem)
+        right = {"score": scores, "select": selection, "attend": backend.attend(problem, selection)}
+        calls = [
+            (stage, what, given)
+            for what, bad in bad_problems(problem)
+            for stage, *given in (
+                ("score", bad),
+                ("select", scores.votes, bad),
+                ("attend", bad, selection),
+            )
+        ]
+        calls += [
+            ("attend", what, [problem, bad]) for what, bad in bad_selections(selection, problem)
+        ]
+        for stage, what, given in calls:
+            say(f"{name}, {stage}: {what}")
+            many += 1
+            got = run(launch, getattr(backend, stage), *given, at_end=many % 2 == 0)
+            beside(got, right[stage])
+    return many
+
+
+def beside(got: Any, right: Any) -> None:
+    """Requests 0 and 2 are as they are beside a request that is right."""
+    for field, one, other in zip(right._fields, right, got, strict=True):
+        same = (one == other) | (one.isnan() & other.isnan())
+        assert same[::2].all(), f"{field} of another request changed"
+
+
+def main() -> None:
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
+    from tokenselect.kernels.triton import BACKEND, launch
+
+    if launch.INTERPRETED:
+        hasten()
+    many = check(BACKEND, launch, lambda line: print(line, flush=True))
+    print(f"all {many} survived")
+
+
+if __name__ == "__main__":
+    main()

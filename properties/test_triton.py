@@ -1,0 +1,279 @@
+"""What only the triton backend promises, and mistakes planted in its very source.
+
+On a GPU it runs there, else in Triton's interpreter (see conftest.py). The laws of every backend
+hold for it in test_laws.py.
+"""
+
+import contextlib
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from properties import fenced, mutants, test_laws  # noqa: F401  # the latter registers the laws
+from properties.backends import chosen
+from properties.devices import device_of, for_the_cpu, on
+from properties.guard import run_twice
+from properties.interpreter import overflow_checked
+from properties.law import LAWS, SHARES, Law, able
+from properties.laws_metamorphic import same
+from properties.strategies import Case, cases
+from properties.test_planted import SEARCH, laws_by_stage
+from tokenselect import Backend, Problem, SelectConfig
+from tokenselect.registry import load
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _triton_is_chosen(pytestconfig: pytest.Config) -> None:
+    if "triton" not in chosen(pytestconfig):
+        everything = not pytestconfig.getoption("--backend")
+        assert not (everything and sys.platform == "linux"), "triton has to be tried on Linux"
+        pytest.skip("this run is not about triton")
+
+
+@pytest.fixture
+def triton() -> Backend:
+    return for_the_cpu(load("triton"))
+
+
+def stages(backend: Backend, problem: Problem) -> dict[str, Tensor]:
+    """Every result of every stage, each on what the one before it gave."""
+    votes, lse = backend.score(problem)
+    selection = backend.select(votes, problem)
+    attended = backend.attend(problem, selection)
+    named = {"votes": votes, "lse of scores": lse, **selection._asdict()}
+    return named | {"out": attended.out, "lse": attended.lse}
+
+
+# --- the same bits, whoever shares the work -------------------------------------------------
+
+
+def alone(problem: Problem, b: int) -> Problem:
+    one = slice(b, b + 1)
+    return replace(
+        problem,
+        q=problem.q[one],
+        cache_seqlens=problem.cache_seqlens[one],
+        k_cache=problem.k_cache if problem.is_paged else problem.k_cache[one],
+        v_cache=problem.v_cache if problem.is_paged else problem.v_cache[one],
+        block_table=problem.block_table[one] if problem.is_paged else None,
+    )
+
+
+def a_request_alone_gets_the_same_bits(backend: Backend, case: Case) -> None:
+    problem = able(backend, case.problem())
+    together = stages(backend, problem)
+    for b in range(problem.B):
+        for name, result in stages(backend, alone(problem, b)).items():
+            same(backend, f"{name} of request {b}", together[name][b : b + 1], result)
+
+
+def the_size_of_the_grid_changes_no_bit(backend: Backend, case: Case) -> None:
+    """One program for all tiles of a request, or as many as there are segments."""
+    from tokenselect.kernels.triton import configs
+
+    problem = able(backend, case.problem())
+    few, *more = (
+        stages(backend, problem) for _ in resized(configs.TABLE, {"multiprocessors": (1, 3, 1000)})
+    )
+    for results in more:
+        for name, result in results.items():
+            same(backend, name, few[name], result)
+
+
+def resized(table: dict, sizes: dict[str, tuple[int, ...]]) -> Iterator[None]:
+    """Step through other values of one field of every configuration, then put the old ones back."""
+    kept = dict(table)
+    try:
+        for field, values in sizes.items():
+            for value in values:
+                table.update({k: config._replace(**{field: value}) for k, config in kept.items()})
+                yield
+    finally:
+        table.update(kept)
+
+
+LONG = Case(lengths=(150, 0, 90), G=3, config=SelectConfig(k=40, n_sink=2, n_local=4))
+MANY = (
+    LONG,
+    replace(LONG, Lq=5, page_size=16, dtype=torch.float16),
+    replace(LONG, rope="rotated", config=SelectConfig.extrapolate(k=40, n_sink=2, n_local=4)),
+)
+
+
+def what_was_in_memory_changes_no_bit(backend: Backend, case: Case) -> None:
+    from tokenselect.kernels.triton import BACKEND, launch
+
+    problem = on(device_of(BACKEND), able(backend, case.problem()))
+    votes, _ = run_twice(launch, BACKEND.score, problem)
+    selection = run_twice(launch, BACKEND.select, votes, problem)
+    run_twice(launch, BACKEND.attend, problem, selection)
+
+
+@pytest.mark.parametrize(
+    "holds",
+    [
+        a_request_alone_gets_the_same_bits,
+        the_size_of_the_grid_changes_no_bit,
+        what_was_in_memory_changes_no_bit,
+    ],
+    ids=lambda holds: holds.__name__,
+)
+def test_same_bits(triton: Backend, holds: Callable[[Backend, Case], None]) -> None:
+    Law(holds.__name__, holds, cases(), MANY).check(triton)
+
+
+def test_frequencies_changed_in_place_are_not_remembered(triton: Backend) -> None:
+    """Tables of angles are kept with the tensor that they were made of."""
+    from tokenselect.kernels.triton import BACKEND
+
+    config = SelectConfig.extrapolate(k=4, n_sink=2, n_local=4)
+    problem = on(device_of(BACKEND), Case((60,), D=32, Dv=32, rope="raw", config=config).problem())
+    stages(BACKEND, problem)
+    problem.rope.inv_freq.mul_(0.5)
+    fresh = replace(problem, rope=replace(problem.rope, inv_freq=problem.rope.inv_freq.clone()))
+    expected = stages(BACKEND, fresh)
+    for name, result in stages(BACKEND, problem).items():
+        same(BACKEND, name, expected[name], result)
+
+
+# --- addresses --------------------------------------------------------------------------------
+
+FAR = 2**31  # elements
+
+# name: the case, and the strides of both caches; in between lies memory that is never touched
+SPREAD = {
+    "heads": (Case((60,), D=32, Dv=32), lambda s: (s[0], FAR + 64, *s[2:])),
+    "requests": (Case((60, 50), D=32, Dv=32), lambda s: (FAR + 64, *s[1:])),
+    "tokens": (Case((60,), D=32, Dv=32, Hkv=1), lambda s: (s[0], s[1], FAR // 40, s[3])),
+    "dims": (Case((30,), D=32, Dv=32, Hkv=1), lambda s: (*s[:3], FAR // 16)),
+    "pages": (Case((60,), D=32, Dv=32, page_size=16), lambda s: (FAR // 2, *s[1:])),
+    "rows of pages": (Case((30,), D=32, Dv=32, page_size=16), lambda s: (s[0], FAR // 8, *s[2:])),
+    "moved": (
+        Case((60,), D=32, Dv=32, rope="rotated", page_size=16, config=SelectConfig.extrapolate(
+            k=8, n_sink=2, n_local=4)),
+        lambda s: (FAR // 2, *s[1:]),
+    ),
+}  # fmt: skip
+
+
+def spread(x: Tensor, strides: tuple[int, ...], device: str) -> Tensor:
+    """x with so large strides that an offset does not fit 32 bits. Most of it is never touched."""
+    size = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, strides, strict=True))
+    assert size > FAR
+    there = torch.empty(size, dtype=x.dtype, device=device).as_strided(x.shape, strides)
+    return there.copy_(x)
+
+
+@pytest.mark.parametrize("what", SPREAD)
+def test_offsets_beyond_31_bits(what: str, tmp_path: Path) -> None:
+    from tokenselect.kernels.triton import BACKEND, launch
+
+    case, far = SPREAD[what]
+    problem = replace(case, dtype=torch.bfloat16, spare=0).problem()
+    device = device_of(BACKEND)
+    compact = on(device, problem)
+
+    def compare() -> str:
+        expected = stages(BACKEND, compact)
+        # One of the two at a time: on a GPU this memory is really taken.
+        for cache in ("k_cache", "v_cache"):
+            x = getattr(problem, cache)
+            wide = replace(compact, **{cache: spread(x, far(x.stride()), device)})
+            with overflow_checked() if launch.INTERPRETED else contextlib.nullcontext():
+                results = stages(BACKEND, wide)
+            for name, result in results.items():
+                same(BACKEND, f"{name}, {cache}", expected[name], result)
+        return "the same"
+
+    assert in_a_child(compare, tmp_path) == "the same"
+
+
+def in_a_child(work: Callable[[], str], where: Path) -> str:
+    """What `work` returns or raises. On the CPU in a process of its own: a kernel may crash it."""
+    if torch.cuda.is_available():
+        return work()
+    answer = where / "answer"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads
+        child = os.fork()
+    if child == 0:
+        try:
+            answer.write_text(work())
+        except BaseException as error:
+            answer.write_text(f"raised {error!r}")
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return answer.read_text() if answer.exists() else f"crashed with status {status}"
+
+
+def test_bad_values_stay_within_bounds() -> None:
+    """Lengths, pages, positions and counts that nobody checked: no read or write outside."""
+    done = subprocess.run(
+        [sys.executable, "-m", "properties.fenced"],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    last = (done.stdout.strip().splitlines() or ["nothing was said"])[-1]
+    assert done.returncode == 0, f"exit code {done.returncode} at: {last}\n{done.stderr[-4000:]}"
+    assert last.startswith("all ")
+
+
+def test_fences_end_a_process() -> None:
+    """A single element before or after a tensor is out of reach."""
+    code = (
+        "from properties.fenced import Fences; import torch; "
+        "x = Fences({at_end}).empty((5,), torch.float32, 'cpu'); "
+        "x.fill_(1); import ctypes; "
+        "print(ctypes.c_float.from_address(x.data_ptr() + {place}).value)"
+    )
+    for at_end, place, survives in (
+        (True, 16, True), (True, 20, False), (False, 0, True), (False, -4, False),
+    ):  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(at_end=at_end, place=place)],
+            cwd=ROOT, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert (done.stdout == "1.0\n" and done.returncode == 0) == survives, done.stderr
+
+
+# --- mistakes in the source -------------------------------------------------------------------
+
+
+def caught_by(mutant: mutants.Mutant, where: Path) -> str:
+    """The law that a mutant breaks, by an assertion or an error; its own stage's come first."""
+    backend, launch = mutants.build(mutant, where)
+    if mutant.stage is None:
+        fenced.check(backend, launch, lambda line: None)
+        return "nobody"
+    SHARES[backend.name] = 0.4 if launch.INTERPRETED else 1
+    for law in laws_by_stage(mutant.stage):
+        try:
+            law.check(backend, SEARCH)
+        except Exception:
+            return law.name
+    return "nobody"
+
+
+@pytest.mark.parametrize("mutant", mutants.MUTANTS, ids=lambda mutant: mutant.name)
+def test_a_mistake_in_the_source_is_caught(mutant: mutants.Mutant, tmp_path: Path) -> None:
+    """By a law; by the fences, which crash, if only bad values show it."""
+    if torch.cuda.is_available():
+        pytest.skip("planted where kernels are interpreted: each mutant would be compiled anew")
+    answer = in_a_child(lambda: caught_by(mutant, tmp_path), tmp_path)
+    by_fence = mutant.stage is None and answer.startswith(("crashed", "raised"))
+    assert by_fence or answer in {law.name for law in LAWS}, f"{answer} notices {mutant.name}"

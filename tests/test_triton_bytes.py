@@ -1,0 +1,117 @@
+"""The bytes that the triton kernels say they move: beside the keys' own, and as they really do."""
+
+import json
+
+import pytest
+import torch
+
+from tests import fresh
+from tokenselect import Problem, SelectConfig
+
+pytest.importorskip("triton", reason="the package triton is not for this platform")
+
+from tokenselect.kernels.triton import attend, score, select
+
+
+def problem(Hq: int, Hkv: int, D: int, n: int) -> Problem:
+    """A decode step; one row stands for all, since nobody reads them."""
+    q = torch.empty(1, Hq, 1, D, dtype=torch.bfloat16)
+    cache = torch.empty(1, Hkv, 1, D, dtype=torch.bfloat16).expand(1, Hkv, n, D)
+    return Problem.build(q, cache, cache, SelectConfig())
+
+
+def stated(p: Problem) -> dict[str, int]:
+    stages = score.bytes_moved(p), select.bytes_moved(p), attend.bytes_moved(p)
+    return {name: size for stage in stages for name, size in stage.items()}
+
+
+@pytest.mark.parametrize(
+    ("n", "most"), [(128 * 1024, 1.15), (1024 * 1024, 1.11)], ids=["128K", "1M"]
+)
+def test_all_stages_move_little_more_than_the_keys(n: int, most: float) -> None:
+    p = problem(32, 8, 128, n)
+    keys = p.B * p.Hkv * p.Lk * p.D * p.q.dtype.itemsize
+    assert 1 < sum(stated(p).values()) / keys < most
+
+
+# Counts, in Triton's interpreter, the addresses that each kernel loads from and stores to.
+COUNT = """
+import json
+import numpy, torch
+from triton.runtime.interpreter import interpreter_builder as builder
+from tokenselect import Problem, SelectConfig
+from tokenselect.kernels.triton import attend, launch, score, select
+
+touched = []
+
+def counting(method):
+    def counted(pointers, *rest):
+        mask = next(x for x in rest if getattr(x, "data", None) is not None
+                    and x.data.dtype == bool)
+        size = pointers.get_element_ty().primitive_bitwidth // 8
+        touched.append((method.__name__, size, pointers.data[mask.data].ravel()))
+        return method(pointers, *rest)
+    return counted
+
+builder.create_masked_load = counting(builder.create_masked_load)
+builder.create_masked_store = counting(builder.create_masked_store)
+
+torch.manual_seed(0)
+q = torch.randn(1, 8, 1, 64).bfloat16()
+k_cache, v_cache = torch.randn(2, 1, 2, 4096, 64).bfloat16()
+p = Problem.build(q, k_cache, v_cache, SelectConfig(k=256, n_sink=16, n_local=64))
+first, last = k_cache.data_ptr(), k_cache.data_ptr() + k_cache.nbytes
+measured, key_loads = {}, 0
+
+def run(planned):
+    global key_loads
+    result, launches = planned
+    for step in launches:
+        touched.clear()
+        launch.run([step], q.device)
+        name = step.kernel.fn.__name__.lstrip("_")
+        total = 0
+        for kind in ("create_masked_load", "create_masked_store"):
+            for size in (1, 2, 4, 8):
+                parts = [at for k, s, at in touched if (k, s) == (kind, size)]
+                if parts:
+                    at = numpy.concatenate(parts)
+                    total += size * len(numpy.unique(at))
+                    if name == "logits":
+                        key_loads += int(((at >= first) & (at < last)).sum())
+        measured[name] = measured.get(name, 0) + total
+    return result
+
+scores = run(score.launches(p, "interpreter"))
+selection = run(select.launches(scores.votes, p, "interpreter"))
+run(attend.launches(p, selection, "interpreter"))
+stages = (score.bytes_moved(p, "interpreter"), select.bytes_moved(p),
+          attend.bytes_moved(p, "interpreter"))
+print(json.dumps({
+    "measured": measured,
+    "stated": {name: size for stage in stages for name, size in stage.items()},
+    "keys": k_cache.nbytes, "key loads": key_loads, "key elements": k_cache.numel(),
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def counted() -> dict:
+    done = fresh.run(COUNT, timeout=300, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_each_key_is_read_exactly_once(counted: dict) -> None:
+    assert counted["key loads"] == counted["key elements"]
+
+
+def test_the_kernels_move_what_they_state(counted: dict) -> None:
+    measured, said = counted["measured"], counted["stated"]
+    assert set(measured) == set(said)
+    # Small things (lengths, queries) are left out of the statements.
+    room = 0.005 * counted["keys"]
+    off = {name: (measured[name], said[name]) for name in said
+           if measured[name] > said[name] + room}  # fmt: skip
+    assert not off
+    assert sum(measured.values()) > 0.97 * sum(said.values())
