@@ -76,15 +76,16 @@ check: $(VENV)/.stamp-dev
 
 # The kernels under other versions of triton than the pinned one: the oldest and the newest.
 TRITONS ?= 3.6.0 3.9.0
-# In triton 3.6 the interpreter's loops need a numpy before 2.4.
+# In triton 3.6 the interpreter's loops need a numpy before 2.4, which tells them so.
 NUMPY_FOR_3.6.0 := 'numpy<2.4'
+WARNING_FOR_3.6.0 := -W 'ignore:Conversion of an array with ndim:DeprecationWarning'
 
 test-tritons: $(TRITONS:%=test-triton-%)
 
 test-triton-%: $(VENV)/triton-%
 	@echo "→ running the properties of the triton backend under triton $*"
 	@PYTHONPATH=$< $(PY) -c 'import triton; assert triton.__version__ == "$*", triton.__version__'
-	@PYTHONPATH=$< $(PY) -m pytest properties --backend=triton $(PROFILE_ARG) $(ARGS)
+	@PYTHONPATH=$< $(PY) -m pytest properties --backend=triton $(WARNING_FOR_$*) $(PROFILE_ARG) $(ARGS)
 
 # Laid over .venv, so that torch is not installed again.
 .PRECIOUS: $(VENV)/triton-%

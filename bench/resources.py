@@ -194,6 +194,8 @@ CASES = (
         page_size=16,
         config=SelectConfig(scope="group", n_query_means=4, pool=5),
     ),
+    Case("prefill-means", Lq=512, config=SelectConfig(n_query_means=8)),
+    Case("prefill-mqa-means", Hkv=1, Lq=512, config=SelectConfig(n_query_means=2)),
     Case("prefill-split-raw", Lq=512, cached="raw", config=_EXTRAPOLATE()),
     Case("prefill-split-rotated", Lq=512, cached="rotated", config=_EXTRAPOLATE(n_query_means=4)),
 )  # fmt: skip

@@ -100,39 +100,44 @@ CASES = {
     ),
 }
 LARGEST = 2**31 - 1
+LEAST = -LARGEST - 1
 
 
-def bad_problems(problem: Problem) -> Iterator[tuple[str, Problem]]:
-    """Request 1 is wrong: its length, or its pages."""
-    for n in (problem.Lk + 1, LARGEST, -1, -LARGEST - 1, problem.Lq - 1):
+def place(bad: int) -> int:
+    """The request that gets a bad value: the first, before which a fence lies, or the last."""
+    return 0 if bad < 0 else 2
+
+
+def bad_problems(problem: Problem) -> Iterator[tuple[str, int, Problem]]:
+    """One request is wrong: its length, or its pages."""
+    for n in (problem.Lk + 1, LARGEST, -1, LEAST, problem.Lq - 1):
         lengths = problem.cache_seqlens.clone()
-        lengths[1] = n
-        yield f"cache_seqlens[1] = {n}, Lk = {problem.Lk}", replace(problem, cache_seqlens=lengths)
+        lengths[place(n)] = n
+        what = f"a length of {n}, Lk = {problem.Lk}"
+        yield what, place(n), replace(problem, cache_seqlens=lengths)
     if problem.block_table is not None:
         n_pages = problem.k_cache.shape[0]
-        for page in (-1, -LARGEST - 1, n_pages, LARGEST, LARGEST // problem.page_size):
+        for page in (-1, LEAST, n_pages, LARGEST, LARGEST // problem.page_size):
             table = problem.block_table.clone()
-            table[1] = page
-            yield (
-                f"block_table[1] = {page}, n_pages = {n_pages}",
-                replace(problem, block_table=table),
-            )
+            table[place(page)] = page
+            what = f"pages {page}, n_pages = {n_pages}"
+            yield what, place(page), replace(problem, block_table=table)
 
 
-def bad_selections(right: Selection, problem: Problem) -> Iterator[tuple[str, Selection]]:
-    """Request 1 is wrong: positions that are not its own, out of order, or their count."""
-    n, K = int(problem.cache_seqlens[1]), right.positions.shape[2]
-    for position in (-LARGEST - 1, -2, n, problem.Lk, LARGEST):
+def bad_selections(right: Selection, problem: Problem) -> Iterator[tuple[str, int, Selection]]:
+    """One request is wrong: positions that are not its own, out of order, or their count."""
+    n, K = int(problem.cache_seqlens[2]), right.positions.shape[2]
+    for position in (LEAST, -2, n, problem.Lk, LARGEST):
         positions = right.positions.clone()
-        positions[1, :, ::2] = position
-        yield f"positions[1, :, ::2] = {position}", right._replace(positions=positions)
+        positions[place(position), :, ::2] = position
+        yield f"positions {position}", place(position), right._replace(positions=positions)
     backwards = right.positions.clone()
-    backwards[1] = backwards[1].flip(-1)
-    yield "positions[1] backwards", right._replace(positions=backwards)
-    for size in (K + 1, LARGEST, -1, -LARGEST - 1):
+    backwards[2] = backwards[2].flip(-1)
+    yield "positions backwards", 2, right._replace(positions=backwards)
+    for size in (K + 1, LARGEST, -1, LEAST):
         count = right.count.clone()
-        count[1] = size
-        yield f"count[1] = {size}, K = {K}", right._replace(count=count)
+        count[place(size)] = size
+        yield f"a count of {size}, K = {K}", place(size), right._replace(count=count)
 
 
 def check(backend: Backend, launch: Any, say: Callable[[str], None]) -> int:
@@ -145,8 +150,8 @@ def check(backend: Backend, launch: Any, say: Callable[[str], None]) -> int:
         selection = backend.select(scores.votes, problem)
         right = {"score": scores, "select": selection, "attend": backend.attend(problem, selection)}
         calls = [
-            (stage, what, given)
-            for what, bad in bad_problems(problem)
+            (stage, what, b, given)
+            for what, b, bad in bad_problems(problem)
             for stage, *given in (
                 ("score", bad),
                 ("select", scores.votes, bad),
@@ -154,21 +159,18 @@ def check(backend: Backend, launch: Any, say: Callable[[str], None]) -> int:
             )
         ]
         calls += [
-            ("attend", what, [problem, bad]) for what, bad in bad_selections(selection, problem)
+            ("attend", what, b, [problem, bad])
+            for what, b, bad in bad_selections(selection, problem)
         ]
-        for stage, what, given in calls:
+        for stage, what, b, given in calls:
             say(f"{name}, {stage}: {what}")
             many += 1
-            got = run(launch, getattr(backend, stage), *given, at_end=many % 2 == 0)
-            beside(got, right[stage])
+            got = run(launch, getattr(backend, stage), *given, at_end=b > 0)
+            others = [i for i in range(problem.B) if i != b]
+            for field, one, other in zip(got._fields, right[stage], got, strict=True):
+                same = (one == other) | (one.isnan() & other.isnan())
+                assert same[others].all(), f"{field} of another request changed"
     return many
-
-
-def beside(got: Any, right: Any) -> None:
-    """Requests 0 and 2 are as they are beside a request that is right."""
-    for field, one, other in zip(right._fields, right, got, strict=True):
-        same = (one == other) | (one.isnan() & other.isnan())
-        assert same[::2].all(), f"{field} of another request changed"
 
 
 def main() -> None:

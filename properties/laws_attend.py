@@ -34,6 +34,13 @@ ATTENDED = (
     Chosen(
         Case(lengths=(40,), content="needles", dtype=torch.bfloat16, has_sink_logits=True), 1, 1
     ),
+    # Fewer selected than there are queries: the first ones are attended before position 0.
+    Chosen(
+        Case(lengths=(40,), Lq=5, rope="raw", config=SelectConfig(5, 2, 3, positions="contiguous")),
+        0.1,
+        3,
+    ),
+    Chosen(Case(lengths=(40,), softcap=1e5), 0.5, 1),
     Chosen(
         Case(
             lengths=(60, 9),
@@ -139,6 +146,22 @@ def logits_that_are_all_minus_infinity_give_what_dense_attention_gives(
     selection = Selection(*selection)
     finding = attend_budget(filled, selection).compare(backend.attend(filled, selection))
     assert finding.holds, finding
+
+
+@law(st.just(Case(lengths=(20,), G=3, has_sink_logits=True)))
+def a_sink_takes_all_where_no_logit_is_finite(backend: Backend, case: Case) -> None:
+    """However small, or large, its own logit: zeros."""
+    problem = able(backend, case.problem())
+    problem.k_cache.fill_(-torch.inf)
+    problem.q.fill_(1)
+    sinks = torch.tensor([-105.0, -3e38, 0.0, 3e38, -1e4, 105.0])
+    problem = replace(problem, sink_logits=sinks)
+    positions = torch.arange(problem.K, dtype=torch.int32).where(torch.arange(problem.K) < 9, -1)
+    shape = (1, problem.S)
+    selection = Selection(
+        positions.expand(*shape, -1).contiguous(), torch.full(shape, 9, dtype=torch.int32)
+    )
+    assert (backend.attend(problem, selection).out == 0).all()
 
 
 @law(st.just(Case(lengths=(12,), Hkv=1, G=1, Lq=2, D=8, Dv=3)))

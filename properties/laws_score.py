@@ -18,8 +18,12 @@ from tokenselect.budgets import score_budget
     Case(lengths=(0, 40, 3), config=SelectConfig(k=4, n_sink=8, n_local=2)),
     Case(content="needles", config=SelectConfig(k=4, n_sink=1, n_local=2, select_scale=1.0)),
     Case(content="needles", dtype=torch.bfloat16, G=7),
+    Case(lengths=(60,), softcap=1e5),
     Case(lengths=(60,), Lq=5, rope="rotated", D=16, config=SelectConfig(3, 1, 2, score_at="split")),
     Case(lengths=(60,), softcap=2.0, strides="sliced", page_size=53, filler="inf"),
+    # Several tiles and segments of a kernel.
+    Case(lengths=(150, 129), content="ascending", config=SelectConfig(5, 2, 3, pool=3)),
+    Case(lengths=(150, 129), rope="rotated", config=SelectConfig(5, 2, 3, score_at="fixed")),
     Case(
         lengths=(60, 30),
         Lq=5,

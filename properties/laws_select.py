@@ -48,6 +48,10 @@ def sorted_selection(votes: Tensor, problem: Problem) -> Selection:
     ),
     Ballots(Case(lengths=(60,), config=SelectConfig(k=0, n_sink=0, n_local=1)), "rising", 0),
     Ballots(Case(lengths=(60,), config=SelectConfig(5, 2, 4, scope="group")), "few values", 3),
+    Ballots(Case(lengths=(30,), Lq=5), "rising", 0),
+    # Winners, and ties across the k-th place, in several blocks of a kernel.
+    Ballots(Case(lengths=(150, 140), config=SelectConfig(70, 2, 4)), "few values", 0),
+    Ballots(Case(lengths=(150,), config=SelectConfig(110, 0, 4)), "all equal", 0),
     # More that tie than 16 bits can count.
     Ballots(
         Case(lengths=(80_000,), Hkv=1, G=1, D=2, Dv=1, config=SelectConfig(40_000, 1, 2)),

@@ -37,6 +37,10 @@ MUTANTS = (
         "score",
     ),
     Mutant(
+        "forgets-a-tile-at-a-new-maximum", "score", "total * tl.exp2(largest - safe) + tl.sum(tl.e",
+        "total + tl.sum(tl.e", "score",
+    ),
+    Mutant(
         "forgets-a-segment-at-a-new-maximum",
         "score",
         "total = total * tl.exp2(largest - safe) + tl.sum(sums * tl.exp2(top - safe), 0)",

@@ -366,6 +366,10 @@ _ON_A_DEVICE = Capability(
 )
 
 
+def on_a_device() -> bool:
+    return settings.get_current_profile_name() == "device"
+
+
 def fitted(drawn: Any, backend: Backend) -> Any:
     """`drawn`, bent to what the backend declares, so that a narrow one is tried as often.
 
@@ -376,7 +380,7 @@ def fitted(drawn: Any, backend: Backend) -> Any:
     case = drawn
     if case.workload is not None:
         return case
-    if settings.get_current_profile_name() == "device":
+    if on_a_device():
         case = _fitted_once(case, _ON_A_DEVICE)
     for takes in (backend.capability, *(lender.capability for lender in backend.lenders)):
         case = _fitted_once(case, takes)

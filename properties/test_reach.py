@@ -2,13 +2,15 @@
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 
-from properties.strategies import Ballots, Case, Chosen, ballots, cases, chosen
-from tokenselect import Problem
+from properties import strategies
+from properties.strategies import Ballots, Case, Chosen, ballots, cases, chosen, fitted
+from tokenselect import Backend, Capability, Problem, reasons
 from tokenselect.reference import BACKEND as REFERENCE
 
 _DRAWS = settings(
@@ -74,8 +76,10 @@ FEATURES: dict[str, Callable[[Case, Problem], bool]] = {
        for vote in ("soft", "logit", "hard")},
     **{f"normalize={kind}": lambda case, p, kind=kind: p.config.normalize == kind
        for kind in ("visible", "candidates")},
+    **{f"G = {G}": lambda case, p, G=G: case.G == G for G in (12, 32)},
     **{f"pages of {size}": lambda case, p, size=size: case.page_size == size
-       for size in (1, 2, 53, 64)},
+       for size in (1, 2, 16, 53, 64, 256)},
+    "past the first 128": lambda case, p: max(case.lengths) > 128,
     **{f"{dtype}": lambda case, p, dtype=dtype: case.dtype == dtype
        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)},
 }  # fmt: skip
@@ -93,6 +97,86 @@ def test_cases_reach_every_feature() -> None:
     draw()
     rare = {name: reached[name] for name in FEATURES if reached[name] < 5}
     assert not rare, f"of 400 cases too few are of these kinds: {rare}"
+
+
+# As narrow as kernels for a GPU are.
+NARROW = Backend(
+    "narrow",
+    Capability(
+        dtypes=(torch.float32, torch.bfloat16, torch.float16),
+        head_dims=range(32, 257),
+        group_sizes=range(1, 33),
+        query_lengths=range(1, 4097),
+        page_sizes=range(1, 257),
+        votes=("soft",),
+    ),
+    REFERENCE.score,
+    REFERENCE.select,
+    REFERENCE.attend,
+)
+# What such a backend's problems cannot have.
+NOT_NARROW = {"odd D", "logit vote", "hard vote", f"{torch.float64}"}
+NARROW_FEATURES: dict[str, Callable[[Case, Problem], bool]] = {
+    **{name: holds for name, holds in FEATURES.items() if name not in NOT_NARROW},
+    **{f"D = {D}": lambda case, p, D=D: case.D == D for D in (32, 40, 64, 80, 96, 128, 256)},
+    **{f"Dv = {D}": lambda case, p, D=D: case.Dv == D for D in (32, 40, 64, 80, 96, 128, 256)},
+    "all of D is turned": lambda case, p: p.rope is not None and p.rope.rotary_dim == case.D,
+}
+
+
+def test_cases_reach_every_feature_of_a_narrow_backend() -> None:
+    """Bent to what it declares, they lose nothing else, and none is beyond it."""
+    reached: Counter[str] = Counter()
+
+    @_DRAWS
+    @given(case=cases())
+    def draw(case: Case) -> None:
+        case = fitted(case, NARROW)
+        problem = case.problem()
+        assert not reasons(NARROW, problem)
+        reached.update(name for name, holds in NARROW_FEATURES.items() if holds(case, problem))
+
+    draw()
+    rare = {name: reached[name] for name in NARROW_FEATURES if reached[name] < 5}
+    assert not rare, f"of 400 cases too few are of these kinds: {rare}"
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "paged"])
+def test_cases_are_bent_to_a_layout(layout: str) -> None:
+    """Of pages of every size that is taken."""
+    takes = Capability(layouts=(layout,), page_sizes=range(10, 257))
+    narrow = replace(NARROW, capability=takes)
+    sizes: Counter[int | None] = Counter()
+
+    @settings(_DRAWS, max_examples=100)
+    @given(case=cases())
+    def draw(case: Case) -> None:
+        case = fitted(case, narrow)
+        assert not reasons(narrow, case.problem())
+        sizes[case.page_size] += 1
+
+    draw()
+    assert set(sizes) == ({None} if layout == "contiguous" else {16, 53, 64, 256})
+
+
+def test_the_profile_of_devices_draws_few_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each combination of these is another kernel to compile."""
+    monkeypatch.setattr(strategies, "on_a_device", lambda: True)
+    shapes: Counter[tuple] = Counter()
+
+    @settings(_DRAWS, max_examples=100)
+    @given(case=cases())
+    def draw(case: Case) -> None:
+        case = fitted(case, NARROW)
+        assert not reasons(NARROW, case.problem())
+        shapes[case.D, case.G, case.dtype] += 1
+        assert case.Dv in (64, 80, 128)
+        assert case.page_size in (None, 1, 16)
+
+    draw()
+    assert {D for D, _, _ in shapes} == {64, 80, 128}
+    assert {G for _, G, _ in shapes} == {1, 4, 7}
+    assert {dtype for _, _, dtype in shapes} == set(NARROW.capability.dtypes)
 
 
 VOTES: dict[str, Callable[[torch.Tensor, int], bool]] = {

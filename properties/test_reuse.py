@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_sta
 from torch import Tensor
 
 from properties.devices import device_of, on
-from properties.law import SHARES
+from properties.law import RAN, SHARES
 from properties.laws_attention import run
 from properties.planted import PLANTED_CACHES
 from tokenselect import (
@@ -132,6 +132,7 @@ class Reuse(RuleBasedStateMachine):
             max_reuse=MAX_REUSE,
         )
         out, info = run(load(self.backend), problem, cache=self.cache)
+        RAN[self.backend, "the Selection Cache"] += 1
         budget = score_budget(problem).votes
         for b, n in enumerate(self.n):
             query = q[b].double().mean(1).flatten()
@@ -232,7 +233,8 @@ def machine(backend: str, make_cache: type[SelectionCache], theta: float | None 
 
 
 def steps(examples: int, count: int, backend: str = "cpu") -> settings:
-    examples = max(1, round(examples * SHARES.get(backend, 1)))
+    if backend in SHARES:  # at least some, and not the shortest alone, which are tried first
+        examples, count = max(4, round(examples * SHARES[backend])), min(count, 20)
     return settings(settings.get_profile("quick"), max_examples=examples, stateful_step_count=count)
 
 

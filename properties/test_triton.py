@@ -5,16 +5,19 @@ hold for it in test_laws.py.
 """
 
 import contextlib
+import faulthandler
 import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from hypothesis import Phase, settings
 from torch import Tensor
 
 from properties import fenced, mutants, test_laws  # noqa: F401  # the latter registers the laws
@@ -82,24 +85,14 @@ def the_size_of_the_grid_changes_no_bit(backend: Backend, case: Case) -> None:
     from tokenselect.kernels.triton import configs
 
     problem = able(backend, case.problem())
-    few, *more = (
-        stages(backend, problem) for _ in resized(configs.TABLE, {"multiprocessors": (1, 3, 1000)})
-    )
-    for results in more:
-        for name, result in results.items():
-            same(backend, name, few[name], result)
-
-
-def resized(table: dict, sizes: dict[str, tuple[int, ...]]) -> Iterator[None]:
-    """Step through other values of one field of every configuration, then put the old ones back."""
-    kept = dict(table)
-    try:
-        for field, values in sizes.items():
-            for value in values:
-                table.update({k: config._replace(**{field: value}) for k, config in kept.items()})
-                yield
-    finally:
-        table.update(kept)
+    results = []
+    for many in (1, 3, 1000):
+        sizes = {name: c._replace(multiprocessors=many) for name, c in configs.TABLE.items()}
+        with mock.patch.dict(configs.TABLE, sizes):
+            results.append(stages(backend, problem))
+    for others in results[1:]:
+        for name, result in others.items():
+            same(backend, name, results[0][name], result)
 
 
 LONG = Case(lengths=(150, 0, 90), G=3, config=SelectConfig(k=40, n_sink=2, n_local=4))
@@ -130,6 +123,20 @@ def what_was_in_memory_changes_no_bit(backend: Backend, case: Case) -> None:
 )
 def test_same_bits(triton: Backend, holds: Callable[[Backend, Case], None]) -> None:
     Law(holds.__name__, holds, cases(), MANY).check(triton)
+
+
+@pytest.mark.parametrize("stage", ["score", "select", "attend"])
+def test_the_sizes_of_a_gpu_are_right_too(triton: Backend, stage: str) -> None:
+    """Its tiles hold all of a small problem, and the interpreter's are small: both are tried."""
+    from tokenselect.kernels.triton import configs, launch
+
+    if not launch.INTERPRETED:
+        pytest.skip("here all laws are tried at the sizes of a GPU")
+    largest = configs.TABLE["sm_90"]._replace(float32="ieee")
+    search = settings(SEARCH, max_examples=200, phases=[Phase.generate])
+    with mock.patch.dict(configs.TABLE, interpreter=largest):
+        for law in laws_by_stage(stage)[:2]:
+            law.check(triton, search)
 
 
 def test_frequencies_changed_in_place_are_not_remembered(triton: Backend) -> None:
@@ -207,6 +214,7 @@ def in_a_child(work: Callable[[], str], where: Path) -> str:
         warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads
         child = os.fork()
     if child == 0:
+        faulthandler.disable()  # that a mistake crashes is no news
         try:
             answer.write_text(work())
         except BaseException as error:
@@ -275,5 +283,6 @@ def test_a_mistake_in_the_source_is_caught(mutant: mutants.Mutant, tmp_path: Pat
     if torch.cuda.is_available():
         pytest.skip("planted where kernels are interpreted: each mutant would be compiled anew")
     answer = in_a_child(lambda: caught_by(mutant, tmp_path), tmp_path)
+    print(f"noticed by {answer}")
     by_fence = mutant.stage is None and answer.startswith(("crashed", "raised"))
     assert by_fence or answer in {law.name for law in LAWS}, f"{answer} notices {mutant.name}"

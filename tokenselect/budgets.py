@@ -166,11 +166,10 @@ def _logit_error(
     The dot product and the mean by Cauchy-Schwarz; two rotations, the scale, the softcap.
     """
     roundings = _summing(problem.D) + _summing(averaged) + 24
-    error = (
-        unit_roundoff(problem) * roundings * scale * sizes[..., None] * keys.norm(dim=-1)[:, None]
-    )
+    largest = scale * sizes[..., None] * keys.norm(dim=-1)[:, None]
+    error = unit_roundoff(problem) * roundings * largest
     if problem.softcap is not None:
-        error = error + 8 * unit_roundoff(problem) * problem.softcap
+        error = error + 8 * unit_roundoff(problem) * largest.clamp(max=problem.softcap)
     finite: Tensor = error.nan_to_num(nan=0.0, posinf=0.0)  # such a logit counts as -inf, exactly
     return finite
 

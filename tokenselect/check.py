@@ -343,7 +343,7 @@ def versions() -> Iterator[tuple[str, str]]:
     for i in range(torch.cuda.device_count()):
         yield f"cuda:{i}", torch.cuda.get_device_name(i)
     if not torch.cuda.is_available():
-        yield "cuda", "no device: triton is checked in its interpreter, on the CPU"
+        yield "cuda", "no device: triton is checked in its interpreter, which takes minutes"
 
 
 def _version(distribution: str) -> str:

@@ -53,7 +53,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--backend", help="triton; cpu in a dry run; or package.module:ATTRIBUTE")
     parser.add_argument("--seconds", type=float, help=f"in all ({FULL:g}; {QUICK:g} if quick)")
-    parser.add_argument("--check-seconds", type=float, help=f"for the checks ({_FOR_CHECKS:.0%})")
+    parser.add_argument("--check-seconds", type=float, help=f"for the checks ({_FOR_CHECKS:.0%}%)")
     parser.add_argument("--checks-only", action="store_true", help="measure nothing")
     parser.add_argument(
         "--measure-anyway",
@@ -85,7 +85,11 @@ def main(
         os.environ.pop("TRITON_INTERPRET", None)
     machine = facts(asked.dry_run)
     if isinstance(machine, str):
-        say(f"✗ no NVIDIA GPU that torch can use:\n{machine}\n`--dry-run` tries all else.")
+        say(
+            f"✗ no NVIDIA GPU that the torch of {sys.executable} can use: {machine}\n"
+            "Name the Python whose torch sees it: make gpu PYTHON=...; without a GPU, "
+            "make gpu ARGS=--dry-run goes through all but CUDA."
+        )
         return 1
     say(" ".join(f"{name} {value};" for name, value in machine.items() if value is not None))
     command = " ".join(["python -m bench.gpu", *(sys.argv[1:] if argv is None else argv)])

@@ -181,7 +181,7 @@ def _memcheck(command: tuple[str, ...], *, dry: bool, quick: bool) -> Check:
 
 
 def by_sanitizer(done: Done) -> Verdict:
-    """Only errors that it found, or that the calls made, count: it may not work on a machine."""
+    """Errors that it found count, and a program that fails under it; not that it does not work."""
     found = re.search(r"ERROR SUMMARY: (\d+) error", done.output)
     if found and int(found[1]):
         first = re.search(r"=+ (Invalid .*|Program hit .*)", done.output)
@@ -189,6 +189,8 @@ def by_sanitizer(done: Done) -> Verdict:
     if found and done.code == 0:
         return Verdict("passed", "0 errors")
     plain = by_exit_code(done)
+    if found or "illegal memory access" in done.output:
+        return Verdict("failed", f"the program itself: {plain.detail}")
     return Verdict("skipped", f"compute-sanitizer came to no result: {plain.detail}")
 
 

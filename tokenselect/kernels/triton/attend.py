@@ -110,6 +110,7 @@ def _attend(
     BLOCK_DV: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
     LOW_ROWS: tl.constexpr,
 ):
     """Attend to SPLIT places of a selection, or to the WHOLE and finish.
@@ -120,7 +121,7 @@ def _attend(
     g, pid = pid % Hkv, pid // Hkv
     block, pid = pid % n_blocks, pid // n_blocks
     split, b = pid % n_splits, pid // n_splits
-    s = g if S > 1 else 0
+    s = g.to(tl.int64) if S > 1 else 0
     n = length(seqlens_ptr, b, Lk)
     count = tl.load(count_ptr + b.to(tl.int64) * stride_count_b + s * stride_count_s)
     count = tl.where(n > 0, tl.minimum(tl.maximum(count, 0), K), 0)
@@ -145,7 +146,7 @@ def _attend(
         for start in range(first_place, last_place, 128):
             place = start + tl.arange(0, 128)
             is_place = place < last_place
-            at = picked_ptr + place * stride_positions_place
+            at = picked_ptr + (place.to(tl.int64) if WIDE else place) * stride_positions_place
             position = tl.load(at, mask=is_place, other=0)
             seen_places += (is_place & (position <= last_query)).to(tl.int32)
         last_place = first_place + tl.sum(seen_places, 0)
@@ -153,13 +154,17 @@ def _attend(
     q_row = q_ptr + b.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
     q_row = (q_row + query.to(tl.int64) * stride_qi)[:, None]
     d = tl.arange(0, BLOCK_D)
+    dv = tl.arange(0, BLOCK_DV)
+    if WIDE:
+        d, dv = d.to(tl.int64), dv.to(tl.int64)
     if MOVES:
         # Raw queries go to where they are attended; rotated ones go back with the newest token.
         if RAW:
             q_steps = count - Lq + query if CONTIGUOUS else query_position
         else:
             q_steps = n - count + tl.zeros([ROWS], tl.int32)
-        q_steps = tl.minimum(tl.maximum(q_steps, 0), Lk)
+        # Below 0 where fewer are selected than there are queries.
+        q_steps = tl.minimum(tl.maximum(q_steps, -Lk), Lk)
     elif not CHUNKED:
         is_query = is_row[:, None] & (d < D)[None, :]
         queries = tl.load(q_row + d[None, :] * stride_qd, mask=is_query, other=0.0).to(DOT)
@@ -168,13 +173,12 @@ def _attend(
     total = tl.zeros([ROWS], tl.float32)
     first_seen = _BEYOND
     acc = tl.zeros([ROWS, BLOCK_DV], tl.float32)
-    dv = tl.arange(0, BLOCK_DV)
     head_ptr = k_ptr + g.to(tl.int64) * stride_head
     v_head_ptr = v_ptr + g.to(tl.int64) * v_stride_head
     for start in tl.range(first_place, last_place, TILE):
         place = start + tl.arange(0, TILE)
         is_token = place < last_place
-        at = picked_ptr + place * stride_positions_place
+        at = picked_ptr + (place.to(tl.int64) if WIDE else place) * stride_positions_place
         position = tl.load(at, mask=is_token, other=-1)
         is_token = is_token & (position >= 0) & (position < n)
         offset, is_token = rows(
@@ -257,10 +261,11 @@ def _attend(
         acc *= old[:, None]
         largest = new
 
-        if not ONE_QUERY:  # noqa: SIM102  # decided when compiling
-            # A value that some row does not see must not reach that row as 0 * NaN: tokens with
-            # such values are taken out, and added to the rows that see them one by one.
-            if tl.max(tl.where(is_token, position, -1), 0) > first_query:
+        if not ONE_QUERY or tl.float16 == DOT:  # noqa: SIM102  # decided when compiling
+            # A value that some row does not see must not reach that row as 0 * NaN, nor an infinite
+            # one a row whose weight only float16 takes for 0: tokens with such values are taken
+            # out, and added to the rows that see them one by one.
+            if tl.float16 == DOT or tl.max(tl.where(is_token, position, -1), 0) > first_query:
                 is_odd = tl.max((tl.abs(values.to(tl.float32)) < float("inf")).to(tl.int32) ^ 1, 1)
                 values = tl.where(is_odd[:, None] > 0, 0.0, values)
                 n_odd = tl.sum(is_odd, 0)
@@ -278,7 +283,7 @@ def _attend(
     sees = first_seen <= query_position
     if WHOLE:
         if SINKS:
-            sink = tl.load(sinks_ptr + head, mask=is_row, other=0.0).to(tl.float32) * LOG2E
+            sink = _sink(tl.load(sinks_ptr + head, mask=is_row, other=0.0))
         else:
             sink = tl.full([ROWS], float("-inf"), tl.float32)
         out, lse = _finished(acc, largest, total, sees, sink, SINKS)
@@ -309,13 +314,17 @@ def _pairs(
     RAW: tl.constexpr,
     LOW_ROWS: tl.constexpr,
 ):
-    """Pairs of dims of rows in float32, turned out by `steps` positions; or back, if rotated."""
+    """Pairs of dims of rows in float32, turned out by `steps` positions; or back, if rotated.
+
+    Steps may be negative.
+    """
     first_dim, second_dim = rotary_columns(column, half, INTERLEAVED)
     mask = is_row[:, None] & (column < half)[None, :]
     first = tl.load(row + first_dim[None, :] * stride_d, mask=mask, other=0.0).to(tl.float32)
     second = tl.load(row + second_dim[None, :] * stride_d, mask=mask, other=0.0).to(tl.float32)
-    high, low = steps // LOW_ROWS, steps % LOW_ROWS
+    high, low = tl.abs(steps) // LOW_ROWS, tl.abs(steps) % LOW_ROWS
     cos, sin = angles(high_ptr, low_ptr, high, low, column, half, 1 if RAW else -1)
+    sin = tl.where((steps < 0)[:, None], -sin, sin)
     return turned(first, second, cos, sin)
 
 
@@ -348,12 +357,22 @@ def _finished(acc, largest, total, sees, sink, SINKS: tl.constexpr):
     lse = tl.where(sees, (safe + tl.log2(total)) * LN2, float("-inf"))
     denominator = total
     if SINKS:
-        top = tl.maximum(safe, sink)
-        shrunk = tl.exp2(safe - top)
+        stood = tl.where(largest == float("-inf"), largest, safe)
+        top = tl.maximum(stood, sink)
+        top = tl.where(top == float("-inf"), 0.0, top)
+        shrunk = tl.exp2(stood - top)
         acc *= shrunk[:, None]
         denominator = total * shrunk + tl.exp2(sink - top)
     out = tl.where(sees[:, None], acc / denominator[:, None], 0.0)
     return out, lse
+
+
+@triton.jit
+def _sink(sink):
+    """Sink logits times log2(e); finite ones stay so."""
+    sink = sink.to(tl.float32)
+    times = tl.minimum(tl.maximum(sink * LOG2E, -3.4e38), 3.4e38)
+    return tl.where(tl.abs(sink) < float("inf"), times, sink)
 
 
 @triton.jit
@@ -395,7 +414,7 @@ def _merge(
     pid = tl.program_id(0)
     row, pid = pid % (Lq * G), pid // (Lq * G)
     g, b = pid % Hkv, pid // Hkv
-    s = g if S > 1 else 0
+    s = g.to(tl.int64) if S > 1 else 0
     head = g * G + row % G
     n = length(seqlens_ptr, b, Lk)
     count = tl.load(count_ptr + b.to(tl.int64) * stride_count_b + s * stride_count_s)
@@ -423,7 +442,7 @@ def _merge(
         acc = acc * old[:, None] + tl.sum(parts * weights[:, None], 0)[None, :]
         largest = new
     if SINKS:
-        sink = tl.load(sinks_ptr + head + tl.zeros([1], tl.int32)).to(tl.float32) * LOG2E
+        sink = _sink(tl.load(sinks_ptr + head + tl.zeros([1], tl.int32)))
     else:
         sink = tl.full([1], float("-inf"), tl.float32)
     out, lse = _finished(acc, largest, total, sees > 0, sink, SINKS)
@@ -489,7 +508,7 @@ def launches(problem: Problem, selection: Selection, arch: str) -> tuple[Attende
                 max_ptr=largest,
                 sum_ptr=sums,
                 scale=p.scale,
-                softcap=1.0 if p.softcap is None else p.softcap,
+                softcap=launch.softcap(p),
                 Hkv=Hkv,
                 G=G,
                 Lq=Lq,
@@ -530,6 +549,7 @@ def launches(problem: Problem, selection: Selection, arch: str) -> tuple[Attende
                 BLOCK_DV=padded(Dv),
                 DOT=launch.dot_dtype(p.q.dtype),
                 PRECISION=config.float32,
+                WIDE=launch.is_wide(p.q, p.k_cache, p.v_cache, selection.positions),
                 LOW_ROWS=LOW,
             ),
             warps,

@@ -48,7 +48,9 @@ class Config(NamedTuple):
 
 
 TABLE = {
-    "sm_80": Config(multiprocessors=108),
+    "sm_80": Config(multiprocessors=108, voters=32),
+    # 99 KiB of shared memory a block.
+    "sm_86": Config(multiprocessors=84, voters=32, stages=2, mean_stages=1, gather_pairs=32),
     "sm_90": Config(multiprocessors=132),
     "sm_100": Config(multiprocessors=148, stages=2, mean_stages=1, pairs=32, queries=8),
     # Each load under its own mask takes two scalar registers: few places a thread, no pipelining.

@@ -39,7 +39,8 @@ def rows(
     A contiguous cache is the paged case with one page a request.
     """
     if PAGED:
-        entry = b.to(tl.int64) * stride_table_b + (position // page_size) * stride_table_page
+        entry = (position // page_size).to(tl.int64) * stride_table_page
+        entry += b.to(tl.int64) * stride_table_b
         page = tl.load(table_ptr + entry, mask=is_token, other=-1)
         is_token = is_token & (page >= 0) & (page < n_pages)
         page = tl.where(is_token, page, 0).to(tl.int64)
@@ -88,7 +89,10 @@ def turned(first, second, cos, sin):
 
 @triton.jit
 def capped(s, softcap):
-    """softcap * tanh(s / softcap), to the rounding of softcap."""
-    grown = tl.exp2(tl.abs(s) * (2.0 * LOG2E / softcap))
-    size = softcap * (1.0 - 2.0 / (grown + 1.0))
+    """softcap * tanh(s / softcap), to a few roundings of the result, however small s / softcap."""
+    x = s / softcap
+    y = x * x
+    near = 1.0 + y * (-1.0 / 3 + y * (2.0 / 15 + y * (-17.0 / 315 + y * (62.0 / 2835))))
+    far = 1.0 - 2.0 / (tl.exp2(tl.abs(x) * (2.0 * LOG2E)) + 1.0)
+    size = tl.where(tl.abs(x) < 0.25, tl.abs(s) * near, softcap * far)
     return tl.where(s < 0, -size, size)

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tokenselect.contract import Problem
+from tokenselect.errors import InvalidProblem
 
 # In Triton's interpreter (TRITON_INTERPRET=1 when triton was imported) kernels run on the CPU.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -57,9 +58,16 @@ def arch(device: torch.device) -> str:
         return "interpreter"
     if torch.version.hip is not None:
         return "gfx942"
-    major, _ = torch.cuda.get_device_capability(device)
-    # What is not named here (sm_86, sm_89, sm_120) has the shared memory of the smallest.
-    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        raise InvalidProblem(
+            f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}",
+            "the triton backend needs 8.0 or newer",
+            "pass backend='reference', or move the tensors to the CPU",
+        )
+    # All others have the shared memory of sm_86: sm_89 and sm_120 among them.
+    named = {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}
+    return named.get((major, minor), "sm_86")
 
 
 def padded(size: int) -> int:
@@ -72,6 +80,17 @@ def dot_dtype(dtype: torch.dtype) -> tl.dtype:
     if dtype == torch.bfloat16:
         return tl.float32 if INTERPRETED else tl.bfloat16
     return tl.float16 if dtype == torch.float16 else tl.float32
+
+
+def is_wide(*tensors: Tensor) -> bool:
+    """Whether offsets along a single dimension of one of them take more than 31 bits."""
+    spans = (n * stride for x in tensors for n, stride in zip(x.shape, x.stride(), strict=True))
+    return max(spans) >= 2**31
+
+
+def softcap(problem: Problem) -> float:
+    """What kernels divide by: a normal float32, or 1 where there is no softcap."""
+    return 1.0 if problem.softcap is None else max(problem.softcap, torch.finfo(torch.float32).tiny)
 
 
 def cache_arguments(problem: Problem, cache: Tensor) -> dict[str, Any]:

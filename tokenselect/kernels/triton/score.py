@@ -41,7 +41,7 @@ from tokenselect.kernels.triton.tables import LOW, Tables, tables
 _LAST = tl.constexpr(2**24 - 2)
 _NONE = tl.constexpr(2**24 - 1)
 _FARTHEST = tl.constexpr(150.0)
-_LOW = tl.constexpr(LOW)
+_LARGEST = tl.constexpr(3.4e38)
 
 
 def score(problem: Problem) -> Scores:
@@ -97,9 +97,9 @@ def _voters(
     is_whole = run == means
     start, stop = tl.where(is_whole, 0, start), tl.where(is_whole, Lq, stop)
 
-    column = tl.arange(0, HALF)
+    column = tl.arange(0, HALF).to(tl.int64)
     first_dim, second_dim = rotary_columns(column, half, INTERLEAVED)
-    rest_dim = 2 * half + tl.arange(0, REST)
+    rest_dim = 2 * half + tl.arange(0, REST).to(tl.int64)
     row_ptr = q_ptr + b.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
     first = tl.zeros([HALF], tl.float32)
     second = tl.zeros([HALF], tl.float32)
@@ -131,10 +131,11 @@ def _voters(
     first, second, rest = first / many, second / many, rest / many
     first, second = first * RAW_FACTOR, second * RAW_FACTOR
 
-    # Between 1 and 2 at the largest, so that the small parts of a float16 are not lost.
+    # Between 1 and 2 at the largest, so that a float16's small parts are not lost. Other dtypes
+    # have the range to keep them.
     largest = tl.maximum(tl.max(tl.abs(first), 0), tl.max(tl.abs(second), 0))
     largest = tl.maximum(largest, tl.max(tl.abs(rest), 0))
-    is_usual = (largest > 1e-30) & (largest < 1e30)
+    is_usual = (largest > 1e-30) & (largest < 1e30) & (out_ptr.dtype.element_ty == tl.float16)
     factor = tl.where(is_usual, tl.exp2(tl.floor(tl.log2(tl.where(is_usual, largest, 1.0)))), 1.0)
     tl.store(factor_ptr + pid, factor)
     first, second, rest = first / factor, second / factor, rest / factor
@@ -226,6 +227,7 @@ def _logits(
     CHUNKED: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
     LOW_ROWS: tl.constexpr,
 ):
     """Logits of one KV head's voters over a share of the tiles; the keys are read once.
@@ -252,18 +254,26 @@ def _logits(
 
     voter = block * VOTERS + tl.arange(0, VOTERS)
     is_voter = voter < n_voters
+    dims = tl.arange(0, BLOCK_D)
+    if WIDE:
+        dims = dims.to(tl.int64)
     # Rows of the results: (B, R, Hkv, n_voters), tiles or segments after them.
     plain_row = ((b * R + PLAIN) * Hkv + g).to(tl.int64) * n_voters + voter
     moved_row = ((b * R + MOVED) * Hkv + g).to(tl.int64) * n_voters + voter
-    q_row = q_ptr + b.to(tl.int64) * stride_qb + g.to(tl.int64) * stride_qg + voter * stride_qv
+    q_row = (
+        q_ptr
+        + b.to(tl.int64) * stride_qb
+        + g.to(tl.int64) * stride_qg
+        + voter.to(tl.int64) * stride_qv
+    )
     query_row = (b * Hkv + g).to(tl.int64) * n_voters + voter
     moved_q_row = moved_q_ptr + query_row * D
     head_ptr = k_ptr + g.to(tl.int64) * stride_head
-    plain_factor = tl.full([VOTERS], 1.0, tl.float32) * scale
+    plain_factor = tl.full([VOTERS], 1.0, tl.float32)
     if HAS_FACTOR:
-        plain_factor = tl.load(factor_ptr + query_row, mask=is_voter, other=0.0) * scale
+        plain_factor = tl.load(factor_ptr + query_row, mask=is_voter, other=0.0)
     if MOVED >= 0:
-        moved_factor = tl.load(moved_factor_ptr + query_row, mask=is_voter, other=0.0) * scale
+        moved_factor = tl.load(moved_factor_ptr + query_row, mask=is_voter, other=0.0)
 
     plain_max = tl.full([VOTERS], float("-inf"), tl.float32)
     plain_sum = tl.zeros([VOTERS], tl.float32)
@@ -295,14 +305,14 @@ def _logits(
         if MOVED < 0:
             if CHUNKED:
                 for first_d in range(0, D, BLOCK_D):
-                    d = first_d + tl.arange(0, BLOCK_D)
+                    d = first_d + dims
                     s = _product(
                         s, head_ptr + offset, is_token, q_row, is_voter, d,
                         D, stride_d, stride_qd, stride_qpart, PARTS, DOT, PRECISION,
                     )  # fmt: skip
             else:
                 s = _product(
-                    s, head_ptr + offset, is_token, q_row, is_voter, tl.arange(0, BLOCK_D),
+                    s, head_ptr + offset, is_token, q_row, is_voter, dims,
                     D, stride_d, stride_qd, stride_qpart, PARTS, DOT, PRECISION,
                 )  # fmt: skip
         else:
@@ -311,7 +321,7 @@ def _logits(
             low = tile * TILE % LOW_ROWS + tl.arange(0, TILE)
             high = tl.full([1], tile * TILE // LOW_ROWS, tl.int32)
             for first_column in range(0, half, BLOCK_D):
-                column = first_column + tl.arange(0, BLOCK_D)
+                column = first_column + dims
                 first_dim, second_dim = rotary_columns(column, half, INTERLEAVED)
                 is_key = is_token[:, None] & (column < half)[None, :]
                 first = tl.load(key_row + first_dim[None, :] * stride_d, mask=is_key, other=0.0)
@@ -331,7 +341,7 @@ def _logits(
                 t = tl.dot(first, x, t, input_precision=PRECISION)
                 t = tl.dot(second, y, t, input_precision=PRECISION)
             for first_d in range(2 * half, D, BLOCK_D):
-                d = first_d + tl.arange(0, BLOCK_D)
+                d = first_d + dims
                 t = _product(
                     t, head_ptr + offset, is_token, moved_q_row, is_voter, d,
                     D, stride_d, 1, 0, 1, tl.float32, PRECISION,
@@ -341,7 +351,7 @@ def _logits(
                         s, head_ptr + offset, is_token, q_row, is_voter, d,
                         D, stride_d, stride_qd, 0, 1, tl.float32, PRECISION,
                     )  # fmt: skip
-            t = _in_powers_of_two(t * moved_factor[None, :], is_token, softcap, SOFTCAP)
+            t = _in_powers_of_two(t * moved_factor[None, :] * scale, is_token, softcap, SOFTCAP)
             at_tile = moved_row * n_tiles + tile
             at_segment = moved_row * n_segments + segment
             _keep(t, is_candidate, at_tile, is_voter, code_ptr, fine_ptr, top_ptr, step_ptr, TILE)
@@ -362,7 +372,7 @@ def _logits(
                     max_ptr + at_segment, sum_ptr + at_segment, is_voter,
                 )  # fmt: skip
         if PLAIN >= 0:
-            s = _in_powers_of_two(s * plain_factor[None, :], is_token, softcap, SOFTCAP)
+            s = _in_powers_of_two(s * plain_factor[None, :] * scale, is_token, softcap, SOFTCAP)
             at_tile = plain_row * n_tiles + tile
             at_segment = plain_row * n_segments + segment
             _keep(s, is_candidate, at_tile, is_voter, code_ptr, fine_ptr, top_ptr, step_ptr, TILE)
@@ -422,7 +432,8 @@ def _in_powers_of_two(s, is_token, softcap, SOFTCAP: tl.constexpr):
     is_finite = is_token[:, None] & (tl.abs(s) < float("inf"))
     if SOFTCAP:
         s = capped(s, softcap)
-    return tl.where(is_finite, s * LOG2E, float("-inf"))
+    s = tl.minimum(tl.maximum(s * LOG2E, -_LARGEST), _LARGEST)
+    return tl.where(is_finite, s, float("-inf"))
 
 
 @triton.jit
@@ -539,6 +550,7 @@ def _vote(
     n_voters,
     n_voting,
     n_tiles,
+    n_blocks,
     R: tl.constexpr,
     S: tl.constexpr,
     TILE: tl.constexpr,
@@ -546,7 +558,8 @@ def _vote(
     BLOCK: tl.constexpr,
 ):
     """Votes of a block of candidates: the softmax weights of all voters, KV head by KV head."""
-    block, row = tl.program_id(0), tl.program_id(1)
+    pid = tl.program_id(0)
+    block, row = pid % n_blocks, pid // n_blocks
     s, r, b = row % S, row // S % R, row // S // R
     n = length(seqlens_ptr, b, Lk)
     sink_end, local_start = regions(n, Lq, n_sink, n_local)
@@ -587,10 +600,12 @@ def _pool(
     n_local,
     reach,
     rows_per_request,
+    n_blocks,
     BLOCK: tl.constexpr,
 ):
     """The maximum over the candidates at most `reach` away."""
-    block, row = tl.program_id(0), tl.program_id(1)
+    pid = tl.program_id(0)
+    block, row = pid % n_blocks, pid // n_blocks
     n = length(seqlens_ptr, row // rows_per_request, Lk)
     sink_end, local_start = regions(n, Lq, n_sink, n_local)
     position = block * BLOCK + tl.arange(0, BLOCK)
@@ -707,6 +722,7 @@ def launches(problem: Problem, arch: str) -> tuple[Scores, list[Launch]]:
     block_d = config.pairs if moved >= 0 else 32 if in_float32 else padded(D)
     warps = config.float32_warps if in_float32 else config.warps
     stages = config.stages if parts == 1 else config.mean_stages
+    stages = stages if block <= 16 else 1
     if in_float32:
         stages = 1 if moved >= 0 else min(stages, 2)
     todo.append(
@@ -729,7 +745,7 @@ def launches(problem: Problem, arch: str) -> tuple[Scores, list[Launch]]:
                 max_ptr=largest,
                 sum_ptr=sums,
                 scale=p.select_scale,
-                softcap=1.0 if p.softcap is None else p.softcap,
+                softcap=launch.softcap(p),
                 B=B,
                 Hkv=Hkv,
                 Lq=p.Lq,
@@ -765,6 +781,7 @@ def launches(problem: Problem, arch: str) -> tuple[Scores, list[Launch]]:
                 CHUNKED=block_d < D,
                 DOT=launch.dot_dtype(p.q.dtype),
                 PRECISION=config.float32,
+                WIDE=launch.is_wide(p.q, p.k_cache),
                 LOW_ROWS=LOW,
             ),
             warps,
@@ -796,8 +813,9 @@ def launches(problem: Problem, arch: str) -> tuple[Scores, list[Launch]]:
     )
     pool = min(p.config.pool, 2 * Lk - 1)
     unpooled = votes if pool == 1 else empty(B, R, S, Lk)
-    grid = (math.ceil(Lk / config.vote_block), B * R * S)
-    lengths: dict[str, Any] = dict(seqlens_ptr=p.cache_seqlens, Lq=p.Lq, Lk=Lk)
+    n_blocks = math.ceil(Lk / config.vote_block)
+    grid = (n_blocks * B * R * S,)
+    lengths: dict[str, Any] = dict(seqlens_ptr=p.cache_seqlens, Lq=p.Lq, Lk=Lk, n_blocks=n_blocks)
     lengths |= dict(n_sink=n_sink, n_local=n_local)
     todo.append(
         Launch(

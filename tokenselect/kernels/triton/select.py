@@ -98,13 +98,15 @@ def _count(
     n_sink,
     n_local,
     share,
+    n_blocks,
     stride_b,
     stride_s,
     stride_j,
     TAKEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    block, row = tl.program_id(0), tl.program_id(1)
+    pid = tl.program_id(0)
+    block, row = pid % n_blocks, pid // n_blocks
     sink_end, local_start, _ = _row(row, seqlens_ptr, S, Lq, Lk, n_sink, n_local, share)
     if block * BLOCK >= local_start:
         return
@@ -137,7 +139,8 @@ def _shortlist(
     TAKEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    block, row = tl.program_id(0), tl.program_id(1)
+    pid = tl.program_id(0)
+    block, row = pid % n_blocks, pid // n_blocks
     sink_end, local_start, need = _row(row, seqlens_ptr, S, Lq, Lk, n_sink, n_local, share)
     if block * BLOCK >= local_start:
         return
@@ -182,7 +185,8 @@ def _narrow(
     n_blocks,
     BLOCK: tl.constexpr,
 ):
-    block, row = tl.program_id(0), tl.program_id(1)
+    pid = tl.program_id(0)
+    block, row = pid % n_blocks, pid // n_blocks
     _, local_start, need = _row(row, seqlens_ptr, S, Lq, Lk, n_sink, n_local, share)
     if block * BLOCK >= local_start:
         return
@@ -220,7 +224,8 @@ def _tally(
     n_blocks,
     BLOCK: tl.constexpr,
 ):
-    block, row = tl.program_id(0), tl.program_id(1)
+    pid = tl.program_id(0)
+    block, row = pid % n_blocks, pid // n_blocks
     _, local_start, need = _row(row, seqlens_ptr, S, Lq, Lk, n_sink, n_local, share)
     if block * BLOCK >= local_start:
         return
@@ -258,7 +263,8 @@ def _collect(
 
     Or, before a further ballot, MARK the winners as taken.
     """
-    block, row = tl.program_id(0), tl.program_id(1)
+    pid = tl.program_id(0)
+    block, row = pid % n_blocks, pid // n_blocks
     sink_end, local_start, need = _row(row, seqlens_ptr, S, Lq, Lk, n_sink, n_local, share)
     won = need
     if block * BLOCK < local_start:
@@ -316,7 +322,7 @@ def launches(votes: Tensor, problem: Problem, arch: str) -> tuple[Selection, lis
     if p.R > 1:
         taken = launch.empty((n_rows, p.Lk), torch.int8, votes.device)
         todo.append(_cleared(taken))
-    grid = (n_blocks, n_rows)
+    grid = (n_blocks * n_rows,)
     share = 0
     for ballot, (_, more) in enumerate(p.config.ballots):
         share = min(share + more, p.Lk)
@@ -329,6 +335,7 @@ def launches(votes: Tensor, problem: Problem, arch: str) -> tuple[Selection, lis
             "n_sink": min(p.config.n_sink, p.Lk),
             "n_local": min(p.config.n_local, p.Lk),
             "share": share,
+            "n_blocks": n_blocks,
         }
         voted: dict[str, Any] = {
             "votes_ptr": votes[:, ballot],
@@ -338,7 +345,7 @@ def launches(votes: Tensor, problem: Problem, arch: str) -> tuple[Selection, lis
             "stride_j": votes.stride(3),
         }
         counted: dict[str, Any] = {"histogram_ptr": histograms[ballot]}
-        listed: dict[str, Any] = {"keys_ptr": keys, "sizes_ptr": sizes, "n_blocks": n_blocks}
+        listed: dict[str, Any] = {"keys_ptr": keys, "sizes_ptr": sizes}
         tallied: dict[str, Any] = {"above_ptr": above, "tied_ptr": tied}
         results: dict[str, Any] = {
             "positions_ptr": places,
