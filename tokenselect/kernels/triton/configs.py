@@ -52,7 +52,7 @@ TABLE = {
     # 99 KiB of shared memory a block.
     "sm_86": Config(multiprocessors=84, voters=32, stages=2, mean_stages=1, gather_pairs=32),
     "sm_90": Config(multiprocessors=132),
-    "sm_100": Config(multiprocessors=148, stages=2, mean_stages=1, pairs=32, queries=8),
+    "sm_100": Config(multiprocessors=148, voters=32, stages=2, mean_stages=1, pairs=32, queries=8),
     # Each load under its own mask takes two scalar registers: few places a thread, no pipelining.
     "gfx942": Config(
         multiprocessors=304,
