@@ -13,6 +13,8 @@ def hasten() -> None:
 
     And check integers for overflow where it is asked for: see `overflow_checked`.
     """
+    # Triton imports this when it first meets certain arguments, and must not find itself patched.
+    import triton.experimental.gluon  # noqa: F401
     from triton.runtime import interpreter
 
     patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__

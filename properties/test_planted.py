@@ -60,7 +60,7 @@ def test_planted_mistake_is_caught(base: str, mistake: str) -> None:
     backend = planted(mistake, right)
     if backend.name not in backends():
         register(backend.name, backend)
-    SHARES[backend.name] = 0.4 if base in SHARES else 1
+    SHARES[backend.name] = 0.2 if base in SHARES else 1
     assert catcher(backend, PLANTED[mistake][0]), f"no law notices {backend.name}"
 
 

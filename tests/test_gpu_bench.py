@@ -38,8 +38,12 @@ LIMITS = Limits(lambda: 60.0, 0.05, (2, 3))
 
 @pytest.fixture(autouse=True)
 def _leave_all_as_it_was() -> Iterator[None]:
-    targets = dict(registry._targets)
+    targets, interpret = dict(registry._targets), os.environ.get("TRITON_INTERPRET")
+    registry._loaded.pop("wrong", None)  # of another file's
     yield
+    # A real run asks for no interpreter; the tests after this one do.
+    if interpret is not None:
+        os.environ["TRITON_INTERPRET"] = interpret
     for name in set(registry._targets) - set(targets):
         registry._loaded.pop(name, None)
     registry._targets.clear()
@@ -782,6 +786,8 @@ def test_only_what_the_sanitizer_found_is_a_failure() -> None:
     assert verdict(0, "tiny: done\n========= ERROR SUMMARY: 0 errors") == "passed"
     invalid = "========= Invalid __global__ read of size 4 bytes\n========= ERROR SUMMARY: 2 errors"
     assert verdict(1, invalid) == "failed"
+    assert verdict(1, "not finite\n========= ERROR SUMMARY: 0 errors") == "failed"
+    assert verdict(1, "CUDA error: an illegal memory access was encountered") == "failed"
     assert verdict(1, "Device not supported") == "skipped"
     assert verdict(None, "") == "skipped"
 

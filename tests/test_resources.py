@@ -122,7 +122,8 @@ def test_the_page_is_of_the_kernels_and_problems_there_are(
     page = PAGE.read_text("utf-8")
     found = {key: text for key, text in cells(page).items() if text}
     assert found.keys() == planned, "run: make resources ARGS=--docs"
-    assert not [key for key, text in found.items() if "spilled" in text or "not compile" in text]
+    wrong = re.compile(r"\d B spilled|not compile")
+    assert not [key for key, text in found.items() if wrong.search(text)]
     for name, case in PROBLEMS.items():
         assert f"| {name} | {case.describe()} |" in page
 
@@ -410,7 +411,8 @@ def test_spills_on_gfx942(stack: int, scalars: int, vectors: int, spilled: int) 
     usage = GCN_USAGE.format(stack=stack, scalars=scalars, vectors=vectors)
     got = resources.resources(kernel(amdgcn=usage))
     assert (got.spilled, got.scalars) == (spilled, scalars)
-    assert Row("k", "decode-128k", "gfx942", (got,)).wrong()
+    # Scalars kept in lanes of vector registers never go to memory: told, not wrong.
+    assert bool(Row("k", "decode-128k", "gfx942", (got,)).wrong()) == (spilled > 0)
 
 
 FITS = Resources(40, 0, 0, 163 * 1024, 512, 128, "mma bf16", 4, 3)
