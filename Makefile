@@ -80,12 +80,14 @@ TRITONS ?= 3.6.0 3.9.0
 NUMPY_FOR_3.6.0 := 'numpy<2.4'
 WARNING_FOR_3.6.0 := -W 'ignore:Conversion of an array with ndim:DeprecationWarning'
 
+TRITON_TESTS := $(addprefix properties/test_,laws.py reuse.py triton.py triton_bits.py)
+
 test-tritons: $(TRITONS:%=test-triton-%)
 
 test-triton-%: $(VENV)/triton-%
 	@echo "→ running the properties of the triton backend under triton $*"
 	@PYTHONPATH=$< $(PY) -c 'import triton; assert triton.__version__ == "$*", triton.__version__'
-	@PYTHONPATH=$< $(PY) -m pytest properties --backend=triton $(WARNING_FOR_$*) $(PROFILE_ARG) $(ARGS)
+	@PYTHONPATH=$< $(PY) -m pytest $(TRITON_TESTS) --backend=triton $(WARNING_FOR_$*) $(PROFILE_ARG) $(ARGS)
 
 # Laid over .venv, so that torch is not installed again.
 .PRECIOUS: $(VENV)/triton-%
