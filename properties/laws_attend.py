@@ -29,6 +29,8 @@ ATTENDED = (
         0.3,
         1,
     ),
+    # More rows of queries than a kernel takes at once.
+    Chosen(Case(lengths=(130, 90), Hkv=1, G=7, Lq=80, filler="inf"), 0.3, 0),
     *(Chosen(case, 0.3, 0) for case in NAMED),
     Chosen(Case(lengths=(40,), Lq=5, filler="nan", page_size=2), 0.5, 1),
     Chosen(

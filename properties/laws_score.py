@@ -21,6 +21,8 @@ from tokenselect.budgets import score_budget
     Case(lengths=(60,), softcap=1e5),
     Case(lengths=(60,), Lq=5, rope="rotated", D=16, config=SelectConfig(3, 1, 2, score_at="split")),
     Case(lengths=(60,), softcap=2.0, strides="sliced", page_size=53, filler="inf"),
+    # More voters, and more queries, than a kernel takes at once.
+    Case(lengths=(70, 41), Hkv=1, G=32, Lq=40, config=SelectConfig(5, 2, 3, n_query_means=3)),
     # Several tiles and segments of a kernel.
     Case(lengths=(150, 129), content="ascending", config=SelectConfig(5, 2, 3, pool=3)),
     Case(lengths=(150, 129), rope="rotated", config=SelectConfig(5, 2, 3, score_at="fixed")),

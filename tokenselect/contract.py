@@ -269,6 +269,73 @@ class Attended(NamedTuple):
     lse: Tensor
 
 
+@dataclass(eq=False)
+class Memory:
+    """What a SelectionCache holds of one layer, a row a request: tensors that stay where they are.
+
+    query      (B, Hq * D) float32, the mean query of the last fresh selection
+    positions  (B, S, at least K) int32, that selection
+    count      (B, S) int32, of that selection
+    seen       (B,) int32, n when it was made; 0: nothing is stored
+    hits       (B,) int64, how often the request reused its selection
+    misses     (B,) int64, how often it selected afresh
+    """
+
+    query: Tensor
+    positions: Tensor
+    count: Tensor
+    seen: Tensor
+    hits: Tensor
+    misses: Tensor
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.query, self.positions, self.count, self.seen, self.hits, self.misses
+
+
+class Decision(NamedTuple):
+    """Which requests of a call reuse their selection.
+
+    reused         (B,) bool
+    cache_seqlens  (B,) int32, 0 where a selection is reused, else n: to `score` and `select`, a
+                   request that reuses its selection is one that is not there
+    query          (B, Hq * D) float32, the mean of the call's queries as given
+    """
+
+    reused: Tensor
+    cache_seqlens: Tensor
+    query: Tensor
+
+
+class Reuse(NamedTuple):
+    """The Selection Cache's two steps, before `score` and after `select`.
+
+    decide(problem, memory, theta) -> Decision, and changes nothing
+    keep(problem, memory, decision, fresh): stores the fresh selections; in `fresh`, writes in place
+    those that are reused, and what was appended. problem has the true lengths
+    """
+
+    decide: Callable[[Problem, Memory, float | None], Decision]
+    keep: Callable[[Problem, Memory, Decision, Selection], None]
+
+
+class Planned(NamedTuple):
+    """The stages as a plan runs them, and as a CUDA graph can hold them.
+
+    They read no tensor on the host, have no shape that depends on a value, and take all memory from
+    `workspace.empty`. Lengths and block tables may hold anything without a read or write outside
+    of the tensors.
+
+    score(problem) -> Scores; votes off the candidates may be anything
+    select(votes, problem) -> Selection
+    attend(problem, selection, out) -> Attended; out (B, Hq, Lq, Dv) contiguous is written to and
+    returned, if it is not None
+    """
+
+    score: Callable[[Problem], Scores] | str
+    select: Callable[[Tensor, Problem], Selection] | str
+    attend: Callable[[Problem, Selection, Tensor | None], Attended] | str
+
+
 @dataclass(frozen=True)
 class Capability:
     """What a backend can run: for each property of a problem, the values that it takes.
@@ -294,7 +361,6 @@ class Capability:
     query_means: Container[int] | None = None
     positions: Container[str] | None = None
     score_ats: Container[str] | None = None
-    graph_safe: bool = False
     deterministic: bool = True
 
 
@@ -304,6 +370,9 @@ class Backend:
 
     A stage given as a string is borrowed from the backend of that name; the registry fills it in
     and keeps the lender, whose limits then count too.
+
+    planned  the stages as a plan runs them; None if they cannot be planned
+    reuse    the Selection Cache's steps; those of the reference run on any device
     """
 
     name: str
@@ -311,6 +380,8 @@ class Backend:
     score: Callable[[Problem], Scores] | str
     select: Callable[[Tensor, Problem], Selection] | str
     attend: Callable[[Problem, Selection], Attended] | str
+    planned: Planned | None = None
+    reuse: Reuse | str = "reference"
     lenders: tuple["Backend", ...] = ()
 
 

@@ -4,9 +4,10 @@ Eager PyTorch with plain loops over requests, heads and queries; no speed, no tr
 backend is held to it. It computes in float32, or in float64 if that is what it is given.
 """
 
-from tokenselect.contract import Backend, Capability
+from tokenselect.contract import Backend, Capability, Reuse
 from tokenselect.reference.attend import attend
+from tokenselect.reference.reuse import decide, keep
 from tokenselect.reference.score import score
 from tokenselect.reference.select import select
 
-BACKEND = Backend("reference", Capability(), score, select, attend)
+BACKEND = Backend("reference", Capability(), score, select, attend, reuse=Reuse(decide, keep))
