@@ -21,6 +21,7 @@ from tokenselect import (
     Selection,
     SelectionCache,
 )
+from tokenselect.contract import Decision, Reuse
 
 # By name: the stage that is bent, and the function of the right backend and the stage's arguments.
 PLANTED: dict[str, tuple[str, Callable]] = {}
@@ -442,77 +443,99 @@ def attend_gives_nan_to_a_query_that_sees_nothing(
 # --- Selection Caches: the stateful test must catch these ---
 
 
-class LosesWhatWasAppended(SelectionCache):
+class PlantedCache(SelectionCache):
+    """Wrong in a method, or, by a function of that name, in a step of the backend's `Reuse`."""
+
+    decide = staticmethod(lambda right, *given: right.decide(*given))
+    keep = staticmethod(lambda right, *given: right.keep(*given))
+
+    @classmethod
+    def reuse(cls, right: Reuse) -> Reuse:
+        return Reuse(functools.partial(cls.decide, right), functools.partial(cls.keep, right))
+
+
+class LosesWhatWasAppended(PlantedCache):
     """The released algorithm: the stored selection as it is."""
 
-    def _extended(self, state, problem):
-        merged = SelectionCache._extended(state, problem)
-        place = torch.arange(problem.K)
-        kept = place < state.count[:, :, None]
-        return Selection(torch.where(kept, merged.positions, -1), state.count.clone())
+    @staticmethod
+    def keep(right, p, memory, decision, fresh):
+        right.keep(p, memory, decision, fresh)
+        place = torch.arange(p.K)
+        lost = decision.reused[:, None, None] & (place >= memory.count[:, :, None])
+        fresh.positions.masked_fill_(lost, -1)
+        fresh.count.copy_(torch.where(decision.reused[:, None], memory.count, fresh.count))
 
 
-class ComparesWithThePreviousQuery(SelectionCache):
+class ComparesWithThePreviousQuery(PlantedCache):
     """Drifts: each step is like the last, and none is like the first."""
 
-    def update(self, problem, reused, fresh):
-        selection = super().update(problem, reused, fresh)
-        self._state.query.copy_(problem.q.float().mean(2).flatten(1))
-        return selection
+    @staticmethod
+    def keep(right, p, memory, decision, fresh):
+        right.keep(p, memory, decision, fresh)
+        memory.query.copy_(decision.query)
 
 
-class IgnoresMaxReuse(SelectionCache):
-    def lookup(self, problem):
-        asked, self.max_reuse = self.max_reuse, 10**6
-        reused = super().lookup(problem)
-        self.max_reuse = asked
-        return reused
+class IgnoresMaxReuse(PlantedCache):
+    @staticmethod
+    def decide(right, p, memory, theta):
+        return right.decide(replace(p, max_reuse=10**6), memory, theta)
 
 
-class ComparesTheWholeBatch(SelectionCache):
+class ComparesTheWholeBatch(PlantedCache):
     """State keyed on the first request."""
 
-    def lookup(self, problem):
-        return super().lookup(problem)[:1].expand(problem.B)
+    @staticmethod
+    def decide(right, p, memory, theta):
+        decision = right.decide(p, memory, theta)
+        reused = decision.reused[:1].expand(p.B)
+        return Decision(reused, p.cache_seqlens.masked_fill(reused, 0), decision.query)
 
 
-class SurvivesReset(SelectionCache):
+class SurvivesReset(PlantedCache):
     def reset(self, b=None):
         pass
 
 
-class IgnoresOverwrittenPositions(SelectionCache):
+class IgnoresOverwrittenPositions(PlantedCache):
     """A request that was cut back and grew again looks as if it had only grown."""
 
     def crop(self, lengths):
         pass
 
-    def lookup(self, problem):
-        if self._state is not None:
-            grown_from = (problem.cache_seqlens - problem.Lq).clamp(min=0)
-            self._state.seen.copy_(torch.minimum(self._state.seen, grown_from))
-        return super().lookup(problem)
+    @staticmethod
+    def decide(right, p, memory, theta):
+        grown_from = (p.cache_seqlens - p.Lq).clamp(min=0)
+        memory.seen.copy_(torch.minimum(memory.seen, grown_from))
+        return right.decide(p, memory, theta)
 
 
-class ReordersOnlyTheQueries(SelectionCache):
+class ReordersOnlyTheQueries(PlantedCache):
     def reorder(self, order):
-        if self._state is not None:
-            self._state.query.copy_(self._state.query[order])
+        if self._memory is not None:
+            self._memory.query.copy_(self._memory.query[order])
 
 
-class ReusesAtAnyCosine(SelectionCache):
-    def lookup(self, problem):
-        theta, self.theta = self.theta, -1.0
-        reused = super().lookup(problem)
-        self.theta = theta
-        return reused
+class ReusesAtAnyCosine(PlantedCache):
+    @staticmethod
+    def decide(right, p, memory, theta):
+        return right.decide(p, memory, -1.0)
 
 
-class CountsEveryMissTwice(SelectionCache):
-    def update(self, problem, reused, fresh):
-        selection = super().update(problem, reused, fresh)
-        self._state.misses.add_(~reused)
-        return selection
+class CountsEveryMissTwice(PlantedCache):
+    @staticmethod
+    def keep(right, p, memory, decision, fresh):
+        right.keep(p, memory, decision, fresh)
+        memory.misses.add_(~decision.reused)
+
+
+class StoresTheLengthBeforeTheCall(PlantedCache):
+    """So that the call's own tokens count as appended, and stand twice in the selection."""
+
+    @staticmethod
+    def keep(right, p, memory, decision, fresh):
+        right.keep(p, memory, decision, fresh)
+        before = (p.cache_seqlens - p.Lq).clamp(min=0)
+        memory.seen.copy_(torch.where(decision.reused, memory.seen, before))
 
 
 PLANTED_CACHES = [
@@ -525,4 +548,5 @@ PLANTED_CACHES = [
     ReordersOnlyTheQueries,
     ReusesAtAnyCosine,
     CountsEveryMissTwice,
+    StoresTheLengthBeforeTheCall,
 ]

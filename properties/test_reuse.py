@@ -14,7 +14,7 @@ from torch import Tensor
 from properties.devices import device_of, on
 from properties.law import RAN, SHARES
 from properties.laws_attention import run
-from properties.planted import PLANTED_CACHES
+from properties.planted import PLANTED_CACHES, PlantedCache
 from tokenselect import (
     Backend,
     Problem,
@@ -22,9 +22,10 @@ from tokenselect import (
     Selection,
     SelectionCache,
     reasons,
+    registry,
 )
 from tokenselect.budgets import attend_budget, choice_finding, score_budget
-from tokenselect.registry import load
+from tokenselect.registry import load, reuse_of
 
 CONFIG = SelectConfig(k=3, n_sink=1, n_local=2)
 THETA, MAX_REUSE = 0.9, 4
@@ -216,7 +217,7 @@ class Reuse(RuleBasedStateMachine):
         self.last = self.last[rows].clone()
         self.n, self.stored = [self.n[i] for i in order], [self.stored[i] for i in order]
         self.hits, self.misses = [self.hits[i] for i in order], [self.misses[i] for i in order]
-        if self.cache._state is None:
+        if self.cache._memory is None:
             self.hits, self.misses = [0] * len(order), [0] * len(order)
 
 
@@ -273,6 +274,19 @@ _SEARCH = settings(
 
 
 @pytest.mark.parametrize("wrong", PLANTED_CACHES, ids=lambda cache: cache.__name__)
-def test_planted_cache_is_caught(wrong: type[SelectionCache]) -> None:
+def test_planted_cache_is_caught(
+    wrong: type[PlantedCache], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = load("cpu")
+    bent = replace(right, reuse=wrong.reuse(reuse_of(right)))
+    monkeypatch.setitem(registry._loaded, "cpu", bent)
     with pytest.raises(AssertionError):
         run_state_machine_as_test(machine("cpu", wrong), settings=_SEARCH)
+
+
+def test_a_cache_with_no_mistake_planted_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the mistakes are planted in does not fail by itself."""
+    right = load("cpu")
+    bent = replace(right, reuse=PlantedCache.reuse(reuse_of(right)))
+    monkeypatch.setitem(registry._loaded, "cpu", bent)
+    run_state_machine_as_test(machine("cpu", PlantedCache), settings=steps(4, 30))

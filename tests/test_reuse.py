@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tests.problems import SMALL, lengths, problem, tensors
 from tokenselect import Info, SelectionCache, attention
+from tokenselect.registry import load, reuse_of
 
 LK = 64
 _, K_CACHE, V_CACHE = tensors(Lk=LK)
@@ -356,15 +357,15 @@ def test_state_stays_where_it_is() -> None:
     """Hits, misses, resets and reorders write in place: what a captured graph needs."""
     cache = SelectionCache()
     step(cache, query(1, 2), 30, 40)
-    assert cache._state is not None
-    places = [tensor.data_ptr() for tensor in cache._state.tensors()]
+    assert cache._memory is not None
+    places = [tensor.data_ptr() for tensor in cache._memory.tensors()]
     for n, seed in [(31, 1), (32, 3), (33, 3)]:
         step(cache, query(seed, 2), n, n + 10)
     cache.reset(0)
     cache.crop(torch.tensor([10, 60]))
     cache.reorder(torch.tensor([1, 0]))
     step(cache, query(1, 2), 34, 44)
-    assert [tensor.data_ptr() for tensor in cache._state.tensors()] == places
+    assert [tensor.data_ptr() for tensor in cache._memory.tensors()] == places
 
 
 def test_what_a_call_returned_is_not_changed_by_the_next() -> None:
@@ -376,13 +377,17 @@ def test_what_a_call_returned_is_not_changed_by_the_next() -> None:
         assert all(torch.equal(*pair) for pair in zip(info.selection, kept, strict=True))
 
 
-def test_lookup_changes_nothing() -> None:
+def test_deciding_changes_nothing() -> None:
     cache = SelectionCache()
     step(cache, query(1, 2), 30, 40)
     p = problem(query(1, 3), K_CACHE, V_CACHE, cache_seqlens=lengths(31, 41), max_reuse=64)
-    assert cache.lookup(p).tolist() == cache.lookup(p).tolist() == [True, False]
-    assert cache.misses.tolist() == [1, 1]
-    assert cache.hits.tolist() == [0, 0]
+    memory = cache.memory(p)
+    before = [tensor.clone() for tensor in memory.tensors()]
+    for _ in range(2):
+        decision = reuse_of(load("cpu")).decide(p, memory, cache.theta)
+        assert decision.reused.tolist() == [True, False]
+        assert decision.cache_seqlens.tolist() == [0, 41]
+    assert all(map(torch.equal, memory.tensors(), before))
 
 
 def test_equal_queries_are_reused_at_theta_one() -> None:

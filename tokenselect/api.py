@@ -128,19 +128,20 @@ def attention(
         max_reuse=_max_reuse(cache),
     )
     name, problem = _ready(problem, backend, validate)
-    fresh = problem
-    reused = torch.zeros_like(problem.cache_seqlens, dtype=torch.bool)
+    fresh, decision, memory = problem, None, None
     if cache is not None:
-        reused = cache.lookup(problem)
-        # To the stages, a request that reuses its selection is one that is not there.
-        fresh = replace(problem, cache_seqlens=problem.cache_seqlens.masked_fill(reused, 0))
+        memory = cache.memory(problem)
+        decision = ops.decide(name, problem, memory, cache.theta)
+        fresh = replace(problem, cache_seqlens=decision.cache_seqlens)
     scores = ops.score(name, fresh)
     selection = ops.select(name, scores.votes, fresh)
-    if cache is not None:
-        selection = cache.update(problem, reused, selection)
+    if memory is not None and decision is not None:
+        ops.keep(name, problem, memory, decision, selection)
     attended = ops.attend(name, problem, selection)
     if not return_info:
         return attended.out
+    reused = torch.zeros_like(problem.cache_seqlens, dtype=torch.bool)
+    reused = reused if decision is None else decision.reused
     mass = _retained_mass(problem, scores, attended, reused)
     return attended.out, Info(attended.lse, selection, mass, reused, name)
 

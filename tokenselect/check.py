@@ -370,7 +370,7 @@ def capability(backend: Backend) -> str:
         if value is not None and not isinstance(value, bool):
             limits.append(f"{field.name} {listed(value)}".replace("torch.", ""))
     limits += [f"borrows from {lender.name}" for lender in backend.lenders]
-    limits.append("graph safe" if backend.capability.graph_safe else "not graph safe")
+    limits.append("can be planned" if backend.planned else "cannot be planned")
     if not backend.capability.deterministic:
         limits.append("not deterministic")
     return "; ".join(limits)

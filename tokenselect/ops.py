@@ -14,13 +14,15 @@ from tokenselect.contract import (
     CONFIG_NAMES,
     Attended,
     Backend,
+    Decision,
+    Memory,
     Problem,
     Scores,
     SelectConfig,
     Selection,
     check_values,
 )
-from tokenselect.registry import load
+from tokenselect.registry import load, reuse_of
 from tokenselect.rope import Rope
 
 _SCHEMA = (
@@ -74,6 +76,20 @@ def select(backend: str, votes: Tensor, problem: Problem) -> Selection:
     return Selection(*torch.ops.tokenselect.select(votes, *_flat(problem), backend))
 
 
+def decide(backend: str, problem: Problem, memory: Memory, theta: float | None) -> Decision:
+    """Run the first step of the Selection Cache, of the backend of that name."""
+    flat = _flat(problem)
+    return Decision(*torch.ops.tokenselect.decide(*memory.tensors(), *flat, theta, backend))
+
+
+def keep(
+    backend: str, problem: Problem, memory: Memory, decision: Decision, fresh: Selection
+) -> None:
+    """Run the second step of the Selection Cache: in place, in memory and in fresh."""
+    flat = _flat(problem)
+    torch.ops.tokenselect.keep(*memory.tensors(), *fresh, *decision, *flat, backend)
+
+
 def attend(backend: str, problem: Problem, selection: Selection) -> Attended:
     """Run the attend stage of the backend of that name."""
     return Attended(*torch.ops.tokenselect.attend(*selection, *_flat(problem), backend))
@@ -108,6 +124,18 @@ def _attend(positions: Tensor, count: Tensor, *args: Any) -> Attended:
     return backend.attend(_problem(*flat), selection)  # type: ignore[operator]  # loaded
 
 
+def _decide(*args: Any) -> Decision:
+    *given, theta, name = args
+    memory, flat = Memory(*given[:6]), given[6:]
+    return reuse_of(load(name)).decide(_problem(*flat), memory, theta)
+
+
+def _keep(*args: Any) -> None:
+    *given, name = args
+    memory, fresh, decision = Memory(*given[:6]), Selection(*given[6:8]), Decision(*given[8:11])
+    reuse_of(load(name)).keep(_problem(*given[11:]), memory, decision, fresh)
+
+
 def _checked_seqlens(
     cache_seqlens: Tensor,
     block_table: Tensor | None,
@@ -136,6 +164,17 @@ def _fake_attend(positions: Tensor, count: Tensor, *args: Any) -> Attended:
     p = _problem(*args[:-1])
     out = p.q.new_empty((p.B, p.Hq, p.Lq, p.Dv))
     return Attended(out, p.q.new_empty((p.B, p.Hq, p.Lq), dtype=torch.float32))
+
+
+def _fake_decide(*args: Any) -> Decision:
+    p = _problem(*args[6:-2])
+    reused = p.q.new_empty((p.B,), dtype=torch.bool)
+    afresh = p.q.new_empty((p.B,), dtype=torch.int32)
+    return Decision(reused, afresh, p.q.new_empty((p.B, p.Hq * p.D), dtype=torch.float32))
+
+
+def _fake_keep(*_: Any) -> None:
+    return None
 
 
 def _fake_checked_seqlens(cache_seqlens: Tensor, *_: Any) -> Tensor:
@@ -170,6 +209,22 @@ _define(
     f"Tensor sel_positions, Tensor sel_count, {_SCHEMA}, str backend) -> (Tensor, Tensor)",
     _attend,
     _fake_attend,
+)
+_MEMORY = "query", "positions", "count", "seen", "hits", "misses"
+_define(
+    "decide",
+    f"{', '.join(f'Tensor memory_{name}' for name in _MEMORY)}, {_SCHEMA}, float? theta, "
+    "str backend) -> (Tensor, Tensor, Tensor)",
+    _decide,
+    _fake_decide,
+)
+_define(
+    "keep",
+    f"{', '.join(f'Tensor({name[0]}!) memory_{name}' for name in _MEMORY)}, "
+    "Tensor(x!) sel_positions, Tensor(y!) sel_count, Tensor reused, Tensor afresh, "
+    f"Tensor mean_query, {_SCHEMA}, str backend) -> ()",
+    _keep,
+    _fake_keep,
 )
 _define(
     "checked_seqlens",

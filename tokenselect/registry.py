@@ -5,7 +5,7 @@ import importlib
 from importlib.metadata import entry_points
 from typing import NamedTuple
 
-from tokenselect.contract import Backend, Problem, reasons
+from tokenselect.contract import Backend, Planned, Problem, Reuse, reasons
 from tokenselect.errors import InvalidProblem, UnknownBackend, UnsupportedProblem
 
 # What backend="auto" tries, in this order; everything else has to be asked for by name.
@@ -106,21 +106,55 @@ def _check_name(name: str, target: object) -> Backend:
 
 def resolved(backend: Backend, borrowers: tuple[str, ...] = ()) -> Backend:
     """`backend` with each stage that it names by a lender's name replaced by the lender's own."""
-    lenders = {}
-    stages = {}
-    for stage in ("score", "select", "attend"):
-        lender = getattr(backend, stage)
-        in_a_circle = lender in (backend.name, *borrowers)
-        if in_a_circle or not (callable(lender) or isinstance(lender, str)):
+    lenders: dict[str, Backend] = {}
+
+    def stages(of: object, where: str) -> dict[str, object]:
+        found = {}
+        for stage in Planned._fields:
+            lender = getattr(of, stage)
+            in_a_circle = lender in (backend.name, *borrowers)
+            if in_a_circle or not (callable(lender) or isinstance(lender, str)):
+                raise InvalidProblem(
+                    f"backend {backend.name!r} has {where}{stage}={lender!r}",
+                    "a stage is a function, or the name of another backend, which does not borrow "
+                    "back",
+                    "write the stage, or name the lender",
+                )
+            if isinstance(lender, str):
+                lenders[lender] = load(lender, (backend.name, *borrowers))
+                source = lenders[lender].planned if where else lenders[lender]
+                if source is None:
+                    raise InvalidProblem(
+                        f"backend {backend.name!r} has {where}{stage}={lender!r}",
+                        f"only stages that are planned can be lent to a plan; {lender} has none",
+                        "write the stage, or name another lender",
+                    )
+                lender = getattr(source, stage)
+            found[stage] = lender
+        return found
+
+    planned = backend.planned
+    if planned is not None:
+        planned = Planned(**stages(planned, "planned."))  # type: ignore[arg-type]
+    own = stages(backend, "")
+    return dataclasses.replace(  # type: ignore[arg-type]
+        backend, **own, planned=planned, lenders=tuple(lenders.values())
+    )
+
+
+def reuse_of(backend: Backend) -> Reuse:
+    """The Selection Cache's steps on `backend`: its own, or those of the lender that it names."""
+    names = [backend.name]
+    while isinstance(backend.reuse, str):
+        names.append(backend.reuse)
+        if backend.reuse in names[:-1]:
             raise InvalidProblem(
-                f"backend {backend.name!r} has {stage}={lender!r}",
-                "a stage is a function, or the name of another backend, which does not borrow back",
-                "write the stage, or name the lender",
+                f"backend {names[0]!r} borrows its reuse from {' from '.join(names[1:])}",
+                "reuse is a tokenselect.contract.Reuse, or the name of a backend that has one",
+                "leave reuse out for the reference's, which run on any device",
             )
-        if isinstance(lender, str):
-            lenders[lender] = load(lender, (backend.name, *borrowers))
-            stages[stage] = getattr(lenders[lender], stage)
-    return dataclasses.replace(backend, **stages, lenders=tuple(lenders.values()))
+        backend = load(backend.reuse)
+    return backend.reuse
 
 
 class Explanation(NamedTuple):
