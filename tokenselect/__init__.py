@@ -19,10 +19,13 @@ from tokenselect.contract import (
 )
 from tokenselect.errors import (
     InvalidProblem,
+    NotCapturable,
     TokenSelectError,
     UnknownBackend,
     UnsupportedProblem,
 )
+from tokenselect.graphs import capture, cuda_graph
+from tokenselect.plans import Plan, plan
 from tokenselect.registry import Explanation, backends, register
 from tokenselect.reuse import SelectionCache
 from tokenselect.rope import Rope
@@ -36,6 +39,8 @@ __all__ = [
     "Explanation",
     "Info",
     "InvalidProblem",
+    "NotCapturable",
+    "Plan",
     "Problem",
     "Rope",
     "Scores",
@@ -48,7 +53,10 @@ __all__ = [
     "attend",
     "attention",
     "backends",
+    "capture",
+    "cuda_graph",
     "explain",
+    "plan",
     "reasons",
     "register",
     "score",

@@ -142,7 +142,7 @@ def attention(
         return attended.out
     reused = torch.zeros_like(problem.cache_seqlens, dtype=torch.bool)
     reused = reused if decision is None else decision.reused
-    mass = _retained_mass(problem, scores, attended, reused)
+    mass = retained_mass(problem, scores, attended, reused)
     return attended.out, Info(attended.lse, selection, mass, reused, name)
 
 
@@ -229,6 +229,15 @@ def _ready(problem: Problem, backend: str, validate: bool | None) -> tuple[str, 
             "the stages take a tokenselect.Problem",
             "make one with Problem.build, or call attention",
         )
+    refuse_grad(problem)
+    name = registry.resolve(backend, problem)
+    if _reads_values(problem, validate):
+        problem = replace(problem, cache_seqlens=ops.checked_seqlens(problem))
+    return name, problem
+
+
+def refuse_grad(problem: Problem) -> None:
+    """Raises InvalidProblem for tensors that a backward pass would want to go through."""
     inputs = {name: getattr(problem, name) for name in ("q", "k_cache", "v_cache", "sink_logits")}
     inputs["rope.inv_freq"] = None if problem.rope is None else problem.rope.inv_freq
     for argument, tensor in inputs.items():
@@ -238,10 +247,6 @@ def _ready(problem: Problem, backend: str, validate: bool | None) -> tuple[str, 
                 "attention over a KV cache is for inference and has no backward pass",
                 "call it under torch.inference_mode() or torch.no_grad()",
             )
-    name = registry.resolve(backend, problem)
-    if _reads_values(problem, validate):
-        problem = replace(problem, cache_seqlens=ops.checked_seqlens(problem))
-    return name, problem
 
 
 def _reads_values(problem: Problem, validate: bool | None) -> bool:
@@ -296,7 +301,7 @@ def _check_selection(problem: Problem, selection: Selection, *, read: bool) -> N
         )
 
 
-def _retained_mass(problem: Problem, scores: Scores, attended: Attended, reused: Tensor) -> Tensor:
+def retained_mass(problem: Problem, scores: Scores, attended: Attended, reused: Tensor) -> Tensor:
     """exp(lse of the selection - lse of all), where both are of the same logits; else NaN."""
     c = problem.config
     dense, selected = scores.lse, attended.lse[:, :, -1]

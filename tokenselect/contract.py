@@ -373,6 +373,8 @@ class Backend:
 
     planned  the stages as a plan runs them; None if they cannot be planned
     reuse    the Selection Cache's steps; those of the reference run on any device
+    replays  makes, for one plan, what runs its steps without running their Python each time (see
+             `tokenselect.graphs.Graphs`); None: steps run as they are
     """
 
     name: str
@@ -382,6 +384,7 @@ class Backend:
     attend: Callable[[Problem, Selection], Attended] | str
     planned: Planned | None = None
     reuse: Reuse | str = "reference"
+    replays: Callable[[], Any] | None = None
     lenders: tuple["Backend", ...] = ()
 
 

@@ -32,6 +32,18 @@ class UnsupportedProblem(TokenSelectError):
         return "\n".join([f"no backend asked can run {problem}", *lines, f"  do: {fix}"])
 
 
+class NotCapturable(TokenSelectError):
+    """A step cannot be captured in a CUDA graph: an operation in it waits for the device."""
+
+    def __init__(self, operation: str, rule: str, fix: str) -> None:
+        super().__init__(operation, rule, fix)
+        self.operation = operation
+
+    def __str__(self) -> str:
+        operation, rule, fix = self.args
+        return f"{operation} cannot be captured in a CUDA graph\n  rule: {rule}\n  do:   {fix}"
+
+
 class UnknownBackend(TokenSelectError):
     """No backend of that name is registered."""
 

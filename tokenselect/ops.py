@@ -194,31 +194,32 @@ def _without_autocast(run: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def _define(name: str, schema: str, run: Any, fake: Any) -> None:
+def define(name: str, schema: str, run: Any, fake: Any) -> None:
+    """Add an operator to the namespace `tokenselect`. schema lacks its opening bracket."""
     _library.define(f"{name}({schema}", tags=torch.Tag.pt2_compliant_tag)
     _library.impl(name, _without_autocast(run), "CompositeExplicitAutograd")
     torch.library.register_fake(f"tokenselect::{name}", fake, lib=_library)
 
 
-_define("score", f"{_SCHEMA}, str backend) -> (Tensor, Tensor)", _score, _fake_score)
-_define(
+define("score", f"{_SCHEMA}, str backend) -> (Tensor, Tensor)", _score, _fake_score)
+define(
     "select", f"Tensor votes, {_SCHEMA}, str backend) -> (Tensor, Tensor)", _select, _fake_select
 )
-_define(
+define(
     "attend",
     f"Tensor sel_positions, Tensor sel_count, {_SCHEMA}, str backend) -> (Tensor, Tensor)",
     _attend,
     _fake_attend,
 )
 _MEMORY = "query", "positions", "count", "seen", "hits", "misses"
-_define(
+define(
     "decide",
     f"{', '.join(f'Tensor memory_{name}' for name in _MEMORY)}, {_SCHEMA}, float? theta, "
     "str backend) -> (Tensor, Tensor, Tensor)",
     _decide,
     _fake_decide,
 )
-_define(
+define(
     "keep",
     f"{', '.join(f'Tensor({name[0]}!) memory_{name}' for name in _MEMORY)}, "
     "Tensor(x!) sel_positions, Tensor(y!) sel_count, Tensor reused, Tensor afresh, "
@@ -226,7 +227,7 @@ _define(
     _keep,
     _fake_keep,
 )
-_define(
+define(
     "checked_seqlens",
     "Tensor cache_seqlens, Tensor? block_table, SymInt Lq, SymInt Lk, SymInt page_size, "
     "SymInt n_pages) -> Tensor",

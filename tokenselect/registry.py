@@ -3,7 +3,7 @@
 import dataclasses
 import importlib
 from importlib.metadata import entry_points
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tokenselect.contract import Backend, Planned, Problem, Reuse, reasons
 from tokenselect.errors import InvalidProblem, UnknownBackend, UnsupportedProblem
@@ -17,9 +17,10 @@ _targets: dict[str, str | Backend] = {
     "reference": "tokenselect.reference:BACKEND",
     "cpu": "tokenselect.kernels.cpu:BACKEND",
     "triton": "tokenselect.kernels.triton:BACKEND",
+    "cuda_graph": "tokenselect.graphs:BACKEND",
 }
 # Packages without which one of them is not there, instead of broken.
-_PACKAGES = {"triton": "triton"}
+_PACKAGES = {"triton": "triton", "cuda_graph": "triton"}
 _loaded: dict[str, Backend] = {}
 _scanned = False
 
@@ -108,7 +109,7 @@ def resolved(backend: Backend, borrowers: tuple[str, ...] = ()) -> Backend:
     """`backend` with each stage that it names by a lender's name replaced by the lender's own."""
     lenders: dict[str, Backend] = {}
 
-    def stages(of: object, where: str) -> dict[str, object]:
+    def stages(of: object, where: str) -> dict[str, Any]:
         found = {}
         for stage in Planned._fields:
             lender = getattr(of, stage)
@@ -135,11 +136,10 @@ def resolved(backend: Backend, borrowers: tuple[str, ...] = ()) -> Backend:
 
     planned = backend.planned
     if planned is not None:
-        planned = Planned(**stages(planned, "planned."))  # type: ignore[arg-type]
+        planned = Planned(**stages(planned, "planned."))
     own = stages(backend, "")
-    return dataclasses.replace(  # type: ignore[arg-type]
-        backend, **own, planned=planned, lenders=tuple(lenders.values())
-    )
+    lending = tuple(dict.fromkeys((*backend.lenders, *lenders.values())))
+    return dataclasses.replace(backend, **own, planned=planned, lenders=lending)
 
 
 def reuse_of(backend: Backend) -> Reuse:
@@ -178,26 +178,32 @@ def explain(name: str, problem: Problem) -> Explanation:
     return Explanation(*_choose(name, problem), problem.describe())
 
 
-def resolve(name: str, problem: Problem) -> str:
-    """The backend that runs `problem`. A backend asked for by name is that one or an error.
+def resolve(name: str, problem: Problem, *, planned: bool = False) -> str:
+    """The backend that runs `problem`, or plans it. One asked for by name is that one or an error.
 
     Raises UnknownBackend, or UnsupportedProblem with the reasons of every backend tried.
     """
-    chosen, passed_over = _choose(name, problem)
+    chosen, passed_over = _choose(name, problem, planned)
     if chosen is None:
+        everything = "pass backend='reference', which runs everything, slowly"
+        if planned:
+            everything = "call attention, which does without a plan"
         raise UnsupportedProblem(
-            problem.describe(),
-            passed_over,
-            "change the problem, or pass backend='reference', which runs everything, slowly",
+            problem.describe(), passed_over, f"change the problem, or {everything}"
         )
     return chosen
 
 
-def _choose(name: str, problem: Problem) -> tuple[str | None, dict[str, list[str]]]:
+def _choose(
+    name: str, problem: Problem, planned: bool = False
+) -> tuple[str | None, dict[str, list[str]]]:
     passed_over: dict[str, list[str]] = {}
     for candidate in AUTO if name == "auto" else (name,):
         try:
-            whys = reasons(load(candidate), problem)
+            backend = load(candidate)
+            whys = reasons(backend, problem)
+            if planned and backend.planned is None:
+                whys.append(f"{candidate} has no stages that a plan can run")
         except ModuleNotFoundError as error:
             if error.name is None or error.name != _PACKAGES.get(candidate):
                 raise

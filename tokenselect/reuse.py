@@ -5,13 +5,15 @@ lost between the window and the selection. All state is tensors on the problem's
 where they are; who decides what is reused, and on what grounds: see `tokenselect.reference.reuse`.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tokenselect.contract import CONFIG_NAMES, Memory, Problem
-from tokenselect.errors import InvalidProblem
+from tokenselect.errors import InvalidProblem, NotCapturable
 
 
 class SelectionCache:
@@ -79,6 +81,7 @@ class SelectionCache:
             "device": problem.q.device,
         } | {name: getattr(problem.config, name) for name in CONFIG_NAMES}
         if self._geometry is None or self._memory is None:
+            _refuse_in_a_capture(problem)
             self._geometry, self._memory = geometry, _nothing_stored(problem)
         for name, value in geometry.items():
             if self._geometry[name] != value:
@@ -90,10 +93,13 @@ class SelectionCache:
                 )
         missing = problem.K - self._memory.positions.shape[2]
         if missing > 0:
+            _refuse_in_a_capture(problem)
             with torch.inference_mode(False):
                 wider = self._memory.positions.new_full((problem.B, problem.S, problem.K), -1)
             wider[:, :, :-missing] = self._memory.positions
             self._memory.positions = _kept_in_place(wider)
+        if _tried is not None:
+            _tried.setdefault(id(self._memory), (self._memory, _copies(self._memory)))
         return self._memory
 
     def reset(self, b: int | Tensor | None = None) -> None:
@@ -142,6 +148,39 @@ class SelectionCache:
                 "call attention(..., cache=cache) first",
             )
         return self._memory
+
+
+# Inside `undone`: the memories in use, and what they held before.
+_tried: dict[int, tuple[Memory, list[Tensor]]] | None = None
+
+
+@contextmanager
+def undone() -> Iterator[None]:
+    """What Selection Caches learn inside is forgotten at the end: for a step that is only tried."""
+    global _tried
+    before, _tried = _tried, {}
+    try:
+        yield
+    finally:
+        for memory, copies in _tried.values():
+            for tensor, copy in zip(memory.tensors(), copies, strict=True):
+                # A memory that got more places meanwhile keeps them.
+                tensor[..., : copy.shape[-1]].copy_(copy)
+        _tried = before
+
+
+def _copies(memory: Memory) -> list[Tensor]:
+    return [tensor.clone() for tensor in memory.tensors()]
+
+
+def _refuse_in_a_capture(problem: Problem) -> None:
+    """State made while a graph is captured would be made anew, empty, by each replay."""
+    if problem.q.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise NotCapturable(
+            "the first use of a SelectionCache, or one with a larger K,",
+            "its state is made before the capture, so that replays find what they kept",
+            "run the step once before, or let tokenselect.capture do so",
+        )
 
 
 def _nothing_stored(problem: Problem) -> Memory:

@@ -54,7 +54,12 @@ class Workspace:
             _current.at = before
 
     def take(
-        self, section: str, index: int, shape: tuple[int, ...], dtype: torch.dtype, device: object
+        self,
+        section: str,
+        index: int,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> Tensor:
         view = self._views.get((section, index, shape, dtype))
         if view is None:
@@ -63,7 +68,12 @@ class Workspace:
         return view
 
     def _view(
-        self, section: str, index: int, shape: tuple[int, ...], dtype: torch.dtype, device: object
+        self,
+        section: str,
+        index: int,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> Tensor:
         size = torch.Size(shape).numel() * dtype.itemsize
         block = self._blocks.get((section, index))
@@ -76,11 +86,43 @@ class Workspace:
                 )
             # Memory made in inference mode could not be written to outside of it.
             with torch.inference_mode(False):
-                block = torch.empty(size, dtype=torch.uint8, device=device)  # type: ignore[call-overload]
+                block = torch.empty(size, dtype=torch.uint8, device=device)
             self._blocks[section, index] = block
-            self._views = {at: view for at, view in self._views.items() if at[:2] != (section, index)}
+            self._views = {
+                at: view for at, view in self._views.items() if at[:2] != (section, index)
+            }
         with torch.inference_mode(False):
             return block[:size].view(dtype).view(shape)
+
+
+class InOrder:
+    """Steps that share memory take turns: one at a time, on whatever threads and streams.
+
+    A step on another stream than the last one waits for it on the device; the host never waits.
+    Inside a capture the graph's own order holds.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._lock = threading.RLock()
+        self._device = device
+        self._last: tuple[torch.cuda.Stream, torch.cuda.Event] | None = None
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        with self._lock:
+            if self._device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+                yield
+                return
+            stream = torch.cuda.current_stream(self._device)
+            if self._last is None:
+                self._last = stream, torch.cuda.Event()
+            elif self._last[0] != stream:
+                stream.wait_event(self._last[1])
+            try:
+                yield
+            finally:
+                self._last = stream, self._last[1]
+                self._last[1].record(stream)
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -1,0 +1,432 @@
+"""CUDA graphs: a step is captured once for its shapes, then replayed with new inputs.
+
+A replay launches every kernel of the step at once, and runs none of its Python. So whatever differs
+from call to call must be in the inputs, which are copied to where the graph reads them, or in the
+key: a new key is a new capture. Before a capture the step is tried under `GraphSafe`, which names
+the operation that would wait for the device, on machines without a GPU too.
+"""
+
+import functools
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tokenselect import registry
+from tokenselect.contract import Backend, Problem, Selection
+from tokenselect.errors import InvalidProblem, NotCapturable
+from tokenselect.reuse import undone
+from tokenselect.workspace import InOrder
+
+# Functions and methods of torch that read a tensor on the host.
+_HOST_READS = frozenset(
+    f"{kind}{name}"
+    for kind, names in {
+        "Tensor.": (
+            "item tolist numpy __bool__ __int__ __float__ __index__ __complex__ __contains__ "
+            "__array__ is_nonzero equal allclose"
+        ),
+        "": "equal allclose is_nonzero",
+    }.items()
+    for name in names.split()
+)
+
+
+@contextmanager
+def graph_safe(note: Callable[[str], None] = lambda name: None) -> Iterator[None]:
+    """Raises NotCapturable at the first operation inside that a CUDA graph cannot hold.
+
+    Those are operators whose result, or its shape, the host has to read. note gets every
+    operator's name.
+    """
+    with _HostReads(), _Operators(note):
+        yield
+
+
+class _HostReads(TorchFunctionMode):
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        name = getattr(function, "__name__", "")
+        is_method = hasattr(Tensor, name) and getattr(Tensor, name) is function
+        called = f"Tensor.{name}" if is_method else name
+        if called in _HOST_READS or name in ("__bool__", "__index__", "__int__", "__float__"):
+            raise _not_capturable(f"{called}()", "reads a tensor on the host")
+        return function(*args, **(kwargs or {}))
+
+
+class _Operators(TorchDispatchMode):
+    def __init__(self, note: Callable[[str], None]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._note = note
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        self._note(str(function))
+        reads_value = torch.Tag.data_dependent_output in function.tags
+        sizes_by_value = torch.Tag.dynamic_output_shape in function.tags
+        if function.overloadpacket is torch.ops.aten.index:  # by integers it has a fixed shape
+            kinds = {index.dtype for index in args[1] if index is not None}
+            sizes_by_value = bool(kinds & {torch.bool, torch.uint8})
+        if reads_value or sizes_by_value:
+            does = "has a shape that depends on values" if sizes_by_value else "reads a tensor"
+            raise _not_capturable(str(function), f"{does} on the host")
+        result = function(*args, **kwargs)
+        if _devices(args, kwargs) == {"cuda"} and "cpu" in _devices((result,), {}):
+            raise _not_capturable(str(function), "copies from the device to the host")
+        return result
+
+
+def _devices(args: Any, kwargs: Any) -> set[str]:
+    leaves = torch.utils._pytree.tree_leaves((args, kwargs))
+    return {leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)}
+
+
+def _not_capturable(operation: str, why: str) -> NotCapturable:
+    return NotCapturable(
+        f"{operation}, which {why},",
+        "what a graph holds has fixed shapes, and nothing in it waits for the device",
+        "compute it on the device, or outside of the captured step",
+    )
+
+
+class Interface(Protocol):
+    """What `Graphs` needs of CUDA. Tests put a recording of operators in its place."""
+
+    def pool(self) -> Any: ...
+    def rehearse(self, step: Callable[[], Any], device: torch.device) -> None: ...
+    def capture(
+        self, step: Callable[[], Any], pool: Any, device: torch.device
+    ) -> tuple[Any, Callable[[], None]]: ...
+
+
+class Cuda:
+    """torch.cuda's graphs."""
+
+    def pool(self) -> Any:
+        return torch.cuda.graph_pool_handle()
+
+    def rehearse(self, step: Callable[[], Any], device: torch.device) -> None:
+        """Run on a stream of its own, so that kernels are compiled and libraries set up."""
+        if device.type != "cuda":
+            raise InvalidProblem(
+                f"tensors on {device}",
+                "CUDA graphs are captured on a CUDA device",
+                "move the tensors there, or run the step without a graph",
+            )
+        with torch.cuda.device(device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                step()
+            torch.cuda.current_stream().wait_stream(stream)
+
+    def capture(
+        self, step: Callable[[], Any], pool: Any, device: torch.device
+    ) -> tuple[Any, Callable[[], None]]:
+        """What the step returned while captured, and the function that replays it."""
+        with torch.cuda.device(device):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                outputs = step()
+        return outputs, graph.replay
+
+
+_capturing = threading.local()
+
+
+@contextmanager
+def _inside_a_capture() -> Iterator[None]:
+    _capturing.now = True
+    try:
+        yield
+    finally:
+        _capturing.now = False
+
+
+def _is_captured(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+class _Captured(NamedTuple):
+    inputs: tuple[Tensor | None, ...]
+    outputs: Any
+    replay: Callable[[], None]
+
+
+class Graphs:
+    """Captured steps by key, in one pool of memory.
+
+    batches    sizes of batch (dim 0 of every input) to capture for: a smaller one is padded with
+               rows of zeros, and results are cut back. Empty: each size is captured as it comes
+    limit      so many captures are kept, those used last
+    interface  torch.cuda's graphs, or what stands for them in tests
+    pool       gives the pool, made when it is first asked for
+    """
+
+    def __init__(
+        self, batches: tuple[int, ...], limit: int, interface: Interface, pool: Callable[[], Any]
+    ) -> None:
+        self.batches = tuple(sorted(batches))
+        self.limit = limit
+        self.captures = 0
+        self._interface = interface
+        self._pool = pool
+        self._captured: OrderedDict[Any, _Captured] = OrderedDict()
+        self._order: InOrder | None = None
+
+    def bucket(self, B: int) -> int:
+        """The batch that B requests are captured for. Raises InvalidProblem if there is none."""
+        fitting = [size for size in self.batches if size >= B]
+        if self.batches and not fitting:
+            raise InvalidProblem(
+                f"a batch of {B}, batches={self.batches}",
+                "a step is captured for the sizes in batches, the largest included",
+                "add a larger size to batches, or leave batches out",
+            )
+        return fitting[0] if fitting else B
+
+    def run(
+        self, key: Any, step: Callable[..., Any], inputs: tuple[Tensor | None, ...], rows: int
+    ) -> Any:
+        """step(*inputs), captured for so many rows at the first call of its kind, replayed in all.
+
+        Returns a tensor or a tuple of them: the graph's own memory, overwritten by its next replay.
+        Inside another capture the step becomes a part of that one.
+        """
+        given = [x for x in inputs if x is not None]
+        B, device = given[0].shape[0], given[0].device
+        if getattr(_capturing, "now", False) or _is_captured(device):
+            return step(*inputs)
+        kinds = tuple(x if x is None else (x.shape[1:], x.dtype, x.device) for x in inputs)
+        self._order = self._order or InOrder(device)
+        with self._order.turn(), torch.no_grad():
+            found = self._captured.get((key, rows, kinds))
+            if found is None:
+                found = self._capture(step, inputs, rows, device)
+                self._captured[key, rows, kinds] = found
+                while len(self._captured) > self.limit:
+                    self._captured.popitem(last=False)
+            self._captured.move_to_end((key, rows, kinds))
+            _fill(found.inputs, inputs)
+            found.replay()
+        return found.outputs if rows == B else _narrowed(found.outputs, B)
+
+    def _capture(
+        self,
+        step: Callable[..., Any],
+        inputs: tuple[Tensor | None, ...],
+        rows: int,
+        device: torch.device,
+    ) -> _Captured:
+        # Not in inference mode, so that they can be written to outside of it.
+        with torch.inference_mode(False):
+            held = tuple(x if x is None else x.new_zeros((rows, *x.shape[1:])) for x in inputs)
+        _fill(held, inputs)
+        run = functools.partial(step, *held)
+        last = ["nothing"]
+        with undone(), _inside_a_capture():
+            with graph_safe():
+                self._interface.rehearse(run, device)
+
+            def noted() -> Any:
+                with graph_safe(lambda name: last.__setitem__(0, name)):
+                    return run()
+
+            try:
+                outputs, replay = self._interface.capture(noted, self._pool(), device)
+            except NotCapturable:
+                raise
+            except Exception as error:
+                raise NotCapturable(
+                    f"the step, which ran {last[0]} last,",
+                    f"CUDA refused the capture: {str(error).splitlines()[0]}",
+                    "the error above this one says more; run the step without a graph to find out",
+                ) from error
+        self.captures += 1
+        return _Captured(held, outputs, replay)
+
+
+def _fill(held: tuple[Tensor | None, ...], inputs: tuple[Tensor | None, ...]) -> None:
+    """Copy inputs to where a graph reads them; rows that are not there are zeros."""
+    for place, given in zip(held, inputs, strict=True):
+        if place is not None and given is not None:
+            B = given.shape[0]
+            place[:B].copy_(given)
+            if len(place) > B:
+                place[B:].zero_()
+
+
+def _narrowed(outputs: Any, B: int) -> Any:
+    if isinstance(outputs, Tensor):
+        return outputs[:B]
+    kind = type(outputs)
+    rows = [x if x is None else x[:B] for x in outputs]
+    return kind(*rows) if hasattr(outputs, "_fields") else kind(rows)
+
+
+def capture(
+    step: Callable[..., Any],
+    *,
+    batches: Iterable[int] = (),
+    limit: int = 64,
+    interface: Interface | None = None,
+) -> Callable[..., Any]:
+    """A function that replays `step` as one CUDA graph: several layers, or a whole decode step.
+
+    step       a function of tensors that returns a tensor or a tuple of them. Its arguments are
+               copied to where the graph reads them. Every other tensor that it uses (weights, KV
+               caches, Selection Caches) is read and written where it was at the first call: it
+               must stay there, alive, and keep its shape.
+    batches    if given, dim 0 of every argument and result is the batch: it is padded with rows of
+               zeros (a request of length 0 is not there) to the next of these sizes
+    limit      so many captures, one for each combination of shapes, are kept
+
+    At the first call for each combination of shapes the step runs once before it is captured, and
+    what Selection Caches learn in that run is undone; the step must be able to run twice on the
+    same inputs. Results are the graph's own memory, which its next replay overwrites.
+
+    Raises NotCapturable, which names the operation, for a step that waits for the device, and
+    InvalidProblem for tensors that are not on a CUDA device.
+    """
+    graphs = _maker(batches, limit, interface)()
+
+    @functools.wraps(step)
+    def replayed(*inputs: Tensor) -> Any:
+        for place, x in enumerate(inputs):
+            if not isinstance(x, Tensor) or (x.dim() == 0 and graphs.batches):
+                came = "has no dimension" if isinstance(x, Tensor) else f"is a {type(x).__name__}"
+                raise InvalidProblem(
+                    f"argument {place} of the captured step {came}",
+                    "a captured step takes tensors, with the batch first if there are `batches`",
+                    "bind everything else before: capture(functools.partial(step, ...))",
+                )
+        return graphs.run(None, step, inputs, graphs.bucket(len(inputs[0])))
+
+    replayed.graphs = graphs  # type: ignore[attr-defined]
+    return replayed
+
+
+def _maker(batches: Iterable[int], limit: int, interface: Interface | None) -> Callable[[], Graphs]:
+    """Makes Graphs that share one pool of memory."""
+    batches, used = tuple(batches), Cuda() if interface is None else interface
+    for size in (*batches, limit):
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise InvalidProblem(
+                f"batches={batches}, limit={limit!r}",
+                "batches are integers of 1 or more, and so is limit",
+                "say batches=(1, 2, 4, 8), or leave them out",
+            )
+    return functools.partial(Graphs, batches, limit, used, functools.cache(used.pool))
+
+
+def cuda_graph(
+    backend: Backend | str = "triton",
+    *,
+    name: str = "cuda_graph",
+    batches: Iterable[int] = (),
+    limit: int = 64,
+    interface: Interface | None = None,
+) -> Backend:
+    """A backend that captures what `backend` does into CUDA graphs, and replays them.
+
+    A plan of it is one graph: `tokenselect.plan(problem, backend="cuda_graph")`. New queries,
+    lengths and block tables are copied in; caches are read where they lie, so another cache is
+    another capture. Without a plan each stage is a graph of its own, and results are copied out.
+
+    backend  one whose stages can be planned, or its name
+    name     what to register it under, if not as the built-in one
+    batches  for plans over paged caches: see `capture`
+    limit    so many captures are kept, those used last
+
+    Raises InvalidProblem if `backend` cannot be planned.
+    """
+    inner = registry.load(backend) if isinstance(backend, str) else registry.resolved(backend)
+    if inner.planned is None:
+        raise InvalidProblem(
+            f"cuda_graph({inner.name!r})",
+            "only a backend whose stages can be planned can be captured: its `planned` is not None",
+            "give it planned stages, or name another backend",
+        )
+    alone = _maker((), limit, interface)()
+    devices = ("cuda",) if interface is None else inner.capability.devices
+
+    def staged(stage: str) -> Callable[..., Any]:
+        run = getattr(inner, stage)
+
+        def replayed(*given: Any) -> Any:
+            key, inputs, rebuilt = _split(given)
+            rows = inputs[0].shape[0]  # type: ignore[union-attr]  # q is there
+            results = alone.run((stage, key), lambda *held: run(*rebuilt(held)), inputs, rows)
+            return type(results)(*(x.clone() for x in results))
+
+        return replayed
+
+    return Backend(
+        name,
+        replace(inner.capability, devices=devices),
+        score=staged("score"),
+        select=staged("select"),
+        attend=staged("attend"),
+        planned=inner.planned,
+        reuse=inner.reuse,
+        replays=_maker(batches, limit, interface),
+        lenders=inner.lenders,
+    )
+
+
+_COPIED = ("q", "cache_seqlens", "block_table")
+
+
+def address(x: Tensor | None) -> Any:
+    """What a graph remembers of a tensor that it does not copy."""
+    return None if x is None else (x.data_ptr(), x.shape, x.stride(), x.dtype, x.device)
+
+
+def setting(problem: Problem) -> Any:
+    """What a graph remembers of a problem, but for the tensors that are copied."""
+    p, rope = problem, problem.rope
+    turning = None
+    if rope is not None:
+        version = None if rope.inv_freq.is_inference() else rope.inv_freq._version
+        turning = (address(rope.inv_freq), version, rope.interleaved, rope.cached, rope.scaling)
+    read = address(p.k_cache), address(p.v_cache), address(p.sink_logits)
+    return (*read, turning, p.scale, p.softcap, p.max_reuse, p.config)
+
+
+def _split(given: tuple[Any, ...]) -> tuple[Any, tuple[Tensor | None, ...], Callable[..., Any]]:
+    """A stage's arguments as a key, the tensors to copy, and how to put it together again."""
+    (problem,) = (x for x in given if isinstance(x, Problem))
+    inputs: list[Tensor | None] = [getattr(problem, name) for name in _COPIED]
+    for x in given:
+        if not isinstance(x, Problem):
+            inputs += [x] if isinstance(x, Tensor) else list(x)
+
+    def rebuilt(held: tuple[Tensor | None, ...]) -> list[Any]:
+        copied, rest = dict(zip(_COPIED, held, strict=False)), list(held[len(_COPIED) :])
+        parts: list[Any] = []
+        for x in given:
+            if isinstance(x, Problem):
+                parts.append(replace(x, **copied))  # type: ignore[arg-type]
+            elif isinstance(x, Tensor):
+                parts.append(rest.pop(0))
+            else:
+                parts.append(Selection(*[rest.pop(0) for _ in x]))  # type: ignore[arg-type]
+        return parts
+
+    return setting(problem), tuple(inputs), rebuilt
+
+
+def __getattr__(name: str) -> Any:
+    if name == "BACKEND":  # made when it is asked for, since that imports triton
+        return cuda_graph("triton")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
