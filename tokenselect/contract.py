@@ -327,8 +327,8 @@ class Planned(NamedTuple):
 
     score(problem) -> Scores; votes off the candidates may be anything
     select(votes, problem) -> Selection
-    attend(problem, selection, out) -> Attended; out (B, Hq, Lq, Dv) contiguous is written to and
-    returned, if it is not None
+    attend(problem, selection, out) -> Attended; out (B, Hq, Lq, Dv), contiguous, is written to and
+    returned; None: attend takes memory for it
     """
 
     score: Callable[[Problem], Scores] | str

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokenselect import registry
-from tokenselect.contract import Backend, Problem, Selection
+from tokenselect.contract import Backend, Problem, Scores, Selection
 from tokenselect.errors import InvalidProblem, NotCapturable
 from tokenselect.reuse import undone
 from tokenselect.workspace import InOrder
@@ -360,13 +360,20 @@ def cuda_graph(
     alone = _maker((), limit, interface)()
     devices = ("cuda",) if interface is None else inner.capability.devices
 
+    stages = inner.planned._replace(
+        score=functools.partial(_with_nothing_else, inner.planned.score)
+    )
+
     def staged(stage: str) -> Callable[..., Any]:
-        run = getattr(inner, stage)
+        run = getattr(stages, stage)
 
         def replayed(*given: Any) -> Any:
             key, inputs, rebuilt = _split(given)
             rows = inputs[0].shape[0]  # type: ignore[union-attr]  # q is there
-            results = alone.run((stage, key), lambda *held: run(*rebuilt(held)), inputs, rows)
+            more = (None,) if stage == "attend" else ()  # no `out`
+            results = alone.run(
+                (stage, key), lambda *held: run(*rebuilt(held), *more), inputs, rows
+            )
             return type(results)(*(x.clone() for x in results))
 
         return replayed
@@ -382,6 +389,16 @@ def cuda_graph(
         replays=_maker(batches, limit, interface),
         lenders=inner.lenders,
     )
+
+
+def _with_nothing_else(score: Callable[[Problem], Scores], problem: Problem) -> Scores:
+    """What a planned `score` gives, and -inf where it may leave anything: off the candidates."""
+    votes, lse = score(problem)
+    c, place = problem.config, torch.arange(problem.Lk, device=votes.device)
+    n = problem.cache_seqlens.clamp(0, problem.Lk)[:, None, None, None]
+    local_start = (n - problem.Lq + 1 - c.n_local).clamp(min=0)
+    outside = (place < local_start.clamp(max=c.n_sink)) | (place >= local_start)
+    return Scores(votes.masked_fill(outside, -torch.inf), lse)
 
 
 _COPIED = ("q", "cache_seqlens", "block_table")

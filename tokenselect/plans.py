@@ -13,8 +13,8 @@ from tokenselect.api import Info, refuse_grad, retained_mass
 from tokenselect.contract import Attended, Decision, Memory, Problem, Scores, Selection
 from tokenselect.errors import InvalidProblem
 from tokenselect.graphs import address, setting
-from tokenselect.reuse import SelectionCache
-from tokenselect.workspace import InOrder, Workspace
+from tokenselect.reuse import SelectionCache, used
+from tokenselect.workspace import InOrder, Workspace, empty
 
 _plans: WeakValueDictionary[int, "Plan"] = WeakValueDictionary()
 _handles = itertools.count()
@@ -75,6 +75,7 @@ class Plan:
         self._reuse = registry.reuse_of(chosen)
         self._like = replace(problem, rope=rope)
         self._workspace = Workspace()
+        self._nobody = torch.zeros((problem.B,), dtype=torch.bool, device=problem.q.device)
         self._order = InOrder(problem.q.device)
         self._graphs = None if chosen.replays is None else chosen.replays()
         self._handle = next(_handles)
@@ -132,7 +133,7 @@ class Plan:
         self._check(problem, cache, out)
         refuse_grad(problem)
         # Of the plan's K, so that it never moves.
-        memory = None if cache is None else cache.memory(like)
+        memory = None if cache is None else cache.memory(like, stays=True)
         theta = None if cache is None else cache.theta
         if torch.compiler.is_compiling():
             if return_info:
@@ -197,6 +198,7 @@ class Plan:
         section = self._workspace.section
         fresh, decision = problem, None
         if memory is not None:
+            used(memory)
             with section("decide"):
                 decision = Decision(*self._reuse.decide(problem, memory, theta))
             fresh = replace(problem, cache_seqlens=decision.cache_seqlens)
@@ -208,13 +210,14 @@ class Plan:
         if memory is not None and decision is not None:
             with section("keep"):
                 self._reuse.keep(problem, memory, decision, selection)
+        if out is None:
+            with section("out"):
+                shape = (problem.B, problem.Hq, problem.Lq, problem.Dv)
+                out = empty(shape, problem.q.dtype, problem.q.device)
         with section("attend"):
             attended = Attended(*attend(problem, selection, out))  # type: ignore[operator]  # loaded
-        reused = self._none(problem.B) if decision is None else decision.reused
+        reused = self._nobody[: problem.B] if decision is None else decision.reused
         return attended, scores, selection, reused
-
-    def _none(self, B: int) -> Tensor:
-        return self._workspace.take("none", 0, (B,), torch.bool, self._like.q.device)
 
     def _rehearse(self) -> None:
         """Run once at capacity, every request absent: all memory is taken, all kernels compiled."""
@@ -222,7 +225,6 @@ class Plan:
         nobody = torch.zeros((like.B,), dtype=torch.int32, device=like.q.device)
         problem = replace(like, cache_seqlens=nobody)
         memory = SelectionCache().memory(problem)
-        self._none(like.B).fill_(False)
         with torch.no_grad(), _without_autocast(like.q.device.type):
             self._step(problem, memory, 0.9, None)
         self._workspace.seal()

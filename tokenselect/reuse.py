@@ -52,6 +52,7 @@ class SelectionCache:
         self.max_reuse = max_reuse
         self._geometry: dict[str, Any] | None = None
         self._memory: Memory | None = None
+        self._stays = False
 
     @property
     def hits(self) -> Tensor:
@@ -63,11 +64,14 @@ class SelectionCache:
         """(B,) int64 on the device: how often each request selected afresh."""
         return self._used().misses
 
-    def memory(self, problem: Problem) -> Memory:
+    def memory(self, problem: Problem, *, stays: bool = False) -> Memory:
         """What a backend's `Reuse` reads and writes in a call; made, empty, in the first one.
 
-        Later calls get the same tensors, unless a call has a larger K: then positions move.
-        Raises InvalidProblem if the cache was made by another layer, batch or configuration.
+        Later calls get the same tensors, but for positions if a call has a larger K. Once asked for
+        with stays=True, or while a step is captured, no tensor moves any more: a plan or a graph
+        may hold on to them. A cache for plans of several K is made with the largest first.
+        Raises InvalidProblem if the cache was made by another layer, batch or configuration, or
+        has no room for K and must not move.
         """
         geometry = {
             "B": problem.B,
@@ -94,25 +98,36 @@ class SelectionCache:
         missing = problem.K - self._memory.positions.shape[2]
         if missing > 0:
             _refuse_in_a_capture(problem)
+            if self._stays:
+                raise InvalidProblem(
+                    f"cache has room for selections of K={problem.K - missing}, and is in use by "
+                    f"a plan or a graph; this call has K={problem.K}",
+                    "what a plan or a graph uses must not move",
+                    "make its state for the largest call first: cache.memory(problem)",
+                )
             with torch.inference_mode(False):
                 wider = self._memory.positions.new_full((problem.B, problem.S, problem.K), -1)
             wider[:, :, :-missing] = self._memory.positions
             self._memory.positions = _kept_in_place(wider)
-        if _tried is not None:
-            _tried.setdefault(id(self._memory), (self._memory, _copies(self._memory)))
+        self._stays = self._stays or stays or _tried is not None
+        used(self._memory)
         return self._memory
 
     def reset(self, b: int | Tensor | None = None) -> None:
-        """Forget request b, those a (B,) bool tensor marks, or (None) everything, geometry too."""
-        if b is None:
+        """Forget request b, those a (B,) bool tensor marks, or (None) all of them.
+
+        All of them, and not in use by a plan or a graph: another layer or batch may then use it.
+        """
+        if b is None and not self._stays:
             self._geometry, self._memory = None, None
-        elif self._memory is not None:
-            _check_request(b, self._memory.seen)
+        if self._memory is not None:
+            if b is not None:
+                _check_request(b, self._memory.seen)
             for tensor in (self._memory.seen, self._memory.hits, self._memory.misses):
                 if isinstance(b, Tensor):
                     tensor.masked_fill_(b, 0)
                 else:
-                    tensor[b] = 0
+                    (tensor if b is None else tensor[b : b + 1]).zero_()
 
     def crop(self, lengths: Tensor) -> None:
         """Tell that the requests were cut back to `lengths` (B,): drop what saw cropped tokens.
@@ -169,8 +184,10 @@ def undone() -> Iterator[None]:
         _tried = before
 
 
-def _copies(memory: Memory) -> list[Tensor]:
-    return [tensor.clone() for tensor in memory.tensors()]
+def used(memory: Memory) -> None:
+    """Tell that a step is about to write to `memory`; inside `undone`, remember what it holds."""
+    if _tried is not None and id(memory) not in _tried:
+        _tried[id(memory)] = memory, [tensor.clone() for tensor in memory.tensors()]
 
 
 def _refuse_in_a_capture(problem: Problem) -> None:

@@ -44,7 +44,7 @@ def decide(problem: Problem, memory: Memory, theta: float | None) -> Decision:
         reused &= torch.lt(both, torch.inf, out=holds)
         torch.abs(product, out=least)
         product.mul_(least)
-        torch.mul(both, theta * abs(theta), out=least)
+        least.fill_(theta * abs(theta)).mul_(both)
         reused &= torch.ge(product, least, out=holds)
     afresh = empty((p.B,), torch.int32, device).copy_(p.cache_seqlens).masked_fill_(reused, 0)
     return Decision(reused, afresh, query)
@@ -97,7 +97,8 @@ def mean_query(problem: Problem) -> Tensor:
         several = min(RUN, p.Lq - start)
         run[:, :, :several].copy_(p.q[:, :, start : start + several])
         sums[:, :, :several].add_(run[:, :, :several])
-    by_head.copy_(_halved(sums.transpose(2, 3)).mul_(1 / p.Lq))
+    share = empty((1,), torch.float64, device).fill_(1 / p.Lq)
+    by_head.copy_(_halved(sums.transpose(2, 3)).mul_(share))
     return query
 
 
