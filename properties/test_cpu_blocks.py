@@ -8,30 +8,30 @@ import pytest
 
 from properties import test_laws  # noqa: F401  # registers the laws
 from properties.law import LAWS, Law
-from tokenselect.kernels import cpu
+from tokenselect.kernels.cpu import BACKEND, eager
 
 
 @pytest.fixture(params=["blocks of one row", "two passes"])
 def _small_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_CHUNK_BYTES", 0)
-    monkeypatch.setattr(cpu, "_LEAST_CHUNK", 7)
-    monkeypatch.setattr(cpu, "_PART", 5)
-    monkeypatch.setattr(cpu, "_SMALL", 0)
-    monkeypatch.setattr(cpu, "_SHARE", 0.0)
+    monkeypatch.setattr(eager, "_CHUNK_BYTES", 0)
+    monkeypatch.setattr(eager, "_LEAST_CHUNK", 7)
+    monkeypatch.setattr(eager, "_PART", 5)
+    monkeypatch.setattr(eager, "_SMALL", 0)
+    monkeypatch.setattr(eager, "_SHARE", 0.0)
     if request.param == "two passes":  # even of one row; hard votes are never read twice
-        monkeypatch.setattr(cpu, "_fitting_rows", lambda p, n: int(p.config.vote == "hard"))
+        monkeypatch.setattr(eager, "_fitting_rows", lambda p, n: int(p.config.vote == "hard"))
 
 
 @pytest.mark.usefixtures("_small_blocks")
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.name)
 def test_law_in_small_blocks(monkeypatch: pytest.MonkeyPatch, law: Law) -> None:
     if law.name == "keys_far_out_are_moved_exactly":
-        monkeypatch.setattr(cpu, "_LEAST_CHUNK", 1000)
-    law.check(cpu.BACKEND)
+        monkeypatch.setattr(eager, "_LEAST_CHUNK", 1000)
+    law.check(BACKEND)
 
 
 def test_the_blocks_are_really_small(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = LAWS[0].examples[1].case.problem()
-    monkeypatch.setattr(cpu, "_SMALL", 0)
-    monkeypatch.setattr(cpu, "_SHARE", 0.0)
-    assert cpu._fitting_rows(problem, 40) == 1
+    monkeypatch.setattr(eager, "_SMALL", 0)
+    monkeypatch.setattr(eager, "_SHARE", 0.0)
+    assert eager._fitting_rows(problem, 40) == 1

@@ -1,4 +1,4 @@
-"""The cpu backend: the reference's semantics, vectorised in torch.
+"""The cpu backend's stages for one call: the reference's semantics, vectorised in torch.
 
 Loops run over requests, over chunks of tokens and over blocks of query rows, never over tokens or
 heads. The cache is read where it lies: scoring converts it a chunk at a time, attention gathers
@@ -14,15 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tokenselect.contract import (
-    DTYPES,
-    Attended,
-    Backend,
-    Capability,
-    Problem,
-    Scores,
-    Selection,
-)
+from tokenselect.contract import Attended, Problem, Scores, Selection
+from tokenselect.kernels.cpu.rows import as_rows
 
 # A chunk of converted keys should stay in the processor's cache while it is multiplied.
 _CHUNK_BYTES = 4 * 2**20
@@ -431,8 +424,7 @@ def _weigh(weights: Tensor, values: Tensor, visible: Tensor) -> Tensor:
 def _gather(problem: Problem, cache: Tensor, b: int, positions: Tensor) -> Tensor:
     """Rows of request b as (Hkv, m, width), from positions (1, m), or (Hkv, m) one list a head.
 
-    One gather for every layout: a cache of any strides is seen as a tall matrix of rows, some of
-    them overlapping, and no other row is read.
+    One gather for every layout, and no other row is read.
     """
     head = torch.arange(problem.Hkv)[:, None]
     index: tuple[Tensor, ...]
@@ -442,17 +434,6 @@ def _gather(problem: Problem, cache: Tensor, b: int, positions: Tensor) -> Tenso
     else:
         page = problem.block_table[b][positions // problem.page_size].long()
         index = page, positions % problem.page_size, head
-    *strides, element = cache.stride()
-    pitch = max(1, math.gcd(*strides))
-    n_rows = (
-        1
-        + sum((size - 1) * stride for size, stride in zip(cache.shape[:-1], strides, strict=True))
-        // pitch
-    )
-    matrix = cache.as_strided((n_rows, cache.shape[-1]), (pitch, element))
-    steps = [i * (stride // pitch) for i, stride in zip(index, strides, strict=True)]
-    row = functools.reduce(torch.add, steps)
+    matrix, steps = as_rows(cache)
+    row = functools.reduce(torch.add, (i * step for i, step in zip(index, steps, strict=True)))
     return matrix.index_select(0, row.flatten()).view(problem.Hkv, -1, cache.shape[-1])
-
-
-BACKEND = Backend("cpu", Capability(devices=("cpu",), dtypes=DTYPES), score, select, attend)
