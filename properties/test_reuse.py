@@ -1,6 +1,7 @@
 """The Selection Cache over hundreds of random steps, against a model of it in plain Python."""
 
 import functools
+import importlib
 import math
 from dataclasses import dataclass, replace
 
@@ -10,21 +11,27 @@ import torch
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 from torch import Tensor
+from torch.nn import functional as F
 
-from properties.devices import device_of, on
+from properties.devices import back, device_of, on
 from properties.law import RAN, SHARES
 from properties.laws_attention import run
 from properties.planted import PLANTED_CACHES, PlantedCache
+from properties.recorded import Recorded
 from tokenselect import (
     Backend,
+    Info,
     Problem,
     SelectConfig,
     Selection,
     SelectionCache,
+    cuda_graph,
+    plan,
     reasons,
     registry,
 )
 from tokenselect.budgets import attend_budget, choice_finding, score_budget
+from tokenselect.contract import Memory
 from tokenselect.registry import load, reuse_of
 
 CONFIG = SelectConfig(k=3, n_sink=1, n_local=2)
@@ -132,7 +139,7 @@ class Reuse(RuleBasedStateMachine):
             cache_seqlens=torch.tensor(self.n, dtype=torch.int32),
             max_reuse=MAX_REUSE,
         )
-        out, info = run(load(self.backend), problem, cache=self.cache)
+        out, info = self.attended(problem)
         RAN[self.backend, "the Selection Cache"] += 1
         budget = score_budget(problem).votes
         for b, n in enumerate(self.n):
@@ -157,6 +164,10 @@ class Reuse(RuleBasedStateMachine):
         assert finding.holds, finding
         assert self.cache.hits.tolist() == self.hits
         assert self.cache.misses.tolist() == self.misses
+
+    def attended(self, problem: Problem) -> tuple[Tensor, Info]:
+        """`attention` on the backend, or what a subclass puts in its place."""
+        return run(load(self.backend), problem, cache=self.cache)
 
     def _reuses(self, b: int, n: int, problem: Problem, query: Tensor) -> bool | None:
         """What the rule says; None where rounding decides."""
@@ -221,16 +232,38 @@ class Reuse(RuleBasedStateMachine):
             self.hits, self.misses = [0] * len(order), [0] * len(order)
 
 
+class Planned(Reuse):
+    """The same steps through plans: one for a query, one for three, over one SelectionCache."""
+
+    def attended(self, problem: Problem) -> tuple[Tensor, Info]:
+        problem = on(self.device, problem)
+        if not hasattr(self, "plans"):
+            longer = replace(problem, q=problem.q[:, :, :1].expand(-1, -1, 3, -1))
+            self.cache.memory(longer)  # the one that needs more room first
+            alone = replace(problem, q=problem.q[:, :, :1])
+            self.plans = {p.Lq: plan(p, self.backend) for p in (alone, longer)}
+        tensors = problem.q, problem.k_cache, problem.v_cache, problem.cache_seqlens
+        out, info = self.plans[problem.Lq](*tensors, cache=self.cache, return_info=True)
+        lse, mass, reused = back(info.lse, info.retained_mass, info.reused)
+        selection = Selection(*(x.clone() for x in back(*info.selection)))
+        return out.cpu(), Info(lse, selection, mass, reused.clone(), info.backend)
+
+
 def head_dim(backend: Backend) -> int:
     """The first of a few that the backend takes."""
     takes = backend.capability.head_dims
     return next((D for D in HEAD_DIMS if takes is None or D in takes), HEAD_DIMS[0])
 
 
-def machine(backend: str, make_cache: type[SelectionCache], theta: float | None = THETA):
+def machine(
+    backend: str,
+    make_cache: type[SelectionCache],
+    theta: float | None = THETA,
+    kind: type[Reuse] = Reuse,
+):
     """A machine class for one backend and one kind of cache."""
     given = {"backend": backend, "make_cache": make_cache, "theta": theta}
-    return functools.partial(type("Reuse", (Reuse,), given))
+    return functools.partial(type("Reuse", (kind,), given))
 
 
 def steps(examples: int, count: int, backend: str = "cpu") -> settings:
@@ -255,6 +288,77 @@ def test_cache_follows_the_model(backend: Backend) -> None:
     run_state_machine_as_test(
         machine(backend.name, SelectionCache), settings=steps(20, 50, backend.name)
     )
+
+
+def test_cache_follows_the_model_through_plans(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    able_to_plan(backend.name, monkeypatch)
+    run_state_machine_as_test(
+        machine(backend.name, SelectionCache, kind=Planned),
+        settings=steps(10, 50, backend.name),
+    )
+
+
+def test_cache_follows_the_model_through_replays(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over CUDA's graphs, or, without a GPU, over recorded operators, which are not CUDA."""
+    able_to_plan(backend.name, monkeypatch)
+    interface = None if device_of(load(backend.name)) == "cuda" else Recorded()
+    made = cuda_graph(backend.name, name=f"{backend.name}-replayed", interface=interface)
+    monkeypatch.setitem(registry._targets, made.name, made)
+    monkeypatch.setitem(registry._loaded, made.name, made)
+    run_state_machine_as_test(
+        machine(made.name, SelectionCache, kind=Planned), settings=steps(5, 40, backend.name)
+    )
+
+
+def able_to_plan(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take off the guard, which lends memory of its own at each call; or skip."""
+    if name == "triton":
+        right = importlib.import_module("tokenselect.kernels.triton").BACKEND
+        monkeypatch.setitem(registry._loaded, "triton", right)
+    if load(name).planned is None:
+        pytest.skip(f"{name} has no stages that a plan can run")
+
+
+def test_decisions_are_those_of_the_reference_and_of_each_request_alone(backend: Backend) -> None:
+    """To the bit, also where the cosine is theta but for a rounding."""
+    name, generator = backend.name, torch.Generator().manual_seed(5)
+    mine, reference = reuse_of(load(name)), reuse_of(load("reference"))
+    device, D = device_of(load(name)), head_dim(load(name))
+    flips = 0
+    for Lq in (1, 3):
+        B = 40
+        stored = torch.randn(B, HKV * G, 1, D, generator=generator)
+        q = stored + 0.5 * torch.randn(B, HKV * G, Lq, D, generator=generator)
+        keys = torch.randn(B, HKV, 40, D, generator=generator)
+        n = torch.full((B,), 20 + Lq, dtype=torch.int32)
+        p = Problem.build(q, keys, keys, CONFIG, cache_seqlens=n, max_reuse=MAX_REUSE)
+        made = SelectionCache(max_reuse=MAX_REUSE)
+        memory = made.memory(p)
+        memory.query.copy_(stored.flatten(1))
+        memory.seen.fill_(20)
+        memory.count.fill_(6)
+        mean = q.double().mean(2).flatten(1)
+        cosines = F.cosine_similarity(mean, stored.flatten(1).double(), dim=1).tolist()
+        for b, cosine in enumerate(cosines):
+            for theta in (cosine, math.nextafter(cosine, 2), math.nextafter(cosine, -2)):
+                expected = reference.decide(p, memory, theta)
+                flips += int(expected.reused[b])
+                there = Memory(*(on(device, x) for x in memory.tensors()))
+                for lone in (slice(b, b + 1), slice(0, B)):
+                    part = Memory(*(x[lone] for x in there.tensors()))
+                    rows = replace(
+                        p, q=q[lone], k_cache=keys[lone], v_cache=keys[lone], cache_seqlens=n[lone]
+                    )
+                    found = mine.decide(on(device, rows), part, theta)
+                    for ours, its in zip(back(*found), expected, strict=True):
+                        assert torch.equal(ours, its[lone])
+            if b == 6 and name in SHARES:
+                break
+    assert flips > 5
 
 
 def test_without_theta_nothing_is_reused(backend: Backend) -> None:
