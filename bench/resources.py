@@ -32,7 +32,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from tokenselect import Problem, Rope, SelectConfig
-from tokenselect.contract import reasons
+from tokenselect.contract import Memory, reasons
 
 PAGE = Path(__file__).parent.parent / "docs" / "resources.md"
 KIB = 1024
@@ -210,20 +210,38 @@ Plan = Callable[[Problem, str], list[Any]]
 
 
 def shipped(problem: Problem, arch: str) -> list[Any]:
-    """All launches of one fresh call, as the backend would make them on `arch`."""
+    """All launches of a fresh call and of a plan's step, as the backend would make on `arch`."""
     package = "tokenselect.kernels.triton"
     # The package's own names `score`, `select` and `attend` are the functions.
-    score, select, attend = (
-        import_module(f"{package}.{stage}") for stage in ("score", "select", "attend")
+    reuse, score, select, attend = (
+        import_module(f"{package}.{module}") for module in ("reuse", "score", "select", "attend")
     )
     backend = import_module(package).BACKEND
     anywhere = replace(backend, capability=replace(backend.capability, devices=None))
     if refused := reasons(anywhere, problem):
         raise ValueError("the backend takes no such problem: " + "; ".join(refused))
+    memory = _memory(problem)
+    decision, deciding = reuse.decide_launches(problem, memory, 0.9)
     scores, scoring = score.launches(problem, arch)
+    _, planned = score.launches(problem, arch, fills=False)
     selection, selecting = select.launches(scores.votes, problem, arch)
+    keeping = reuse.keep_launches(problem, memory, decision, selection)
     _, attending = attend.launches(problem, selection, arch)
-    return [*scoring, *selecting, *attending]
+    return [*deciding, *scoring, *planned, *selecting, *keeping, *attending]
+
+
+def _memory(problem: Problem) -> Memory:
+    """What a SelectionCache would hold of the problem."""
+    p = problem
+    rows = (p.B,)
+    return Memory(
+        query=torch.empty(p.B, p.Hq * p.D),
+        positions=torch.empty(p.B, p.S, p.K, dtype=torch.int32),
+        count=torch.empty(p.B, p.S, dtype=torch.int32),
+        seen=torch.empty(rows, dtype=torch.int32),
+        hits=torch.empty(rows, dtype=torch.int64),
+        misses=torch.empty(rows, dtype=torch.int64),
+    )
 
 
 def name_of(kernel: Any) -> str:

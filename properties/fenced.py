@@ -10,17 +10,18 @@ import mmap
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 from torch import Tensor
 
-from properties.devices import device_of, moved, on
-from properties.guard import run_guarded
+from properties.devices import device_of, on
+from properties.guard import copied, run_guarded
 from properties.interpreter import hasten
 from properties.strategies import Case
 from tokenselect import Backend, Problem, SelectConfig, Selection
+from tokenselect.contract import Decision, Memory
 
 _NOTHING, _PRIVATE, _ANONYMOUS, _NORESERVE = 0, 0x02, 0x20, 0x4000
 _FENCE = 2**33  # bytes on each side; only addresses, no memory
@@ -61,13 +62,20 @@ class Fences:
             _libc.munmap(start, size)
 
 
-def run(launch: Any, stage: Callable[..., Any], *given: Any, at_end: bool) -> Any:
+def run(
+    launch: Any,
+    stage: Callable[..., Any],
+    *given: Any,
+    at_end: bool,
+    changes: tuple[type, ...] = (),
+) -> Any:
     """What a stage makes of copies in guarded memory; on the CPU, in memory between fences."""
+    given = tuple(copied(x, torch.clone) if isinstance(x, changes) else x for x in given)
     if next(x for x in given if isinstance(x, Problem)).q.device.type != "cpu":
-        return run_guarded(launch, stage, *given, poison=int(at_end))
+        return run_guarded(launch, stage, *given, poison=int(at_end), changes=changes)
     fences = Fences(at_end)
     with mock.patch.object(launch, "empty", fences.empty):
-        results = stage(*(moved(x, fences.copy) for x in given))
+        results = stage(*(copied(x, fences.copy) for x in given))
     results = type(results)(*(x.clone() for x in results))
     fences.close()
     return results
@@ -140,32 +148,101 @@ def bad_selections(right: Selection, problem: Problem) -> Iterator[tuple[str, in
         yield f"a count of {size}, K = {K}", place(size), right._replace(count=count)
 
 
+class Kept(NamedTuple):
+    """All that `keep` may change."""
+
+    query: Tensor
+    stored_positions: Tensor
+    stored_count: Tensor
+    seen: Tensor
+    hits: Tensor
+    misses: Tensor
+    positions: Tensor
+    count: Tensor
+
+
+def remembered(problem: Problem, selection: Selection) -> Memory:
+    """As if each request had made `selection`, without its newest token, a call ago."""
+    count = selection.count - 1
+    zeros = torch.zeros_like(problem.cache_seqlens, dtype=torch.int64)
+    query = problem.q.float().mean(2).flatten(1)
+    seen = problem.cache_seqlens - problem.Lq
+    return Memory(query, selection.positions, count, seen, zeros, zeros.clone())
+
+
+class _Stages:
+    """What is run of a backend, by name; steps that change what they are given return it."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.score, self.select, self.attend = backend.score, backend.select, backend.attend
+        self._reuse = backend.reuse
+
+    def decide(self, problem: Problem, memory: Memory) -> Decision:
+        return self._reuse.decide(problem, memory, 0.9)
+
+    def keep(self, problem: Problem, memory: Memory, decision: Decision, fresh: Selection) -> Kept:
+        self._reuse.keep(problem, memory, decision, fresh)
+        return Kept(*memory.tensors(), *fresh)
+
+    keep_afresh = keep
+
+
+# What stages write to of what they are given.
+_CHANGES = {"keep": (Memory, Selection), "keep_afresh": (Memory, Selection)}
+
+
+def arguments(
+    problem: Problem, votes: Tensor, selection: Selection, memory: Memory, decision: Decision
+) -> dict[str, tuple[Any, ...]]:
+    """What each stage is given of a problem. `keep` meets requests that all reuse, and none."""
+    none = decision._replace(reused=~decision.reused)
+    return {
+        "score": (problem,),
+        "select": (votes, problem),
+        "attend": (problem, selection),
+        "decide": (problem, memory),
+        "keep": (problem, memory, decision, selection),
+        "keep_afresh": (problem, memory, none, selection),
+    }
+
+
 def check(backend: Backend, launch: Any, say: Callable[[str], None]) -> int:
     """Run them all, saying beforehand what is run. Returns how many there were."""
-    device = device_of(backend)
+    device, stages = device_of(backend), _Stages(backend)
     many = 0
     for name, case in CASES.items():
-        problem = on(device, case.problem())
-        scores = backend.score(problem)
-        selection = backend.select(scores.votes, problem)
-        right = {"score": scores, "select": selection, "attend": backend.attend(problem, selection)}
-        calls = [
-            (stage, what, b, given)
-            for what, b, bad in bad_problems(problem)
-            for stage, *given in (
-                ("score", bad),
-                ("select", scores.votes, bad),
-                ("attend", bad, selection),
+        problem = on(device, replace(case, max_reuse=8).problem())
+        votes = stages.score(problem).votes
+        selection = stages.select(votes, problem)
+        memory = remembered(problem, selection)
+        decision = stages.decide(problem, memory)
+        assert decision.reused.all(), "where nothing is reused, little is tried"
+        has = (votes, selection, memory, decision)
+        right = {
+            stage: run(
+                launch, getattr(stages, stage), *these, at_end=True, changes=_CHANGES.get(stage, ())
             )
+            for stage, these in arguments(problem, *has).items()
+        }
+        calls = [
+            (stage, what, b, these)
+            for what, b, bad in bad_problems(problem)
+            for stage, these in arguments(bad, *has).items()
         ]
         calls += [
-            ("attend", what, b, [problem, bad])
+            ("attend", what, b, (problem, bad))
             for what, b, bad in bad_selections(selection, problem)
         ]
-        for stage, what, b, given in calls:
+        for stage, what, b, these in calls:
             say(f"{name}, {stage}: {what}")
             many += 1
-            got = run(launch, getattr(backend, stage), *given, at_end=b > 0)
+            got = run(
+                launch,
+                getattr(stages, stage),
+                *these,
+                at_end=b > 0,
+                changes=_CHANGES.get(stage, ()),
+            )
             others = [i for i in range(problem.B) if i != b]
             for field, one, other in zip(got._fields, right[stage], got, strict=True):
                 same = (one == other) | (one.isnan() & other.isnan())

@@ -3,7 +3,8 @@
 The triton backend gets all its memory from one function, `launch.empty`. Under `watched` that
 function lends tensors between margins of a pattern, filled with what a kernel must not rely on,
 and inputs are copied in between such margins. After a stage every margin and every input has to be
-as it was. Under `run_twice` two kinds of poison have to give the same results, to the bit.
+as it was; what a stage is to write to, only its margins, and it is copied back. Under `run_twice`
+two kinds of poison have to give the same results, to the bit.
 """
 
 import itertools
@@ -15,8 +16,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from properties.devices import moved
-from tokenselect import Backend
+from properties.devices import carried, moved
+from tokenselect import Backend, Selection
+from tokenselect.contract import Decision, Memory, Planned, Reuse
 
 # In float32 and in half of the 16-bit floats it is a NaN with a payload that no arithmetic makes;
 # as int32 it is far outside of any cache.
@@ -51,6 +53,10 @@ class Guard:
         name = f"{what} {shape} {dtype}".replace("torch.", "")
         self._lent.append((name, memory, size, None))
         return inner
+
+    def lend(self, x: Tensor) -> Tensor:
+        """A copy of a flat tensor between margins, to be written to."""
+        return self.empty(tuple(x.shape), x.dtype, x.device, "an argument").copy_(x)
 
     def copy(self, x: Tensor) -> Tensor:
         """A copy of a flat tensor between margins, which nobody may write to."""
@@ -88,14 +94,43 @@ def poisoned(x: Tensor, kind: int) -> Tensor:
     return x
 
 
-def run_guarded(launch: Any, stage: Callable[..., Any], *given: Any, poison: int = 0) -> Any:
-    """What a stage makes of copies of what it is given, in guarded memory."""
+def run_guarded(
+    launch: Any,
+    stage: Callable[..., Any],
+    *given: Any,
+    poison: int = 0,
+    changes: tuple[type, ...] = (),
+) -> Any:
+    """What a stage makes of copies of what it is given, in guarded memory.
+
+    Arguments whose type it `changes` are written to afterwards, and returned if it returns them.
+    """
     guard = Guard(poison)
-    given = tuple(moved(x, guard.copy) for x in given)
+    copies = [copied(x, guard.lend if isinstance(x, changes) else guard.copy) for x in given]
     with mock.patch.object(launch, "empty", guard.empty):
-        results = stage(*given)
+        results = stage(*copies)
     guard.check()
-    return results
+    own: dict[int, Tensor] = {}
+    for mine, theirs in zip(given, copies, strict=True):
+        if isinstance(mine, changes):
+            for x, copy in zip(tensors(mine), tensors(theirs), strict=True):
+                own[id(copy)] = x.copy_(copy)
+    return results and type(results)(*(own.get(id(x), x) for x in results))
+
+
+def tensors(what: Tensor | Memory | Selection) -> tuple[Tensor, ...]:
+    if isinstance(what, Memory):
+        return what.tensors()
+    return (what,) if isinstance(what, Tensor) else tuple(what)
+
+
+def copied(what: Any, copy: Callable[[Tensor], Tensor]) -> Any:
+    """Any argument of a stage on copies of its memory."""
+    if isinstance(what, Memory):
+        return Memory(*(carried(x, copy) for x in what.tensors()))
+    if isinstance(what, Decision):
+        return Decision(*(carried(x, copy) for x in what))
+    return what if isinstance(what, (int, float)) else moved(what, copy)
 
 
 def run_twice(launch: Any, stage: Callable[..., Any], *given: Any) -> Any:
@@ -108,14 +143,25 @@ def run_twice(launch: Any, stage: Callable[..., Any], *given: Any) -> Any:
 
 
 def watched(backend: Backend, launch: Any) -> Backend:
-    """`backend` with each stage in guarded memory, under one poison and the other in turn."""
+    """`backend` with each stage in guarded memory, under one poison and the other in turn.
+
+    Those of a plan and the Selection Cache's steps too, where it has its own.
+    """
     kinds = itertools.cycle((0, 1))
 
-    def guarded(stage: Callable[..., Any]) -> Callable[..., Any]:
+    def guarded(stage: Callable[..., Any], *changes: type) -> Callable[..., Any]:
         def run(*given: Any) -> Any:
-            return run_guarded(launch, stage, *given, poison=next(kinds))
+            return run_guarded(launch, stage, *given, poison=next(kinds), changes=changes)
 
         return run
 
     stages = ("score", "select", "attend")
-    return replace(backend, **{name: guarded(getattr(backend, name)) for name in stages})
+    own: dict[str, Any] = {name: guarded(getattr(backend, name)) for name in stages}
+    if backend.planned is not None:
+        planned = {name: guarded(getattr(backend.planned, name)) for name in stages[:2]}
+        # `out` is the one tensor that it is given by itself.
+        own["planned"] = Planned(**planned, attend=guarded(backend.planned.attend, Tensor))
+    if isinstance(backend.reuse, Reuse):
+        keep = guarded(backend.reuse.keep, Memory, Selection)
+        own["reuse"] = Reuse(guarded(backend.reuse.decide), keep)
+    return replace(backend, **own)

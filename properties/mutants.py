@@ -16,7 +16,8 @@ PACKAGE = "tokenselect.kernels.triton"
 class Mutant(NamedTuple):
     """In `module`, `old` becomes `new`; it stands there `times` times, and all of them change.
 
-    `stage` is the one whose laws should notice; None: only bad values show it, and the fences do.
+    `stage` is the one whose laws should notice; "reuse": the Selection Cache's steps, which have to
+    be the reference's; None: only bad values show it, and the fences do.
     """
 
     name: str
@@ -90,6 +91,30 @@ MUTANTS = (
     Mutant(
         "weighs-the-sink-alone", "attend", "total * shrunk + tl.exp2(sink - top)",
         "total * shrunk + 1.0", "attend",
+    ),
+    Mutant(
+        "adds-up-in-float32", "reuse", "power += x * x",
+        "power += (x * x).to(tl.float32).to(tl.float64)", "reuse",
+    ),
+    Mutant(
+        "adds-up-in-another-order", "reuse", "tl.reshape(x, [2, x.shape[0] // 2, x.shape[1]]), 0",
+        "tl.reshape(x, [x.shape[0] // 2, 2, x.shape[1]]), 1", "reuse",
+    ),
+    Mutant(
+        "rounds-theta", "reuse", "bits.to(tl.int64).to(tl.float64, bitcast=True)",
+        "bits.to(tl.int64).to(tl.float64, bitcast=True).to(tl.float32).to(tl.float64)", "reuse",
+    ),
+    Mutant(
+        "drops-what-was-appended", "reuse", "tl.where(place < total, position, -1)",
+        "tl.where(place < count, position, -1)", "reuse",
+    ),
+    Mutant("keeps-a-stale-count", "reuse", "tl.store(count_at, total,", "tl.store(count_at, count,",
+        "reuse",
+    ),
+    Mutant(
+        "remembers-who-is-gone", "reuse",
+        "tl.store(seen_at, n, mask=is_first)\n",
+        "tl.store(seen_at, n, mask=is_first & (n > 0))\n", "reuse",
     ),
     Mutant(
         "trusts-lengths", "device", "tl.minimum(tl.maximum(tl.load(seqlens_ptr + b), 0), Lk)",

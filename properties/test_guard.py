@@ -9,8 +9,19 @@ import torch
 from properties.devices import device_of, for_the_cpu, moved
 from properties.guard import Guard, Touched, run_guarded, run_twice, watched
 from properties.strategies import STRIDES, Case
-from tokenselect import Backend, Capability, Problem, Scores, reasons
+from tokenselect import (
+    Attended,
+    Backend,
+    Capability,
+    Problem,
+    Scores,
+    Selection,
+    SelectionCache,
+    reasons,
+)
+from tokenselect.contract import Decision, Memory, Planned, Reuse
 from tokenselect.kernels.cpu import BACKEND as CPU
+from tokenselect.reference import BACKEND as REFERENCE
 
 CASE = Case(lengths=(40, 9), page_size=2, has_sink_logits=True, rope="rotated")
 
@@ -137,3 +148,63 @@ def test_a_backend_elsewhere_is_brought_its_problems(monkeypatch: pytest.MonkeyP
     assert all(map(torch.equal, scores, CPU.score(problem)))
     assert all(map(torch.equal, selection, CPU.select(scores.votes, problem)))
     assert all(map(torch.equal, attended, CPU.attend(problem, selection)))
+
+
+# --- what a stage is to write to ----------------------------------------------------------------
+
+
+def into(write) -> Backend:
+    """The CPU's stages; the plan's `attend` writes to `out`, and then what it should not."""
+
+    def attend(problem: Problem, selection: Selection, out: torch.Tensor) -> Attended:
+        attended = CPU.attend(problem, selection)
+        write(out.copy_(attended.out), selection)
+        return Attended(out, attended.lse)
+
+    planned = Planned(CPU.score, CPU.select, attend)
+    return watched(
+        replace(CPU, planned=planned, reuse=REFERENCE.reuse), SimpleNamespace(empty=None)
+    )
+
+
+def test_out_is_written_to_and_returned() -> None:
+    problem = CASE.problem()
+    selection = CPU.select(CPU.score(problem).votes, problem)
+    right = CPU.attend(problem, selection)
+    out = torch.zeros_like(right.out)
+    attended = into(lambda out, selection: None).planned.attend(problem, selection, out)
+    assert attended.out is out
+    assert torch.equal(out, right.out)
+    with pytest.raises(Touched, match="an argument"):
+        into(lambda out, _: beyond(out, 1).fill_(0)).planned.attend(problem, selection, out)
+    with pytest.raises(Touched, match="an input"):
+        into(lambda _, selection: selection.count.add_(1)).planned.attend(problem, selection, out)
+
+
+def remembered(problem: Problem) -> Memory:
+    return SelectionCache().memory(problem)
+
+
+def test_what_is_kept_is_written_back() -> None:
+    problem, backend = CASE.problem(), into(lambda out, selection: None)
+    fresh = CPU.select(CPU.score(problem).votes, problem)
+    memory, right = remembered(problem), remembered(problem)
+    decision = backend.reuse.decide(problem, memory, 0.9)
+    assert not decision.reused.any()
+    assert backend.reuse.keep(problem, memory, decision, fresh) is None
+    REFERENCE.reuse.keep(problem, right, decision, fresh)
+    assert right.seen.tolist() == [40, 9]
+    assert all(map(torch.equal, memory.tensors(), right.tensors()))
+
+
+def test_a_decision_that_changes_something_is_noticed() -> None:
+    def decide(problem: Problem, memory: Memory, theta: float | None) -> Decision:
+        memory.hits.add_(1)
+        return REFERENCE.reuse.decide(problem, memory, theta)
+
+    problem = CASE.problem()
+    backend = replace(CPU, reuse=Reuse(decide, REFERENCE.reuse.keep))
+    with pytest.raises(Touched, match="an input"):
+        watched(backend, SimpleNamespace(empty=None)).reuse.decide(
+            problem, remembered(problem), 0.9
+        )

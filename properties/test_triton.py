@@ -20,7 +20,12 @@ import torch
 from hypothesis import Phase, settings
 from torch import Tensor
 
-from properties import fenced, mutants, test_laws  # noqa: F401  # the latter registers the laws
+from properties import (
+    fenced,
+    mutants,
+    test_laws,  # noqa: F401  # registers the laws
+    test_triton_reuse,
+)
 from properties.backends import chosen
 from properties.devices import device_of, for_the_cpu, on
 from properties.guard import run_twice
@@ -262,12 +267,21 @@ def test_fences_end_a_process() -> None:
 # --- mistakes in the source -------------------------------------------------------------------
 
 
+THE_REFERENCE = "the reference's steps"
+
+
 def caught_by(mutant: mutants.Mutant, where: Path) -> str:
     """The law that a mutant breaks, by an assertion or an error; its own stage's come first."""
     backend, launch = mutants.build(mutant, where)
     assert launch.INTERPRETED, "a mutant that is not interpreted runs nothing here"
     if mutant.stage is None:
         fenced.check(backend, launch, lambda line: None)
+        return "nobody"
+    if mutant.stage == "reuse":
+        try:
+            test_triton_reuse.check(backend.reuse, device_of(backend))
+        except AssertionError:
+            return THE_REFERENCE
         return "nobody"
     SHARES[backend.name] = 0.2 if launch.INTERPRETED else 1
     for law in laws_by_stage(mutant.stage):
@@ -286,4 +300,5 @@ def test_a_mistake_in_the_source_is_caught(mutant: mutants.Mutant, tmp_path: Pat
     answer = in_a_child(lambda: caught_by(mutant, tmp_path), tmp_path)
     print(f"noticed by {answer}")
     by_fence = mutant.stage is None and answer.startswith(("crashed", "raised"))
-    assert by_fence or answer in {law.name for law in LAWS}, f"{answer} notices {mutant.name}"
+    known = {THE_REFERENCE, *(law.name for law in LAWS)}
+    assert by_fence or answer in known, f"{answer} notices {mutant.name}"

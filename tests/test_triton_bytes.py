@@ -43,7 +43,8 @@ import json
 import numpy, torch
 from triton.runtime.interpreter import interpreter_builder as builder
 from tokenselect import Problem, SelectConfig
-from tokenselect.kernels.triton import attend, launch, score, select
+from tokenselect.contract import Memory
+from tokenselect.kernels.triton import attend, launch, reuse, score, select
 
 touched = []
 
@@ -85,10 +86,15 @@ def run(planned):
         measured[name] = measured.get(name, 0) + total
     return result
 
+numbers = torch.zeros(1, dtype=torch.int32)
+memory = Memory(torch.ones(1, 512), torch.zeros(1, 1, p.K, dtype=torch.int32), numbers[:, None],
+                numbers, numbers.long(), numbers.long())
+decision = run(reuse.decide_launches(p, memory, 0.9))
 scores = run(score.launches(p, "interpreter"))
 selection = run(select.launches(scores.votes, p, "interpreter"))
+run((None, reuse.keep_launches(p, memory, decision, selection)))
 run(attend.launches(p, selection, "interpreter"))
-stages = (score.bytes_moved(p, "interpreter"), select.bytes_moved(p),
+stages = (reuse.bytes_moved(p), score.bytes_moved(p, "interpreter"), select.bytes_moved(p),
           attend.bytes_moved(p, "interpreter"))
 print(json.dumps({
     "measured": measured,

@@ -1,13 +1,14 @@
 """The triton backend: every stage as kernels for a GPU, interpreted on the CPU for tests.
 
 `score` reads the keys once, `select` uses as many blocks as there are, `attend` touches selected
-rows only. Nothing waits for the device, and no result depends on the batch or the grid.
+rows only, `reuse` is a launch before them and one between. Nothing waits for the device, and no
+result depends on the batch or the grid.
 """
 
 import torch
 
-from tokenselect.contract import Backend, Capability
-from tokenselect.kernels.triton import attend, score, select
+from tokenselect.contract import Backend, Capability, Planned, Reuse
+from tokenselect.kernels.triton import attend, reuse, score, select
 from tokenselect.kernels.triton.launch import INTERPRETED
 
 BACKEND = Backend(
@@ -24,4 +25,6 @@ BACKEND = Backend(
     score.score,
     select.select,
     attend.attend,
+    planned=Planned(score.score_candidates, select.select, attend.attend),
+    reuse=Reuse(reuse.decide, reuse.keep),
 )

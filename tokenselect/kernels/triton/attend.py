@@ -34,9 +34,9 @@ from tokenselect.kernels.triton.tables import LOW, Tables, tables
 _BEYOND = tl.constexpr(2**31 - 1)
 
 
-def attend(problem: Problem, selection: Selection) -> Attended:
-    """See `tokenselect.reference.attend`: out and lse within the error budget."""
-    attended, launches_ = launches(problem, selection, launch.arch(problem.q.device))
+def attend(problem: Problem, selection: Selection, out: Tensor | None = None) -> Attended:
+    """See `tokenselect.reference.attend`: out (`out` itself, if given) and lse, within budget."""
+    attended, launches_ = launches(problem, selection, launch.arch(problem.q.device), out)
     launch.run(launches_, problem.q.device)
     return attended
 
@@ -73,6 +73,7 @@ def _attend(
     stride_qh,
     stride_qi,
     stride_qd,
+    stride_sinks,
     stride_page,
     stride_row,
     stride_head,
@@ -283,7 +284,8 @@ def _attend(
     sees = first_seen <= query_position
     if WHOLE:
         if SINKS:
-            sink = _sink(tl.load(sinks_ptr + head, mask=is_row, other=0.0))
+            sink_at = sinks_ptr + head.to(tl.int64) * stride_sinks
+            sink = _sink(tl.load(sink_at, mask=is_row, other=0.0))
         else:
             sink = tl.full([ROWS], float("-inf"), tl.float32)
         out, lse = _finished(acc, largest, total, sees, sink, SINKS)
@@ -402,6 +404,7 @@ def _merge(
     K,
     Dv,
     n_splits,
+    stride_sinks,
     stride_count_b,
     stride_count_s,
     S: tl.constexpr,
@@ -442,7 +445,8 @@ def _merge(
         acc = acc * old[:, None] + tl.sum(parts * weights[:, None], 0)[None, :]
         largest = new
     if SINKS:
-        sink = _sink(tl.load(sinks_ptr + head + tl.zeros([1], tl.int32)))
+        sink_at = sinks_ptr + head.to(tl.int64) * stride_sinks + tl.zeros([1], tl.int32)
+        sink = _sink(tl.load(sink_at))
     else:
         sink = tl.full([1], float("-inf"), tl.float32)
     out, lse = _finished(acc, largest, total, sees > 0, sink, SINKS)
@@ -456,7 +460,9 @@ def _merge(
 # --- the host's side ----------------------------------------------------------------------
 
 
-def launches(problem: Problem, selection: Selection, arch: str) -> tuple[Attended, list[Launch]]:
+def launches(
+    problem: Problem, selection: Selection, arch: str, out: Tensor | None = None
+) -> tuple[Attended, list[Launch]]:
     """What attending will return, and the kernels that fill it."""
     p, config = problem, TABLE[arch]
     B, Hq, Hkv, G, Lq, D, Dv = p.B, p.Hq, p.Hkv, p.G, p.Lq, p.D, p.Dv
@@ -465,7 +471,8 @@ def launches(problem: Problem, selection: Selection, arch: str) -> tuple[Attende
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return launch.empty(shape, dtype, p.q.device)
 
-    out, lse = empty(B, Hq, Lq, Dv, dtype=p.q.dtype), empty(B, Hq, Lq)
+    out = empty(B, Hq, Lq, Dv, dtype=p.q.dtype) if out is None else out
+    lse = empty(B, Hq, Lq)
     n_rows = Lq * G
     moves = p.rope is not None and p.moves(p.config.positions)
     in_float32 = moves or p.q.dtype == torch.float32
@@ -483,7 +490,8 @@ def launches(problem: Problem, selection: Selection, arch: str) -> tuple[Attende
         turn = tables(p.rope.inv_freq, p.Lk, 0)
     n_blocks = math.ceil(n_rows / rows_)
     values = launch.cache_arguments(p, p.v_cache)
-    sinks = p.q if p.sink_logits is None else p.sink_logits.contiguous()
+    sinks = p.q if p.sink_logits is None else p.sink_logits
+    sunk = {"sinks_ptr": sinks, "stride_sinks": sinks.stride(0)}
     selected = {
         "count_ptr": selection.count,
         "stride_count_b": selection.count.stride(0),
@@ -499,7 +507,6 @@ def launches(problem: Problem, selection: Selection, arch: str) -> tuple[Attende
                 v_ptr=p.v_cache,
                 seqlens_ptr=p.cache_seqlens,
                 positions_ptr=selection.positions,
-                sinks_ptr=sinks,
                 high_ptr=turn.high,
                 low_ptr=turn.low,
                 out_ptr=out,
@@ -518,6 +525,7 @@ def launches(problem: Problem, selection: Selection, arch: str) -> tuple[Attende
                 n_blocks=n_blocks,
                 **{f"stride_q{dim}": p.q.stride(i) for i, dim in enumerate("bhid")},
                 **launch.cache_arguments(p, p.k_cache),
+                **sunk,
                 **{f"v_{name}": values[name] for name in _V_STRIDES},
                 **{
                     f"stride_positions_{dim}": selection.positions.stride(i)
@@ -565,7 +573,6 @@ def launches(problem: Problem, selection: Selection, arch: str) -> tuple[Attende
                     acc_ptr=acc,
                     max_ptr=largest,
                     sum_ptr=sums,
-                    sinks_ptr=sinks,
                     seqlens_ptr=p.cache_seqlens,
                     out_ptr=out,
                     lse_ptr=lse,
@@ -576,6 +583,7 @@ def launches(problem: Problem, selection: Selection, arch: str) -> tuple[Attende
                     K=K,
                     Dv=Dv,
                     n_splits=n_splits,
+                    **sunk,
                     **selected,
                 ),
                 dict(

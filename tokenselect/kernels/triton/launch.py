@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tokenselect import workspace
 from tokenselect.contract import Problem
 from tokenselect.errors import InvalidProblem
 
@@ -47,9 +48,8 @@ def run(launches: Iterable[Launch], device: torch.device) -> None:
             )
 
 
-def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """All memory that the kernels write to comes from here, uninitialised."""
-    return torch.empty(shape, dtype=dtype, device=device)
+# All memory that the kernels write to comes from here, uninitialised.
+empty = workspace.empty
 
 
 def arch(device: torch.device) -> str:

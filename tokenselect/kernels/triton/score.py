@@ -51,6 +51,13 @@ def score(problem: Problem) -> Scores:
     return scores
 
 
+def score_candidates(problem: Problem) -> Scores:
+    """`score` for a plan: no work past a request's end. Votes off the candidates are anything."""
+    scores, launches_ = launches(problem, launch.arch(problem.q.device), fills=False)
+    launch.run(launches_, problem.q.device)
+    return scores
+
+
 @triton.jit
 def _voters(
     q_ptr,
@@ -91,6 +98,8 @@ def _voters(
     b = pid // n_voters // Hkv
     run, head = v // G, pid // n_voters % Hkv * G + v % G
     n = length(seqlens_ptr, b, Lk)
+    if n == 0:
+        return
     size, larger = Lq // means, Lq % means
     start = run * size + tl.minimum(run, larger)
     stop = start + size + (run < larger).to(tl.int32)
@@ -332,6 +341,7 @@ def _logits(
                     at = q_row[None, :]
                     x = tl.load(at + first_dim[:, None] * stride_qd, mask=is_query, other=0.0)
                     y = tl.load(at + second_dim[:, None] * stride_qd, mask=is_query, other=0.0)
+                    x, y = x.to(tl.float32), y.to(tl.float32)
                     s = tl.dot(first, x, s, input_precision=PRECISION)
                     s = tl.dot(second, y, s, input_precision=PRECISION)
                 cos, sin = angles(high_ptr, low_ptr, high, low, column, half, SIGN)
@@ -534,6 +544,12 @@ def _logsumexp(max_ptr, sum_ptr, at, used, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _has_candidates(block, sink_end, local_start, BLOCK: tl.constexpr):
+    first = block * BLOCK
+    return (first < local_start) & (first + (BLOCK - 1) >= sink_end)
+
+
+@triton.jit
 def _vote(
     code_ptr,
     fine_ptr,
@@ -556,17 +572,25 @@ def _vote(
     TILE: tl.constexpr,
     VOTERS: tl.constexpr,
     BLOCK: tl.constexpr,
+    FILLS: tl.constexpr,
 ):
-    """Votes of a block of candidates: the softmax weights of all voters, KV head by KV head."""
+    """Votes of a block of candidates: the softmax weights of all voters, KV head by KV head.
+
+    FILLS: blocks without candidates are filled too.
+    """
     pid = tl.program_id(0)
     block, row = pid % n_blocks, pid // n_blocks
     s, r, b = row % S, row // S % R, row // S // R
     n = length(seqlens_ptr, b, Lk)
     sink_end, local_start = regions(n, Lq, n_sink, n_local)
+    has_candidates = _has_candidates(block, sink_end, local_start, BLOCK)
+    if not FILLS:  # noqa: SIM102  # decided when compiling
+        if not has_candidates:
+            return
     position = block * BLOCK + tl.arange(0, BLOCK)
     is_candidate = (position >= sink_end) & (position < local_start)
     votes = tl.zeros([BLOCK], tl.float32)
-    if (block * BLOCK < local_start) & (block * BLOCK + BLOCK > sink_end):
+    if has_candidates:
         many = Hkv // S * n_voting
         for start in range(0, many, VOTERS):
             u = start + tl.arange(0, VOTERS)
@@ -602,12 +626,16 @@ def _pool(
     rows_per_request,
     n_blocks,
     BLOCK: tl.constexpr,
+    FILLS: tl.constexpr,
 ):
-    """The maximum over the candidates at most `reach` away."""
+    """The maximum over the candidates at most `reach` away; FILLS as in `_vote`."""
     pid = tl.program_id(0)
     block, row = pid % n_blocks, pid // n_blocks
     n = length(seqlens_ptr, row // rows_per_request, Lk)
     sink_end, local_start = regions(n, Lq, n_sink, n_local)
+    if not FILLS:  # noqa: SIM102  # decided when compiling
+        if not _has_candidates(block, sink_end, local_start, BLOCK):
+            return
     position = block * BLOCK + tl.arange(0, BLOCK)
     is_candidate = (position >= sink_end) & (position < local_start)
     best = tl.full([BLOCK], float("-inf"), tl.float32)
@@ -622,8 +650,8 @@ def _pool(
 # --- the host's side ----------------------------------------------------------------------
 
 
-def launches(problem: Problem, arch: str) -> tuple[Scores, list[Launch]]:
-    """The scores to be, and the kernels that fill them."""
+def launches(problem: Problem, arch: str, fills: bool = True) -> tuple[Scores, list[Launch]]:
+    """The scores to be, and the kernels that fill them: blocks without candidates if `fills`."""
     p, config = problem, TABLE[arch]
     B, R, S, Hkv, G, Lk, D = p.B, p.R, p.S, p.Hkv, p.G, p.Lk, p.D
     device = p.q.device
@@ -703,7 +731,7 @@ def launches(problem: Problem, arch: str) -> tuple[Scores, list[Launch]]:
     plain_q = plain_factor = moved_q = moved_factor = p.q
     strides = {"qb": p.q.stride(0), "qg": G * p.q.stride(1), "qv": p.q.stride(1)}
     strides |= {"qpart": 0, "qd": p.q.stride(3)}
-    needs_voters = plain >= 0 and (p.Lq > 1 or moved >= 0 or p.moves(p.config.ballots[plain][0]))
+    needs_voters = plain >= 0 and (p.Lq > 1 or p.moves(p.config.ballots[plain][0]))
     if needs_voters:
         dtype = torch.float32 if moved >= 0 else p.q.dtype
         parts = 1 if dtype == torch.float32 else 3
@@ -834,7 +862,7 @@ def launches(problem: Problem, arch: str) -> tuple[Scores, list[Launch]]:
                 n_tiles=n_tiles,
                 **lengths,
             ),
-            dict(R=R, S=S, TILE=tile, VOTERS=8, BLOCK=config.vote_block),
+            dict(R=R, S=S, TILE=tile, VOTERS=8, BLOCK=config.vote_block, FILLS=fills),
             4,
             1,
         )
@@ -851,7 +879,7 @@ def launches(problem: Problem, arch: str) -> tuple[Scores, list[Launch]]:
                     rows_per_request=R * S,
                     **lengths,
                 ),
-                dict(BLOCK=config.vote_block),
+                dict(BLOCK=config.vote_block, FILLS=fills),
                 4,
                 1,
             )

@@ -1,6 +1,7 @@
 """Stage 2: radix select over as many blocks as there are; exact for any mass of ties.
 
-count      histogram of the first digit of every candidate's key
+clear      histograms that start at zero
+count      histogram of the first digit of every candidate's key; nothing is taken yet
 shortlist  in each block, the candidates that reach the first digit's threshold, in order; and the
            histogram of the second digit
 narrow     histogram of the third digit
@@ -103,8 +104,10 @@ def _count(
     stride_s,
     stride_j,
     TAKEN: tl.constexpr,
+    UNTAKES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """UNTAKES: before the first of several ballots, no candidate is taken."""
     pid = tl.program_id(0)
     block, row = pid % n_blocks, pid // n_blocks
     sink_end, local_start, _ = _row(row, seqlens_ptr, S, Lq, Lk, n_sink, n_local, share)
@@ -115,6 +118,9 @@ def _count(
     votes_ptr += (row // S).to(tl.int64) * stride_b + (row % S).to(tl.int64) * stride_s
     key = _keys(votes_ptr, taken_ptr, row, position, is_candidate, Lk, stride_j, TAKEN)
     _add_counts(histogram_ptr + row * _ALL_BINS, key >> 21, is_candidate, _BINS)
+    if UNTAKES:
+        at = taken_ptr + row.to(tl.int64) * Lk + position
+        tl.store(at, tl.zeros([BLOCK], tl.int8), mask=is_candidate)
 
 
 @triton.jit
@@ -321,7 +327,6 @@ def launches(votes: Tensor, problem: Problem, arch: str) -> tuple[Selection, lis
     todo = [_cleared(histograms)]
     if p.R > 1:
         taken = launch.empty((n_rows, p.Lk), torch.int8, votes.device)
-        todo.append(_cleared(taken))
     grid = (n_blocks * n_rows,)
     share = 0
     for ballot, (_, more) in enumerate(p.config.ballots):
@@ -356,7 +361,14 @@ def launches(votes: Tensor, problem: Problem, arch: str) -> tuple[Selection, lis
         sized = {"BLOCK": block}
         ranked = sized | {"TAKEN": ballot > 0}
         todo += [
-            Launch(_count, grid, where | voted | counted, ranked, 4, 1),
+            Launch(
+                _count,
+                grid,
+                where | voted | counted,
+                ranked | {"UNTAKES": ballot == 0 and not is_last},
+                4,
+                1,
+            ),
             Launch(
                 _shortlist,
                 grid,

@@ -1,0 +1,391 @@
+"""The Selection Cache's two steps, to the bit what `tokenselect.reference.reuse` makes of them.
+
+mean    the mean query of a chunk; the one query of a decode needs none
+decide  the cosine with the stored query, and who reuses its selection
+keep    selections made afresh stored, those that are reused completed
+
+Sums are float64, and each is of two numbers that the reference adds up too: down a column, then
+half onto half. Products of two float32 numbers are exact in float64, so that fusing changes none.
+"""
+
+import math
+import struct
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tokenselect.contract import Decision, Memory, Problem, Selection
+from tokenselect.kernels.triton import launch
+from tokenselect.kernels.triton.device import length
+from tokenselect.kernels.triton.launch import Launch
+
+# As in the reference: queries that are added up side by side, and products of a cosine that are.
+_RUN = tl.constexpr(16)
+_COLUMNS = tl.constexpr(512)
+# Columns of the mean query, and places of a selection, of one program.
+_MEAN_BLOCK = 64
+_PLACES = 1024
+
+
+def decide(problem: Problem, memory: Memory, theta: float | None) -> Decision:
+    """See `tokenselect.reference.reuse.decide`: bit-exact."""
+    decision, launches_ = decide_launches(problem, memory, theta)
+    launch.run(launches_, problem.q.device)
+    return decision
+
+
+def keep(problem: Problem, memory: Memory, decision: Decision, fresh: Selection) -> None:
+    """See `tokenselect.reference.reuse.keep`: bit-exact."""
+    launch.run(keep_launches(problem, memory, decision, fresh), problem.q.device)
+
+
+@triton.jit
+def _halved(x, LEVELS: tl.constexpr):
+    """x (2**LEVELS, W) summed over its rows: half onto half, so that every sum has two terms."""
+    for _ in tl.static_range(LEVELS):
+        x = tl.sum(tl.reshape(x, [2, x.shape[0] // 2, x.shape[1]]), 0)
+    return tl.sum(x, 0)
+
+
+@triton.jit
+def _float64(bits):
+    """The number whose bits came as an integer: a Python float would come as float32."""
+    return bits.to(tl.int64).to(tl.float64, bitcast=True)
+
+
+@triton.jit(do_not_specialize=["reciprocal_bits"])
+def _mean(
+    q_ptr,
+    query_ptr,
+    reciprocal_bits,
+    Lq,
+    D,
+    N,
+    n_blocks,
+    stride_qb,
+    stride_qh,
+    stride_qi,
+    stride_qd,
+    BLOCK: tl.constexpr,
+):
+    """The mean of all queries of a request, a block of its N columns."""
+    pid = tl.program_id(0)
+    block, b = pid % n_blocks, pid // n_blocks
+    column = block * BLOCK + tl.arange(0, BLOCK)
+    at = q_ptr + b.to(tl.int64) * stride_qb
+    at = at + (column // D).to(tl.int64) * stride_qh + (column % D).to(tl.int64) * stride_qd
+    sums = tl.zeros([_RUN, BLOCK], tl.float64)
+    for start in range(0, Lq, _RUN):
+        i = start + tl.arange(0, _RUN)
+        is_query = (i < Lq)[:, None] & (column < N)[None, :]
+        x = tl.load(at[None, :] + (i.to(tl.int64) * stride_qi)[:, None], mask=is_query, other=0.0)
+        sums += x.to(tl.float32).to(tl.float64)
+    mean = _halved(sums, 4) * _float64(reciprocal_bits)
+    tl.store(query_ptr + b.to(tl.int64) * N + column, mean.to(tl.float32), mask=column < N)
+
+
+@triton.jit(do_not_specialize=["theta_bits"])
+def _decide(
+    q_ptr,
+    seqlens_ptr,
+    stored_query_ptr,
+    stored_count_ptr,
+    seen_ptr,
+    reused_ptr,
+    lengths_ptr,
+    query_ptr,
+    theta_bits,
+    S,
+    K,
+    Lq,
+    Lk,
+    D,
+    N,
+    max_reuse,
+    stride_qb,
+    stride_qh,
+    stride_qd,
+    stride_stored_query_b,
+    stride_stored_query_column,
+    stride_stored_count_b,
+    stride_stored_count_s,
+    stride_seen,
+    COPIES: tl.constexpr,
+    HAS_THETA: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    SELECTIONS: tl.constexpr,
+):
+    """Who reuses its selection, a request a program; COPIES the one query of a decode too.
+
+    theta_bits are those of theta * |theta|: cos >= theta is compared without a root or a division.
+    """
+    b = tl.program_id(0).to(tl.int64)
+    row_ptr = q_ptr + b * stride_qb
+    if COPIES:
+        for start in range(0, N, CHUNKS * _COLUMNS):
+            column = start + tl.arange(0, CHUNKS * _COLUMNS)
+            x = _columns(row_ptr, column, D, N, stride_qh, stride_qd)
+            tl.store(query_ptr + b * N + column, x, mask=column < N)
+    reused = tl.zeros([], tl.int1)
+    if HAS_THETA:
+        product = tl.zeros([_COLUMNS], tl.float64)
+        power = tl.zeros([_COLUMNS], tl.float64)
+        stored = tl.zeros([_COLUMNS], tl.float64)
+        for start in range(0, N, CHUNKS * _COLUMNS):
+            # Loads of several chunks are on the way at once; chunks past N add nothing.
+            for chunk in tl.static_range(CHUNKS):
+                column = start + chunk * _COLUMNS + tl.arange(0, _COLUMNS)
+                x = _columns(row_ptr, column, D, N, stride_qh, stride_qd).to(tl.float64)
+                at = stored_query_ptr + b * stride_stored_query_b
+                at = at + column.to(tl.int64) * stride_stored_query_column
+                y = tl.load(at, mask=column < N, other=0.0).to(tl.float64)
+                product += x * y
+                power += x * x
+                stored += y * y
+        product = tl.sum(_halved(tl.reshape(product, [_COLUMNS, 1]), 9), 0)
+        power = tl.sum(_halved(tl.reshape(power, [_COLUMNS, 1]), 9), 0)
+        stored = tl.sum(_halved(tl.reshape(stored, [_COLUMNS, 1]), 9), 0)
+        both = power * stored
+        is_alike = (both > 0) & (both < float("inf"))
+        is_alike = is_alike & (product * tl.abs(product) >= both * _float64(theta_bits))
+
+        seen = tl.load(seen_ptr + b * stride_seen)
+        appended = length(seqlens_ptr, b, Lk) - seen
+        s = tl.arange(0, SELECTIONS)
+        at = stored_count_ptr + b * stride_stored_count_b + s.to(tl.int64) * stride_stored_count_s
+        count = tl.max(tl.load(at, mask=s < S, other=-2147483648), 0)
+        is_new = (seen > 0) & (appended >= Lq) & (appended <= max_reuse)
+        reused = is_alike & is_new & (count + appended <= K)
+    tl.store(reused_ptr + b, reused)
+    tl.store(lengths_ptr + b, tl.where(reused, 0, tl.load(seqlens_ptr + b)))
+
+
+@triton.jit
+def _columns(row_ptr, column, D, N, stride_h, stride_d):
+    """Columns of all heads of a query side by side, in float32, exactly; 0 beyond N."""
+    at = (column // D).to(tl.int64) * stride_h + (column % D).to(tl.int64) * stride_d
+    return tl.load(row_ptr + at, mask=column < N, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _keep(
+    seqlens_ptr,
+    reused_ptr,
+    query_ptr,
+    positions_ptr,
+    count_ptr,
+    stored_query_ptr,
+    stored_positions_ptr,
+    stored_count_ptr,
+    seen_ptr,
+    hits_ptr,
+    misses_ptr,
+    S,
+    K,
+    Lk,
+    N,
+    n_blocks,
+    stride_positions_b,
+    stride_positions_s,
+    stride_positions_place,
+    stride_count_b,
+    stride_count_s,
+    stride_stored_query_b,
+    stride_stored_query_column,
+    stride_stored_positions_b,
+    stride_stored_positions_s,
+    stride_stored_positions_place,
+    stride_stored_count_b,
+    stride_stored_count_s,
+    stride_seen,
+    stride_hits,
+    stride_misses,
+    BLOCK: tl.constexpr,
+):
+    """A block of places of one selection, and a share of what its request stores.
+
+    A request that reuses its selection reads what is stored and writes what is fresh, another the
+    other way round: no program reads what one beside it writes.
+    """
+    pid = tl.program_id(0)
+    block, row = pid % n_blocks, pid // n_blocks
+    s, b = (row % S).to(tl.int64), (row // S).to(tl.int64)
+    n = length(seqlens_ptr, b, Lk)
+    place = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    is_place = place < K
+    at = positions_ptr + b * stride_positions_b + s * stride_positions_s
+    at = at + place * stride_positions_place
+    stored_at = stored_positions_ptr + b * stride_stored_positions_b + s * stride_stored_positions_s
+    stored_at = stored_at + place * stride_stored_positions_place
+    count_at = count_ptr + b * stride_count_b + s * stride_count_s
+    stored_count_at = stored_count_ptr + b * stride_stored_count_b + s * stride_stored_count_s
+    seen_at = seen_ptr + b * stride_seen
+    is_first = block + s == 0
+    parts = tl.full([], n_blocks, tl.int64) * S
+    if tl.load(reused_ptr + b):
+        # Place r holds the stored position r, or, from count on, seen, seen + 1, ..., n - 1.
+        count = tl.load(stored_count_at)
+        ahead = tl.load(seen_at) - count
+        total = n - ahead
+        position = tl.load(stored_at, mask=is_place & (place < count), other=0)
+        position = tl.where(place < count, position, (place + ahead).to(tl.int32))
+        tl.store(at, tl.where(place < total, position, -1), mask=is_place)
+        tl.store(count_at, total, mask=block == 0)
+        hits_at = hits_ptr + b * stride_hits
+        tl.store(hits_at, tl.load(hits_at) + 1, mask=is_first & (n > 0))
+    else:
+        tl.store(stored_at, tl.load(at, mask=is_place, other=0), mask=is_place)
+        tl.store(stored_count_at, tl.load(count_at), mask=block == 0)
+        for start in range((s * n_blocks + block) * BLOCK, N, parts * BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            x = tl.load(query_ptr + b * N + column, mask=column < N, other=0.0)
+            to = stored_query_ptr + b * stride_stored_query_b
+            tl.store(to + column.to(tl.int64) * stride_stored_query_column, x, mask=column < N)
+        tl.store(seen_at, n, mask=is_first)
+        misses_at = misses_ptr + b * stride_misses
+        tl.store(misses_at, tl.load(misses_at) + 1, mask=is_first & (n > 0))
+
+
+# --- the host's side ----------------------------------------------------------------------
+
+
+def decide_launches(
+    problem: Problem, memory: Memory, theta: float | None
+) -> tuple[Decision, list[Launch]]:
+    """The decision to be, and the kernels that take it."""
+    p, N, device = problem, problem.Hq * problem.D, problem.q.device
+    reused = launch.empty((p.B,), torch.bool, device)
+    lengths = launch.empty((p.B,), torch.int32, device)
+    query = launch.empty((p.B, N), torch.float32, device)
+    todo = []
+    q, q_strides = query, {"stride_qb": N, "stride_qh": p.D, "stride_qd": 1}
+    if p.Lq == 1:
+        q, q_strides = p.q, _strides("q", p.q[:, :, 0], "bhd")
+    else:
+        n_blocks = math.ceil(N / _MEAN_BLOCK)
+        todo.append(
+            Launch(
+                _mean,
+                (p.B * n_blocks,),
+                dict(
+                    q_ptr=p.q,
+                    query_ptr=query,
+                    reciprocal_bits=_bits(1 / p.Lq),
+                    Lq=p.Lq,
+                    D=p.D,
+                    N=N,
+                    n_blocks=n_blocks,
+                    **_strides("q", p.q, "bhid"),
+                ),
+                dict(BLOCK=_MEAN_BLOCK),
+                4,
+                1,
+            )
+        )
+    todo.append(
+        Launch(
+            _decide,
+            (p.B,),
+            dict(
+                q_ptr=q,
+                seqlens_ptr=p.cache_seqlens,
+                stored_query_ptr=memory.query,
+                stored_count_ptr=memory.count,
+                seen_ptr=memory.seen,
+                reused_ptr=reused,
+                lengths_ptr=lengths,
+                query_ptr=query,
+                theta_bits=0 if theta is None else _bits(theta * abs(theta)),
+                S=p.S,
+                K=p.K,
+                Lq=p.Lq,
+                Lk=p.Lk,
+                D=p.D,
+                N=N,
+                max_reuse=p.max_reuse,
+                stride_seen=memory.seen.stride(0),
+                **q_strides,
+                **_strides("stored_query_", memory.query, ("b", "column")),
+                **_strides("stored_count_", memory.count, "bs"),
+            ),
+            dict(
+                COPIES=p.Lq == 1,
+                HAS_THETA=theta is not None,
+                CHUNKS=4,
+                SELECTIONS=triton.next_power_of_2(p.S),
+            ),
+            4,
+            1,
+        )
+    )
+    return Decision(reused, lengths, query), todo
+
+
+def keep_launches(
+    problem: Problem, memory: Memory, decision: Decision, fresh: Selection
+) -> list[Launch]:
+    """The kernel that writes to memory, or to `fresh`."""
+    p, K = problem, fresh.positions.shape[2]
+    n_blocks = math.ceil(K / _PLACES)
+    return [
+        Launch(
+            _keep,
+            (p.B * p.S * n_blocks,),
+            dict(
+                seqlens_ptr=p.cache_seqlens,
+                reused_ptr=decision.reused,
+                query_ptr=decision.query,
+                positions_ptr=fresh.positions,
+                count_ptr=fresh.count,
+                stored_query_ptr=memory.query,
+                stored_positions_ptr=memory.positions,
+                stored_count_ptr=memory.count,
+                seen_ptr=memory.seen,
+                hits_ptr=memory.hits,
+                misses_ptr=memory.misses,
+                S=p.S,
+                K=K,
+                Lk=p.Lk,
+                N=p.Hq * p.D,
+                n_blocks=n_blocks,
+                stride_seen=memory.seen.stride(0),
+                stride_hits=memory.hits.stride(0),
+                stride_misses=memory.misses.stride(0),
+                **_strides("positions_", fresh.positions, ("b", "s", "place")),
+                **_strides("count_", fresh.count, "bs"),
+                **_strides("stored_query_", memory.query, ("b", "column")),
+                **_strides("stored_positions_", memory.positions, ("b", "s", "place")),
+                **_strides("stored_count_", memory.count, "bs"),
+            ),
+            dict(BLOCK=_PLACES),
+            4,
+            1,
+        )
+    ]
+
+
+def _bits(x: float) -> int:
+    """The 64 bits of x as an integer: see `_float64`."""
+    bits: int = struct.unpack("<q", struct.pack("<d", x))[0]
+    return bits
+
+
+def _strides(name: str, tensor: Tensor, dims: str | tuple[str, ...]) -> dict[str, Any]:
+    return {f"stride_{name}{dim}": tensor.stride(i) for i, dim in enumerate(dims)}
+
+
+def bytes_moved(problem: Problem) -> dict[str, int]:
+    """Bytes that each kernel reads and writes; of `keep` where all is made afresh, the most."""
+    p, item = problem, problem.q.dtype.itemsize
+    columns = p.B * p.Hq * p.D
+    given = columns * p.Lq * item
+    one = p.Lq == 1
+    moved = {} if one else {"mean": given + 4 * columns}
+    return moved | {
+        # The query is copied, and both are multiplied.
+        "decide": (given if one else 0) + 8 * columns,
+        "keep": 8 * (p.B * p.S * p.K + columns),
+    }
