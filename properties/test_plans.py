@@ -437,5 +437,5 @@ def test_the_recording_shows_a_length_that_the_host_had_read(
 def test_backends_that_cannot_be_planned_say_so() -> None:
     problem = FEATURES[0].problem()
     assert not reasons(load("reference"), problem)
-    with pytest.raises(ValueError, match="reference has no stages that a plan can run"):
+    with pytest.raises(ValueError, match="reference takes calls without a plan"):
         plan(problem, "reference")

@@ -30,7 +30,10 @@ from tokenselect import (
     UnsupportedProblem,
     attend,
     attention,
+    capture,
+    cuda_graph,
     explain,
+    plan,
     register,
     registry,
     score,
@@ -64,6 +67,30 @@ def used_cache() -> SelectionCache:
     cache = SelectionCache()
     call(cache=cache)
     return cache
+
+
+def call_plan(arguments: dict[str, Any] | None = None, **given: Any) -> object:
+    """A call of a plan for the problem of SMALL, with max_reuse=8; `given` changes tensors."""
+    planned = plan(problem(max_reuse=8, **(arguments or {})), "cpu")
+    tensors_ = {"q": Q, "k_cache": K_CACHE, "v_cache": V_CACHE, "cache_seqlens": lengths(40, 9)}
+    return planned(**(tensors_ | given))
+
+
+def call_plan_twice() -> object:
+    planned = plan(problem(), "cpu")
+    out = planned(Q, K_CACHE, V_CACHE, lengths(40, 9))
+    return planned(out, K_CACHE, V_CACHE, lengths(40, 9))
+
+
+def planned_cache(*, Lq: int) -> object:
+    """A cache in use by a plan for one query, given to a call of Lq."""
+    cache = SelectionCache(max_reuse=8)
+    call_plan(cache=cache)
+    return call(q=Q.expand(-1, -1, Lq, -1), cache=cache)
+
+
+def captured(step: Callable[..., Any], *inputs: Any, **settings: Any) -> object:
+    return capture(step, **settings)(*inputs)
 
 
 def select_given(change: Callable[[Tensor], Any]) -> object:
@@ -404,6 +431,77 @@ CASES: dict[str, Case] = {
     ),
     "selection_device": Case(
         lambda: attend_given(lambda p, count: (p.to(META), count)), ("positions", "meta")
+    ),
+    # plans and graphs
+    "plan_of_a_tensor": Case(lambda: plan(Q), ("problem", "Tensor")),
+    "plan_on_the_reference": Case(
+        lambda: plan(problem(), "reference"), ("B=2", "k=4"), UnsupportedProblem
+    ),
+    "plan_on_cuda_graph": Case(
+        lambda: plan(problem(shape={"D": 32, "Dv": 32}), "cuda_graph"), ("cpu",), UnsupportedProblem
+    ),
+    "plan_of_unknown_backend": Case(
+        lambda: plan(problem(), "tritn"), ("backend='tritn'",), UnknownBackend
+    ),
+    "planned_other_heads": Case(lambda: call_plan(q=torch.ones(2, 2, 1, 8)), ("Hq=2", "Hq=4")),
+    "planned_more_queries": Case(lambda: call_plan(q=torch.ones(2, 4, 3, 8)), ("Lq=3", "Lq=1")),
+    "planned_other_dtype": Case(
+        lambda: call_plan(q=Q.bfloat16(), k_cache=K_CACHE.bfloat16(), v_cache=V_CACHE.bfloat16()),
+        ("dtype=torch.bfloat16", "dtype=torch.float32"),
+    ),
+    "planned_larger_batch": Case(
+        lambda: call_plan(
+            **dict(zip(("q", "k_cache", "v_cache"), tensors(B=3), strict=True)),
+            cache_seqlens=lengths(4, 4, 4),
+        ),
+        ("B=3", "B=2"),
+    ),
+    "planned_longer_cache": Case(
+        lambda: call_plan(**dict(zip(("q", "k_cache", "v_cache"), tensors(Lk=41), strict=True))),
+        ("Lk=41", "Lk=40"),
+    ),
+    "planned_sink_logits": Case(
+        lambda: call_plan(sink_logits=torch.ones(4)), ("sink_logits=given", "sink_logits=none")
+    ),
+    "planned_without_lengths": Case(
+        lambda: call_plan(cache_seqlens=None), ("cache_seqlens", "NoneType")
+    ),
+    "planned_cache_is_a_dict": Case(lambda: call_plan(cache={}), ("cache", "dict")),
+    "planned_cache_of_other_max_reuse": Case(
+        lambda: call_plan(cache=SelectionCache()), ("max_reuse=64", "max_reuse=8")
+    ),
+    "planned_cache_and_part_of_the_batch": Case(
+        lambda: call_plan(
+            **dict(zip(("q", "k_cache", "v_cache"), tensors(B=1), strict=True)),
+            cache_seqlens=lengths(4),
+            cache=SelectionCache(max_reuse=8),
+        ),
+        ("B=1", "B=2"),
+    ),
+    "planned_cache_has_to_stay": Case(lambda: planned_cache(Lq=4), ("K=18", "K=21")),
+    "out_shape": Case(lambda: call_plan(out=torch.empty(2, 4, 8)), ("out", "(2, 4, 8)")),
+    "out_dtype": Case(lambda: call_plan(out=torch.empty(2, 4, 1, 8).double()), ("torch.float64",)),
+    "out_strides": Case(
+        lambda: call_plan(out=torch.empty(2, 4, 1, 16)[..., ::2]), ("out", "strides")
+    ),
+    "out_is_a_list": Case(lambda: call_plan(out=[]), ("out", "list")),
+    "out_is_q": Case(lambda: call_plan(out=Q), ("q",)),
+    "plan_of_its_own_result": Case(call_plan_twice, ("q",)),
+    "capture_without_cuda": Case(lambda: captured(torch.neg, Q), ("cpu",)),
+    "capture_of_a_list": Case(lambda: captured(torch.neg, [1.0]), ("argument 0", "list")),
+    "capture_of_nothing": Case(
+        lambda: captured(
+            torch.ones,
+        ),
+        ("no tensor",),
+    ),
+    "capture_batches": Case(lambda: capture(torch.neg, batches=(1, 0)), ("batches=(1, 0)",)),
+    "capture_beyond_batches": Case(
+        lambda: captured(torch.neg, Q, batches=(1,)), ("batch of 2", "batches=(1,)")
+    ),
+    "cuda_graph_of_the_reference": Case(lambda: cuda_graph("reference"), ("'reference'",)),
+    "cuda_graph_of_unknown": Case(
+        lambda: cuda_graph("tritn"), ("backend='tritn'",), UnknownBackend
     ),
     # backends
     "backend_near_miss": Case(

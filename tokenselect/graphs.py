@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tokenselect import registry
+from tokenselect import ops, registry
 from tokenselect.contract import Backend, Problem, Scores, Selection
 from tokenselect.errors import InvalidProblem, NotCapturable
 from tokenselect.reuse import undone
@@ -72,6 +72,10 @@ class _Operators(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         self._note(str(function))
+        inside = ops.implementation(function)
+        if inside is not None:  # look into it
+            with _HostReads(), self:
+                return inside(*args, **kwargs)
         reads_value = torch.Tag.data_dependent_output in function.tags
         sizes_by_value = torch.Tag.dynamic_output_shape in function.tags
         if function.overloadpacket is torch.ops.aten.index:  # by integers it has a fixed shape
@@ -196,42 +200,51 @@ class Graphs:
         return fitting[0] if fitting else B
 
     def run(
-        self, key: Any, step: Callable[..., Any], inputs: tuple[Tensor | None, ...], rows: int
+        self,
+        key: Any,
+        step: Callable[..., Any],
+        inputs: tuple[Tensor | None, ...],
+        rows: int | None = None,
     ) -> Any:
-        """step(*inputs), captured for so many rows at the first call of its kind, replayed in all.
+        """step(*inputs), captured at the first call of its kind and replayed in all.
 
+        rows: capture for so many in dim 0 of every input; None: for the shapes as they are.
         Returns a tensor or a tuple of them: the graph's own memory, overwritten by its next replay.
         Inside another capture the step becomes a part of that one.
         """
-        given = [x for x in inputs if x is not None]
-        B, device = given[0].shape[0], given[0].device
-        if getattr(_capturing, "now", False) or _is_captured(device):
+        (first, *_) = (x for x in inputs if x is not None)
+        if getattr(_capturing, "now", False) or _is_captured(first.device):
             return step(*inputs)
-        kinds = tuple(x if x is None else (x.shape[1:], x.dtype, x.device) for x in inputs)
-        self._order = self._order or InOrder(device)
+        shapes = [None if x is None else _shape(x, rows) for x in inputs]
+        kinds = [None if x is None else (x.dtype, x.device) for x in inputs]
+        kind = (key, *shapes, *kinds)
+        self._order = self._order or InOrder(first.device)
         with self._order.turn(), torch.no_grad():
-            found = self._captured.get((key, rows, kinds))
+            found = self._captured.get(kind)
             if found is None:
-                found = self._capture(step, inputs, rows, device)
-                self._captured[key, rows, kinds] = found
+                found = self._captured[kind] = self._capture(step, inputs, shapes)
                 while len(self._captured) > self.limit:
                     self._captured.popitem(last=False)
-            self._captured.move_to_end((key, rows, kinds))
+            self._captured.move_to_end(kind)
             _fill(found.inputs, inputs)
             found.replay()
-        return found.outputs if rows == B else _narrowed(found.outputs, B)
+        padded = rows is not None and rows > first.shape[0]
+        return _narrowed(found.outputs, first.shape[0]) if padded else found.outputs
 
     def _capture(
         self,
         step: Callable[..., Any],
         inputs: tuple[Tensor | None, ...],
-        rows: int,
-        device: torch.device,
+        shapes: list[tuple[int, ...] | None],
     ) -> _Captured:
         # Not in inference mode, so that they can be written to outside of it.
         with torch.inference_mode(False):
-            held = tuple(x if x is None else x.new_zeros((rows, *x.shape[1:])) for x in inputs)
+            held = tuple(
+                None if x is None or shape is None else x.new_zeros(shape)
+                for x, shape in zip(inputs, shapes, strict=True)
+            )
         _fill(held, inputs)
+        (device, *_) = (x.device for x in held if x is not None)
         run = functools.partial(step, *held)
         last = ["nothing"]
         with undone(), _inside_a_capture():
@@ -256,19 +269,26 @@ class Graphs:
         return _Captured(held, outputs, replay)
 
 
+def _shape(x: Tensor, rows: int | None) -> tuple[int, ...]:
+    return tuple(x.shape) if rows is None else (rows, *x.shape[1:])
+
+
 def _fill(held: tuple[Tensor | None, ...], inputs: tuple[Tensor | None, ...]) -> None:
     """Copy inputs to where a graph reads them; rows that are not there are zeros."""
     for place, given in zip(held, inputs, strict=True):
-        if place is not None and given is not None:
+        if place is None or given is None:
+            continue
+        if place.shape == given.shape:
+            place.copy_(given)
+        else:
             B = given.shape[0]
             place[:B].copy_(given)
-            if len(place) > B:
-                place[B:].zero_()
+            place[B:].zero_()
 
 
 def _narrowed(outputs: Any, B: int) -> Any:
-    if isinstance(outputs, Tensor):
-        return outputs[:B]
+    if outputs is None or isinstance(outputs, Tensor):
+        return None if outputs is None else outputs[:B]
     kind = type(outputs)
     rows = [x if x is None else x[:B] for x in outputs]
     return kind(*rows) if hasattr(outputs, "_fields") else kind(rows)
@@ -302,6 +322,12 @@ def capture(
 
     @functools.wraps(step)
     def replayed(*inputs: Tensor) -> Any:
+        if not inputs:
+            raise InvalidProblem(
+                "the captured step was given no tensor",
+                "what differs from call to call comes as arguments, lengths at least",
+                "pass the tensors that change; the rest is read where it lies",
+            )
         for place, x in enumerate(inputs):
             if not isinstance(x, Tensor) or (x.dim() == 0 and graphs.batches):
                 came = "has no dimension" if isinstance(x, Tensor) else f"is a {type(x).__name__}"
@@ -310,7 +336,15 @@ def capture(
                     "a captured step takes tensors, with the batch first if there are `batches`",
                     "bind everything else before: capture(functools.partial(step, ...))",
                 )
-        return graphs.run(None, step, inputs, graphs.bucket(len(inputs[0])))
+        sizes = {x.shape[0] for x in inputs} if graphs.batches else set()
+        if len(sizes) > 1:
+            raise InvalidProblem(
+                f"arguments of the captured step with {sorted(sizes)} rows",
+                "with `batches`, dim 0 of every argument is the batch",
+                "give every argument a row for each request",
+            )
+        rows = graphs.bucket(sizes.pop()) if sizes else None
+        return graphs.run(None, step, inputs, rows)
 
     replayed.graphs = graphs  # type: ignore[attr-defined]
     return replayed
@@ -360,20 +394,16 @@ def cuda_graph(
     alone = _maker((), limit, interface)()
     devices = ("cuda",) if interface is None else inner.capability.devices
 
-    stages = inner.planned._replace(
-        score=functools.partial(_with_nothing_else, inner.planned.score)
-    )
+    score: Any = inner.planned.score
+    stages = inner.planned._replace(score=functools.partial(_with_nothing_else, score))
 
     def staged(stage: str) -> Callable[..., Any]:
         run = getattr(stages, stage)
 
         def replayed(*given: Any) -> Any:
             key, inputs, rebuilt = _split(given)
-            rows = inputs[0].shape[0]  # type: ignore[union-attr]  # q is there
             more = (None,) if stage == "attend" else ()  # no `out`
-            results = alone.run(
-                (stage, key), lambda *held: run(*rebuilt(held), *more), inputs, rows
-            )
+            results = alone.run((stage, key), lambda *held: run(*rebuilt(held), *more), inputs)
             return type(results)(*(x.clone() for x in results))
 
         return replayed
@@ -391,7 +421,7 @@ def cuda_graph(
     )
 
 
-def _with_nothing_else(score: Callable[[Problem], Scores], problem: Problem) -> Scores:
+def _with_nothing_else(score: Callable[..., Any], problem: Problem) -> Scores:
     """What a planned `score` gives, and -inf where it may leave anything: off the candidates."""
     votes, lse = score(problem)
     c, place = problem.config, torch.arange(problem.Lk, device=votes.device)

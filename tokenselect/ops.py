@@ -33,6 +33,12 @@ _SCHEMA = (
     "int pool, int n_query_means, str positions, str score_at, float fixed_share"
 )
 _library = torch.library.Library("tokenselect", "DEF")
+_implementations: dict[str, Callable[..., Any]] = {}
+
+
+def implementation(operator: Any) -> Callable[..., Any] | None:
+    """What an operator of this library runs; None for another's."""
+    return _implementations.get(operator.name())
 
 
 def _flat(p: Problem) -> tuple[Any, ...]:
@@ -196,8 +202,9 @@ def _without_autocast(run: Callable[..., Any]) -> Callable[..., Any]:
 
 def define(name: str, schema: str, run: Any, fake: Any) -> None:
     """Add an operator to the namespace `tokenselect`. schema lacks its opening bracket."""
+    _implementations[f"tokenselect::{name}"] = _without_autocast(run)
     _library.define(f"{name}({schema}", tags=torch.Tag.pt2_compliant_tag)
-    _library.impl(name, _without_autocast(run), "CompositeExplicitAutograd")
+    _library.impl(name, _implementations[f"tokenselect::{name}"], "CompositeExplicitAutograd")
     torch.library.register_fake(f"tokenselect::{name}", fake, lib=_library)
 
 

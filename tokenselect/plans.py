@@ -117,6 +117,12 @@ class Plan:
         overwrites both. Raises InvalidProblem.
         """
         like = self._like
+        if not isinstance(cache_seqlens, Tensor):
+            raise InvalidProblem(
+                f"cache_seqlens is a {type(cache_seqlens).__name__}",
+                "a plan is given the length of every request: (B,) int32 on the device",
+                "pass torch.tensor(lengths, dtype=torch.int32, device=q.device)",
+            )
         problem = Problem.build(
             q,
             k_cache,

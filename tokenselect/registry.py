@@ -203,7 +203,7 @@ def _choose(
             backend = load(candidate)
             whys = reasons(backend, problem)
             if planned and backend.planned is None:
-                whys.append(f"{candidate} has no stages that a plan can run")
+                whys.append(f"the call is planned; {candidate} takes calls without a plan")
         except ModuleNotFoundError as error:
             if error.name is None or error.name != _PACKAGES.get(candidate):
                 raise

@@ -1,0 +1,359 @@
+"""Plans and captured steps by example. What holds of every backend is in properties/test_plans.py.
+
+There is no CUDA here: where a capture is needed, `properties.recorded` stands for it.
+"""
+
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from properties.recorded import Recorded
+from tests.problems import SMALL, lengths, paged, problem, rope, tensors
+from tokenselect import (
+    InvalidProblem,
+    NotCapturable,
+    Problem,
+    SelectConfig,
+    SelectionCache,
+    attention,
+    capture,
+    cuda_graph,
+    plan,
+    registry,
+)
+
+Q, K_CACHE, V_CACHE = tensors()
+
+
+def close(one: Tensor, other: Tensor) -> None:
+    torch.testing.assert_close(one, other)
+
+
+def test_auto_plans_what_auto_would_run() -> None:
+    planned = plan(problem())
+    assert planned.backend == "cpu"
+    close(
+        planned(Q, K_CACHE, V_CACHE, lengths(40, 9)),
+        attention(Q, K_CACHE, V_CACHE, **SMALL, cache_seqlens=lengths(40, 9)),
+    )
+
+
+def test_info_is_that_of_attention() -> None:
+    arguments = {"cache_seqlens": lengths(40, 9)}
+    _, info = plan(problem())(Q, K_CACHE, V_CACHE, **arguments, return_info=True)
+    _, expected = attention(Q, K_CACHE, V_CACHE, **SMALL, **arguments, return_info=True)
+    close(info.lse, expected.lse)
+    close(info.retained_mass, expected.retained_mass)
+    assert torch.equal(info.selection.positions, expected.selection.positions)
+    assert (info.reused.tolist(), info.backend) == ([False, False], "cpu")
+
+
+def test_the_next_call_overwrites_a_result_but_not_out() -> None:
+    planned, out = plan(problem()), torch.empty_like(Q)
+    given = planned(Q, K_CACHE, V_CACHE, lengths(40, 9), out=out)
+    assert given is out
+    kept = out.clone()
+    first = planned(Q, K_CACHE, V_CACHE, lengths(40, 9))
+    second = planned(-Q, K_CACHE, V_CACHE, lengths(40, 9))
+    assert first.data_ptr() == second.data_ptr()
+    assert torch.equal(out, kept)
+    assert not torch.equal(first, kept)
+
+
+def test_bytes_are_of_the_capacity() -> None:
+    small, large = plan(problem()), plan(problem(shape={"Lk": 400}))
+    assert 0 < small.bytes < large.bytes < 20 * small.bytes
+
+
+@pytest.mark.parametrize("made", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("used", [torch.no_grad, torch.inference_mode])
+def test_modes_do_not_mix_up(made: Callable[[], Any], used: Callable[[], Any]) -> None:
+    cache = SelectionCache(max_reuse=8)
+    with made():
+        rotated = {"rope": rope(), "config": {"score_at": "split", "positions": "contiguous"}}
+        planned = plan(problem(max_reuse=8, **rotated))
+        planned(Q, K_CACHE, V_CACHE, lengths(39, 8), cache=cache)
+    with used():
+        planned(Q, K_CACHE, V_CACHE, lengths(40, 9), cache=cache)
+    planned(Q, K_CACHE, V_CACHE, lengths(40, 10), cache=cache)
+    assert cache.hits.tolist() == [2, 2]
+
+
+def test_autocast_changes_nothing() -> None:
+    planned = plan(problem())
+    expected = planned(Q, K_CACHE, V_CACHE, lengths(40, 9)).clone()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(planned(Q, K_CACHE, V_CACHE, lengths(40, 9)), expected)
+
+
+def test_what_requires_grad_is_refused() -> None:
+    planned = plan(problem())
+    q = Q.clone().requires_grad_()
+    with pytest.raises(InvalidProblem, match="q requires grad"):
+        planned(q, K_CACHE, V_CACHE, lengths(40, 9))
+
+
+def test_a_plan_keeps_its_rope() -> None:
+    """Settings are as they were when planned, the frequencies too."""
+    given = rope()
+    settings = {"rope": given, "config": {"positions": "contiguous"}}
+    planned = plan(problem(**settings))
+    expected = planned(Q, K_CACHE, V_CACHE, lengths(40, 9)).clone()
+    given.inv_freq.mul_(3)
+    assert torch.equal(planned(Q, K_CACHE, V_CACHE, lengths(40, 9)), expected)
+    assert not torch.allclose(
+        plan(problem(**settings))(Q, K_CACHE, V_CACHE, lengths(40, 9)), expected
+    )
+
+
+def test_lengths_that_are_no_lengths_harm_no_other_request() -> None:
+    """Nonsense for that request, and nothing read or written out of bounds."""
+    planned = plan(problem())
+    expected = planned(Q, K_CACHE, V_CACHE, lengths(40, 9)).clone()
+    for bad in (-5, 41, 2**31 - 1, -(2**31)):
+        assert torch.equal(planned(Q, K_CACHE, V_CACHE, lengths(bad, 9))[1], expected[1]), bad
+
+
+def test_threads_take_turns() -> None:
+    planned = plan(problem(shape={"B": 1, "Lk": 300}))
+    inputs = [tensors(B=1, Lk=300, seed=seed) for seed in range(4)]
+    n = lengths(300)
+    expected = [planned(*given, n).clone() for given in inputs]
+    wrong: list[int] = []
+
+    def run(i: int) -> None:
+        out = torch.empty_like(expected[i])
+        for _ in range(60):
+            if not torch.equal(planned(*inputs[i], n, out=out), expected[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(inputs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+# --- a Selection Cache in a plan ------------------------------------------------------------
+
+
+def test_a_cache_made_for_the_larger_call_serves_both() -> None:
+    cache = SelectionCache(max_reuse=8)
+    chunk = problem(shape={"Lq": 4}, max_reuse=8)
+    cache.memory(chunk)
+    chunked, single = plan(chunk), plan(problem(max_reuse=8))
+    chunked(chunk.q, K_CACHE, V_CACHE, lengths(20, 20), cache=cache)
+    mean = chunk.q.mean(2, keepdim=True)
+    single(mean, K_CACHE, V_CACHE, lengths(21, 21), cache=cache)
+    assert cache.misses.tolist() == [1, 1]
+    assert cache.hits.tolist() == [1, 1]
+
+
+def test_reset_of_a_planned_cache_keeps_its_tensors() -> None:
+    """A graph would go on to read and write them."""
+    cache = SelectionCache(max_reuse=8)
+    planned = plan(problem(max_reuse=8))
+    planned(Q, K_CACHE, V_CACHE, lengths(20, 20), cache=cache)
+    memory = cache.memory(problem(max_reuse=8))
+    places = [x.data_ptr() for x in memory.tensors()]
+    cache.reset()
+    planned(Q, K_CACHE, V_CACHE, lengths(21, 21), cache=cache)
+    assert cache.misses.tolist() == [1, 1]
+    assert [x.data_ptr() for x in cache.memory(problem(max_reuse=8)).tensors()] == places
+
+
+# --- captured steps -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def graphed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorded]:
+    """The backend "graphed": cpu's planned stages, replayed by a recording."""
+    recorded = Recorded()
+    made = cuda_graph("cpu", name="graphed", interface=recorded)
+    monkeypatch.setitem(registry._targets, "graphed", made)
+    monkeypatch.setitem(registry._loaded, "graphed", made)
+    return recorded
+
+
+class Layers:
+    """A few layers, each with a cache of its own, all with one plan."""
+
+    def __init__(self, count: int = 3, backend: str = "cpu") -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.k = torch.randn(count, 2, 2, 40, 8, generator=generator)
+        self.v = torch.randn(count, 2, 2, 40, 8, generator=generator)
+        self.mix = torch.randn(count, 8, 8, generator=generator) / 3
+        self.caches = [SelectionCache(theta=0.5, max_reuse=8) for _ in range(count)]
+        self.plan = plan(problem(max_reuse=8), backend)
+
+    def __call__(self, x: Tensor, n: Tensor) -> Tensor:
+        for k, v, mix, cache in zip(self.k, self.v, self.mix, self.caches, strict=True):
+            x = x + self.plan(x @ mix, k, v, n, cache=cache)
+        return x
+
+    def counts(self) -> list[list[int]]:
+        return [(c.hits - c.misses).tolist() for c in self.caches]
+
+
+def test_several_layers_are_one_capture() -> None:
+    eager, captured, recorded = Layers(), Layers(), Recorded()
+    step = capture(captured, interface=recorded)
+    for i in range(12):
+        x = Q + 0.1 * i if i % 4 else -Q
+        n = lengths(20 + i, 0 if i == 5 else 28 + i)
+        assert torch.equal(step(x, n), eager(x, n)), i
+    assert captured.counts() == eager.counts() != [[-12, -11]] * 3
+    assert (recorded.captured, recorded.replayed) == (1, 12)
+
+
+def test_a_plan_that_replays_becomes_part_of_a_capture(graphed: Recorded) -> None:
+    recorded, eager, captured = Recorded(), Layers(), Layers(backend="graphed")
+    step = capture(captured, interface=recorded)
+    for i in range(3):
+        assert torch.equal(step(Q, lengths(20 + i, 9 + i)), eager(Q, lengths(20 + i, 9 + i)))
+    assert (recorded.captured, graphed.captured) == (1, 0)
+
+
+def test_attention_in_a_captured_step_by_stages_of_its_own(graphed: Recorded) -> None:
+    for n in (lengths(40, 9), lengths(13, 0)):
+        given = {"cache_seqlens": n, "return_info": True}
+        out, info = attention(Q, K_CACHE, V_CACHE, **SMALL, **given, backend="graphed")
+        expected, its = attention(Q, K_CACHE, V_CACHE, **SMALL, **given)
+        close(out, expected)
+        assert torch.equal(info.selection.positions, its.selection.positions)
+    assert (graphed.captured, graphed.replayed) == (3, 6)
+
+
+def test_results_of_stages_are_copies(graphed: Recorded) -> None:
+    first = attention(Q, K_CACHE, V_CACHE, **SMALL, backend="graphed")
+    kept = first.clone()
+    attention(-Q, K_CACHE, V_CACHE, **SMALL, backend="graphed")
+    assert torch.equal(first, kept)
+
+
+def test_another_cache_is_another_capture_and_comes_back(graphed: Recorded) -> None:
+    planned, eager = plan(problem(), "graphed"), plan(problem(), "cpu")
+    caches = [(K_CACHE, V_CACHE), (K_CACHE.flip(2), V_CACHE.flip(2))]
+    for k, v in caches * 2:
+        assert torch.equal(planned(Q, k, v, lengths(40, 9)), eager(Q, k, v, lengths(40, 9)))
+    assert graphed.captured == 2
+
+
+def test_so_many_captures_are_kept() -> None:
+    recorded = Recorded()
+    step = capture(torch.neg, limit=2, interface=recorded)
+    for size in (1, 2, 1, 3, 1, 2):
+        x = torch.arange(float(size))
+        assert torch.equal(step(x), -x)
+    assert recorded.captured == 4  # 1, 2, 3, and 2 again, which 3 had driven out
+
+
+def test_batches_share_captures() -> None:
+    recorded = Recorded()
+
+    def step(x: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
+        return x * n[:, None], n + 1
+
+    captured = capture(step, batches=(2, 4), interface=recorded)
+    for B in (1, 2, 3, 4, 1):
+        x, n = torch.randn(B, 5), torch.arange(B)
+        for got, expected in zip(captured(x, n), step(x, n), strict=True):
+            assert torch.equal(got, expected)
+    assert recorded.captured == 2
+    with pytest.raises(InvalidProblem, match=r"with \[1, 2\] rows"):
+        captured(torch.ones(1, 5), torch.ones(2))
+
+
+def test_what_a_rehearsal_taught_a_cache_is_undone() -> None:
+    """The first step is a miss, once, though it was run before it was captured."""
+    layers = Layers(1)
+    step = capture(layers, interface=Recorded())
+    step(Q, lengths(20, 20))
+    assert layers.caches[0].misses.tolist() == [1, 1]
+    assert layers.caches[0].hits.tolist() == [0, 0]
+
+
+UNSAFE: dict[str, tuple[Callable[[Tensor], Any], str]] = {
+    "item": (lambda x: x * x.sum().item(), "Tensor.item"),
+    "float": (lambda x: x * float(x.sum()), "__float__"),
+    "tolist": (lambda x: x * x.tolist()[0], "Tensor.tolist"),
+    "branch": (lambda x: x if x.sum() > 0 else -x, "__bool__"),
+    "nonzero": (lambda x: x.nonzero(), "nonzero"),
+    "mask": (lambda x: x[x > 0], "aten.index.Tensor"),
+    "unique": (lambda x: x.unique(), "unique"),
+    "select": (lambda x: x.masked_select(x > 0), "masked_select"),
+    "equal": (lambda x: torch.equal(x, x), "equal"),
+    "numpy": (lambda x: x + torch.from_numpy(x.numpy()), "Tensor.numpy"),
+    "range": (lambda x: x[: x.long()[0]], "_local_scalar_dense"),
+    "attention": (
+        lambda x: attention(x.expand(2, 4, 1, 8), K_CACHE, V_CACHE, **SMALL),
+        "tolist",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNSAFE)
+def test_a_step_that_waits_is_refused_and_the_operation_named(name: str) -> None:
+    step, operation = UNSAFE[name]
+    with pytest.raises(NotCapturable, match=operation) as caught:
+        capture(step, interface=Recorded())(torch.arange(1.0, 9.0))
+    assert operation in caught.value.operation
+
+
+def test_what_is_safe_is_not_refused() -> None:
+    def step(x: Tensor, i: Tensor) -> Tensor:
+        y = torch.where(x > 0, x, 0).masked_fill(x > 5, 1)[i]
+        return y.index_add(0, i, y).cumsum(0).sort().values.topk(2).values
+
+    x, i = torch.randn(8), torch.tensor([2, 0, 1])
+    assert torch.equal(capture(step, interface=Recorded())(x, i), step(x, i))
+
+
+def test_what_cuda_refuses_names_the_last_operation() -> None:
+    class Refusing(Recorded):
+        def capture(self, step: Callable[[], Any], pool: Any, device: Any) -> Any:
+            step()
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    with pytest.raises(
+        NotCapturable, match=r"aten\.sin\.default last.*\n.*not permitted"
+    ) as caught:
+        capture(lambda x: x.cos().sin(), interface=Refusing())(torch.ones(3))
+    assert isinstance(caught.value.__cause__, RuntimeError)
+
+
+def test_paged_caches_and_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded = Recorded()
+    made = cuda_graph("cpu", name="bucketed", batches=(1, 2), interface=recorded)
+    monkeypatch.setitem(registry._targets, "bucketed", made)
+    monkeypatch.setitem(registry._loaded, "bucketed", made)
+    q, k, v = tensors(B=3)
+    k_pages, v_pages, table = paged(k, v)
+    p = Problem.build(q, k_pages, v_pages, SelectConfig(**SMALL), block_table=table)
+    planned, n = plan(p, "bucketed"), lengths(40, 9, 23)
+    expected = plan(p, "cpu")(q, k_pages, v_pages, n, block_table=table).clone()
+    for rows in ([0], [1, 2], [0, 1, 2], [2]):
+        given = functools.partial(planned, q[rows], k_pages, v_pages, n[rows])
+        assert torch.equal(given(block_table=table[rows]), expected[rows])
+    assert recorded.captured == 3
+
+
+def test_a_cache_in_use_by_a_capture_must_not_move(graphed: Recorded) -> None:
+    """Used in a captured step without a plan, too."""
+    cache, given = SelectionCache(max_reuse=8), SMALL | {"backend": "graphed"}
+
+    def step(x: Tensor, n: Tensor) -> Any:
+        return attention(x, K_CACHE, V_CACHE, **given, cache_seqlens=n, cache=cache, validate=False)
+
+    captured = capture(step, interface=Recorded())
+    for i in range(3):
+        captured(Q, lengths(20 + i, 9 + i))
+    assert cache.hits.tolist() == [2, 2]
+    with pytest.raises(InvalidProblem, match="must not move"):
+        attention(Q.expand(-1, -1, 4, -1), K_CACHE, V_CACHE, **SMALL, cache=cache)
