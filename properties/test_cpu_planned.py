@@ -19,8 +19,9 @@ from properties import (
 )
 from properties.guard import poisoned
 from properties.law import LAWS, Law
-from properties.strategies import Case
+from properties.strategies import Ballots, Case
 from tokenselect import Backend, Problem, Scores, SelectConfig, Selection, registry
+from tokenselect.budgets import compare_selection
 from tokenselect.kernels.cpu import BACKEND as CPU
 from tokenselect.kernels.cpu import planned, rows
 from tokenselect.workspace import Workspace, empty
@@ -86,6 +87,65 @@ def test_law_in_small_blocks(backend: Backend, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(planned, "_LOGITS_BYTES", 0)
     monkeypatch.setitem(law.SHARES, backend.name, 0.15)
     law_.check(backend)
+
+
+# --- what the laws seldom draw: as the ordinary stages have it ---
+
+
+@pytest.mark.parametrize("lengths", [(60, 0, 33), (7,)])
+@pytest.mark.parametrize("pool", [1, 3, 5, 7, 11, 13, 101])
+def test_votes_are_pooled_over_any_window(backend: Backend, lengths: Any, pool: int) -> None:
+    problem = Case(lengths=lengths, config=SelectConfig(5, 2, 4, pool=pool)).problem()
+    votes, expected = backend.score(problem).votes, CPU.score(problem).votes
+    assert torch.allclose(votes, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("normalize", ["visible", "candidates"])
+def test_heads_without_a_finite_logit_give_nothing(backend: Backend, normalize: str) -> None:
+    config = SelectConfig(5, 2, 4, normalize=normalize)
+    problem = Case(lengths=(60, 33), config=config).problem()
+    problem.k_cache[0, 1], problem.k_cache[1, 0, :, 2:29] = torch.nan, torch.inf
+    scores, expected = backend.score(problem), CPU.score(problem)
+    assert torch.allclose(scores.votes, expected.votes, rtol=1e-5, atol=1e-8)
+    assert torch.allclose(scores.lse, expected.lse)
+
+
+@pytest.mark.parametrize("votes", ["infinite", "nan", "few values", "all equal"])
+@pytest.mark.parametrize("k", [15, 30, 40, 50, 51])
+def test_ties_are_those_of_candidates_alone(backend: Backend, votes: Any, k: int) -> None:
+    """Ties at -inf too: of the sink, which is not up for choice, and of candidates."""
+    for score_at in ("true", "split"):
+        config = SelectConfig(k, 5, 4, score_at=score_at)
+        drawn, problem = Ballots(Case(lengths=(60, 33), rope="raw", config=config), votes, k).make()
+        finding = compare_selection(backend.select(drawn, problem), CPU.select(drawn, problem))
+        assert finding.holds, finding
+
+
+@pytest.mark.parametrize("Lq", [1, 3])
+@pytest.mark.parametrize("sinks", [None, -torch.inf, torch.inf, torch.nan, -105.0, 200.0])
+@pytest.mark.parametrize("low", [0.0, -1e4, -torch.inf])
+def test_values_that_are_not_finite(
+    backend: Backend, Lq: int, sinks: float | None, low: float
+) -> None:
+    """Seen or not, with a weight or without: inf, -inf or NaN is where it should be."""
+    problem = Case(lengths=(60, 40), Lq=Lq, Dv=64, filler="zeros").problem()
+    if sinks is not None:
+        problem = replace(problem, sink_logits=torch.tensor([sinks, 0.0, 1.0, sinks]))
+    generator = torch.Generator().manual_seed(0)
+    problem.q.abs_()
+    problem.k_cache[:, :, ::2] = low
+    for value in (torch.inf, -torch.inf, torch.nan):
+        chance = torch.rand(problem.v_cache.shape, generator=generator)
+        problem.v_cache[chance < 0.01] = value
+        chance = torch.rand(problem.v_cache[0, :, -8:].shape, generator=generator)
+        problem.v_cache[0, :, -8:][chance < 0.1] = value
+    positions = torch.arange(0, 60, 3, dtype=torch.int32).expand(2, 1, -1)
+    positions = torch.cat((positions, torch.tensor([58, 59]).int().expand(2, 1, 2)), -1).sort(-1)[0]
+    positions = positions.where(positions < problem.cache_seqlens[:, None, None], -1)
+    selection = Selection(positions, (positions >= 0).sum(-1).int())
+    attended, expected = backend.attend(problem, selection), CPU.attend(problem, selection)
+    torch.testing.assert_close(attended.out, expected.out, equal_nan=True, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(attended.lse, expected.lse, equal_nan=True)
 
 
 # --- no memory, and no look at a value ---
@@ -252,7 +312,7 @@ def test_fewer_requests_and_shorter_tables_fit(
         monkeypatch.setattr(rows, "_LEAST_CHUNK", 7)
         monkeypatch.setattr(planned, "_LOGITS_BYTES", 5000)
     case = CASES[name]
-    problem = replace(case, lengths=(*case.lengths, 31, 20), page_size=case.page_size or 4)
+    problem = replace(case, lengths=(*case.lengths, 31, 20), page_size=case.page_size or 1)
     large = problem.problem()
     workspace = Workspace()
     steps(large)(workspace)
