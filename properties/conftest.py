@@ -58,6 +58,9 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend_name" in metafunc.fixturenames:
         metafunc.parametrize("backend_name", chosen(metafunc.config))
+    if "plannable" in metafunc.fixturenames:  # the names of those whose stages a plan can run
+        names = [name for name in chosen(metafunc.config) if load(name).planned is not None]
+        metafunc.parametrize("plannable", names)
 
 
 @pytest.fixture

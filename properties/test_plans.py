@@ -44,16 +44,23 @@ from tokenselect.registry import load
 
 CONFIG = SelectConfig(k=8, n_sink=2, n_local=4)
 EXTRAPOLATE = SelectConfig.extrapolate(k=9, n_sink=2, n_local=4)
+
+
+def drawn(lengths: tuple[int, ...], **more: Any) -> Case:
+    """A case that every backend takes as it is."""
+    return Case(lengths, **{"D": 32, "Dv": 48, "config": CONFIG} | more)
+
+
 FEATURES = (
-    Case(lengths=(60, 0, 41), config=CONFIG),
-    Case(lengths=(60, 33), Lq=5, page_size=4, dtype=torch.bfloat16, strides="token-major"),
-    Case(lengths=(90,), rope="rotated", config=EXTRAPOLATE, dtype=torch.float16),
-    Case(lengths=(70, 41), rope="raw", G=3, config=replace(EXTRAPOLATE, scope="group")),
-    Case(lengths=(60, 17), softcap=2.0, has_sink_logits=True, strides="sliced"),
-    Case(lengths=(60,), Lq=7, config=replace(CONFIG, n_query_means=3, pool=3), filler="inf"),
-    Case(lengths=(60,), config=replace(CONFIG, normalize="candidates", select_scale=1.0)),
-    Case(lengths=(60, 20), config=replace(CONFIG, vote="logit"), dtype=torch.float64),
-    Case(lengths=(60, 20), config=replace(CONFIG, vote="hard", scope="group")),
+    drawn(lengths=(60, 0, 41)),
+    drawn(lengths=(60, 33), Lq=5, page_size=4, dtype=torch.bfloat16, strides="token-major"),
+    drawn(lengths=(90,), rope="rotated", config=EXTRAPOLATE, dtype=torch.float16),
+    drawn(lengths=(70, 41), rope="raw", G=3, config=replace(EXTRAPOLATE, scope="group")),
+    drawn(lengths=(60, 17), softcap=2.0, has_sink_logits=True, strides="sliced"),
+    drawn(lengths=(60,), Lq=7, config=replace(CONFIG, n_query_means=3, pool=3), filler="inf"),
+    drawn(lengths=(60,), config=replace(CONFIG, normalize="candidates", select_scale=1.0)),
+    drawn(lengths=(60, 20), config=replace(CONFIG, vote="logit"), dtype=torch.float64),
+    drawn(lengths=(60, 20), config=replace(CONFIG, vote="hard", scope="group")),
 )
 
 
@@ -63,13 +70,6 @@ def _unguarded(_guarded: None, monkeypatch: pytest.MonkeyPatch, pytestconfig: An
     if "triton" in chosen(pytestconfig):
         right = importlib.import_module("tokenselect.kernels.triton").BACKEND
         monkeypatch.setitem(registry._loaded, "triton", right)
-
-
-@pytest.fixture
-def plannable(backend_name: str) -> str:
-    if load(backend_name).planned is None:
-        pytest.skip(f"{backend_name} has no stages that a plan can run")
-    return backend_name
 
 
 def problem_of(case: Case, name: str) -> Problem:
@@ -121,10 +121,10 @@ def test_a_plan_chooses_what_the_votes_allow_and_attends_to_that(plannable: str)
         with contextlib.suppress(CannotRun):
             problem = problem_of(case, plannable)
             out, info = called(plan(problem, plannable), problem)
-            drawn = fitted(case, load(plannable)).problem()
-            finding = choice_finding(drawn, info.selection, score_budget(drawn).votes)
+            here = fitted(case, load(plannable)).problem()
+            finding = choice_finding(here, info.selection, score_budget(here).votes)
             assert finding.holds, finding
-            budget = attend_budget(drawn, info.selection)
+            budget = attend_budget(here, info.selection)
             finding = max(budget.out.compare("out", out), budget.lse.compare("lse", info.lse))
             assert finding.holds, finding
             RAN[plannable, "plans"] += 1
@@ -244,7 +244,7 @@ def test_a_call_takes_no_memory_and_reads_nothing_on_the_host(
 
 @pytest.mark.parametrize("hits", [False, True])
 def test_hits_and_misses_alike_take_no_memory(plannable: str, hits: bool) -> None:
-    problem = problem_of(Case(lengths=(40, 40), max_reuse=10**6, config=CONFIG), plannable)
+    problem = problem_of(drawn(lengths=(40, 40), max_reuse=10**6), plannable)
     planned = plan(problem, plannable)
     cache = SelectionCache(theta=-1.0 if hits else 1.0, max_reuse=10**6)
     n = problem.cache_seqlens.fill_(3)
@@ -258,7 +258,7 @@ def test_hits_and_misses_alike_take_no_memory(plannable: str, hits: bool) -> Non
 
     call()
     check_safe(call, planned._workspace.blocks())
-    assert (cache.hits if hits else cache.misses).min() >= 3
+    assert (cache.hits if hits else cache.misses).min() >= 2
     assert (cache.misses if hits else cache.hits).max() <= 1
 
 
@@ -342,8 +342,8 @@ def test_a_replay_gives_the_bits_of_a_plan(plannable: str, replayed: str, case: 
 
 def test_replays_keep_a_selection_cache(plannable: str, replayed: str) -> None:
     """Hits, misses and state after every step are those of the same steps run as they are."""
-    case = Case(lengths=(70, 70, 70), max_reuse=4, config=CONFIG, filler="zeros")
-    problem = problem_of(case, plannable)
+    shape = drawn(lengths=(70, 70, 70), max_reuse=4, filler="zeros")
+    problem = problem_of(shape, plannable)
     plans = plan(problem, plannable), plan(problem, replayed)
     caches = SelectionCache(max_reuse=4), SelectionCache(max_reuse=4)
     generator = torch.Generator().manual_seed(0)
@@ -373,8 +373,8 @@ def test_a_batch_goes_into_the_next_larger_graph(
     made = graphs_over(plannable, batches=(1, 2, 4))
     monkeypatch.setitem(registry._targets, made.name, made)
     monkeypatch.setitem(registry._loaded, made.name, made)
-    case = Case(lengths=(60, 33, 20, 48, 9), page_size=16, config=CONFIG)
-    problem = problem_of(case, plannable)
+    shape = drawn(lengths=(60, 33, 20, 48, 9), page_size=16)
+    problem = problem_of(shape, plannable)
     graph, eager = plan(problem, made.name), plan(problem, plannable)
     for B in (3, 1, 4, 2, 5, 3):
         rows = {
@@ -382,7 +382,7 @@ def test_a_batch_goes_into_the_next_larger_graph(
         }
         part = replace(problem, **rows)
         assert same(called(graph, part), called(eager, part)), B
-        out = torch.empty_like(part.q)
+        out = part.q.new_empty((*part.q.shape[:3], part.Dv))
         assert same(called(graph, part, out=out), called(eager, part)), B
     # Of 1, 2, 4 and all 5 rows; with `out`, those that fit it exactly are graphs of their own.
     assert graph._graphs.captures <= 4 + 3 + 1
@@ -391,7 +391,7 @@ def test_a_batch_goes_into_the_next_larger_graph(
 def test_each_stage_can_be_replayed_alone(plannable: str, replayed: str) -> None:
     """`attention` without a plan: three graphs; new queries and lengths without a capture."""
     backend, graph = load(plannable).planned, load(replayed)
-    problem = problem_of(Case(lengths=(60, 33), page_size=16, config=CONFIG), plannable)
+    problem = problem_of(drawn(lengths=(60, 33), page_size=16), plannable)
     for n in ([60, 33], [20, 0], [58, 7]):
         q = problem.q + n[1]
         p = replace(problem, q=q, cache_seqlens=problem.cache_seqlens.new_tensor(n))
@@ -427,7 +427,7 @@ def test_the_recording_shows_a_length_that_the_host_had_read(
     made = graphs_over("cpu")
     monkeypatch.setitem(registry._targets, made.name, made)
     monkeypatch.setitem(registry._loaded, made.name, made)
-    problem = Case(lengths=(60, 41), filler="zeros", config=CONFIG).problem()
+    problem = drawn(lengths=(60, 41), filler="zeros").problem()
     graph, eager = plan(problem, made.name), plan(problem, "cpu")
     shorter = replace(problem, cache_seqlens=problem.cache_seqlens - 20)
     assert same(called(graph, shorter), called(eager, shorter))

@@ -304,3 +304,11 @@ def test_reasons_read_no_tensor() -> None:
     q, k_cache, v_cache = (x.to("meta") for x in tensors())
     p = problem(q, k_cache, v_cache, cache_seqlens=lengths(4, 4).to("meta"))
     assert reasons(backend(devices=("meta",)), p) == []
+
+
+def test_lengths_of_any_stride_become_contiguous() -> None:
+    """Kernels would read the wrong ones."""
+    for given in (lengths(40, 7, 9, 7)[::2], lengths(40).expand(2)):
+        built = problem(cache_seqlens=given).cache_seqlens
+        assert built.is_contiguous()
+        assert torch.equal(built, given)

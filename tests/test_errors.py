@@ -466,6 +466,9 @@ CASES: dict[str, Case] = {
     "planned_without_lengths": Case(
         lambda: call_plan(cache_seqlens=None), ("cache_seqlens", "NoneType")
     ),
+    "planned_strided_lengths": Case(
+        lambda: call_plan(cache_seqlens=lengths(40, 0, 9, 0)[::2]), ("cache_seqlens", "(2,)")
+    ),
     "planned_cache_is_a_dict": Case(lambda: call_plan(cache={}), ("cache", "dict")),
     "planned_cache_of_other_max_reuse": Case(
         lambda: call_plan(cache=SelectionCache()), ("max_reuse=64", "max_reuse=8")

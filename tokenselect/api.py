@@ -142,7 +142,7 @@ def attention(
         return attended.out
     reused = torch.zeros_like(problem.cache_seqlens, dtype=torch.bool)
     reused = reused if decision is None else decision.reused
-    mass = retained_mass(problem, scores, attended, reused)
+    mass = retained_mass(problem, scores.lse, attended.lse, reused)
     return attended.out, Info(attended.lse, selection, mass, reused, name)
 
 
@@ -301,10 +301,10 @@ def _check_selection(problem: Problem, selection: Selection, *, read: bool) -> N
         )
 
 
-def retained_mass(problem: Problem, scores: Scores, attended: Attended, reused: Tensor) -> Tensor:
+def retained_mass(problem: Problem, dense: Tensor, lse: Tensor, reused: Tensor) -> Tensor:
     """exp(lse of the selection - lse of all), where both are of the same logits; else NaN."""
     c = problem.config
-    dense, selected = scores.lse, attended.lse[:, :, -1]
+    selected = lse[:, :, -1]
     is_known = (
         problem.Lq == 1
         and c.positions == "original"

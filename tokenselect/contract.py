@@ -103,7 +103,7 @@ class Problem:
     q             (B, Hq, Lq, D)
     k_cache       (B, Hkv, Lk, D), or paged (n_pages, page_size, Hkv, D); the new keys are in it
     v_cache       likewise with Dv
-    cache_seqlens (B,) int32: n of each request, 0 (a request that is not there) or >= Lq
+    cache_seqlens (B,) int32, contiguous: n of each request, 0 (one that is not there) or >= Lq
     block_table   None, or (B, max_pages) int32: position j lies in page
                   block_table[b, j // page_size], row j % page_size
     """
@@ -159,6 +159,8 @@ class Problem:
                 raise InvalidProblem(came, rule.rule, rule.fix)
         if cache_seqlens is None:
             cache_seqlens = torch.full((problem.B,), problem.Lk, dtype=torch.int32, device=q.device)
+        # Kernels read them one after the other.
+        cache_seqlens = cache_seqlens.contiguous()
         scale = problem.D**-0.5 if scale is None else float(scale)
         return replace(problem, cache_seqlens=cache_seqlens, scale=scale)
 

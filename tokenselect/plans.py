@@ -111,16 +111,20 @@ class Plan:
         cache          a SelectionCache with the plan's max_reuse; then B is the plan's, and a
                        request that is not there has length 0
         out            (B, Hq, Lq, Dv) contiguous, in q's dtype: written to and returned
-        return_info    also return an `Info`, which allocates
+        return_info    also return an `Info`, which allocates the retained mass
 
-        Without `out`, the result is the plan's own memory; so is what Info holds. The next call
-        overwrites both. Raises InvalidProblem.
+        Without `out`, the result is the plan's own memory, and so is what Info holds: the next call
+        overwrites it. (Inside torch.compile, results are tensors of their own.) Raises
+        InvalidProblem.
         """
         like = self._like
-        if not isinstance(cache_seqlens, Tensor):
+        if not isinstance(cache_seqlens, Tensor) or not cache_seqlens.is_contiguous():
+            came = f"is a {type(cache_seqlens).__name__}"
+            if isinstance(cache_seqlens, Tensor):
+                came = f"has strides {cache_seqlens.stride()}"
             raise InvalidProblem(
-                f"cache_seqlens is a {type(cache_seqlens).__name__}",
-                "a plan is given the length of every request: (B,) int32 on the device",
+                f"cache_seqlens {came}",
+                "a plan is given the length of every request: (B,) int32, contiguous, where q is",
                 "pass torch.tensor(lengths, dtype=torch.int32, device=q.device)",
             )
         problem = Problem.build(
@@ -142,31 +146,38 @@ class Plan:
         memory = None if cache is None else cache.memory(like, stays=True)
         theta = None if cache is None else cache.theta
         if torch.compiler.is_compiling():
-            if return_info:
-                raise InvalidProblem(
-                    "return_info=True inside torch.compile",
-                    "a compiled plan returns its result alone",
-                    "leave return_info out, or call the plan outside of the compiled function",
-                )
-            result = torch.ops.tokenselect.planned(
+            result, *info = torch.ops.tokenselect.planned(
                 *(problem.q, problem.k_cache, problem.v_cache, problem.cache_seqlens),
                 *(block_table, sink_logits, [] if memory is None else list(memory.tensors())),
-                *(theta, self._handle),
+                *(theta, return_info, self._handle),
             )
-            return result if out is None else out.copy_(result)
-        attended, scores, selection, reused = self._run(problem, memory, theta, out)
+            result = result if out is None else out.copy_(result)
+        else:
+            result, *info = self._run(problem, memory, theta, out, return_info)
         if not return_info:
-            return attended.out
-        mass = retained_mass(problem, scores, attended, reused)
-        return attended.out, Info(attended.lse, selection, mass, reused, self.backend)
+            return result
+        lse, dense, positions, count, reused = info
+        mass = retained_mass(problem, dense, lse, reused)
+        return result, Info(lse, Selection(positions, count), mass, reused, self.backend)
 
     def _run(
-        self, problem: Problem, memory: Memory | None, theta: float | None, out: Tensor | None
-    ) -> tuple[Attended, Scores, Selection, Tensor]:
+        self,
+        problem: Problem,
+        memory: Memory | None,
+        theta: float | None,
+        out: Tensor | None,
+        with_info: bool,
+    ) -> list[Tensor]:
+        """out alone; or out, lse, lse of all tokens, positions, count and reused."""
         with self._order.turn(), torch.no_grad(), _without_autocast(problem.q.device.type):
             if self._graphs is None:
-                return self._step(problem, memory, theta, out)
-            return self._replayed(self._graphs, problem, memory, theta, out)
+                done = self._step(problem, memory, theta, out)
+            else:
+                done = self._replayed(self._graphs, problem, memory, theta, out)
+            attended, scores, selection, reused = done
+            if not with_info:
+                return [attended.out]
+            return [*attended, scores.lse, *selection, reused]
 
     def _replayed(
         self,
@@ -346,8 +357,9 @@ def _planned(
     sink_logits: Tensor | None,
     memory: list[Tensor],
     theta: float | None,
+    with_info: bool,
     handle: int,
-) -> Tensor:
+) -> tuple[Tensor, ...]:
     made = _plans[handle]
     problem = replace(
         made._like,
@@ -359,18 +371,35 @@ def _planned(
         sink_logits=sink_logits,
     )
     out = q.new_empty((problem.B, problem.Hq, problem.Lq, problem.Dv))
-    made._run(problem, Memory(*memory) if memory else None, theta, out)
-    return out
+    held = Memory(*memory) if memory else None
+    _, *info = made._run(problem, held, theta, out, with_info)
+    # What an operator returns is its own, and of a number that is laid down.
+    return out, *(x.clone() for x in info or [out.new_empty(0) for _ in Info._fields])
 
 
-def _fake_planned(q: Tensor, k_cache: Tensor, v_cache: Tensor, *_: Any) -> Tensor:
-    return q.new_empty((*q.shape[:3], v_cache.shape[3]))
+def _fake_planned(q: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *_, with_info, handle = rest
+    out = q.new_empty((*q.shape[:3], v_cache.shape[3]))
+    if not with_info:
+        return out, *(q.new_empty(0) for _ in Info._fields)
+    like = _plans[handle]._like
+    p = replace(like, q=q, k_cache=k_cache, v_cache=v_cache, block_table=rest[1])
+    rows = (p.B, p.S)
+    return (
+        out,
+        q.new_empty(q.shape[:3], dtype=torch.float32),
+        q.new_empty(q.shape[:2], dtype=torch.float32),
+        q.new_empty((*rows, p.K), dtype=torch.int32),
+        q.new_empty(rows, dtype=torch.int32),
+        q.new_empty(rows[:1], dtype=torch.bool),
+    )
 
 
 ops.define(
     "planned",
     "Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, Tensor? block_table, "
-    "Tensor? sink_logits, Tensor(a!)[] memory, float? theta, int plan) -> Tensor",
+    "Tensor? sink_logits, Tensor(a!)[] memory, float? theta, bool with_info, int plan) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _planned,
     _fake_planned,
 )
