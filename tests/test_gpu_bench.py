@@ -17,7 +17,20 @@ from torch import Tensor
 
 from bench import page as whole_page
 from bench.gpu import __main__ as command
-from bench.gpu import gate, measure, page, parent, plan, probe, report, rivals, truth, worker
+from bench.gpu import (
+    gate,
+    graphs,
+    measure,
+    page,
+    parent,
+    plan,
+    probe,
+    report,
+    reuse,
+    rivals,
+    truth,
+    worker,
+)
 from bench.gpu.device import Captured, Cpu, Cuda, host
 from bench.gpu.gate import Done
 from bench.gpu.inputs import add_rows, draw
@@ -26,8 +39,20 @@ from bench.gpu.plan import Cell
 from bench.gpu.rivals import Asked, Ready
 from bench.gpu.worker import Task
 from bench.run import NotEquivalent
-from tokenselect import Problem, Scores, SelectConfig, Selection, check, register, registry
+from properties.recorded import Recorded
+from tokenselect import (
+    Problem,
+    Scores,
+    SelectConfig,
+    Selection,
+    SelectionCache,
+    check,
+    register,
+    registry,
+)
+from tokenselect.contract import Reuse
 from tokenselect.kernels.cpu import BACKEND as CPU
+from tokenselect.reference import reuse as reference
 
 ROOT = Path(__file__).parent.parent
 _CONFIG = SelectConfig(k=64, n_sink=8, n_local=32)
@@ -84,8 +109,8 @@ def test_a_dry_run_goes_through_everything(dry_run: tuple[str, dict[str, Any], P
     assert found["green"]
     checked = {check["name"]: check["status"] for check in found["checks"]}
     assert checked == {
-        **dict.fromkeys(("tokenselect.check", "determinism"), "passed"),
-        **dict.fromkeys(("memcheck", "properties"), "skipped"),
+        **dict.fromkeys(("tokenselect.check", "determinism", "graphs"), "passed"),
+        **dict.fromkeys(("memcheck", "racecheck", "properties"), "skipped"),
     }
     assert "properties: SKIPPED: left out by --quick" in said
     wanted = [cell.name for cell in plan.cells(quick=True, dry=True)]
@@ -93,10 +118,13 @@ def test_a_dry_run_goes_through_everything(dry_run: tuple[str, dict[str, Any], P
     assert not found["left_out"]
     for cell in found["cells"]:
         assert cell["name"] in said
+        is_decode = cell["kind"] == "decode"
         assert {side["role"] for side in cell["sides"]} == {
-            *("whole", "stage", "dense", "gathered", "topk", "copy")
+            *("whole", "stage", "dense", "gathered", "topk", "copy"),
+            *(("planned",) if is_decode else ()),
         }
-        for of in ("fresh", "attend", "select"):
+        compared = ("fresh", "attend", "select")
+        for of in (*compared, *(("hit", "miss", "mixed") if is_decode else ())):
             for mode in ("graph", "eager"):
                 assert any(r["of"] == of and r["mode"] == mode for r in cell["ratios"])
         for side in cell["sides"]:
@@ -107,6 +135,24 @@ def test_a_dry_run_goes_through_everything(dry_run: tuple[str, dict[str, Any], P
     assert (folder / "out" / next((folder / "results").glob("*.json")).name).exists()
     section = (folder / "results" / "page.md").read_text("utf-8")
     assert all(f"#### {name}" in section for name in wanted)
+    assert f"| {wanted[1]} |" in section.split("planned, µs a call, graph")[1]
+    assert "planned, µs a layer as graphs" in said
+
+
+def test_planned_steps_are_told_with_how_they_were_made(
+    dry_run: tuple[str, dict[str, Any], Path],
+) -> None:
+    _, found, _ = dry_run
+    first, longest = found["cells"][:2]
+    names = ["hit", "hit, one layer", "miss", "mixed"]
+    planned = {s["name"]: s for s in first["sides"] if s["role"] == "planned"}
+    assert list(planned) == names
+    assert [planned[name]["calls"] for name in names] == [2, 1, 2, 10]
+    assert all(mode in side for side in planned.values() for mode in ("graph", "eager"))
+    assert first["reuse"]["layers"] == first["reuse"]["kv_copies"] == 2
+    assert first["reuse"]["share_of_budget"] <= 1
+    (short,) = {(r["to"], r["role"]) for r in longest["ratios"] if r["of"] == "short"}
+    assert short == ("short, own capacity", "planned")
 
 
 def test_what_does_not_run_is_listed_with_its_error(
@@ -352,9 +398,14 @@ def test_the_important_cells_come_first_and_all_are_there() -> None:
         "prefill 32/8/128 n 128K B 1 Lq 512",
         "prefill 32/8/128 n 1M B 1 Lq 512",
     ]
-    assert {target.cell for target in report.TARGETS} == set(names[:4])
+    assert {target.cell for target in report.TARGETS} == set(names[:5])
     assert [cell.name for cell in plan.cells(quick=True)] == names[:4]
-    batches = [cell.B for cell in plan.cells()]
+    reused = [cell.name for cell in plan.cells() if cell.planned is not None]
+    assert reused == [
+        *(names[0], names[1], "decode 32/8/128 n 32K B 1", "decode 32/8/128 n 128K B 8")
+    ]
+    assert names[4:6] == reused[2:]
+    batches = [cell.B for cell in plan.cells()[6:]]
     assert batches == sorted(batches)
     dry = [cell.name for cell in plan.cells(dry=True)]
     assert len(set(dry)) == len(dry) == len(names)
@@ -792,14 +843,33 @@ def test_only_what_the_sanitizer_found_is_a_failure() -> None:
     assert verdict(None, "") == "skipped"
 
 
+def test_hazards_are_failures_and_warnings_are_told() -> None:
+    def verdict(code: int | None, text: str) -> gate.Verdict:
+        return gate.by_racecheck(Done(code, text, ROOT))
+
+    summary = "========= RACECHECK SUMMARY: {} hazards displayed ({} errors, {} warnings)"
+    assert verdict(0, summary.format(0, 0, 0)) == ("passed", "0 errors, 0 warnings")
+    assert verdict(0, summary.format(2, 0, 2)) == ("passed", "0 errors, 2 warnings")
+    race = "========= Error: Race reported between Write access at keep and Read access at keep\n"
+    found = verdict(
+        1, race + "========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)"
+    )
+    assert found.status == "failed"
+    assert "Race reported between Write access" in found.detail
+    assert verdict(1, "not finite\n" + summary.format(0, 0, 0)).status == "failed"
+    assert verdict(1, "Device not supported").status == "skipped"
+    assert verdict(None, "").status == "skipped"
+
+
 def test_the_properties_and_the_small_calls_pass_as_they_are_called(tmp_path: Path) -> None:
     """As a dry run makes them: a GPU run does, but for a few options."""
     every = gate.checks("cpu", tmp_path, dry=True, quick=False)
-    wanted = [check for check in every if check.name in ("properties", "memcheck")]
+    wanted = [check for check in every if check.name in ("properties", "memcheck", "racecheck")]
     found = gate.run(wanted, 150.0, tmp_path, quiet)
     assert {check["name"]: check["status"] for check in found} == {
         "properties": "passed",
         "memcheck": "passed",
+        "racecheck": "skipped",  # the same calls as memcheck's
     }, found
 
 
@@ -808,14 +878,27 @@ def test_the_checks_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(gate.shutil, "which", lambda name: None)
     found = {c.name: c for c in gate.checks("triton", tmp_path, dry=False, quick=False)}
     parts = [f"tokenselect.check-{i}-of-4" for i in range(1, 5)]
-    assert list(found) == [*parts, "determinism", "memcheck", "properties"]
-    assert found["memcheck"].command is None
+    sanitizers = ["memcheck", "racecheck"]
+    halves = ["graphs-1-of-2", "graphs-2-of-2"]
+    assert list(found) == [*parts, "determinism", *halves, *sanitizers, "properties"]
+    assert [found[name].command for name in sanitizers] == [None, None]
+    assert "no compute-sanitizer" in found["racecheck"].detail
     properties = " ".join(found["properties"].command or ())
     assert "pytest properties --backend=triton --hypothesis-profile=device" in properties
     assert "-p no:cacheprovider -o minversion=7.0" in properties
     assert "-k triton and not mistake" in properties
     quick = gate.checks("triton", tmp_path, dry=False, quick=True)
-    assert [c.name for c in quick if c.command is None] == ["memcheck", "properties"]
+    assert [c.name for c in quick if c.command is None] == [*sanitizers, "properties"]
+    (graphs,) = (c for c in quick if c.name == "graphs")
+    assert graphs.command is not None
+    assert graphs.command[-1] == "--quick"
+    monkeypatch.setattr(gate.shutil, "which", lambda name: f"/usr/bin/{name}")
+    found = {c.name: c for c in gate.checks("triton", tmp_path, dry=False, quick=False)}
+    for name in sanitizers:
+        words = " ".join(found[name].command or ())
+        assert f"compute-sanitizer --tool {name}" in words
+        assert "bench.gpu.probe small --backend triton" in words
+    assert "PYTORCH_NO_CUDA_MEMORY_CACHING" not in found["racecheck"].environment
 
 
 def test_parts_of_the_rules_are_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -832,6 +915,278 @@ def test_repeats_that_differ_are_noticed(capsys: pytest.CaptureFixture[str]) -> 
     name = wrong_backend(attend=answers_otherwise_each_time())
     assert probe.main(["determinism", "--backend", name, "--dry-run"]) == 1
     assert "lse of repeat 1 differ" in capsys.readouterr().out
+
+
+# --- plans and graphs ---------------------------------------------------------------------
+
+
+def ground(backend: str = "cpu") -> graphs.Ground:
+    return graphs.Ground(backend, Cpu(), dry=True, interface=Recorded())
+
+
+def only(check: Callable[[graphs.Ground], str]) -> list[graphs.Named]:
+    return [named for named in graphs.CHECKS if named.run is check]
+
+
+def planned_backend(**bent: Any) -> str:
+    assert CPU.planned is not None
+    return wrong_backend(planned=CPU.planned._replace(**bent))
+
+
+def reuses_what(decide: Callable[[Any], Any]) -> str:
+    """A backend whose decisions are the reference's, then bent."""
+
+    def bent(problem: Problem, memory: Any, theta: float | None) -> Any:
+        return decide(decide_right(problem, memory, theta))
+
+    decide_right = reference.decide
+    return wrong_backend(reuse=Reuse(bent, reference.keep))
+
+
+def never_reuses(decision: Any) -> Any:
+    reused = torch.zeros_like(decision.reused)
+    return decision._replace(reused=reused)
+
+
+def reads_a_length(p: Problem, selection: Selection, out: Tensor | None) -> Any:
+    assert CPU.planned is not None
+    assert int(p.cache_seqlens[0]) >= 0
+    return CPU.planned.attend(p, selection, out)
+
+
+def remembers_the_first_lengths() -> Callable[..., Any]:
+    """Right in calls of one length each; a replay would not see it."""
+    first: list[Tensor] = []
+
+    def attend(p: Problem, selection: Selection, out: Tensor | None) -> Any:
+        assert CPU.planned is not None
+        first.append(p.cache_seqlens.clone())
+        old = first[0] if first[0].shape == p.cache_seqlens.shape else p.cache_seqlens
+        attended = CPU.planned.attend(p, selection, out)
+        attended.lse.add_((p.cache_seqlens - old)[:, None, None])
+        return attended
+
+    return attend
+
+
+def computes_at_capture() -> Callable[..., Any]:
+    """A number of the host's, which a graph keeps as it was."""
+    calls = [0]
+
+    def attend(p: Problem, selection: Selection, out: Tensor | None) -> Any:
+        assert CPU.planned is not None
+        calls[0] += 1
+        attended = CPU.planned.attend(p, selection, out)
+        attended.lse.add_(calls[0])
+        return attended
+
+    return attend
+
+
+@pytest.mark.parametrize(
+    ("make", "check", "complaint"),
+    [
+        (lambda: planned_backend(attend=reads_a_length), graphs.calls_and_replays, "NotCapturable"),
+        (
+            lambda: planned_backend(attend=remembers_the_first_lengths()),
+            graphs.calls_and_replays,
+            "a plan and attention: lse",
+        ),
+        (
+            lambda: planned_backend(attend=computes_at_capture()),
+            graphs.calls_and_replays,
+            "lse",
+        ),
+        (lambda: reuses_what(never_reuses), graphs.decisions, "hits: "),
+        (lambda: reuses_what(never_reuses), graphs.waits_for_nothing, "hits and misses, not"),
+    ],
+    ids=["reads", "remembers", "counts", "decides otherwise", "never hits"],
+)
+def test_a_plan_that_is_wrong_turns_the_check_red(
+    make: Callable[[], str], check: Any, complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with torch.no_grad():
+        assert graphs.run(ground(make()), only(check)) == 1
+    assert complaint in capsys.readouterr().out
+
+
+def test_a_graph_that_replays_nothing_is_noticed(capsys: pytest.CaptureFixture[str]) -> None:
+    class Stale(Recorded):
+        def capture(self, *given: Any) -> Any:
+            outputs, replay = super().capture(*given)
+            replay()
+            return outputs, quiet
+
+    stale = replace(ground(), interface=Stale())
+    register("stale", replace(CPU, name="stale"))
+    with torch.no_grad():
+        for check in (graphs.calls_and_replays, graphs.several_layers, graphs.many_replays):
+            assert graphs.run(replace(stale, backend="stale"), only(check)) == 1
+    said = capsys.readouterr().out
+    assert "a graph and the plan" in said
+    assert "4 layers of stale, step" in said
+    assert "replay 20" in said or "after 20 replays" in said
+
+
+def test_parts_of_the_checks_of_graphs_are_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+
+    def note(_: Any, wanted: Any) -> int:
+        ran.extend(named.name for named in wanted)
+        return 0
+
+    monkeypatch.setattr(graphs, "run", note)
+    for part in ("1", "2"):
+        assert probe.main(["graphs", "--dry-run", "--part", part, "--of", "2"]) == 0
+    assert sorted(ran) == sorted(named.name for named in graphs.CHECKS)
+
+
+@pytest.fixture
+def like_cuda(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """torch.cuda's calls, which do nothing here; what they were told."""
+    told: dict[str, Any] = {"modes": [], "streams": [], "allocated": 0}
+    for name, stub in {
+        "Stream": object,
+        "stream": lambda stream: contextlib.nullcontext(told["streams"].append(stream)),
+        "current_stream": object,
+        "synchronize": lambda: None,
+        "_sleep": lambda cycles: None,
+        "memory_stats": lambda: {"allocation.all.allocated": told["allocated"]},
+        "memory_allocated": lambda: 1,
+        "memory_reserved": lambda: told["allocated"],
+        "get_sync_debug_mode": lambda: 0,
+        "set_sync_debug_mode": lambda mode: told["modes"].append(mode),
+    }.items():
+        assert hasattr(torch.cuda, name)
+        monkeypatch.setattr(torch.cuda, name, stub)
+    return told
+
+
+class OnCuda(graphs.Ground):
+    on_cuda = True  # type: ignore[assignment]
+
+
+def test_what_needs_cuda_calls_it_as_it_is_to_be_called(like_cuda: dict[str, Any]) -> None:
+    on = OnCuda("cpu", Cpu(), dry=True, interface=Recorded())
+    with torch.no_grad():
+        assert "calls, each way" in graphs.two_streams(on)
+        graphs.waits_for_nothing(on)
+        graphs.many_replays(on)
+    assert like_cuda["modes"] == ["error", 0] * 2
+    assert len(set(map(id, like_cuda["streams"]))) > 2
+
+
+def test_waiting_and_taking_memory_are_noticed(like_cuda: dict[str, Any]) -> None:
+    on = OnCuda("cpu", Cpu(), dry=True, interface=Recorded())
+    with pytest.raises(graphs.Differs, match="it: 3 allocations"), graphs._no_waiting(on, "it"):
+        like_cuda["allocated"] += 3
+    with pytest.raises(graphs.Differs, match="it: called a sync"), graphs._no_waiting(on, "it"):
+        raise RuntimeError("called a synchronizing CUDA operation")
+
+    class Takes(Recorded):
+        def capture(self, *given: Any) -> Any:
+            outputs, replay = super().capture(*given)
+
+            def taking() -> None:
+                like_cuda["allocated"] += 1
+                replay()
+
+            return outputs, taking
+
+    with torch.no_grad(), pytest.raises(graphs.Differs, match="memory allocated and reserved"):
+        graphs.many_replays(replace(on, interface=Takes(), backend=wrong_backend()))
+
+
+def test_a_backend_without_plans_is_not_held_to_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert graphs.run(ground(wrong_backend(planned=None))) == 0
+    assert "NOTHING IS CHECKED" in capsys.readouterr().out
+
+
+REUSED = replace(DECODE, n=160, planned=plan.Planned(layers=2, max_reuse=10, short=120))
+
+
+def test_a_wrong_plan_is_not_timed() -> None:
+    assert CPU.planned is not None
+    right = CPU.planned.attend
+
+    def rounds(p: Problem, selection: Selection, out: Tensor | None) -> Any:
+        attended = right(p, selection, out)
+        coarse = attended.out.to(torch.float8_e4m3fn).to(attended.out.dtype)
+        return attended._replace(out=attended.out.copy_(coarse))
+
+    with pytest.raises(NotEquivalent, match=r"a plan is .* budget away"):
+        measure.measure(REUSED, Cpu(), planned_backend(attend=rounds), LIMITS, quiet)
+
+
+def test_a_step_that_does_not_reuse_is_not_timed_as_one_that_does() -> None:
+    # It computes what it should, all over again.
+    with pytest.raises(NotEquivalent, match=r"hit, graph: layer 0, request 0: 0 hits"):
+        measure.measure(REUSED, Cpu(), reuses_what(never_reuses), LIMITS, quiet)
+
+
+def test_without_plans_a_cell_says_so_and_is_measured() -> None:
+    found = measure.measure(REUSED, Cpu(), wrong_backend(planned=None), LIMITS, quiet)
+    (said,) = (side for side in found["sides"] if side["role"] == "planned")
+    assert "no stages that a plan can run" in said["error"]
+    assert found["ratios"]
+
+
+def _traced(B: int, max_reuse: int) -> tuple[Problem, plan.Planned]:
+    cell = replace(DECODE, n=160, B=B)
+    problem = draw(cell, torch.device("cpu"), torch.bfloat16)
+    return problem, plan.Planned(layers=2, max_reuse=max_reuse)
+
+
+def test_of_a_mixed_trace_each_request_reuses_four_in_five_and_not_all_at_once() -> None:
+    problem, how = _traced(3, 64)
+    trace = reuse.mixed(problem, how)
+    assert trace.n_runs == 12
+    room = replace(problem, max_reuse=64)
+    cache = SelectionCache(reuse.THETA, 64)
+    reused = []
+    for q, lengths in zip(trace.queries, trace.lengths, strict=True):
+        at = replace(room, q=q, cache_seqlens=lengths)
+        _, info = truth.attention(at, "cpu", cache=cache, return_info=True)
+        reused.append(info.reused)
+    hits = torch.stack(reused[1:])
+    assert (hits.view(12, 5, 3).sum(1) == 4).all()
+    assert (~hits).sum(1).max() == 1
+
+
+def test_inputs_move_from_run_to_run_and_go_back_with_what_was_remembered() -> None:
+    problem, how = _traced(2, 10)
+    layers = reuse.copies(problem, 2, 2**40)
+    (hit, _, _, mixed) = reuse.kinds(problem, "cpu", how, layers)
+    for kind in (hit, mixed):
+        steps = kind.steps
+        steps.count_anew()
+        seen = []
+        for _ in range(2 * steps.trace.n_runs + 1):
+            with steps.next():
+                seen += steps._lengths[:, 0].tolist()
+                steps.run()
+        steps.counted()
+        growing = list(range(151, 161))
+        assert seen == [*growing, *growing, *growing[: steps.trace.width]]
+    assert hit.steps.calls == 2
+    assert mixed.steps.calls == 10
+
+
+def test_as_many_copies_of_the_cache_as_a_third_of_memory_holds() -> None:
+    problem, _ = _traced(1, 10)
+    size = 2 * problem.k_cache.numel() * 2
+    for free, expected in ((0, 1), (3 * size, 2), (10 * size, 4), (2**40, 4)):
+        layers = reuse.copies(problem, 4, free)
+        assert len(layers) == 4
+        assert len({k.data_ptr() for k, _ in layers}) == expected
+        assert layers[0][0] is problem.k_cache
+
+
+def test_times_are_those_of_one_call() -> None:
+    device = Clock()
+    sides = [Side("a", "planned", Ready(lambda: "a"), calls=4)]
+    times = measure.alternate(sides, "eager", device, {"a": 1.0}, Limits(lambda: 9.0, 9.0, (3, 3)))
+    assert times == {"a": [0.25] * 3}
 
 
 # --- the parent and its worker ------------------------------------------------------------
@@ -919,6 +1274,10 @@ def made_up(**changes: Any) -> dict[str, Any]:
              "share_of_budget": 0.3, "is_baseline": True, "graph": _times(2247.0)},
             {"name": "sdpa cudnn, enable_gqa", "role": "dense", "bytes": 4 * 10**9,
              "error": "RuntimeError: No available | kernel"},
+            {"name": "hit", "role": "planned", "bytes": 10**7, "calls": 16,
+             "graph": _times(11.5)},
+            {"name": "short", "role": "planned", "bytes": None, "calls": 16,
+             "graph": _times(42.0)},
             {"name": "device copy", "role": "copy", "bytes": 10**9,
              "graph": _times(333.0, gb_per_s=3000.0)},
         ]  # fmt: skip
@@ -926,7 +1285,8 @@ def made_up(**changes: Any) -> dict[str, Any]:
             cell.facts()
             | {"dtype": "bfloat16", "config": {"k": 2048}, "checks": {"lse": 1e-6}}
             | {"attended": 2688, "sides": sides, "seconds": 3.0}
-            | {"ratios": [{"of": of, **ratio, **spread} for of in ("fresh", "attend")]}
+            | {"reuse": {"layers": 16, "kv_copies": 6, "max_reuse": 64, "theta": 0.9}}
+            | {"ratios": [{"of": of, **ratio, **spread} for of in ("fresh", "attend", "mixed")]}
         )
     found = {
         "schema": 1, "kind": "gpu", "dry_run": False, "quick": False, "green": True,
@@ -942,6 +1302,10 @@ def made_up(**changes: Any) -> dict[str, Any]:
         "cells": cells, "wrong": [],
         "left_out": [{"cell": "decode 32/8/128 n 1M B 32", "why": "needs 170 GiB"}],
     } | changes  # fmt: skip
+    for cell in cells:
+        to = {"mode": "graph", "role": "planned", "to": "short, own capacity"}
+        cell["ratios"] += [{"of": "hit", **ratio, **spread | {"median": 89.0}}]
+        cell["ratios"] += [{"of": "short", **to, "median": 0.8, "p10": 0.7, "p90": 0.9}]
     found["targets"] = report.held(found)
     return found
 
@@ -954,6 +1318,15 @@ def test_targets_are_judged_on_the_device_they_are_for() -> None:
     assert rows[decode.format("1M"), "select"]["reached"] is False
     assert rows[decode.format("1M"), "score"]["graph"] == pytest.approx(0.9)  # of 3000, not 2900
     assert rows[decode.format("1M"), "score"]["reached"] is True
+    told = {(row["cell"], row["of"], row["what"]): row for row in made_up()["targets"]}
+    assert told[decode.format("128K"), "hit", "us"]["graph"] == 11.5
+    assert told[decode.format("128K"), "hit", "us"]["reached"] is True
+    assert told[decode.format("32K"), "hit", "us"]["reached"] is None
+    assert told[decode.format("128K"), "hit", "speed-up"]["reached"] is True
+    assert told[decode.format("1M"), "hit", "speed-up"]["reached"] is False
+    assert told[decode.format("128K"), "mixed", "speed-up"]["reached"] is True
+    assert told[decode.format("1M"), "short", "cost"]["graph"] == pytest.approx(1.25)
+    assert told[decode.format("1M"), "short", "cost"]["reached"] is False
     assert rows[chunk.format("128K"), "fresh"]["reached"] is True
     assert rows[chunk.format("1M"), "fresh"]["reached"] is False
     elsewhere = made_up(machine={"device": "NVIDIA L4", "driver": "1", "torch": "", "triton": "",
@@ -983,6 +1356,9 @@ def test_the_page_has_a_section_of_the_newest_result_of_each_gpu(tmp_path: Path)
     assert "No GPU figure" not in text
     decode = "decode 32/8/128 n 128K B 1"
     assert f"| {decode} | 321.0 | 300.0 | 61.0 | 14.0 | 2247.0 | - | - |" in text
+    assert f"| {decode} | 11.5 | - | - | - | 42.0 | - | 89.00 (6.50–7.25) | - | 7.00" in text
+    assert "16 layers over 6 copies of the KV cache, max_reuse 64, theta 0.9." in text
+    assert "a call, of 16 in a graph" in text
 
 
 def test_without_a_result_the_page_says_so(tmp_path: Path) -> None:

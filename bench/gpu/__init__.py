@@ -3,10 +3,12 @@
 What `__main__` runs, in this order:
 
     gate      the checks: nothing is reported of a backend that fails one
+      probe     what they run; `graphs` has those of plans and CUDA graphs
     worker    the cells of `plan`, one after the other, in a process that may die without harm
       inputs    made on the device
       truth     equivalence, on the inputs that are timed
       rivals    what dense attention there is
+      reuse     planned steps: selections reused, made afresh, and both by turns
       measure   times: `device` has the clock, the graphs and the memory
     report    the JSON, the table, the targets; `page` has the section in docs/benchmarks.md
 

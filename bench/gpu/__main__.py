@@ -29,6 +29,7 @@ from bench.gpu.report import (
     best_copy_rate,
     cell_table,
     overview,
+    reuse_table,
     target_table,
     tree_of,
 )
@@ -182,6 +183,8 @@ def _take(report: Report, event: str, what: dict[str, Any]) -> None:
             say(cell_table(result, best_copy_rate(content, result)))
         else:
             say(overview([result], ratios=False))
+            if planned := reuse_table([result], ratios=False):
+                say(planned)
     elif event == "wrong":
         content["wrong"].append({"cell": what["cell"], "why": what["why"]})
         say(f"✗ {what['cell']}: NOT EQUIVALENT: {what['why']}")
@@ -199,6 +202,8 @@ def _summed_up(report: Report, asked: argparse.Namespace) -> int:
     say("")
     if content["cells"]:
         say(overview(content["cells"], ratios=content["green"]))
+        if planned := reuse_table(content["cells"], ratios=content["green"]):
+            say(planned)
     if content["left_out"]:
         say(f"left out: {'; '.join(cell['cell'] for cell in content['left_out'])}")
     if content["wrong"]:

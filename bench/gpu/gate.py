@@ -61,7 +61,8 @@ def checks(backend: str, folder: Path, *, dry: bool, quick: bool) -> list[Check]
     found = [
         *_rules(probe, backend, tools, shards(os.cpu_count() or 1, quick=quick)),
         Check("determinism", (*probe, "determinism", *tools), by_exit_code),
-        _memcheck((*probe, "small", *tools), dry=dry, quick=quick),
+        *_graphs(probe, tools, quick=quick),
+        *(_sanitized(tool, (*probe, "small", *tools), dry=dry, quick=quick) for tool in _TOOLS),
         _properties(backend, folder, dry=dry, quick=quick),
     ]
     more = INTERPRETED if dry else {}
@@ -86,6 +87,17 @@ def _rules(
 def shards(cores: int, *, quick: bool) -> int:
     """Compiling is what takes the time on a GPU. The properties take 8 cores, if not quick."""
     return 1 if cores < 12 else 8 if quick else 4
+
+
+def _graphs(probe: tuple[str, ...], tools: tuple[str, ...], *, quick: bool) -> Iterator[Check]:
+    """Plans and CUDA graphs, in two parts where there are cores to compile side by side."""
+    if quick or shards(os.cpu_count() or 1, quick=quick) == 1:
+        more = ("--quick",) if quick else ()
+        yield Check("graphs", (*probe, "graphs", *tools, *more), by_exit_code)
+        return
+    for part in ("1", "2"):
+        command = (*probe, "graphs", *tools, "--part", part, "--of", "2")
+        yield Check(f"graphs-{part}-of-2", command, by_exit_code)
 
 
 def by_exit_code(done: Done) -> Verdict:
@@ -131,8 +143,8 @@ def _properties(backend: str, folder: Path, *, dry: bool, quick: bool) -> Check:
 
 
 def parallel_workers(cores: int) -> int:
-    """The other checks take six processes."""
-    return max(1, min(8, cores - 6))
+    """The other checks take nine processes."""
+    return max(1, min(8, cores - 9))
 
 
 def by_junit(done: Done) -> Verdict:
@@ -161,23 +173,20 @@ def by_junit(done: Done) -> Verdict:
     return Verdict(verdict.status, said if verdict.status == "passed" else verdict.detail)
 
 
-def _memcheck(command: tuple[str, ...], *, dry: bool, quick: bool) -> Check:
-    name = "memcheck"
+def _sanitized(name: str, command: tuple[str, ...], *, dry: bool, quick: bool) -> Check:
+    """compute-sanitizer over the small calls. A dry run makes them once, without the tool."""
+    environment, judge = _TOOLS[name]
     if quick:
         return Check(name, None, by_exit_code, "left out by --quick")
     if dry:
-        return Check(name, command, by_exit_code)
+        again = name != next(iter(_TOOLS))
+        why = "a dry run has no compute-sanitizer, and makes the same calls in memcheck"
+        return Check(name, None if again else command, by_exit_code, why if again else "")
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         return Check(name, None, by_exit_code, "no compute-sanitizer on PATH")
-    options = ("--tool", "memcheck", "--target-processes", "application-only")
-    # The allocator's pools would hide a read past the end of a tensor.
-    return Check(
-        name,
-        (tool, *options, *command),
-        by_sanitizer,
-        environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-    )
+    options = ("--tool", name, "--target-processes", "application-only")
+    return Check(name, (tool, *options, *command), judge, environment=environment)
 
 
 def by_sanitizer(done: Done) -> Verdict:
@@ -192,6 +201,28 @@ def by_sanitizer(done: Done) -> Verdict:
     if found or "illegal memory access" in done.output:
         return Verdict("failed", f"the program itself: {plain.detail}")
     return Verdict("skipped", f"compute-sanitizer came to no result: {plain.detail}")
+
+
+def by_racecheck(done: Done) -> Verdict:
+    """Hazards that are errors count. What it calls warnings may be no hazard: they are told."""
+    found = re.search(r"RACECHECK SUMMARY: .*\((\d+) errors?, (\d+) warnings?\)", done.output)
+    if found and int(found[1]):
+        first = re.search(r"=+ (Error: .*)", done.output)
+        return Verdict("failed", f"{found[1]} hazards, the first: {first[1] if first else '?'}")
+    if found and done.code == 0:
+        return Verdict("passed", f"0 errors, {found[2]} warnings")
+    plain = by_exit_code(done)
+    if found:
+        return Verdict("failed", f"the program itself: {plain.detail}")
+    return Verdict("skipped", f"compute-sanitizer came to no result: {plain.detail}")
+
+
+# The tools of compute-sanitizer: the environment they need, and who judges what they say. The
+# allocator's pools would hide a read past the end of a tensor.
+_TOOLS: dict[str, tuple[dict[str, str], Callable[[Done], Verdict]]] = {
+    "memcheck": ({"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, by_sanitizer),
+    "racecheck": ({}, by_racecheck),
+}
 
 
 # --- running them ---

@@ -14,14 +14,15 @@ from torch import Tensor
 
 import tokenselect
 from bench.dense import Truth
-from bench.gpu import rivals, truth
+from bench.gpu import reuse, rivals, truth
 from bench.gpu.device import Captured, Device, Reading, tensors
 from bench.gpu.inputs import draw
-from bench.gpu.plan import Cell, memory
+from bench.gpu.plan import Cell, Planned, memory
 from bench.gpu.report import MODES
 from bench.gpu.rivals import Asked, Ready, Rival
 from bench.run import NotEquivalent, bytes_read
 from tokenselect import Problem
+from tokenselect.registry import load
 
 _SLOW = 5.0  # times the fastest dense one: such a rival is timed a few times, and not in a graph
 _SLOW_ROUNDS = 3
@@ -41,7 +42,9 @@ class DeviceLost(Exception):
 class Side:
     """One thing to time.
 
-    role  "whole" (fresh), "stage", "dense", "gathered", "topk" or "copy"
+    role   "whole" (fresh), "stage", "planned", "dense", "gathered", "topk" or "copy"
+    calls  so many calls are one run; times are divided by it
+    kind   of a planned side: its steps, and what they have to give
     """
 
     name: str
@@ -50,10 +53,12 @@ class Side:
     bytes: int | None = None
     notes: dict[str, Any] = field(default_factory=dict)
     captured: Captured | None = None
+    calls: int = 1
+    kind: reuse.Kind | None = None
 
     @property
     def is_ours(self) -> bool:
-        return self.role in ("whole", "stage")
+        return self.role in ("whole", "stage", "planned")
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,15 @@ def measure(
         sides.append(tried(rival, over, found.exact, "gathered", None))
     sides.append(_topk(problem, found))
     sides.append(_copy(problem, asked))
+    if cell.planned is not None:
+        say("step", text="planning")
+        try:
+            of_plans, report["reuse"] = planned(problem, backend, cell.planned, found, device)
+            sides += of_plans
+        except NotEquivalent as error:
+            if not limits.measure_anyway:
+                raise
+            report.setdefault("not_equivalent", str(error))
 
     say("step", text="warming up, capturing graphs")
     first = _warm_up(sides, device, say)
@@ -115,8 +129,11 @@ def measure(
         if "error" not in side.notes and "slow" not in side.notes:
             _say_who(side, say)
             _capture(side, device, truths.get(side.role))
+            if side.kind is not None and side.captured is not None:
+                exactly = reuse.is_exact(backend, device.at)
+                reuse.hold(side.kind, side.captured.replay, "replayed", exact=exactly)
     say("step", text="timing")
-    times = {mode: alternate(sides, mode, device, first, limits) for mode in MODES}
+    times = {mode: _counted(sides, mode, device, first, limits) for mode in MODES}
     report["sides"] = [summary(side, times) for side in sides]
     report["ratios"] = ratios(sides, times)
     return report
@@ -140,6 +157,50 @@ def ours(problem: Problem, backend: str, found: truth.Found) -> list[Side]:
         moved, by = bytes_of(problem, backend, name, found)
         sides.append(Side(name, role, Ready(run), moved, {"bytes_by": by}))
     return sides
+
+
+def planned(
+    problem: Problem, backend: str, how: Planned, found: truth.Found, device: Device
+) -> tuple[list[Side], dict[str, Any]]:
+    """Planned steps, each held to attention on the way. Where memory is short, a note instead."""
+    exact = reuse.is_exact(backend, device.at)
+    sides: list[Side] = []
+    facts: dict[str, Any] = {}
+    try:
+        if load(backend).planned is None:
+            raise reuse.NoPlans(f"{backend} has no stages that a plan can run")
+        layers = reuse.copies(problem, how.layers, device.free_bytes())
+        facts = reuse.facts(how, layers)
+        facts["share_of_budget"] = _planned_share(problem, backend, found)
+        for kind in reuse.kinds(problem, backend, how, layers):
+            reuse.hold(kind, kind.steps.run, "called", exact=exact)
+            sides.append(_planned_side(kind, problem, backend, found))
+    except (torch.cuda.OutOfMemoryError, reuse.NoPlans) as error:
+        sides.append(Side("planned", "planned", Ready(lambda: None)))
+        sides[-1].notes["error"] = _told(error, ())
+    return sides, facts
+
+
+def _planned_side(kind: reuse.Kind, problem: Problem, backend: str, found: truth.Found) -> Side:
+    steps = kind.steps
+    side = Side(kind.name, "planned", Ready(steps.run, steps.next), calls=steps.calls, kind=kind)
+    of = {"hit": "attend", "hit, one layer": "attend", "miss": "fresh"}.get(kind.name)
+    if of is not None:
+        side.bytes, side.notes["bytes_by"] = bytes_of(problem, backend, of, found)
+    if kind.name == "short, own capacity":
+        side.notes["is_baseline"] = True
+    side.notes["calls"] = steps.calls
+    return side
+
+
+def _planned_share(problem: Problem, backend: str, found: truth.Found) -> float:
+    """A planned fresh call against float64 on what was selected; raises NotEquivalent."""
+    p = problem
+    out = tokenselect.plan(p, backend)(p.q, p.k_cache, p.v_cache, p.cache_seqlens)
+    share = found.exact.share(out)
+    if not share <= 1:
+        raise NotEquivalent(f"a plan is {share:.3g} x the error budget away from float64")
+    return share
 
 
 def bytes_of(problem: Problem, backend: str, what: str, found: truth.Found) -> tuple[int, str]:
@@ -272,6 +333,11 @@ def _warm_up(sides: Sequence[Side], device: Device, say: Callable[..., None]) ->
     return first
 
 
+def _begin(side: Side) -> None:
+    if side.kind is not None:
+        side.kind.steps.begin()
+
+
 def _set_slow_apart(sides: Sequence[Side], first: dict[str, float]) -> None:
     dense = [first[side.name] for side in sides if side.notes.get("is_baseline")
              and side.role == "dense" and side.name in first]  # fmt: skip
@@ -287,6 +353,7 @@ def _capture(side: Side, device: Device, exact: Truth | None) -> None:
     Ours has to be bitwise the same. A rival is held to the truth again.
     """
     try:
+        _begin(side)
         with side.ready.around():
             expected = [x.clone() for x in tensors(side.ready.run())]
             side.captured = device.capture(side.ready.run)
@@ -297,7 +364,9 @@ def _capture(side: Side, device: Device, exact: Truth | None) -> None:
         return
     for x in tensors(side.captured.result):
         x.fill_(math.nan if x.is_floating_point() else -7)
-    side.captured.replay()
+    _begin(side)
+    with side.ready.around():
+        side.captured.replay()
     device.synchronize()
     if side.is_ours and not truth.same(side.captured.result, expected):
         raise NotEquivalent(f"{side.name}: a replayed graph gives another result than the call")
@@ -308,14 +377,32 @@ def _capture(side: Side, device: Device, exact: Truth | None) -> None:
             side.notes["graph_error"] = f"replayed, {share:.3g} x the error budget away"
 
 
+def _counted(
+    sides: Sequence[Side], mode: str, device: Device, first: dict[str, float], limits: Limits
+) -> dict[str, list[float]]:
+    """`alternate`, after which planned steps have to have hit and missed as they are meant to."""
+    several = {side.name: side.kind.steps for side in sides if side.kind is not None}
+    for steps in several.values():
+        steps.count_anew()
+    times = alternate(sides, mode, device, first, limits)
+    for name, steps in several.items():
+        if times.get(name):
+            try:
+                steps.counted()
+            except NotEquivalent as error:
+                raise NotEquivalent(f"{name}, {mode}: {error}") from None
+    return times
+
+
 def alternate(
     sides: Sequence[Side], mode: str, device: Device, first: dict[str, float], limits: Limits
 ) -> dict[str, list[float]]:
-    """Milliseconds of each side, round by round, every other round in reverse order."""
+    """Milliseconds of a call of each side, round by round, every other round in reverse order."""
     able = [side for side in sides if side.name in first and "error" not in side.notes]
     able = [side for side in able if side.captured is not None or mode == "eager"]
     slow = [side for side in able if "slow" in side.notes]
     times: dict[str, list[float]] = {side.name: [] for side in able}
+    calls = {side.name: side.calls for side in able}
     usual = [side for side in able if "slow" not in side.notes]
     a_round = sum(first[side.name] / 1e3 + _FLUSH for side in usual)
     least, most = limits.rounds
@@ -331,7 +418,7 @@ def alternate(
                 readings[side.name] = _timed(side, device.eager, side.ready.run)
         device.synchronize()
         for name, reading in readings.items():
-            times[name].append(reading())
+            times[name].append(reading() / calls[name])
     return times
 
 
@@ -366,7 +453,13 @@ def summary(side: Side, times: dict[str, dict[str, list[float]]]) -> dict[str, A
 
 
 # What each of our figures is compared with: the fastest of that role that is right.
-_AGAINST = {"fresh": ("dense",), "attend": ("dense", "gathered"), "select": ("topk",)}
+_AGAINST = {
+    "fresh": ("dense",),
+    "attend": ("dense", "gathered"),
+    "select": ("topk",),
+    **dict.fromkeys(("hit", "hit, one layer", "miss", "mixed"), ("dense",)),
+    "short": ("planned",),
+}
 
 
 def ratios(sides: Sequence[Side], times: dict[str, dict[str, list[float]]]) -> list[dict[str, Any]]:

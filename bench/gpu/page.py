@@ -4,6 +4,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 TITLES = {"fresh": "fresh", "attend": "reused", "select": "select", "score": "score"}
+PLANNED = ("hit", "hit, one layer", "miss", "mixed", "short")
+TITLES |= {name: f"planned: {name}" for name in PLANNED}
 
 _HEAD = """\
 ## On a GPU
@@ -29,6 +31,18 @@ within a round, graph to graph and eager to eager, over the fastest dense attent
 that is exact, which is named. All requests of a batch are equally long, dense attention's best
 case. The rate of a copy counts what is read and what is written. *Moved* bytes are the backend's
 own account of its kernels.
+
+*Planned* figures are of `tokenselect.plan`: one call, that is one layer of a step, which is the
+time of a graph of several layers divided by its calls. Every layer has a Selection Cache of its
+own, and the layers take turns at so many copies of the KV cache as the cell's section says, since
+one layer's rows in the L2 cache would help the next. Lengths grow by one from step to step, and
+after `max_reuse` steps go back to the start. In a *hit* every request reuses its selection; in a
+*miss* none does; in *mixed* queries are alike in groups of 5, so that four of five reuse, and a
+graph holds 5 steps; *hit, one layer* is a graph of a single call. *Short* is a fresh selection at
+32K tokens by a plan whose capacity is that of the cell; its cost is held to that of a plan of 32K.
+Before times, every layer's results at 10 steps or more are compared bitwise with those of
+`attention`, called and replayed; after, hits and misses are counted. The check *graphs* holds plans
+and their CUDA graphs to attention without them, over the sizes, inputs and streams that vary.
 """
 
 
@@ -73,6 +87,7 @@ def device(report: dict[str, Any]) -> str:
     )
     cells = report["cells"]
     lines += ["", *_targets(report["targets"]), "", *_overview(cells), "", *_times(cells)]
+    lines += ["", *_planned(cells)]
     for cell in cells:
         if cell["is_headline"]:
             lines += ["", f"#### {cell['name']}", "", _cell_facts(cell), "", *_details(cell)]
@@ -106,7 +121,8 @@ def _targets(rows: Iterable[dict[str, Any]]) -> list[str]:
         got = row[mode]
         if got is None:
             return "not measured"
-        return {"us": f"{got:.1f} µs", "share": f"{got:.0%}"}.get(row["what"], f"{got:.2f}")
+        written = {"us": f"{got:.1f} µs", "share": f"{got:.0%}"}
+        return written.get(row["what"], f"{got:.2f}")
 
     return table(
         ("cell", "of", "target, for an H100, as a graph", "graph", "eager", ""),
@@ -141,6 +157,19 @@ def _times(cells: Iterable[dict[str, Any]]) -> list[str]:
     return table((*head, "dense, eager"), rows)
 
 
+def _planned(cells: Iterable[dict[str, Any]]) -> list[str]:
+    """Of every reuse cell, times as graphs and how far they are ahead of dense attention."""
+    rows = []
+    for cell in cells:
+        if cell.get("reuse") and cell["sides"]:
+            found = [median(cell, name, "graph") for name in PLANNED]
+            found.append(median(cell, "short, own capacity", "graph"))
+            ahead = [ratio_of(cell, of, "graph", "dense") for of in ("hit", "miss", "mixed")]
+            rows.append((cell["name"], *found, *map(_ratio, ahead)))
+    head = ("planned, µs a call, graph", *PLANNED, "short, own capacity")
+    return table((*head, "hit over dense", "miss", "mixed"), rows) if rows else []
+
+
 def _failed(cells: Iterable[dict[str, Any]]) -> list[str]:
     """Every rival that did not run, or not exactly, and where."""
     found: dict[tuple[str, str], list[str]] = {}
@@ -164,13 +193,21 @@ def _ratio(ratio: dict[str, Any] | None) -> str:
 def _cell_facts(cell: dict[str, Any]) -> str:
     config = ", ".join(f"{name} {value}" for name, value in cell["config"].items())
     checks = "; ".join(f"{name}: {value:.2g}" for name, value in cell["checks"].items())
-    return f"{cell['dtype']}, {config}; {cell['attended']} tokens attended to. {checks}."
+    told = f"{cell['dtype']}, {config}; {cell['attended']} tokens attended to. {checks}."
+    if cell.get("reuse"):
+        r = cell["reuse"]
+        told += (
+            f" Planned: {r['layers']} layers over {r['kv_copies']} copies of the KV cache, "
+            f"max_reuse {r['max_reuse']}, theta {r['theta']}."
+        )
+    return told
 
 
 def _details(cell: dict[str, Any]) -> list[str]:
     rows = []
     for side in cell["sides"]:
         name = f"… {side['name']}" if side["role"] == "stage" else side["name"]
+        name = f"planned: {name}" if side["role"] == "planned" else name
         if "error" in side:
             rows.append((name, "-", "-", "", "", _plain(side["error"])))
             continue
@@ -188,6 +225,8 @@ def _verdict(side: dict[str, Any]) -> str:
         parts.append(f"error {share:.2f} of the budget")
         if not side["is_baseline"]:
             parts[-1] = f"no baseline: error {share:.3g} × the budget"
+    if side.get("calls", 1) > 1:
+        parts.append(f"a call, of {side['calls']} in a graph")
     parts += [side[note] for note in ("slow", "graph_error") if note in side]
     return "; ".join(parts)
 

@@ -12,8 +12,23 @@ DRY = 1024  # a dry run's cells are about so much shorter
 
 
 @dataclass(frozen=True)
+class Planned:
+    """How planned steps are measured in a cell: see `bench.gpu.reuse`.
+
+    short  also a plan for the whole n at this length, beside a plan for no more than that
+    """
+
+    layers: int = 16
+    max_reuse: int = 64
+    short: int | None = None
+
+
+@dataclass(frozen=True)
 class Cell:
-    """One shape to measure. All requests of a batch have n tokens: dense attention's best case."""
+    """One shape to measure. All requests of a batch have n tokens: dense attention's best case.
+
+    planned  a reuse cell: plans are measured in the same rounds
+    """
 
     kind: Literal["decode", "prefill"]
     Hq: int
@@ -24,6 +39,7 @@ class Cell:
     Lq: int = 1
     is_headline: bool = False
     config: SelectConfig = field(default_factory=SelectConfig)
+    planned: Planned | None = None
 
     @property
     def geometry(self) -> str:
@@ -59,23 +75,35 @@ CHUNK = 512
 
 def cells(*, quick: bool = False, dry: bool = False) -> list[Cell]:
     """All cells, the least important last; those with targets alone, if quick."""
-    found = [Cell("decode", *MAIN, n, is_headline=True) for n in (128 * K, K * K)]
+    found = [
+        Cell("decode", *MAIN, 128 * K, is_headline=True, planned=Planned()),
+        Cell("decode", *MAIN, K * K, is_headline=True, planned=Planned(short=32 * K)),
+    ]
     found += [Cell("prefill", *MAIN, n, Lq=CHUNK, is_headline=True) for n in (128 * K, K * K)]
     if not quick:
-        found += [Cell("decode", *MAIN, n) for n in (32 * K, 512 * K)]
+        found.append(Cell("decode", *MAIN, 32 * K, planned=Planned()))
+        found.append(Cell("decode", *MAIN, 128 * K, 8, planned=Planned()))
+        found.append(Cell("decode", *MAIN, 512 * K))
         found.append(Cell("prefill", *MAIN, 512 * K, Lq=CHUNK))
         lengths = (128 * K, K * K, 512 * K, 32 * K)
         found += [Cell("decode", *heads, n) for heads in GEOMETRIES[1:] for n in lengths]
         for B in (8, 32):
             found += [Cell("decode", *heads, n, B) for heads in GEOMETRIES for n in lengths]
-    return [_shrunk(cell) for cell in found] if dry else found
+    once: dict[str, Cell] = {}
+    for cell in found:
+        once.setdefault(cell.name, cell)
+    return [_shrunk(cell) for cell in once.values()] if dry else list(once.values())
 
 
 def _shrunk(cell: Cell) -> Cell:
     config = replace(cell.config, k=64, n_sink=8, n_local=32)
     Lq = cell.Lq if cell.kind == "decode" else 16
     B = {1: 1, 8: 2, 32: 3}[cell.B]
-    return replace(cell, n=224 + cell.n // DRY, B=B, Lq=Lq, config=config)
+    planned = cell.planned
+    if planned is not None:
+        short = planned.short and 224 + planned.short // DRY
+        planned = Planned(layers=2, max_reuse=10, short=short)
+    return replace(cell, n=224 + cell.n // DRY, B=B, Lq=Lq, config=config, planned=planned)
 
 
 def memory(cell: Cell) -> int:

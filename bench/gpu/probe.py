@@ -3,13 +3,15 @@
 facts        what device this is, as JSON on the last line
 rules        tokenselect.check, or one part of its kinds of problem
 determinism  a call repeated: every tensor bitwise the same each time
-small        a few small calls of every layout, for compute-sanitizer to watch
+small        a few small calls of every layout, also planned, for compute-sanitizer to watch
+graphs       plans and CUDA graphs: see `bench.gpu.graphs`
 """
 
 import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -21,7 +23,7 @@ from bench.gpu.inputs import draw
 from bench.gpu.plan import CHUNK, MAIN, Cell, cells
 from bench.gpu.worker import device_for, named
 from bench.workloads import TINY, make
-from tokenselect import Problem, check
+from tokenselect import Problem, SelectionCache, check
 from tokenselect.registry import load
 
 REPEATS, DRY_REPEATS = 20, 4
@@ -84,16 +86,47 @@ def small(backend: str, dry: bool) -> int:
         if not out.isfinite().all():
             print(f"{workload.name}: a result is not finite")
             return 1
+        if load(backend).planned is not None and not _small_plan(problem, backend):
+            print(f"{workload.name}: a planned result is not finite")
+            return 1
+        device.synchronize()
         print(f"{workload.name}: done", flush=True)
     return 0
+
+
+def _small_plan(problem: Problem, backend: str) -> bool:
+    """Planned calls that select afresh, reuse, and find a request gone; whether all are finite."""
+    p = replace(problem, max_reuse=2 * problem.Lq)
+    plan, cache = tokenselect.plan(p, backend), SelectionCache(max_reuse=p.max_reuse)
+    given = {"block_table": p.block_table, "cache": cache}
+    earlier = p.cache_seqlens - p.Lq
+    absent = p.cache_seqlens.clone()
+    absent[0] = 0
+    outs = [plan(p.q, p.k_cache, p.v_cache, lengths, **given).clone()
+            for lengths in (earlier, p.cache_seqlens, absent)]  # fmt: skip
+    return bool(torch.stack(outs).isfinite().all()) and int(cache.hits.sum()) > 0
+
+
+def graphs(backend: str, dry: bool, quick: bool, part: int, parts: int) -> int:
+    """Plans and CUDA graphs, or a part of the checks; in a dry run with what stands for them."""
+    from bench.gpu.graphs import CHECKS, Ground, run
+
+    interface = None
+    if dry:
+        from properties.recorded import Recorded
+
+        interface = Recorded()
+    ground = Ground(backend, device_for(dry), dry, quick, interface)
+    return run(ground, CHECKS[part - 1 :: parts])
 
 
 @torch.no_grad()
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.probe")
-    parser.add_argument("name", choices=("facts", "rules", "determinism", "small"))
+    parser.add_argument("name", choices=("facts", "rules", "determinism", "small", "graphs"))
     parser.add_argument("--backend", default="triton")
     parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--quick", action="store_true")
     parser.add_argument("--part", type=int, default=1)
     parser.add_argument("--of", type=int, default=1)
     asked = parser.parse_args(argv)
@@ -101,6 +134,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return facts(asked.dry_run)
     if asked.name == "rules":
         return rules(named(asked.backend), asked.part, asked.of)
+    if asked.name == "graphs":
+        which = asked.part, asked.of
+        return graphs(named(asked.backend), asked.dry_run, asked.quick, *which)
     run = {"determinism": determinism, "small": small}[asked.name]
     return run(named(asked.backend), asked.dry_run)
 

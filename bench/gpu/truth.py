@@ -107,10 +107,10 @@ def attention(problem: Problem, backend: str, **more: Any) -> Any:
 def same(one: Any, other: Any) -> bool:
     """Whether two results of one call are bitwise the same."""
     pairs = zip(tensors(one), tensors(other), strict=True)
-    return all(_bits(a).equal(_bits(b)) for a, b in pairs)
+    return all(bits(a).equal(bits(b)) for a, b in pairs)
 
 
-def _bits(x: Tensor) -> Tensor:
+def bits(x: Tensor) -> Tensor:
     sizes = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return x.contiguous().view(sizes[x.element_size()])
 
