@@ -4,6 +4,7 @@ There is no CUDA here: where a capture is needed, `properties.recorded` stands f
 """
 
 import functools
+import re
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from properties.recorded import Recorded
+from tests import fresh
 from tests.problems import SMALL, lengths, paged, problem, rope, tensors
 from tokenselect import (
     InvalidProblem,
@@ -357,3 +359,24 @@ def test_a_cache_in_use_by_a_capture_must_not_move(graphed: Recorded) -> None:
     assert cache.hits.tolist() == [2, 2]
     with pytest.raises(InvalidProblem, match="must not move"):
         attention(Q.expand(-1, -1, 4, -1), K_CACHE, V_CACHE, **SMALL, cache=cache)
+
+
+def test_the_tutorials_loop_writes_the_same_text_through_a_graph() -> None:
+    """Its first block as it runs here, and as it runs on a GPU but for CUDA."""
+    page = (fresh.ROOT / "docs" / "tutorials" / "decoding.md").read_text(encoding="utf-8")
+    block = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0]
+    assert len([line for line in block.splitlines() if line.strip()]) <= 60
+    choice = 'step = tokenselect.capture(decode) if device == "cuda" else decode\n'
+    assert choice in block
+    recorded = Recorded()
+    texts, hits = [], []
+    for line in (choice, "step = tokenselect.capture(decode, interface=RECORDED)\n"):
+        names: dict[str, Any] = {"RECORDED": recorded, "print": lambda *words: None}
+        with torch.no_grad():  # the block sets it for good
+            exec(compile(block.replace(choice, line), "decoding.md", "exec"), names)
+        texts.append(names["text"])
+        hits.append([layer.selections.hits.tolist() for layer in names["layers"]])
+    assert torch.equal(*texts)
+    assert hits[0] == hits[1]
+    assert min(map(min, hits[0])) > 0 and max(map(max, hits[0])) < 40
+    assert (recorded.captured, recorded.replayed) == (1, 40)

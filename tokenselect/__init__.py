@@ -24,7 +24,7 @@ from tokenselect.errors import (
     UnknownBackend,
     UnsupportedProblem,
 )
-from tokenselect.graphs import capture, cuda_graph
+from tokenselect.graphs import capture, cuda_graph, rehearse
 from tokenselect.plans import Plan, plan
 from tokenselect.registry import Explanation, backends, register
 from tokenselect.reuse import SelectionCache
@@ -59,6 +59,7 @@ __all__ = [
     "plan",
     "reasons",
     "register",
+    "rehearse",
     "score",
     "select",
 ]

@@ -50,6 +50,16 @@ def graph_safe(note: Callable[[str], None] = lambda name: None) -> Iterator[None
         yield
 
 
+def rehearse(step: Callable[..., Any], *inputs: Any) -> Any:
+    """step(*inputs), run once to see whether a CUDA graph can hold it; needs no GPU.
+
+    Raises NotCapturable, which names the operation that would wait for the device. What Selection
+    Caches learn is undone.
+    """
+    with undone(), graph_safe():
+        return step(*inputs)
+
+
 class _HostReads(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None

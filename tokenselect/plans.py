@@ -31,6 +31,7 @@ def plan(problem: Problem, backend: str = "auto") -> "Plan":
              max_reuse in Problem.build.
     backend  a registered name, which never falls back, or "auto"; chosen here, once
 
+    >>> from tokenselect import SelectConfig
     >>> q, cached = torch.ones(1, 8, 1, 64), torch.ones(1, 2, 99, 64)
     >>> like = Problem.build(q, cached, cached, SelectConfig(k=16, n_sink=4, n_local=8))
     >>> step = plan(like)
