@@ -80,7 +80,8 @@ TRITONS ?= 3.6.0 3.9.0
 NUMPY_FOR_3.6.0 := 'numpy<2.4'
 WARNING_FOR_3.6.0 := -W 'ignore:Conversion of an array with ndim:DeprecationWarning'
 
-TRITON_TESTS := $(addprefix properties/test_,laws.py reuse.py triton.py triton_bits.py)
+TRITON_TESTS := $(addprefix properties/test_,laws.py plans.py reuse.py triton.py triton_bits.py \
+	triton_reuse.py)
 
 test-tritons: $(TRITONS:%=test-triton-%)
 

@@ -20,6 +20,7 @@ from tokenselect import (
     InvalidProblem,
     NotCapturable,
     Problem,
+    Rope,
     SelectConfig,
     SelectionCache,
     attention,
@@ -247,6 +248,18 @@ def test_another_cache_is_another_capture_and_comes_back(graphed: Recorded) -> N
     assert graphed.captured == 2
 
 
+def test_another_rope_is_another_capture(graphed: Recorded) -> None:
+    """Though its frequencies may lie where those of one that is gone lay."""
+    for base in (10.0, 1e4, 10.0, 1e6):
+        turned = Rope(base ** (-torch.arange(0, 8, 2) / 8))
+        given = SMALL | {"positions": "contiguous", "rope": turned}
+        close(
+            attention(Q, K_CACHE, V_CACHE, **given, backend="graphed"),
+            attention(Q, K_CACHE, V_CACHE, **given),
+        )
+    assert graphed.captured == 3 * 4
+
+
 def test_so_many_captures_are_kept() -> None:
     recorded = Recorded()
     step = capture(torch.neg, limit=2, interface=recorded)
@@ -378,5 +391,6 @@ def test_the_tutorials_loop_writes_the_same_text_through_a_graph() -> None:
         hits.append([layer.selections.hits.tolist() for layer in names["layers"]])
     assert torch.equal(*texts)
     assert hits[0] == hits[1]
-    assert min(map(min, hits[0])) > 0 and max(map(max, hits[0])) < 40
+    assert min(map(min, hits[0])) > 0
+    assert max(map(max, hits[0])) < 40
     assert (recorded.captured, recorded.replayed) == (1, 40)

@@ -175,6 +175,7 @@ class _Captured(NamedTuple):
     inputs: tuple[Tensor | None, ...]
     outputs: Any
     replay: Callable[[], None]
+    alive: Any
 
 
 class Graphs:
@@ -215,10 +216,13 @@ class Graphs:
         step: Callable[..., Any],
         inputs: tuple[Tensor | None, ...],
         rows: int | None = None,
+        alive: Any = None,
     ) -> Any:
         """step(*inputs), captured at the first call of its kind and replayed in all.
 
         rows: capture for so many in dim 0 of every input; None: for the shapes as they are.
+        alive: what the graph holds something made of, and key names by its address: it is kept, so
+        that nothing else can come to lie there.
         Returns a tensor or a tuple of them: the graph's own memory, overwritten by its next replay.
         Inside another capture the step becomes a part of that one.
         """
@@ -232,7 +236,7 @@ class Graphs:
         with self._order.turn(), torch.no_grad():
             found = self._captured.get(kind)
             if found is None:
-                found = self._captured[kind] = self._capture(step, inputs, shapes)
+                found = self._captured[kind] = self._capture(step, inputs, shapes, alive)
                 while len(self._captured) > self.limit:
                     self._captured.popitem(last=False)
             self._captured.move_to_end(kind)
@@ -246,6 +250,7 @@ class Graphs:
         step: Callable[..., Any],
         inputs: tuple[Tensor | None, ...],
         shapes: list[tuple[int, ...] | None],
+        alive: Any,
     ) -> _Captured:
         # Not in inference mode, so that they can be written to outside of it.
         with torch.inference_mode(False):
@@ -276,7 +281,7 @@ class Graphs:
                     "the error above this one says more; run the step without a graph to find out",
                 ) from error
         self.captures += 1
-        return _Captured(held, outputs, replay)
+        return _Captured(held, outputs, replay, alive)
 
 
 def _shape(x: Tensor, rows: int | None) -> tuple[int, ...]:
@@ -413,7 +418,10 @@ def cuda_graph(
         def replayed(*given: Any) -> Any:
             key, inputs, rebuilt = _split(given)
             more = (None,) if stage == "attend" else ()  # no `out`
-            results = alone.run((stage, key), lambda *held: run(*rebuilt(held), *more), inputs)
+            (rope,) = (x.rope for x in given if isinstance(x, Problem))
+            results = alone.run(
+                (stage, key), lambda *held: run(*rebuilt(held), *more), inputs, alive=rope
+            )
             return type(results)(*(x.clone() for x in results))
 
         return replayed

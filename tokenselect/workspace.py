@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 _current = threading.local()
+# Views of its blocks that a workspace keeps, so that asking again costs a look-up.
+_VIEWS = 4096
 
 
 class Workspace:
@@ -63,6 +65,8 @@ class Workspace:
     ) -> Tensor:
         view = self._views.get((section, index, shape, dtype))
         if view is None:
+            if len(self._views) >= _VIEWS:  # of a capacity that is asked for in many sizes
+                self._views.clear()
             view = self._view(section, index, shape, dtype, device)
             self._views[section, index, shape, dtype] = view
         return view
