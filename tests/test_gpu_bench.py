@@ -1124,6 +1124,16 @@ def test_a_step_that_does_not_reuse_is_not_timed_as_one_that_does() -> None:
         measure.measure(REUSED, Cpu(), reuses_what(never_reuses), LIMITS, quiet)
 
 
+def test_a_replay_that_keeps_its_first_inputs_is_noticed() -> None:
+    problem, how = _traced(1, 10)
+    (_, _, _, mixed) = reuse.kinds(problem, "cpu", how, reuse.copies(problem, 2, 2**40))
+    with mixed.steps.next():
+        first = mixed.steps.run().clone()
+    reuse.hold(mixed, mixed.steps.run, "called", 10, exact=False)
+    with pytest.raises(NotEquivalent, match="mixed, replayed: step 6, layer 0 is"):
+        reuse.hold(mixed, lambda: mixed.steps.out.copy_(first), "replayed", 10, exact=False)
+
+
 def test_without_plans_a_cell_says_so_and_is_measured() -> None:
     found = measure.measure(REUSED, Cpu(), wrong_backend(planned=None), LIMITS, quiet)
     (said,) = (side for side in found["sides"] if side["role"] == "planned")

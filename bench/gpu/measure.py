@@ -129,9 +129,9 @@ def measure(
         if "error" not in side.notes and "slow" not in side.notes:
             _say_who(side, say)
             _capture(side, device, truths.get(side.role))
-            if side.kind is not None and side.captured is not None:
-                exactly = reuse.is_exact(backend, device.at)
-                reuse.hold(side.kind, side.captured.replay, "replayed", exact=exactly)
+            if cell.planned is not None and side.kind is not None and side.captured is not None:
+                exactly, replay = reuse.is_exact(backend, device.at), side.captured.replay
+                reuse.hold(side.kind, replay, "replayed", cell.planned.checked, exact=exactly)
     say("step", text="timing")
     times = {mode: _counted(sides, mode, device, first, limits) for mode in MODES}
     report["sides"] = [summary(side, times) for side in sides]
@@ -173,7 +173,7 @@ def planned(
         facts = reuse.facts(how, layers)
         facts["share_of_budget"] = _planned_share(problem, backend, found)
         for kind in reuse.kinds(problem, backend, how, layers):
-            reuse.hold(kind, kind.steps.run, "called", exact=exact)
+            reuse.hold(kind, kind.steps.run, "called", how.checked, exact=exact)
             sides.append(_planned_side(kind, problem, backend, found))
     except (torch.cuda.OutOfMemoryError, reuse.NoPlans) as error:
         sides.append(Side("planned", "planned", Ready(lambda: None)))

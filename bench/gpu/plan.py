@@ -15,12 +15,14 @@ DRY = 1024  # a dry run's cells are about so much shorter
 class Planned:
     """How planned steps are measured in a cell: see `bench.gpu.reuse`.
 
-    short  also a plan for the whole n at this length, beside a plan for no more than that
+    short    also a plan for the whole n at this length, beside a plan for no more than that
+    checked  steps of each kind that are compared with attention before they are timed, about
     """
 
     layers: int = 16
     max_reuse: int = 64
     short: int | None = None
+    checked: int = 12
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def _shrunk(cell: Cell) -> Cell:
     planned = cell.planned
     if planned is not None:
         short = planned.short and 224 + planned.short // DRY
-        planned = Planned(layers=2, max_reuse=10, short=short)
+        planned = Planned(layers=2, max_reuse=10, short=short, checked=5)
     return replace(cell, n=224 + cell.n // DRY, B=B, Lq=Lq, config=config, planned=planned)
 
 

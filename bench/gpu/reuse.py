@@ -24,7 +24,6 @@ from tokenselect import Plan, Problem, SelectionCache
 
 THETA = 0.9
 GROUP = 5  # alike queries one after the other, of the mixed trace: 80 % hits
-_CHECKED = 12  # runs, at least: compared with attention before anything is timed
 _NEAR = 0.05  # what a backend may differ by whose plans compute in another order than its calls
 
 
@@ -202,11 +201,11 @@ class Kind:
     expected: list[Tensor]
 
 
-def hold(kind: Kind, run: Callable[[], Any], how: str, *, exact: bool) -> None:
-    """Raises NotEquivalent unless runs of the steps give what attention gave, in every layer."""
+def hold(kind: Kind, run: Callable[[], Any], how: str, checked: int, *, exact: bool) -> None:
+    """Raises NotEquivalent unless `checked` steps give what attention gave, in every layer."""
     steps = kind.steps
     steps.begin()
-    for _ in range(min(steps.trace.n_runs, max(1, _CHECKED // steps.trace.width))):
+    for _ in range(min(steps.trace.n_runs, max(1, checked // steps.trace.width))):
         rows = steps.rows
         steps.out.fill_(math.nan)
         with steps.next():
