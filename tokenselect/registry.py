@@ -163,19 +163,23 @@ class Explanation(NamedTuple):
     chosen: str | None
     passed_over: dict[str, list[str]]
     problem: str
+    asked: str = "auto"
 
     def __str__(self) -> str:
         lines = [f"problem: {self.problem}", f"chosen:  {self.chosen or 'none'}"]
         for name, whys in self.passed_over.items():
             lines += [f"passed over {name}: {why}" for why in whys]
-        untried = [name for name in backends() if name not in (self.chosen, *self.passed_over)]
-        lines += [f"not tried {name}: not asked for" for name in untried]
+        for name in backends():
+            if name not in (self.chosen, *self.passed_over):
+                is_later = self.asked == "auto" and name in AUTO
+                why = f"{self.chosen} comes first and can" if is_later else "not asked for"
+                lines.append(f"not tried {name}: {why}")
         return "\n".join(lines)
 
 
 def explain(name: str, problem: Problem) -> Explanation:
     """What backend=`name` means for `problem`, without raising for what cannot run."""
-    return Explanation(*_choose(name, problem), problem.describe())
+    return Explanation(*_choose(name, problem), problem.describe(), name)
 
 
 def resolve(name: str, problem: Problem, *, planned: bool = False) -> str:
