@@ -215,6 +215,7 @@ class DecoderLayer(torch.nn.Module):
         self.cache = SelectionCache(theta=0.8, max_reuse=8)
         like = problem(shape={"B": B, "Hq": Hq, "Hkv": Hkv, "D": D, "Lk": Lk}, max_reuse=8)
         self.plan = plan(like)
+        self.cache.memory(like)
 
     def forward(self, x: Tensor, n: Tensor) -> Tensor:
         B, Hq, Hkv, D = self.shape
@@ -245,8 +246,15 @@ def test_a_decoder_layer_with_a_plan_and_a_cache_is_one_graph(how: str) -> None:
         torch.testing.assert_close(function(x, n), twin(x, n), rtol=1e-4, atol=1e-5)
     assert layer.cache.hits.tolist() == twin.cache.hits.tolist() == [9, 9]
     assert layer.cache.misses.tolist() == [3, 3]
-    # Before the cache has its state, and after.
-    assert counted["stats"]["unique_graphs"] <= 2
+    assert counted["stats"]["unique_graphs"] == 1
+
+
+def test_a_cache_that_is_new_inside_compiled_code_is_refused() -> None:
+    """Its state would lie in the memory of a graph; and errors tell so, through the compiler too."""
+    planned, cache = plan(problem(max_reuse=8)), SelectionCache(max_reuse=8)
+    function, _ = compiled(lambda *given: planned(*given, cache=cache), "eager")
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"its state is made outside.*before"):
+        function(*tensors(), lengths(40, 9))
 
 
 def test_a_compiled_plan_returns_info_too() -> None:

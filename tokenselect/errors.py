@@ -11,8 +11,9 @@ class TokenSelectError(ValueError):
 class InvalidProblem(TokenSelectError):
     """The arguments contradict one another or a documented rule; no backend could run them."""
 
-    def __init__(self, came: str, rule: str, fix: str) -> None:
-        super().__init__(came, rule, fix)  # all of it, so that the error can be pickled
+    # What it is made with are its args; no call to super().__init__, which torch.compile would
+    # report instead of the error.
+    def __init__(self, came: str, rule: str, fix: str) -> None: ...
 
     def __str__(self) -> str:
         came, rule, fix = self.args
@@ -35,9 +36,12 @@ class UnsupportedProblem(TokenSelectError):
 class NotCapturable(TokenSelectError):
     """A step cannot be captured in a CUDA graph: an operation in it waits for the device."""
 
-    def __init__(self, operation: str, rule: str, fix: str) -> None:
-        super().__init__(operation, rule, fix)
-        self.operation = operation
+    def __init__(self, operation: str, rule: str, fix: str) -> None: ...
+
+    @property
+    def operation(self) -> str:
+        """Its name, and what is wrong with it."""
+        return str(self.args[0])
 
     def __str__(self) -> str:
         operation, rule, fix = self.args

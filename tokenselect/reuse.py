@@ -85,7 +85,7 @@ class SelectionCache:
             "device": problem.q.device,
         } | {name: getattr(problem.config, name) for name in CONFIG_NAMES}
         if self._geometry is None or self._memory is None:
-            _refuse_in_a_capture(problem)
+            _refuse_in_a_capture(problem, stays)
             self._geometry, self._memory = geometry, _nothing_stored(problem)
         for name, value in geometry.items():
             if self._geometry[name] != value:
@@ -97,7 +97,7 @@ class SelectionCache:
                 )
         missing = problem.K - self._memory.positions.shape[2]
         if missing > 0:
-            _refuse_in_a_capture(problem)
+            _refuse_in_a_capture(problem, stays)
             if self._stays:
                 raise InvalidProblem(
                     f"cache has room for selections of K={problem.K - missing}, and is in use by "
@@ -190,8 +190,14 @@ def used(memory: Memory) -> None:
         _tried[id(memory)] = memory, [tensor.clone() for tensor in memory.tensors()]
 
 
-def _refuse_in_a_capture(problem: Problem) -> None:
+def _refuse_in_a_capture(problem: Problem, stays: bool) -> None:
     """State made while a graph is captured would be made anew, empty, by each replay."""
+    if torch.compiler.is_compiling() and (stays or problem.q.device.type == "cuda"):
+        raise InvalidProblem(
+            "a SelectionCache is first used, or with a larger K, inside torch.compile",
+            "its state is made outside, or it would lie in the memory of a graph",
+            "call cache.memory(problem) before, or the function once without torch.compile",
+        )
     if problem.q.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise NotCapturable(
             "the first use of a SelectionCache, or one with a larger K,",
