@@ -215,7 +215,7 @@ class DecoderLayer(torch.nn.Module):
         self.cache = SelectionCache(theta=0.8, max_reuse=8)
         like = problem(shape={"B": B, "Hq": Hq, "Hkv": Hkv, "D": D, "Lk": Lk}, max_reuse=8)
         self.plan = plan(like)
-        self.cache.memory(like)
+        self.cache.memory(like, stays=True)
 
     def forward(self, x: Tensor, n: Tensor) -> Tensor:
         B, Hq, Hkv, D = self.shape
@@ -250,7 +250,7 @@ def test_a_decoder_layer_with_a_plan_and_a_cache_is_one_graph(how: str) -> None:
 
 
 def test_a_cache_that_is_new_inside_compiled_code_is_refused() -> None:
-    """Its state would lie in the memory of a graph; and errors tell so, through the compiler too."""
+    """Its state would lie in the memory of a graph. The error shows through the compiler."""
     planned, cache = plan(problem(max_reuse=8)), SelectionCache(max_reuse=8)
     function, _ = compiled(lambda *given: planned(*given, cache=cache), "eager")
     with pytest.raises(torch._dynamo.exc.Unsupported, match=r"its state is made outside.*before"):
