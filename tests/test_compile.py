@@ -215,7 +215,7 @@ class DecoderLayer(torch.nn.Module):
         self.cache = SelectionCache(theta=0.8, max_reuse=8)
         like = problem(shape={"B": B, "Hq": Hq, "Hkv": Hkv, "D": D, "Lk": Lk}, max_reuse=8)
         self.plan = plan(like)
-        self.cache.memory(like, stays=True)
+        self.plan.prepare(self.cache)
 
     def forward(self, x: Tensor, n: Tensor) -> Tensor:
         B, Hq, Hkv, D = self.shape

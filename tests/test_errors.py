@@ -42,6 +42,7 @@ from tokenselect import (
 
 Q, K_CACHE, V_CACHE = tensors()
 META = torch.device("meta")
+TABLE = paged(K_CACHE, V_CACHE)[2]
 
 
 def call(q: Any = Q, k_cache: Any = K_CACHE, v_cache: Any = V_CACHE, **arguments: Any) -> object:
@@ -87,6 +88,14 @@ def planned_cache(*, Lq: int) -> object:
     cache = SelectionCache(max_reuse=8)
     call_plan(cache=cache)
     return call(q=Q.expand(-1, -1, Lq, -1), cache=cache)
+
+
+def reset_and_used_again() -> object:
+    """A cache in use by a plan, reset, and given to a call of another batch."""
+    cache = SelectionCache(max_reuse=8)
+    call_plan(cache=cache)
+    cache.reset()
+    return call(*tensors(B=3), cache=cache)
 
 
 def captured(step: Callable[..., Any], *inputs: Any, **settings: Any) -> object:
@@ -462,6 +471,20 @@ CASES: dict[str, Case] = {
     ),
     "planned_sink_logits": Case(
         lambda: call_plan(sink_logits=torch.ones(4)), ("sink_logits=given", "sink_logits=none")
+    ),
+    "planned_without_block_table": Case(
+        lambda: plan(problem(Q, *paged(K_CACHE, V_CACHE)[:2], block_table=TABLE), "cpu")(
+            Q, *paged(K_CACHE, V_CACHE)[:2], lengths(40, 9)
+        ),
+        ("no block_table", "pages of 4"),
+    ),
+    "planned_with_a_block_table": Case(
+        lambda: call_plan(block_table=TABLE), ("a block_table", "contiguous")
+    ),
+    "planned_reset_cache_of_another_batch": Case(reset_and_used_again, ("B=2", "B=3")),
+    "setting_max_reuse": Case(lambda: problem(max_reuse=-5), ("max_reuse=-5",)),
+    "config_is_a_dict": Case(
+        lambda: Problem.build(Q, K_CACHE, V_CACHE, {"k": 3}), ("config", "dict")
     ),
     "planned_without_lengths": Case(
         lambda: call_plan(cache_seqlens=None), ("cache_seqlens", "NoneType")

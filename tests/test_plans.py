@@ -3,6 +3,7 @@
 There is no CUDA here: where a capture is needed, `properties.recorded` stands for it.
 """
 
+import copy
 import functools
 import re
 import threading
@@ -66,6 +67,24 @@ def test_the_next_call_overwrites_a_result_but_not_out() -> None:
     assert first.data_ptr() == second.data_ptr()
     assert torch.equal(out, kept)
     assert not torch.equal(first, kept)
+
+
+def test_plans_and_caches_say_what_they_are() -> None:
+    planned, cache = plan(problem(max_reuse=8)), SelectionCache(max_reuse=8)
+    assert repr(planned) == f"Plan({problem().describe()}; cpu, {planned.bytes} bytes)"
+    assert repr(cache) == "SelectionCache(theta=0.9, max_reuse=8; not used yet)"
+    planned.prepare(cache)
+    assert repr(cache) == "SelectionCache(theta=0.9, max_reuse=8; B=2)"
+
+
+def test_a_copy_of_a_plan_has_memory_of_its_own() -> None:
+    planned = plan(problem())
+    twin = copy.deepcopy(planned)
+    first = planned(Q, K_CACHE, V_CACHE, lengths(40, 9))
+    kept = first.clone()
+    twin(-Q, K_CACHE, V_CACHE, lengths(40, 9))
+    assert torch.equal(first, kept)
+    assert torch.equal(twin(Q, K_CACHE, V_CACHE, lengths(40, 9)), kept)
 
 
 def test_bytes_are_of_the_capacity() -> None:
@@ -149,8 +168,8 @@ def test_threads_take_turns() -> None:
 def test_a_cache_made_for_the_larger_call_serves_both() -> None:
     cache = SelectionCache(max_reuse=8)
     chunk = problem(shape={"Lq": 4}, max_reuse=8)
-    cache.memory(chunk)
     chunked, single = plan(chunk), plan(problem(max_reuse=8))
+    chunked.prepare(cache)
     chunked(chunk.q, K_CACHE, V_CACHE, lengths(20, 20), cache=cache)
     mean = chunk.q.mean(2, keepdim=True)
     single(mean, K_CACHE, V_CACHE, lengths(21, 21), cache=cache)
@@ -306,6 +325,15 @@ UNSAFE: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "equal": (lambda x: torch.equal(x, x), "equal"),
     "numpy": (lambda x: x + torch.from_numpy(x.numpy()), "Tensor.numpy"),
     "range": (lambda x: x[: x.long()[0]], "_local_scalar_dense"),
+    "cpu": (lambda x: x.cpu() + 1, "Tensor.cpu"),
+    "to": (lambda x: x.to("cpu", torch.float64), "Tensor.to"),
+    "print": (lambda x: print(x) or x, "Tensor.__repr__"),
+    "format": (lambda x: f"{x}" and x, "__format__"),
+    "new tensor": (lambda x: x + torch.tensor([1.0] * 8), "torch.tensor"),
+    "assign by mask": (
+        lambda x: x.clone().index_put_((x > 4,), torch.ones(4)),
+        "aten.index_put_",
+    ),
     "attention": (
         lambda x: attention(x.expand(2, 4, 1, 8), K_CACHE, V_CACHE, **SMALL),
         "tolist",
@@ -323,7 +351,9 @@ def test_a_step_that_waits_is_refused_and_the_operation_named(name: str) -> None
 
 def test_what_is_safe_is_not_refused() -> None:
     def step(x: Tensor, i: Tensor) -> Tensor:
-        y = torch.where(x > 0, x, 0).masked_fill(x > 5, 1)[i]
+        y = torch.where(x > 0, x, 0).masked_fill(x > 5, 1)[i].to(torch.float32)
+        y[y > 1] = torch.tensor(0.5)
+        y[i] = y * 2
         return y.index_add(0, i, y).cumsum(0).sort().values.topk(2).values
 
     x, i = torch.randn(8), torch.tensor([2, 0, 1])

@@ -567,6 +567,22 @@ def _wrong_share(p: Problem) -> str | None:
 
 _RULES: tuple[_Rule, ...] = (
     _Rule(
+        lambda p: (
+            None if isinstance(p.config, SelectConfig) else f"config is a {type(p.config).__name__}"
+        ),
+        "config is a tokenselect.SelectConfig",
+        "say SelectConfig(**settings)",
+    ),
+    _Rule(
+        lambda p: (
+            None
+            if isinstance(p.max_reuse, int) and 0 <= p.max_reuse < 2**31
+            else f"max_reuse={p.max_reuse!r}"
+        ),
+        "max_reuse is an integer, 0 <= max_reuse < 2**31",
+        "pass that of the SelectionCache, or leave it out",
+    ),
+    _Rule(
         _not_tensor,
         "q, k_cache and v_cache are tensors; cache_seqlens, block_table and sink_logits are "
         "tensors or None",

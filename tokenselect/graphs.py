@@ -30,13 +30,20 @@ _HOST_READS = frozenset(
     f"{kind}{name}"
     for kind, names in {
         "Tensor.": (
-            "item tolist numpy __bool__ __int__ __float__ __index__ __complex__ __contains__ "
-            "__array__ is_nonzero equal allclose"
+            "item tolist numpy cpu __repr__ __format__ __bool__ __int__ __float__ __index__ "
+            "__complex__ __contains__ __array__ is_nonzero equal allclose"
         ),
         "": "equal allclose is_nonzero",
     }.items()
     for name in names.split()
 )
+
+
+_CONVERSIONS = ("__bool__", "__index__", "__int__", "__float__")
+
+
+def _is_host(x: Any) -> bool:
+    return x == "cpu" if isinstance(x, str) else isinstance(x, torch.device) and x.type == "cpu"
 
 
 @contextmanager
@@ -67,7 +74,8 @@ class _HostReads(TorchFunctionMode):
         name = getattr(function, "__name__", "")
         is_method = hasattr(Tensor, name) and getattr(Tensor, name) is function
         called = f"Tensor.{name}" if is_method else name
-        if called in _HOST_READS or name in ("__bool__", "__index__", "__int__", "__float__"):
+        to_host = name == "to" and any(_is_host(x) for x in (*args[1:], *(kwargs or {}).values()))
+        if called in _HOST_READS or name in _CONVERSIONS or to_host:
             raise _not_capturable(f"{called}()", "reads a tensor on the host")
         return function(*args, **(kwargs or {}))
 
@@ -88,16 +96,24 @@ class _Operators(TorchDispatchMode):
                 return inside(*args, **kwargs)
         reads_value = torch.Tag.data_dependent_output in function.tags
         sizes_by_value = torch.Tag.dynamic_output_shape in function.tags
-        if function.overloadpacket is torch.ops.aten.index:  # by integers it has a fixed shape
+        if function.overloadpacket in _INDEXING:  # by integers it has a fixed shape
             kinds = {index.dtype for index in args[1] if index is not None}
             sizes_by_value = bool(kinds & {torch.bool, torch.uint8})
-        if reads_value or sizes_by_value:
-            does = "has a shape that depends on values" if sizes_by_value else "reads a tensor"
-            raise _not_capturable(str(function), f"{does} on the host")
+            if len(args) > 2:  # what is assigned: a single value is no index
+                sizes_by_value = sizes_by_value and args[2].numel() > 1
+        if sizes_by_value:
+            raise _not_capturable(str(function), "has to know how many values are chosen")
+        if reads_value:
+            raise _not_capturable(str(function), "reads a tensor on the host")
+        if function is torch.ops.aten.lift_fresh.default and args[0].dim() > 0:
+            raise _not_capturable("torch.tensor()", "copies from the host")
         result = function(*args, **kwargs)
         if _devices(args, kwargs) == {"cuda"} and "cpu" in _devices((result,), {}):
             raise _not_capturable(str(function), "copies from the device to the host")
         return result
+
+
+_INDEXING = (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_)
 
 
 def _devices(args: Any, kwargs: Any) -> set[str]:
@@ -109,7 +125,8 @@ def _not_capturable(operation: str, why: str) -> NotCapturable:
     return NotCapturable(
         f"{operation}, which {why},",
         "what a graph holds has fixed shapes, and nothing in it waits for the device",
-        "compute it on the device, or outside of the captured step",
+        "compute it on the device, or outside of the step; attention checks lengths on the CPU, a "
+        "plan does not",
     )
 
 

@@ -20,7 +20,7 @@ _plans: WeakValueDictionary[int, "Plan"] = WeakValueDictionary()
 _handles = itertools.count()
 
 # What every call has in common with the problem that was planned.
-_EQUAL = ("Lq", "Hq", "Hkv", "D", "Dv", "is_paged")
+_EQUAL = ("Lq", "Hq", "Hkv", "D", "Dv")
 
 
 def plan(problem: Problem, backend: str = "auto") -> "Plan":
@@ -87,6 +87,23 @@ class Plan:
     def bytes(self) -> int:
         return self._workspace.bytes
 
+    def __repr__(self) -> str:
+        return f"Plan({self._like.describe()}; {self.backend}, {self.bytes} bytes)"
+
+    def __deepcopy__(self, memo: Any) -> "Plan":
+        """A plan for the same, with memory of its own: models that hold plans can be copied."""
+        return Plan(self._like, self.backend)
+
+    def prepare(self, *caches: SelectionCache) -> None:
+        """Make the state of SelectionCaches, which then stays where it is, with room for this plan.
+
+        A call does so too; but what torch.compile compiles cannot, and a cache for several plans
+        has to be prepared for the one with the largest K first: the one with most queries.
+        """
+        for cache in caches:
+            self._check_cache(self._like, cache)
+            cache.memory(self._like, stays=True)
+
     def __call__(
         self,
         q: Tensor,
@@ -127,6 +144,14 @@ class Plan:
                 f"cache_seqlens {came}",
                 "a plan is given the length of every request: (B,) int32, contiguous, where q is",
                 "pass torch.tensor(lengths, dtype=torch.int32, device=q.device)",
+            )
+        if (block_table is not None) != like.is_paged:
+            words = {True: f"a paged cache, pages of {like.page_size}", False: "a contiguous cache"}
+            raise InvalidProblem(
+                f"the call has {'no ' if block_table is None else 'a '}block_table; "
+                f"the plan was made for {words[like.is_paged]}",
+                "calls differ from the planned problem in B, Lk and values only",
+                "pass block_table= if the cache is paged, or make another plan for it",
             )
         problem = Problem.build(
             q,

@@ -54,6 +54,10 @@ class SelectionCache:
         self._memory: Memory | None = None
         self._stays = False
 
+    def __repr__(self) -> str:
+        state = "not used yet" if self._memory is None else f"B={len(self._memory.seen)}"
+        return f"SelectionCache(theta={self.theta}, max_reuse={self.max_reuse}; {state})"
+
     @property
     def hits(self) -> Tensor:
         """(B,) int64 on the device: how often each request reused its selection."""
@@ -69,7 +73,7 @@ class SelectionCache:
 
         Later calls get the same tensors, but for positions if a call has a larger K. Once asked for
         with stays=True, or while a step is captured, no tensor moves any more: a plan or a graph
-        may hold on to them. A cache for plans of several K is made with the largest first.
+        may hold on to them. See `Plan.prepare`.
         Raises InvalidProblem if the cache was made by another layer, batch or configuration, or
         has no room for K and must not move.
         """
@@ -89,11 +93,14 @@ class SelectionCache:
             self._geometry, self._memory = geometry, _nothing_stored(problem)
         for name, value in geometry.items():
             if self._geometry[name] != value:
+                fix = "make one cache a layer, or cache.reset() before another use"
+                if self._stays:
+                    fix = "make another cache; this one is in use by a plan or a graph and stays so"
                 raise InvalidProblem(
                     f"cache holds selections made with {name}={self._geometry[name]}, "
                     f"this call has {name}={value}",
                     "a SelectionCache serves one layer, one batch and one configuration",
-                    "make one cache a layer, or cache.reset() before another use",
+                    fix,
                 )
         missing = problem.K - self._memory.positions.shape[2]
         if missing > 0:
@@ -103,7 +110,7 @@ class SelectionCache:
                     f"cache has room for selections of K={problem.K - missing}, and is in use by "
                     f"a plan or a graph; this call has K={problem.K}",
                     "what a plan or a graph uses must not move",
-                    "make its state for the largest call first: cache.memory(problem)",
+                    "make a new SelectionCache, and plan.prepare(cache) for the largest first",
                 )
             with torch.inference_mode(False):
                 wider = self._memory.positions.new_full((problem.B, problem.S, problem.K), -1)
@@ -196,7 +203,7 @@ def _refuse_in_a_capture(problem: Problem, stays: bool) -> None:
         raise InvalidProblem(
             "a SelectionCache is first used, or with a larger K, inside torch.compile",
             "its state is made outside, or it would lie in the memory of a graph",
-            "call cache.memory(problem) before, or the function once without torch.compile",
+            "call plan.prepare(cache) before, or the function once without torch.compile",
         )
     if problem.q.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise NotCapturable(
