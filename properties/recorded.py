@@ -37,9 +37,11 @@ class Recorded:
         self.captured += 1
         tape = _Tape()
         # Capturing runs nothing: what a step would change meanwhile is put back.
-        with opaque_kernels(tape.calls.append), tape:
+        # Compiled functions run as they are written: torch.compile does not go with such a mode.
+        as_written = torch.compiler.set_stance("force_eager")
+        with as_written, opaque_kernels(tape.calls.append), tape:
             outputs = step()
-        for tensor, before in tape.changed.values():
+        for tensor, before in reversed(tape.changed.values()):
             tensor.copy_(before)
         tape.poison()
         self.lengths.append(len(tape.calls))

@@ -39,9 +39,10 @@ from tokenselect import (
 )
 from tokenselect.budgets import attend_budget, choice_finding, score_budget
 from tokenselect.contract import Planned
-from tokenselect.graphs import graph_safe
+from tokenselect.graph_safety import graph_safe
 from tokenselect.registry import load
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CONFIG = SelectConfig(k=8, n_sink=2, n_local=4)
 EXTRAPOLATE = SelectConfig.extrapolate(k=9, n_sink=2, n_local=4)
 
@@ -196,7 +197,7 @@ class NoNewMemory(TorchDispatchMode):
 def check_safe(call: Callable[[], Any], known: list[Tensor]) -> None:
     """Raises NotCapturable or AssertionError if the call is not what a graph can hold."""
     call()  # the first call of its kind makes views, and a SelectionCache its state
-    with opaque_kernels(), graph_safe(), NoNewMemory(known):
+    with opaque_kernels(), graph_safe(torch.device(DEVICE)), NoNewMemory(known):
         call()
     if torch.cuda.is_available():
         before = torch.cuda.memory_stats()["allocation.all.allocated"]
@@ -239,7 +240,7 @@ def test_a_call_takes_no_memory_and_reads_nothing_on_the_host(
         assert not cache.hits.any()  # the same lengths again: nothing was appended
         assert cache.misses.max() >= 2
         reset = torch.ones(problem.B, dtype=torch.bool, device=problem.q.device)
-        with graph_safe():
+        with graph_safe(torch.device(DEVICE)):
             cache.crop(problem.cache_seqlens)
             cache.reset(reset)
             cache.reorder(torch.arange(problem.B, device=problem.q.device))

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 
+from properties.recorded import Recorded
 from tests.problems import SMALL, lengths, paged, problem, rope, tensors
 from tokenselect import (
     InvalidProblem,
@@ -22,6 +23,7 @@ from tokenselect import (
     SelectionCache,
     attend,
     attention,
+    cuda_graph,
     ops,
     plan,
     registry,
@@ -264,6 +266,30 @@ def test_a_compiled_plan_returns_info_too() -> None:
     expected, its = planned(*given, return_info=True)
     assert same((out, info), (expected, its))
     assert counter.frame_count == 1
+
+
+def test_what_compiled_plans_return_is_their_own() -> None:
+    planned, given = plan(problem()), (*tensors(), lengths(40, 9))
+    function, _ = compiled(lambda *given: planned(*given, return_info=True))
+    out, info = function(*given)
+    kept = [x.clone() for x in (out, info.lse, *info.selection)]
+    function(-given[0], *given[1:])
+    assert all(map(torch.equal, (out, info.lse, *info.selection), kept))
+
+
+def test_a_plan_that_replays_is_captured_once_by_compiled_code(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recorded = Recorded()
+    made = cuda_graph("cpu", name="replayed", interface=recorded)
+    monkeypatch.setitem(registry._targets, "replayed", made)
+    monkeypatch.setitem(registry._loaded, "replayed", made)
+    planned, expected = plan(problem(), "replayed"), plan(problem(), "cpu")
+    function, _ = compiled(lambda *given: planned(*given) * 1)
+    for n in (40, 30, 9):
+        given = (*tensors(), lengths(n, 9))
+        assert torch.equal(function(*given), expected(*given))
+    assert recorded.captured == 1
 
 
 def test_a_compiled_plan_writes_to_out() -> None:

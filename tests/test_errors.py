@@ -83,6 +83,28 @@ def call_plan_twice() -> object:
     return planned(out, K_CACHE, V_CACHE, lengths(40, 9))
 
 
+def paged_plan_twice() -> object:
+    """The block table of the second call lies in what the first one returned."""
+    k_pages, v_pages, _ = paged(K_CACHE, V_CACHE)
+    planned = plan(problem(Q, k_pages, v_pages, block_table=TABLE), "cpu")
+    given = Q, k_pages, v_pages, lengths(40, 9)
+    _, info = planned(*given, block_table=TABLE, return_info=True)
+    return planned(*given, block_table=info.selection.positions[:, 0, :10])
+
+
+def sinks_in_out() -> object:
+    out = torch.zeros(2, 4, 1, 8)
+    planned = plan(problem(sink_logits=torch.ones(4)), "cpu")
+    sinks = out.view(-1)[:4]
+    return planned(Q, K_CACHE, V_CACHE, lengths(40, 9), sink_logits=sinks, out=out)
+
+
+def out_in_the_plan() -> object:
+    planned = plan(problem(), "cpu")
+    given = Q, K_CACHE, V_CACHE, lengths(40, 9)
+    return planned(*given, out=planned(*given))
+
+
 def planned_cache(*, Lq: int) -> object:
     """A cache in use by a plan for one query, given to a call of Lq."""
     cache = SelectionCache(max_reuse=8)
@@ -486,6 +508,15 @@ CASES: dict[str, Case] = {
     "config_is_a_dict": Case(
         lambda: Problem.build(Q, K_CACHE, V_CACHE, {"k": 3}), ("config", "dict")
     ),
+    "planned_other_page_size": Case(
+        lambda: plan(problem(Q, *paged(K_CACHE, V_CACHE)[:2], block_table=TABLE), "cpu")(
+            Q, *paged(K_CACHE, V_CACHE, 8)[:2], lengths(40, 9), block_table=TABLE[:, :5]
+        ),
+        ("page_size=8", "page_size=4"),
+    ),
+    "block_table_in_the_plan": Case(paged_plan_twice, ("block_table",)),
+    "sink_logits_in_out": Case(sinks_in_out, ("sink_logits",)),
+    "out_in_the_plan": Case(out_in_the_plan, ("out",)),
     "planned_without_lengths": Case(
         lambda: call_plan(cache_seqlens=None), ("cache_seqlens", "NoneType")
     ),

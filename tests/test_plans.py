@@ -5,9 +5,12 @@ There is no CUDA here: where a capture is needed, `properties.recorded` stands f
 
 import copy
 import functools
+import gc
 import re
 import threading
+import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -29,7 +32,9 @@ from tokenselect import (
     cuda_graph,
     plan,
     registry,
+    rehearse,
 )
+from tokenselect.workspace import empty
 
 Q, K_CACHE, V_CACHE = tensors()
 
@@ -325,6 +330,10 @@ UNSAFE: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "equal": (lambda x: torch.equal(x, x), "equal"),
     "numpy": (lambda x: x + torch.from_numpy(x.numpy()), "Tensor.numpy"),
     "range": (lambda x: x[: x.long()[0]], "_local_scalar_dense"),
+    "dlpack": (lambda x: torch.from_dlpack(x), "__dlpack__"),
+    "sizes": (lambda x: x.tensor_split(torch.tensor([3]))[0], "tensor"),
+    "values of a list": (lambda x: torch.tensor([x[0], x[1]]), "tensor"),
+    "mask as a place": (lambda x: x.clone().__setitem__(x > 4, torch.ones(4)) or x, "index_put"),
     "cpu": (lambda x: x.cpu() + 1, "Tensor.cpu"),
     "to": (lambda x: x.to("cpu", torch.float64), "Tensor.to"),
     "print": (lambda x: print(x) or x, "Tensor.__repr__"),
@@ -354,23 +363,264 @@ def test_what_is_safe_is_not_refused() -> None:
         y = torch.where(x > 0, x, 0).masked_fill(x > 5, 1)[i].to(torch.float32)
         y[y > 1] = torch.tensor(0.5)
         y[i] = y * 2
+        y = y.repeat_interleave(torch.ones_like(i), output_size=3)
         return y.index_add(0, i, y).cumsum(0).sort().values.topk(2).values
 
     x, i = torch.randn(8), torch.tensor([2, 0, 1])
     assert torch.equal(capture(step, interface=Recorded())(x, i), step(x, i))
 
 
-def test_what_cuda_refuses_names_the_last_operation() -> None:
+def test_what_cuda_refuses_names_the_line() -> None:
     class Refusing(Recorded):
         def capture(self, step: Callable[[], Any], pool: Any, device: Any) -> Any:
-            step()
-            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+            self.captured += 1
+            return step()
 
-    with pytest.raises(
-        NotCapturable, match=r"aten\.sin\.default last.*\n.*not permitted"
-    ) as caught:
-        capture(lambda x: x.cos().sin(), interface=Refusing())(torch.ones(3))
+    recorded = Refusing()
+
+    def step(x: Tensor) -> Tensor:
+        if recorded.captured:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        return x.sin()
+
+    with pytest.raises(NotCapturable, match=r"`raise Runtime.*` in step.*\n.*permitted") as caught:
+        capture(step, interface=recorded)(torch.ones(3))
     assert isinstance(caught.value.__cause__, RuntimeError)
+
+
+def test_compiled_functions_stay_compiled() -> None:
+    """Once torch.compile met a mode such as a rehearsal's, it would skip the function for good."""
+    ran = []
+
+    def counting(module: Any, inputs: Any) -> Any:
+        def run(*given: Any) -> Any:
+            ran.append(1)
+            return module(*given)
+
+        return run
+
+    function = torch.compile(lambda x: x.sin() + 1, backend=counting)
+    x = torch.ones(3)
+    function(x)
+    rehearse(lambda x: function(x), x)
+    capture(lambda x: function(x), interface=Recorded())(x)
+    ran.clear()
+    function(x)
+    assert ran == [1]
+
+
+def test_reset_crop_and_reorder_in_a_captured_step() -> None:
+    """Each is done once a step, and what a rehearsal does of them is undone."""
+    like = problem(shape={"B": 3}, max_reuse=8)
+    q, k, v = tensors(B=3)
+    planned, order = plan(like), torch.tensor([1, 2, 0])
+    results = []
+    for how in ("eager", "captured"):
+        cache = SelectionCache(theta=0.5, max_reuse=8)
+        planned.prepare(cache)
+
+        def step(x: Tensor, n: Tensor, mask: Tensor, cache: SelectionCache = cache) -> Tensor:
+            cache.reorder(order)
+            cache.reset(mask)
+            cache.crop(n)
+            return planned(x, k, v, n, cache=cache)
+
+        run = step if how == "eager" else capture(step, interface=Recorded())
+        planned(q, k, v, lengths(20, 20, 19), cache=cache)
+        planned(-q, k, v, lengths(22, 21, 20), cache=cache)
+        for i in range(4):
+            mask = torch.tensor([False, i == 2, False])
+            run(-q[order], lengths(23 + i, 22 + i, 21 + i), mask)
+        memory = cache.memory(like)
+        results.append([x.clone() for x in memory.tensors()])
+    assert all(map(torch.equal, *results))
+    before = [x.clone() for x in memory.tensors()]
+    rehearse(step, q, lengths(30, 30, 30), torch.ones(3, dtype=torch.bool))
+    rehearse(lambda x: cache.reset() or x, q)
+    assert all(map(torch.equal, memory.tensors(), before))
+
+
+def test_a_rehearsal_undoes_what_a_larger_call_did_to_a_cache() -> None:
+    cache = SelectionCache(max_reuse=8)
+    like = problem(max_reuse=8)
+    given = SMALL | {"cache": cache, "cache_seqlens": lengths(30, 30)}
+    attention(Q, K_CACHE, V_CACHE, **given)
+    before = [x.clone() for x in cache.memory(like).tensors()]
+
+    def step(x: Tensor) -> Tensor:
+        longer = given | {"cache_seqlens": lengths(38, 38), "validate": False}
+        return attention(x, K_CACHE, V_CACHE, **longer, backend="reference")
+
+    with pytest.raises(NotCapturable):  # the reference reads lengths, after the cache made room
+        rehearse(step, Q.expand(-1, -1, 4, -1))
+    for now, kept in zip(cache.memory(like).tensors(), before, strict=True):
+        assert torch.equal(now[..., : kept.shape[-1]], kept)
+
+
+def test_a_rehearsal_leaves_caches_of_other_threads_alone() -> None:
+    cache, inside, done = SelectionCache(max_reuse=8), threading.Event(), threading.Event()
+
+    def slow(x: Tensor) -> Tensor:
+        inside.set()
+        done.wait(10)
+        return x
+
+    thread = threading.Thread(target=rehearse, args=(slow, Q))
+    thread.start()
+    inside.wait(10)
+    for n in (30, 31):
+        attention(Q, K_CACHE, V_CACHE, **SMALL, cache=cache, cache_seqlens=lengths(n, n))
+    done.set()
+    thread.join()
+    assert cache.hits.tolist() == cache.misses.tolist() == [1, 1]
+    cache.reset()
+    attention(Q[:1], K_CACHE[:1], V_CACHE[:1], **SMALL, cache=cache)  # it was not made to stay
+
+
+def test_steps_over_one_plan_take_turns_when_replayed() -> None:
+    planned = plan(problem(shape={"B": 1, "Lk": 300}))
+    inputs = [tensors(B=1, Lk=300, seed=seed) for seed in range(3)]
+    n = lengths(300)
+    expected = [planned(*given, n).clone() for given in inputs]
+    wrong: list[int] = []
+
+    def step_of(i: int) -> Callable[[Tensor], Tensor]:
+        q, k, v = inputs[i]
+        return lambda n: planned(q, k, v, n).clone()
+
+    steps = [capture(step_of(i), interface=Recorded()) for i in range(2)]
+    for step in steps:
+        step(n)
+
+    def run(i: int) -> None:
+        out = torch.empty_like(expected[i])
+        for _ in range(60):
+            # The third calls the plan as it is.
+            got = steps[i](n) if i < 2 else planned(*inputs[i], n, out=out)
+            if i == 2 and not torch.equal(got, expected[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_attention_by_graphs_of_stages_is_safe_in_threads(graphed: Recorded) -> None:
+    inputs = [tensors(B=1, seed=seed) for seed in range(3)]
+    expected = [attention(*given, **SMALL, backend="graphed") for given in inputs]
+    wrong: list[int] = []
+
+    def run(i: int) -> None:
+        for _ in range(25):
+            if not torch.equal(attention(*inputs[i], **SMALL, backend="graphed"), expected[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_what_a_graph_depends_on_is_in_its_key(graphed: Recorded) -> None:
+    """Selection Caches, theta and sink logits of a plan; settings and dtype of stages."""
+    given = {"sink_logits": torch.zeros(4)}
+    like = problem(max_reuse=8, **given)
+    graph, eager = plan(like, "graphed"), plan(like, "cpu")
+    sinks = [torch.zeros(4), torch.full((4,), 3.0)]
+    pairs = [[SelectionCache(theta, max_reuse=8) for theta in (-1.0, None, -1.0)] for _ in range(2)]
+    for i in range(4):
+        for mine, theirs in zip(*pairs, strict=True):
+            for sink in sinks[: 1 + i % 2]:
+                n, more = lengths(20 + i, 9 + i), {"sink_logits": sink}
+                got = graph(Q, K_CACHE, V_CACHE, n, cache=mine, **more)
+                assert torch.equal(got, eager(Q, K_CACHE, V_CACHE, n, cache=theirs, **more))
+            assert mine.hits.tolist() == theirs.hits.tolist()
+    assert [cache.hits.sum() > 0 for cache in pairs[0]] == [True, False, True]
+    q, k, v = (x.double() for x in (Q, K_CACHE, V_CACHE))
+    for tensors_ in ((Q, K_CACHE, V_CACHE), (q, k, v)):
+        for settings in ({}, {"k": 2}, {"softcap": 2.0}, {"scale": 0.1}, {"vote": "hard"}):
+            call = SMALL | settings
+            got = attention(*tensors_, **call, backend="graphed")
+            close(got, attention(*tensors_, **call))
+
+
+def test_out_is_written_by_a_replay_too(graphed: Recorded) -> None:
+    planned = plan(problem(), "graphed")
+    expected = plan(problem(), "cpu")(Q, K_CACHE, V_CACHE, lengths(40, 9)).clone()
+    for _ in range(3):
+        out = torch.full_like(Q, torch.nan)
+        assert planned(Q, K_CACHE, V_CACHE, lengths(40, 9), out=out) is out
+        assert torch.equal(out, expected)
+    assert graphed.captured == 1
+
+
+def test_padded_rows_are_zeros_whatever_was_there() -> None:
+    step = capture(
+        lambda x: x.sum(0, keepdim=True).expand_as(x), batches=(4,), interface=Recorded()
+    )
+    step(torch.ones(4, 3))
+    assert torch.equal(step(torch.ones(2, 3)), torch.full((2, 3), 2.0))
+
+
+def test_nested_results_are_cut_back() -> None:
+    planned = plan(problem(shape={"B": 2}))
+
+    def step(x: Tensor, n: Tensor) -> dict[str, Any]:
+        out, info = planned(x, K_CACHE, V_CACHE, n, return_info=True)
+        return {"out": out, "info": info}
+
+    k, v = K_CACHE, V_CACHE
+    captured = capture(step, batches=(2,), interface=Recorded())
+    done = captured(Q[:1], lengths(40))
+    assert done["out"].shape[0] == done["info"].lse.shape[0] == 1
+    assert done["info"].backend == "cpu"
+    assert torch.equal(done["out"], plan(problem())(Q, k, v, lengths(40, 0))[:1])
+
+
+def test_a_step_that_writes_to_its_arguments_is_refused() -> None:
+    with pytest.raises(InvalidProblem, match="writes to its argument 1"):
+        capture(lambda x, n: x * n.add_(1), interface=Recorded())(torch.ones(3), torch.ones(3))
+
+
+def test_a_rehearsed_captured_step_teaches_nothing() -> None:
+    layers = Layers(1)
+    step = capture(layers, interface=Recorded())
+    step(Q, lengths(20, 20))
+    rehearse(step, Q, lengths(21, 21))
+    assert layers.caches[0].hits.tolist() == [0, 0]
+
+
+def test_a_plan_does_not_keep_the_planned_tensors() -> None:
+    like = problem()
+    alive = [weakref.ref(getattr(like, name)) for name in ("q", "k_cache", "cache_seqlens")]
+    given = [x.clone() for x in (like.q, like.k_cache, like.v_cache)]
+    like = replace(like, q=given[0].clone(), k_cache=given[1].clone())
+    alive = [weakref.ref(like.q), weakref.ref(like.k_cache)]
+    planned = plan(like)
+    del like
+    assert [x() for x in alive] == [None, None]
+    planned(*given, lengths(40, 9))
+
+
+def test_captures_keep_the_rope_that_their_key_names(graphed: Recorded) -> None:
+    turned = rope()
+    alive = weakref.ref(turned.inv_freq)
+    given = SMALL | {"positions": "contiguous", "rope": turned}
+    attention(Q, K_CACHE, V_CACHE, **given, backend="graphed")
+    del turned, given
+    gc.collect()
+    assert alive() is not None
+
+
+def test_a_stage_that_asks_for_more_than_it_did_is_told() -> None:
+    planned = plan(problem())
+    with planned._workspace.section("score"), pytest.raises(RuntimeError, match="score asks for"):
+        empty((10**6,), torch.float32, torch.device("cpu"))
 
 
 def test_paged_caches_and_buckets(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,8 @@ from tokenselect.errors import (
     UnknownBackend,
     UnsupportedProblem,
 )
-from tokenselect.graphs import capture, cuda_graph, rehearse
+from tokenselect.graph_safety import rehearse
+from tokenselect.graphs import capture, cuda_graph
 from tokenselect.plans import Plan, plan
 from tokenselect.registry import Explanation, backends, register
 from tokenselect.reuse import SelectionCache

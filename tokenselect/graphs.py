@@ -2,132 +2,29 @@
 
 A replay launches every kernel of the step at once, and runs none of its Python. So whatever differs
 from call to call must be in the inputs, which are copied to where the graph reads them, or in the
-key: a new key is a new capture. Before a capture the step is tried under `GraphSafe`, which names
-the operation that would wait for the device, on machines without a GPU too.
+key: a new key is a new capture. Before a capture the step is tried under `graph_safe`, which names
+the operation that would wait for the device.
 """
 
 import functools
-import threading
+import traceback
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from tokenselect import ops, registry
 from tokenselect.contract import Backend, Problem, Scores, Selection
 from tokenselect.errors import InvalidProblem, NotCapturable
-from tokenselect.reuse import undone
-from tokenselect.workspace import InOrder
-
-# Functions and methods of torch that read a tensor on the host.
-_HOST_READS = frozenset(
-    f"{kind}{name}"
-    for kind, names in {
-        "Tensor.": (
-            "item tolist numpy cpu __repr__ __format__ __bool__ __int__ __float__ __index__ "
-            "__complex__ __contains__ __array__ is_nonzero equal allclose"
-        ),
-        "": "equal allclose is_nonzero",
-    }.items()
-    for name in names.split()
-)
-
-
-_CONVERSIONS = ("__bool__", "__index__", "__int__", "__float__")
-
-
-def _is_host(x: Any) -> bool:
-    return x == "cpu" if isinstance(x, str) else isinstance(x, torch.device) and x.type == "cpu"
-
-
-@contextmanager
-def graph_safe(note: Callable[[str], None] = lambda name: None) -> Iterator[None]:
-    """Raises NotCapturable at the first operation inside that a CUDA graph cannot hold.
-
-    Those are operators whose result, or its shape, the host has to read. note gets every
-    operator's name.
-    """
-    with _HostReads(), _Operators(note):
-        yield
-
-
-def rehearse(step: Callable[..., Any], *inputs: Any) -> Any:
-    """step(*inputs), run once to see whether a CUDA graph can hold it; needs no GPU.
-
-    Raises NotCapturable, which names the operation that would wait for the device. What Selection
-    Caches learn is undone.
-    """
-    with undone(), graph_safe():
-        return step(*inputs)
-
-
-class _HostReads(TorchFunctionMode):
-    def __torch_function__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        name = getattr(function, "__name__", "")
-        is_method = hasattr(Tensor, name) and getattr(Tensor, name) is function
-        called = f"Tensor.{name}" if is_method else name
-        to_host = name == "to" and any(_is_host(x) for x in (*args[1:], *(kwargs or {}).values()))
-        if called in _HOST_READS or name in _CONVERSIONS or to_host:
-            raise _not_capturable(f"{called}()", "reads a tensor on the host")
-        return function(*args, **(kwargs or {}))
-
-
-class _Operators(TorchDispatchMode):
-    def __init__(self, note: Callable[[str], None]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._note = note
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        self._note(str(function))
-        inside = ops.implementation(function)
-        if inside is not None:  # look into it
-            with _HostReads(), self:
-                return inside(*args, **kwargs)
-        reads_value = torch.Tag.data_dependent_output in function.tags
-        sizes_by_value = torch.Tag.dynamic_output_shape in function.tags
-        if function.overloadpacket in _INDEXING:  # by integers it has a fixed shape
-            kinds = {index.dtype for index in args[1] if index is not None}
-            sizes_by_value = bool(kinds & {torch.bool, torch.uint8})
-            if len(args) > 2:  # what is assigned: a single value is no index
-                sizes_by_value = sizes_by_value and args[2].numel() > 1
-        if sizes_by_value:
-            raise _not_capturable(str(function), "has to know how many values are chosen")
-        if reads_value:
-            raise _not_capturable(str(function), "reads a tensor on the host")
-        if function is torch.ops.aten.lift_fresh.default and args[0].dim() > 0:
-            raise _not_capturable("torch.tensor()", "copies from the host")
-        result = function(*args, **kwargs)
-        if _devices(args, kwargs) == {"cuda"} and "cpu" in _devices((result,), {}):
-            raise _not_capturable(str(function), "copies from the device to the host")
-        return result
-
-
-_INDEXING = (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_)
-
-
-def _devices(args: Any, kwargs: Any) -> set[str]:
-    leaves = torch.utils._pytree.tree_leaves((args, kwargs))
-    return {leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)}
-
-
-def _not_capturable(operation: str, why: str) -> NotCapturable:
-    return NotCapturable(
-        f"{operation}, which {why},",
-        "what a graph holds has fixed shapes, and nothing in it waits for the device",
-        "compute it on the device, or outside of the step; attention checks lengths on the CPU, a "
-        "plan does not",
-    )
+from tokenselect.graph_safety import graph_safe
+from tokenselect.reuse import is_tried, undone
+from tokenselect.workspace import InOrder, turns_taken
 
 
 class Interface(Protocol):
@@ -172,16 +69,13 @@ class Cuda:
         return outputs, graph.replay
 
 
-_capturing = threading.local()
-
-
-@contextmanager
-def _inside_a_capture() -> Iterator[None]:
-    _capturing.now = True
-    try:
-        yield
-    finally:
-        _capturing.now = False
+def _place(error: Exception) -> str:
+    """The line that raised an error: the last one that is neither torch's nor this library's."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [str(Path(module.__file__ or "").parent) for module in (torch, ops)]
+    theirs = [frame for frame in frames if not frame.filename.startswith(tuple(own))]
+    last = (theirs or frames)[-1]
+    return f"`{last.line}` in {last.name}"
 
 
 def _is_captured(device: torch.device) -> bool:
@@ -189,9 +83,12 @@ def _is_captured(device: torch.device) -> bool:
 
 
 class _Captured(NamedTuple):
+    """orders: whose turns a replay takes. alive: see `Graphs.run`."""
+
     inputs: tuple[Tensor | None, ...]
     outputs: Any
     replay: Callable[[], None]
+    orders: list[InOrder]
     alive: Any
 
 
@@ -233,19 +130,22 @@ class Graphs:
         step: Callable[..., Any],
         inputs: tuple[Tensor | None, ...],
         rows: int | None = None,
+        *,
+        finish: Callable[[Any], Any] = lambda outputs: outputs,
         alive: Any = None,
     ) -> Any:
         """step(*inputs), captured at the first call of its kind and replayed in all.
 
         rows: capture for so many in dim 0 of every input; None: for the shapes as they are.
+        finish: what is done with the results, tensors in the graph's own memory, before anything
+        else may overwrite them. Returns what it returns.
         alive: what the graph holds something made of, and key names by its address: it is kept, so
         that nothing else can come to lie there.
-        Returns a tensor or a tuple of them: the graph's own memory, overwritten by its next replay.
-        Inside another capture the step becomes a part of that one.
+        While another step is tried or captured, this one becomes a part of that.
         """
         (first, *_) = (x for x in inputs if x is not None)
-        if getattr(_capturing, "now", False) or _is_captured(first.device):
-            return step(*inputs)
+        if is_tried() or _is_captured(first.device):
+            return finish(step(*inputs))
         shapes = [None if x is None else _shape(x, rows) for x in inputs]
         kinds = [None if x is None else (x.dtype, x.device) for x in inputs]
         kind = (key, *shapes, *kinds)
@@ -257,10 +157,15 @@ class Graphs:
                 while len(self._captured) > self.limit:
                     self._captured.popitem(last=False)
             self._captured.move_to_end(kind)
-            _fill(found.inputs, inputs)
-            found.replay()
-        padded = rows is not None and rows > first.shape[0]
-        return _narrowed(found.outputs, first.shape[0]) if padded else found.outputs
+            with ExitStack() as turns:
+                for order in found.orders:
+                    turns.enter_context(order.turn())
+                _fill(found.inputs, inputs)
+                found.replay()
+                outputs, B = found.outputs, first.shape[0]
+                if rows is not None and rows > B:
+                    outputs = tree_map_only(Tensor, lambda x: x[:B], outputs)
+                return finish(outputs)
 
     def _capture(
         self,
@@ -269,6 +174,7 @@ class Graphs:
         shapes: list[tuple[int, ...] | None],
         alive: Any,
     ) -> _Captured:
+        """Try the step, run it once more as it is (kernels are compiled then), capture it."""
         # Not in inference mode, so that they can be written to outside of it.
         with torch.inference_mode(False):
             held = tuple(
@@ -278,27 +184,30 @@ class Graphs:
         _fill(held, inputs)
         (device, *_) = (x.device for x in held if x is not None)
         run = functools.partial(step, *held)
-        last = ["nothing"]
-        with undone(), _inside_a_capture():
-            with graph_safe():
-                self._interface.rehearse(run, device)
-
-            def noted() -> Any:
-                with graph_safe(lambda name: last.__setitem__(0, name)):
-                    return run()
-
+        with undone(), turns_taken() as orders:
+            versions = [None if x is None else x._version for x in held]
+            with graph_safe(device):
+                run()
+            for place, (x, before) in enumerate(zip(held, versions, strict=True)):
+                if x is not None and x._version != before:
+                    raise InvalidProblem(
+                        f"the captured step writes to its argument {place}",
+                        "arguments are copies for the graph: what is written there is lost",
+                        "return it, or use a tensor that the step does not take as an argument",
+                    )
+            self._interface.rehearse(run, device)
             try:
-                outputs, replay = self._interface.capture(noted, self._pool(), device)
+                outputs, replay = self._interface.capture(run, self._pool(), device)
             except NotCapturable:
                 raise
             except Exception as error:
                 raise NotCapturable(
-                    f"the step, which ran {last[0]} last,",
+                    f"the step, at {_place(error)},",
                     f"CUDA refused the capture: {str(error).splitlines()[0]}",
                     "the error above this one says more; run the step without a graph to find out",
                 ) from error
         self.captures += 1
-        return _Captured(held, outputs, replay, alive)
+        return _Captured(held, outputs, replay, orders, alive)
 
 
 def _shape(x: Tensor, rows: int | None) -> tuple[int, ...]:
@@ -318,14 +227,6 @@ def _fill(held: tuple[Tensor | None, ...], inputs: tuple[Tensor | None, ...]) ->
             place[B:].zero_()
 
 
-def _narrowed(outputs: Any, B: int) -> Any:
-    if outputs is None or isinstance(outputs, Tensor):
-        return None if outputs is None else outputs[:B]
-    kind = type(outputs)
-    rows = [x if x is None else x[:B] for x in outputs]
-    return kind(*rows) if hasattr(outputs, "_fields") else kind(rows)
-
-
 def capture(
     step: Callable[..., Any],
     *,
@@ -343,9 +244,11 @@ def capture(
                zeros (a request of length 0 is not there) to the next of these sizes
     limit      so many captures, one for each combination of shapes, are kept
 
-    At the first call for each combination of shapes the step runs once before it is captured, and
-    what Selection Caches learn in that run is undone; the step must be able to run twice on the
-    same inputs. Results are the graph's own memory, which its next replay overwrites.
+    At the first call for each combination of shapes the step runs twice before it is captured, and
+    what Selection Caches learn in that is undone; the step must be able to run again on the same
+    inputs, and must not write to them. Results are the graphs' memory: the next call overwrites it.
+
+    interface  of tests: what stands for torch.cuda's graphs
 
     Raises NotCapturable, which names the operation, for a step that waits for the device, and
     InvalidProblem for tensors that are not on a CUDA device.
@@ -413,6 +316,7 @@ def cuda_graph(
     name     what to register it under, if not as the built-in one
     batches  for plans over paged caches: see `capture`
     limit    so many captures are kept, those used last
+    interface  of tests: what stands for torch.cuda's graphs
 
     Raises InvalidProblem if `backend` cannot be planned.
     """
@@ -423,32 +327,36 @@ def cuda_graph(
             "only a backend whose stages can be planned can be captured: its `planned` is not None",
             "give it planned stages, or name another backend",
         )
-    alone = _maker((), limit, interface)()
+    of_stages = _maker((), limit, interface)()
     devices = ("cuda",) if interface is None else inner.capability.devices
+    planned: Any = inner.planned
 
-    score: Any = inner.planned.score
-    stages = inner.planned._replace(score=functools.partial(_with_nothing_else, score))
+    def candidates_only(problem: Problem) -> Scores:
+        return _minus_infinity_elsewhere(planned.score(problem), problem)
 
-    def staged(stage: str) -> Callable[..., Any]:
-        run = getattr(stages, stage)
+    def into_new_memory(problem: Problem, selection: Selection) -> Any:
+        return planned.attend(problem, selection, None)
 
+    def captured(stage: str, run: Callable[..., Any]) -> Callable[..., Any]:
         def replayed(*given: Any) -> Any:
             key, inputs, rebuilt = _split(given)
-            more = (None,) if stage == "attend" else ()  # no `out`
             (rope,) = (x.rope for x in given if isinstance(x, Problem))
-            results = alone.run(
-                (stage, key), lambda *held: run(*rebuilt(held), *more), inputs, alive=rope
+            return of_stages.run(
+                (stage, key),
+                lambda *held: run(*rebuilt(held)),
+                inputs,
+                finish=lambda results: tree_map_only(Tensor, torch.clone, results),
+                alive=rope,
             )
-            return type(results)(*(x.clone() for x in results))
 
         return replayed
 
     return Backend(
         name,
         replace(inner.capability, devices=devices),
-        score=staged("score"),
-        select=staged("select"),
-        attend=staged("attend"),
+        score=captured("score", candidates_only),
+        select=captured("select", planned.select),
+        attend=captured("attend", into_new_memory),
         planned=inner.planned,
         reuse=inner.reuse,
         replays=_maker(batches, limit, interface),
@@ -456,9 +364,9 @@ def cuda_graph(
     )
 
 
-def _with_nothing_else(score: Callable[..., Any], problem: Problem) -> Scores:
+def _minus_infinity_elsewhere(scores: Scores, problem: Problem) -> Scores:
     """What a planned `score` gives, and -inf where it may leave anything: off the candidates."""
-    votes, lse = score(problem)
+    votes, lse = scores
     c, place = problem.config, torch.arange(problem.Lk, device=votes.device)
     n = problem.cache_seqlens.clamp(0, problem.Lk)[:, None, None, None]
     local_start = (n - problem.Lq + 1 - c.n_local).clamp(min=0)

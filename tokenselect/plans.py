@@ -1,6 +1,7 @@
 """A plan: the memory for a capacity, taken once, and then attention any number of times."""
 
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 from weakref import WeakValueDictionary
@@ -193,17 +194,22 @@ class Plan:
         theta: float | None,
         out: Tensor | None,
         with_info: bool,
+        own: bool = False,
     ) -> list[Tensor]:
-        """out alone; or out, lse, lse of all tokens, positions, count and reused."""
+        """out alone; or out, lse, lse of all tokens, positions, count and reused.
+
+        In the plan's memory, but for out if it was given; or in memory of their own.
+        """
+
+        def finish(done: tuple[Tensor, ...]) -> list[Tensor]:
+            result = done[0] if out is None or done[0] is out else out.copy_(done[0])
+            results = [result, *(done[1:] if with_info else ())]
+            return [x if x is out else x.clone() for x in results] if own else results
+
         with self._order.turn(), torch.no_grad(), _without_autocast(problem.q.device.type):
             if self._graphs is None:
-                done = self._step(problem, memory, theta, out)
-            else:
-                done = self._replayed(self._graphs, problem, memory, theta, out)
-            attended, scores, selection, reused = done
-            if not with_info:
-                return [attended.out]
-            return [*attended, scores.lse, *selection, reused]
+                return finish(self._step(problem, memory, theta, out))
+            return self._replayed(self._graphs, problem, memory, theta, finish)
 
     def _replayed(
         self,
@@ -211,33 +217,31 @@ class Plan:
         problem: Problem,
         memory: Memory | None,
         theta: float | None,
-        out: Tensor | None,
-    ) -> tuple[Attended, Scores, Selection, Tensor]:
+        finish: Callable[[tuple[Tensor, ...]], list[Tensor]],
+    ) -> list[Tensor]:
         """The step, captured for a size of batch that may be larger, and replayed."""
         rows = B = problem.B
         if problem.is_paged and graphs.batches:
             # The rows of a contiguous cache, in contrast, are those of the batch.
             rows = min([size for size in (*graphs.batches, self._like.B) if size >= B])
-        inside = out if rows == B else None
 
         def step(q: Tensor, lengths: Tensor, table: Tensor | None) -> tuple[Tensor, ...]:
             copied = replace(problem, q=q, cache_seqlens=lengths, block_table=table)
-            attended, scores, selection, reused = self._step(copied, memory, theta, inside)
-            return (*attended, *scores, *selection, reused)
+            return self._step(copied, memory, theta, None)
 
         tensors = () if memory is None else memory.tensors()
-        key = (setting(problem), theta, address(inside), *map(address, tensors))
+        key = (setting(problem), theta, *map(address, tensors))
         inputs = problem.q, problem.cache_seqlens, problem.block_table
-        done = graphs.run(key, step, inputs, rows)
-        attended = Attended(*done[:2])
-        if out is not None and inside is None:
-            attended = attended._replace(out=out.copy_(attended.out))
-        return attended, Scores(*done[2:4]), Selection(*done[4:6]), done[6]
+        done: list[Tensor] = graphs.run(key, step, inputs, rows, finish=finish)
+        return done
 
     def _step(
         self, problem: Problem, memory: Memory | None, theta: float | None, out: Tensor | None
-    ) -> tuple[Attended, Scores, Selection, Tensor]:
-        """The stages, and the Selection Cache's steps around them, each in its own memory."""
+    ) -> tuple[Tensor, ...]:
+        """The stages, and the Selection Cache's steps around them, each in its own memory.
+
+        Returns out, lse, lse of all tokens, positions, count, reused.
+        """
         section = self._workspace.section
         fresh, decision = problem, None
         if memory is not None:
@@ -260,7 +264,7 @@ class Plan:
         with section("attend"):
             attended = Attended(*attend(problem, selection, out))  # type: ignore[operator]  # loaded
         reused = self._nobody[: problem.B] if decision is None else decision.reused
-        return attended, scores, selection, reused
+        return (*attended, scores.lse, *selection, reused)
 
     def _rehearse(self) -> None:
         """Run once at capacity, every request absent: all memory is taken, all kernels compiled."""
@@ -271,6 +275,17 @@ class Plan:
         with torch.no_grad(), _without_autocast(like.q.device.type):
             self._step(problem, memory, 0.9, None)
         self._workspace.seal()
+        self._written = [_span(block) for block in self._workspace.blocks()]
+        # Of the planned tensors nothing but shapes is needed from here on.
+        self._like = replace(
+            like,
+            q=_stand_in(like.q),
+            k_cache=_stand_in(like.k_cache),
+            v_cache=_stand_in(like.v_cache),
+            cache_seqlens=nobody,
+            block_table=None if like.block_table is None else _stand_in(like.block_table),
+            sink_logits=None if like.sink_logits is None else _stand_in(like.sink_logits),
+        )
 
     def _check(self, problem: Problem, cache: SelectionCache | None, out: Tensor | None) -> None:
         """Raises InvalidProblem for what the plan was not made for."""
@@ -331,18 +346,36 @@ class Plan:
 
     def _check_memory(self, problem: Problem, out: Tensor | None) -> None:
         """What is read must not be what is written: the plan's own memory, or out."""
-        inputs = {name: getattr(problem, name) for name in ("q", "k_cache", "v_cache")}
-        inputs |= {name: getattr(problem, name) for name in ("cache_seqlens", "block_table")}
-        written = {block.untyped_storage().data_ptr() for block in self._workspace.blocks()}
+        names = ("q", "k_cache", "v_cache", "cache_seqlens", "block_table", "sink_logits")
+        given = {name: getattr(problem, name) for name in names}
         if out is not None:
-            written.add(out.untyped_storage().data_ptr())
-        for name, tensor in inputs.items():
-            if tensor is not None and tensor.untyped_storage().data_ptr() in written:
+            given["out"] = out
+        for name, tensor in given.items():
+            if tensor is None:
+                continue
+            first, last = _span(tensor)
+            written = self._written
+            if out is not None and name != "out":
+                written = [*written, _span(out)]
+            if any(first < end and start < last for start, end in written):
                 raise InvalidProblem(
                     f"{name} shares memory with what the call writes to",
-                    "a call overwrites its `out`, or what an earlier call of the plan returned",
+                    "a call overwrites its `out`, and what earlier calls of the plan returned",
                     "pass another out=, or clone() it",
                 )
+
+
+def _span(x: Tensor) -> tuple[int, int]:
+    """The addresses from x's first byte to after its last."""
+    reach = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    start: int = x.data_ptr()
+    return start, start + (reach + 1) * x.itemsize
+
+
+def _stand_in(x: Tensor) -> Tensor:
+    """A tensor of x's shape that takes no memory."""
+    with torch.inference_mode(False):
+        return x.new_zeros((1,) * x.dim()).expand(x.shape)
 
 
 def _check_out(problem: Problem, out: object) -> None:
@@ -397,10 +430,11 @@ def _planned(
         sink_logits=sink_logits,
     )
     out = q.new_empty((problem.B, problem.Hq, problem.Lq, problem.Dv))
+    made._check_memory(problem, None)
     held = Memory(*memory) if memory else None
-    _, *info = made._run(problem, held, theta, out, with_info)
     # What an operator returns is its own, and of a number that is laid down.
-    return out, *(x.clone() for x in info or [out.new_empty(0) for _ in Info._fields])
+    _, *info = made._run(problem, held, theta, out, with_info, own=True)
+    return out, *(info or [out.new_empty(0) for _ in Info._fields])
 
 
 def _fake_planned(q: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any) -> tuple[Tensor, ...]:

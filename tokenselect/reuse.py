@@ -5,6 +5,7 @@ lost between the window and the selection. All state is tensors on the problem's
 where they are; who decides what is reused, and on what grounds: see `tokenselect.reference.reuse`.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -116,8 +117,10 @@ class SelectionCache:
                 wider = self._memory.positions.new_full((problem.B, problem.S, problem.K), -1)
             wider[:, :, :-missing] = self._memory.positions
             self._memory.positions = _kept_in_place(wider)
-        self._stays = self._stays or stays or _tried is not None
-        used(self._memory)
+        if not torch.compiler.is_compiling():
+            stays = stays or is_tried() or _is_captured(problem)
+            used(self._memory)
+        self._stays = self._stays or stays
         return self._memory
 
     def reset(self, b: int | Tensor | None = None) -> None:
@@ -125,11 +128,12 @@ class SelectionCache:
 
         All of them, and not in use by a plan or a graph: another layer or batch may then use it.
         """
-        if b is None and not self._stays:
+        if b is None and not self._stays and not is_tried():
             self._geometry, self._memory = None, None
         if self._memory is not None:
             if b is not None:
                 _check_request(b, self._memory.seen)
+            used(self._memory)
             for tensor in (self._memory.seen, self._memory.hits, self._memory.misses):
                 if isinstance(b, Tensor):
                     tensor.masked_fill_(b, 0)
@@ -144,12 +148,14 @@ class SelectionCache:
         if self._memory is not None:
             seen = self._memory.seen
             _check_rows("lengths", lengths, seen)
+            used(self._memory)
             seen.masked_fill_(seen > lengths, 0)
 
     def reorder(self, order: Tensor) -> None:
         """Row b becomes what row order[b] was: beams, or a batch put together anew. order (B,)."""
         if self._memory is not None:
             _check_rows("order", order, self._memory.seen)
+            used(self._memory)
             tensors = self._memory.tensors()
             try:
                 picked = [tensor.index_select(0, order) for tensor in tensors]
@@ -172,29 +178,39 @@ class SelectionCache:
         return self._memory
 
 
-# Inside `undone`: the memories in use, and what they held before.
-_tried: dict[int, tuple[Memory, list[Tensor]]] | None = None
+# Inside `undone`, in its thread: the memories in use, and what they held before.
+_tried = threading.local()
 
 
 @contextmanager
 def undone() -> Iterator[None]:
     """What Selection Caches learn inside is forgotten at the end: for a step that is only tried."""
-    global _tried
-    before, _tried = _tried, {}
+    outer = getattr(_tried, "held", None)
+    _tried.held = held = {} if outer is None else outer
     try:
         yield
     finally:
-        for memory, copies in _tried.values():
-            for tensor, copy in zip(memory.tensors(), copies, strict=True):
-                # A memory that got more places meanwhile keeps them.
-                tensor[..., : copy.shape[-1]].copy_(copy)
-        _tried = before
+        _tried.held = outer
+        if outer is None:
+            for memory, copies in held.values():
+                for tensor, copy in zip(memory.tensors(), copies, strict=True):
+                    # A memory that got more places meanwhile keeps them.
+                    tensor[..., : copy.shape[-1]].copy_(copy)
+
+
+def is_tried() -> bool:
+    """Whether this is inside `undone`."""
+    return getattr(_tried, "held", None) is not None
 
 
 def used(memory: Memory) -> None:
-    """Tell that a step is about to write to `memory`; inside `undone`, remember what it holds."""
-    if _tried is not None and id(memory) not in _tried:
-        _tried[id(memory)] = memory, [tensor.clone() for tensor in memory.tensors()]
+    """Tell that `memory` is about to be written to; inside `undone`, remember what it holds."""
+    if is_tried():
+        # By address: torch.compile hands on the tensors, and not the Memory.
+        held: dict[int, tuple[Memory, list[Tensor]]] = _tried.held
+        at = memory.seen.data_ptr()
+        if at not in held:
+            held[at] = memory, [tensor.clone() for tensor in memory.tensors()]
 
 
 def _refuse_in_a_capture(problem: Problem, stays: bool) -> None:
@@ -205,12 +221,16 @@ def _refuse_in_a_capture(problem: Problem, stays: bool) -> None:
             "its state is made outside, or it would lie in the memory of a graph",
             "call plan.prepare(cache) before, or the function once without torch.compile",
         )
-    if problem.q.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if not torch.compiler.is_compiling() and _is_captured(problem):
         raise NotCapturable(
             "the first use of a SelectionCache, or one with a larger K,",
             "its state is made before the capture, so that replays find what they kept",
             "run the step once before, or let tokenselect.capture do so",
         )
+
+
+def _is_captured(problem: Problem) -> bool:
+    return problem.q.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _nothing_stored(problem: Problem) -> Memory:

@@ -99,6 +99,19 @@ class Workspace:
             return block[:size].view(dtype).view(shape)
 
 
+@contextmanager
+def turns_taken() -> Iterator[list["InOrder"]]:
+    """Whose turns are taken inside: a graph that is captured there takes them at each replay."""
+    before: object = getattr(_current, "turns", None)
+    taken: list[InOrder] = []
+    _current.turns = taken
+    try:
+        yield taken
+    finally:
+        _current.turns = before
+        taken.sort(key=id)  # everybody takes several in the same order
+
+
 class InOrder:
     """Steps that share memory take turns: one at a time, on whatever threads and streams.
 
@@ -113,6 +126,9 @@ class InOrder:
 
     @contextmanager
     def turn(self) -> Iterator[None]:
+        turns = getattr(_current, "turns", None)
+        if turns is not None and self not in turns:
+            turns.append(self)
         with self._lock:
             if self._device.type != "cuda" or torch.cuda.is_current_stream_capturing():
                 yield
