@@ -286,8 +286,9 @@ def test_a_plan_that_replays_is_captured_once_by_compiled_code(
     monkeypatch.setitem(registry._loaded, "replayed", made)
     planned, expected = plan(problem(), "replayed"), plan(problem(), "cpu")
     function, _ = compiled(lambda *given: planned(*given) * 1)
+    inputs = tensors()
     for n in (40, 30, 9):
-        given = (*tensors(), lengths(n, 9))
+        given = (*inputs, lengths(n, 9))
         assert torch.equal(function(*given), expected(*given))
     assert recorded.captured == 1
 
