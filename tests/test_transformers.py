@@ -836,9 +836,23 @@ class TestRefusals:
         with pytest.raises(UnsupportedProblem, match=r"deepseek_v3.*\n.*latent"):
             model(tokens(1))
 
+    def test_a_model_that_attends_by_itself(self) -> None:
+        """transformers takes any attn_implementation for it; its own code would use our mask."""
+        from transformers import BloomConfig
+
+        config = BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=1, n_head=4)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="tokenselect")
+        with pytest.raises(UnsupportedProblem, match="AttentionInterface"):
+            model(tokens(1))
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        with pytest.raises(UnsupportedProblem, match=r"BloomForCausalLM.*\n.*of its own"):
+            enable(model)
+        assert not hasattr(model.config, "tokenselect")
+
     def test_training(self, on: Any) -> None:
-        with torch.enable_grad(), pytest.raises(InvalidProblem, match="no backward pass"):
-            on(tokens(1))
+        for cache in (None, TokenSelectCache(on)):
+            with torch.enable_grad(), pytest.raises(InvalidProblem, match="no backward pass"):
+                on(tokens(1), past_key_values=cache)
         on.config.attention_dropout = 0.1
         trained = AutoModelForCausalLM.from_config(on.config, attn_implementation="tokenselect")
         with pytest.raises(UnsupportedProblem, match=r"dropout=0\.1"):
@@ -891,14 +905,15 @@ class TestRefusals:
 
 
 class TestMask:
-    def test_it_travels_and_what_is_made_of_it_is_a_tensor(self) -> None:
+    def test_it_travels_and_nobody_computes_with_it(self) -> None:
         mask = token_mask(2, 3, 5, q_offset=torch.tensor(2))
         assert (mask.at, mask.window, mask.shape) == (2, None, (2, 1, 1, 5))
         for copy in (mask.to(torch.device("meta")), mask.contiguous(), mask.to("cpu")):
             assert isinstance(copy, TokenMask)
             assert (copy.at, copy.runs) == (2, mask.runs)
-        assert type(mask[:1]) is Tensor
-        assert type(~mask) is Tensor
+        for use in (lambda: torch.zeros(2, 1, 3, 5) + mask, lambda: mask[..., :3], lambda: ~mask):
+            with pytest.raises(UnsupportedProblem, match="reads its masks itself"):
+                use()
 
     def test_requests_padded_alike_go_together(self) -> None:
         mask = token_mask(4, L, L, attention_mask=PADDINGS["left"])

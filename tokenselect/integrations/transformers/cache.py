@@ -104,11 +104,17 @@ class RoomyLayer(DynamicLayer):
         """Append (B, Hkv, new, D); return views of all (B, Hkv, n, D)."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            raise InvalidProblem(
+                "keys or values that require grad, for a TokenSelectCache",
+                "it is written in place, and has no backward pass",
+                "call the model under torch.inference_mode() or torch.no_grad()",
+            )
         n = self.get_seq_length()
         end = n + key_states.shape[2]
         self._make_room(n, end)
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer[:, :, n:end] = states.detach()
+            buffer[:, :, n:end] = states
         self._show(end)
         return self.keys, self.values
 

@@ -91,7 +91,7 @@ def _tokens(key: Tensor, value: Tensor, run: Run, n: int) -> dict[str, Any]:
     pages = {"k_cache": key, "v_cache": value}
     return {
         name: cache[run.rows.start].transpose(0, 1)[:, None] for name, cache in pages.items()
-    } | {"block_table": run.slots[None, :n].int()}
+    } | {"block_table": run.slots[None, :n].int().to(key.device)}
 
 
 def windowed(
@@ -191,8 +191,8 @@ def _checked_mask(
             f"a custom mask {tuple(mask.shape)}",
             "pass the tokenizer's attention_mask (batch, tokens), or none",
         )
-    came = (query.shape[0], mask.at + query.shape[2] <= key.shape[2], key.shape[2])
-    if came != (mask.shape[0], True, mask.shape[3]):
+    fits = mask.shape[0] == query.shape[0] and mask.shape[3] == key.shape[2]
+    if not fits or mask.at + query.shape[2] > key.shape[2]:
         raise refusal(
             module,
             f"q {tuple(query.shape)} and k {tuple(key.shape)}, with a mask for {mask.shape[0]} "

@@ -23,8 +23,8 @@ class Run(NamedTuple):
 
     rows     which requests
     n        how many tokens each has, this call's included
-    slots    where they are: a slice, or (n,) int64 if there are holes
-    queries  which queries of the call are tokens, the last of the n: a slice, or (m,) int64
+    slots    where they are: a slice, or (n,) int64 on the CPU if there are holes
+    queries  which queries of the call are tokens, the last of the n: likewise
     m        how many those are
     """
 
@@ -50,6 +50,10 @@ class Run(NamedTuple):
             yield part, self.n - self.m + stop
 
 
+# What may be done to a TokenMask; __get__ is reading its shape, device or dtype.
+_HANDS_ON = frozenset({"__get__", "__repr__", "as_subclass", "contiguous", "dim", "size", "to"})
+
+
 class TokenMask(Tensor):
     """The mask of one kind of layer: (B, 1, 1, slots) bool, True where a request has a token.
 
@@ -66,7 +70,16 @@ class TokenMask(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """What is made of a TokenMask is a plain Tensor, but for a copy, as on another device."""
+        """Hand it on, and copy it to another device; nothing else. It is no mask to add to logits:
+        a model that attends by itself, whatever attn_implementation says, would do so.
+        """
+        name = getattr(func, "__name__", str(func))
+        if name not in _HANDS_ON:
+            raise _refusal(
+                f"a model that reads its masks itself (it calls {name})",
+                "it does not attend through transformers' AttentionInterface",
+                "use another attn_implementation for it",
+            )
         with torch._C.DisableTorchFunctionSubclass():
             made = func(*args, **(kwargs or {}))
         if func in (Tensor.to, Tensor.contiguous) and made is not args[0]:
@@ -143,7 +156,7 @@ def _check_sizes(
 
 def _runs(valid: Tensor, at: int) -> Iterator[Run]:
     """Gather the requests of valid (B, slots up to the last query) bool."""
-    end = valid.shape[1]
+    valid, end = valid.cpu(), valid.shape[1]
     if bool(valid.all()):
         yield Run(slice(0, len(valid)), end, slice(0, end), slice(0, end - at), end - at)
         return
