@@ -926,7 +926,7 @@ class TestMask:
 
 def test_memory_of_a_prompt_does_not_grow_with_its_square() -> None:
     """Peaks beside the cache: a quarter of what one float32 head of Lq x Lk would take."""
-    length = 8192
+    length = 4096
     extra = json.loads(
         fresh.output(MEMORY.format(root=str(fresh.ROOT), length=length), OMP_NUM_THREADS="1")
     )

@@ -50,8 +50,8 @@ class Run(NamedTuple):
             yield part, self.n - self.m + stop
 
 
-# What may be done to a TokenMask; __get__ is reading its shape, device or dtype.
-_HANDS_ON = frozenset({"__get__", "__repr__", "as_subclass", "contiguous", "dim", "size", "to"})
+# What may make a tensor of a TokenMask; __get__ is an attribute, as those torch.compile looks at.
+_HANDS_ON = frozenset({"__get__", "as_subclass", "contiguous", "detach", "to"})
 
 
 class TokenMask(Tensor):
@@ -73,18 +73,18 @@ class TokenMask(Tensor):
         """Hand it on, and copy it to another device; nothing else. It is no mask to add to logits:
         a model that attends by itself, whatever attn_implementation says, would do so.
         """
-        name = getattr(func, "__name__", str(func))
-        if name not in _HANDS_ON:
+        with torch._C.DisableTorchFunctionSubclass():
+            made = func(*args, **(kwargs or {}))
+        name, mask = getattr(func, "__name__", str(func)), args[0]
+        if isinstance(made, Tensor) and (name not in _HANDS_ON or not isinstance(mask, cls)):
             raise _refusal(
                 f"a model that reads its masks itself (it calls {name})",
                 "it does not attend through transformers' AttentionInterface",
                 "use another attn_implementation for it",
             )
-        with torch._C.DisableTorchFunctionSubclass():
-            made = func(*args, **(kwargs or {}))
-        if func in (Tensor.to, Tensor.contiguous) and made is not args[0]:
+        if func in (Tensor.to, Tensor.contiguous) and made is not mask:
             made = made.as_subclass(cls)
-            made.at, made.window, made.runs = args[0].at, args[0].window, args[0].runs
+            made.at, made.window, made.runs = mask.at, mask.window, mask.runs
         return made
 
 
