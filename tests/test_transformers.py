@@ -236,7 +236,7 @@ class TestDecode:
     STEPS = (9, 1, 1, 4, 1, 1, 3)
 
     @pytest.mark.parametrize("kind", caches(None))
-    @pytest.mark.parametrize("padding", ["none", "left", "right", "holes"])
+    @pytest.mark.parametrize("padding", ["none", "left", "holes"])
     def test_equals_eager(self, model: Any, kind: str, padding: str) -> None:
         mask = PADDINGS[padding]
         ids = tokens(2 if mask is None else len(mask))
@@ -324,6 +324,23 @@ class TestGenerate:
             assisted = generated(model, ids, past_key_values=cache, **how)
         assert plain.tolist() == expected.tolist()
         assert assisted.tolist() == expected.tolist()
+
+    def test_compiled_over_a_static_cache(self) -> None:
+        """As generate does on a GPU by itself: selection stays outside of what is compiled."""
+        from transformers import CompileConfig
+
+        how = CompileConfig(backend="eager", mode=None)
+        how._compile_all_devices = True
+        model, mask = model_of("gemma2"), mask_of("20#", "5. 15#")
+        ids = tokens(2).where(mask.bool(), 0)
+        torch._dynamo.utils.counters.clear()
+        expected = generated(model, ids, attention_mask=mask)
+        with enable(model, **EVERYTHING):
+            actual = generated(
+                model, ids, attention_mask=mask, cache_implementation="static", compile_config=how
+            )
+        assert actual.tolist() == expected.tolist()
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
     def test_going_on_with_a_cache(self, llama: Any) -> None:
         """A chat: a second turn on the cache of the first."""
