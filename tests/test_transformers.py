@@ -456,6 +456,10 @@ class TestSelection:
             torch.testing.assert_close(out[:, real][:, start:stop], alone.transpose(1, 2))
 
 
+# Selections of few tokens, made afresh every few tokens and reused between.
+REUSED: dict[str, Any] = {"theta": -1.0, "max_reuse": 3, "chunk": 4}
+
+
 class TestReuse:
     def steps(self, model: Any, cache: Any, ids: Tensor, n: int = 8) -> Tensor:
         """Logits of n single tokens after a prompt."""
@@ -511,7 +515,7 @@ class TestReuse:
         def ends(swap: bool) -> tuple[Tensor, int, int]:
             cache = TokenSelectCache(llama)
             seen = mask
-            with enable(llama, **SMALL, theta=-1.0):
+            with enable(llama, **SMALL, **REUSED):
                 for start, end in ((0, 16), (16, 17), (17, 18)):
                     part = None if mask is None else mask[:, :end]
                     llama(ids[:, start:end], attention_mask=part, past_key_values=cache)
@@ -536,7 +540,7 @@ class TestReuse:
     def test_a_beam_that_wins_everywhere(self, llama: Any) -> None:
         """Both rows go on from row 1: they get what row 1 would have got."""
         ids, cache, twin = tokens(2), TokenSelectCache(llama), TokenSelectCache(llama)
-        with enable(llama, **SMALL, theta=-1.0):
+        with enable(llama, **SMALL, **REUSED):
             for each in (cache, twin):
                 for start, end in ((0, 16), (16, 17), (17, 18)):
                     llama(ids[:, start:end], past_key_values=each)
@@ -867,9 +871,11 @@ class TestRefusals:
         assert not hasattr(model.config, "tokenselect")
 
     def test_training(self, on: Any) -> None:
-        for cache in (None, TokenSelectCache(on)):
-            with torch.enable_grad(), pytest.raises(InvalidProblem, match="no backward pass"):
-                on(tokens(1), past_key_values=cache)
+        with torch.enable_grad(), pytest.raises(InvalidProblem, match="q requires grad"):
+            on(tokens(1))
+        on.set_attn_implementation("eager")
+        with torch.enable_grad(), pytest.raises(InvalidProblem, match="written in place"):
+            on(tokens(1), past_key_values=TokenSelectCache(on))
         on.config.attention_dropout = 0.1
         trained = AutoModelForCausalLM.from_config(on.config, attn_implementation="tokenselect")
         with pytest.raises(UnsupportedProblem, match=r"dropout=0\.1"):

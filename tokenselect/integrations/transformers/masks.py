@@ -55,7 +55,7 @@ _HANDS_ON = frozenset({"__get__", "as_subclass", "contiguous", "detach", "to"})
 
 
 class TokenMask(Tensor):
-    """The mask of one kind of layer: (B, 1, 1, slots) bool, True where a request has a token.
+    """The mask of one kind of layer: (B, 1, 1, slots) bool, False where a request has padding.
 
     It has four dimensions because transformers hands such masks on as they are.
 
@@ -110,7 +110,6 @@ def token_mask(
     at = int(q_offset) - int(kv_offset)
     _check_sizes(at, q_length, kv_length, int(kv_offset), window)
     valid = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
-    valid[:, at + q_length :] = False
     if attention_mask is not None:
         valid &= _padding(attention_mask, int(kv_offset), at + q_length, kv_length)
     mask = valid[:, None, None].as_subclass(TokenMask)
