@@ -114,8 +114,18 @@ def token_mask(
         valid &= _padding(attention_mask, int(kv_offset), at + q_length, kv_length)
     mask = valid[:, None, None].as_subclass(TokenMask)
     mask.at, mask.window = at, window
-    mask.runs = [] if window is not None else list(_runs(valid[:, : at + q_length], at))
+    if window is not None:
+        mask.runs = []
+    elif attention_mask is None:  # nothing to read: on a GPU, nothing to wait for
+        mask.runs = [_unpadded(batch_size, at + q_length, at)]
+    else:
+        mask.runs = list(_runs(valid[:, : at + q_length].cpu(), at))
     return mask
+
+
+def _unpadded(batch_size: int, n: int, at: int) -> Run:
+    """All requests together: n tokens each, from the first slot on, the call's from `at` on."""
+    return Run(slice(0, batch_size), n, slice(0, n), slice(0, n - at), n - at)
 
 
 def _padding(attention_mask: Tensor, kv_offset: int, end: int, kv_length: int) -> Tensor:
@@ -154,10 +164,9 @@ def _check_sizes(
 
 
 def _runs(valid: Tensor, at: int) -> Iterator[Run]:
-    """Gather the requests of valid (B, slots up to the last query) bool."""
-    valid, end = valid.cpu(), valid.shape[1]
+    """Gather the requests of valid (B, slots up to the last query) bool, on the CPU."""
     if bool(valid.all()):
-        yield Run(slice(0, len(valid)), end, slice(0, end), slice(0, end - at), end - at)
+        yield _unpadded(len(valid), valid.shape[1], at)
         return
     slots = [row.nonzero()[:, 0] for row in valid]
     ranges = [(int(s[0]), int(s[-1]) + 1) if len(s) else (0, 0) for s in slots]
