@@ -1,0 +1,984 @@
+"""The integration for transformers, held to stock eager attention on small random models.
+
+Tolerance: with k >= the length both sides are the same sums of the same float32 numbers in another
+order. Two layers of width 32 take a few hundred additions from a key to a logit, each good to 6e-8
+of what is added: 2e-5 of the largest logit is ten times what that comes to, and a mistake in a
+mask, an offset or a head is a thousand times more.
+"""
+
+import importlib.util
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import tokenselect
+from tests import fresh
+from tokenselect.errors import InvalidProblem, UnknownBackend, UnsupportedProblem
+
+if importlib.util.find_spec("transformers") is None:
+    pytest.skip("transformers is not installed: not tested here", allow_module_level=True)
+
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GptOssConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    StaticCache,
+)
+from transformers.masking_utils import (
+    AttentionMaskInterface,
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from tokenselect.integrations.transformers import TokenMask, TokenSelectCache, enable, options
+from tokenselect.integrations.transformers.cache import RoomyLayer
+from tokenselect.integrations.transformers.masks import token_mask
+
+VOCABULARY = 61
+WINDOW = 6
+EVERYTHING = {"k": 64, "n_sink": 2, "n_local": 3}
+SMALL: dict[str, Any] = {"k": 3, "n_sink": 1, "n_local": 2}
+OTHERWISE: dict[str, Any] = {**SMALL, "vote": "logit", "scope": "group", "pool": 3}
+
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    # Large enough for attention to be far from uniform: logits of a few units.
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+BOTH_KINDS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": WINDOW}
+
+FAMILIES: dict[str, Callable[[], Any]] = {
+    "llama": lambda: LlamaConfig(**SIZES),
+    "llama_yarn": lambda: LlamaConfig(**SIZES, rope_parameters=YARN),
+    "llama_llama3": lambda: LlamaConfig(**SIZES, rope_parameters=LLAMA3),
+    "mistral": lambda: MistralConfig(**SIZES, sliding_window=WINDOW),
+    "qwen2": lambda: Qwen2Config(**SIZES),
+    "qwen2_sliding": lambda: Qwen2Config(**SIZES, use_sliding_window=True, **BOTH_KINDS),
+    "qwen3": lambda: Qwen3Config(**SIZES),
+    # The caps are far below the usual 50 and 30, so that they bite.
+    "gemma2": lambda: Gemma2Config(
+        **SIZES,
+        **BOTH_KINDS,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=5.0,
+        query_pre_attn_scalar=5,
+    ),
+    "gemma3": lambda: Gemma3TextConfig(**SIZES, **BOTH_KINDS, query_pre_attn_scalar=5),
+    "gpt_oss": lambda: GptOssConfig(
+        **SIZES, **BOTH_KINDS, num_local_experts=3, num_experts_per_tok=2, rope_parameters=YARN
+    ),
+}
+SHARED: dict[str, Any] = {}
+
+
+def model_of(family: str, **changes: Any) -> Any:
+    torch.manual_seed(1)
+    config = FAMILIES[family]()
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request: pytest.FixtureRequest) -> Any:
+    """A model of each family; tests leave it as it was."""
+    if request.param not in SHARED:
+        SHARED[request.param] = model_of(request.param)
+    return SHARED[request.param]
+
+
+@pytest.fixture
+def llama() -> Any:
+    return model_of("llama")
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+L = 20
+
+
+def tokens(batch: int, length: int = L) -> Tensor:
+    """(batch, length) token ids, none of them the padding token."""
+    generator = torch.Generator().manual_seed(5)
+    return torch.randint(1, VOCABULARY, (batch, length), generator=generator)
+
+
+def mask_of(*rows: str) -> Tensor:
+    """(batch, L) from, for each request, its runs of padding and tokens: "5. 15#"."""
+    bits = [[part[-1] == "#"] * int(part[:-1]) for row in rows for part in [*row.split()]]
+    flat = torch.tensor([bit for part in bits for bit in part])
+    return flat.view(len(rows), L).long()
+
+
+PADDINGS: dict[str, Tensor | None] = {
+    "none": None,
+    "left": mask_of("20#", "5. 15#", "5. 15#", "13. 7#"),
+    "right": mask_of("16# 4.", "16# 4.", "20#"),
+    "mixed": mask_of("3. 17#", "12# 8.", "4. 9# 7.", "20#", "20."),
+    "holes": mask_of("20#", "8# 4. 8#", "2. 5# 3. 6# 4."),
+}
+
+
+def assert_close(actual: Tensor, expected: Tensor, real: Tensor | None = None) -> None:
+    """Logits (B, L, V) agree at real tokens (B, L), within 2e-5 of the largest."""
+    assert expected.abs().max() > 0.1
+    atol = 2e-5 * float(expected.abs().max())
+    if real is not None:
+        actual, expected = actual[real.bool()], expected[real.bool()]
+    torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
+
+
+class TestPrompt:
+    @pytest.mark.parametrize("chunk", [512, 7])
+    @pytest.mark.parametrize("padding", PADDINGS)
+    def test_equals_eager_where_everything_is_selected(
+        self, model: Any, padding: str, chunk: int
+    ) -> None:
+        mask = PADDINGS[padding]
+        ids = tokens(2 if mask is None else len(mask))
+        expected = model(ids, attention_mask=mask).logits
+        with enable(model, **EVERYTHING, chunk=chunk):
+            actual = model(ids, attention_mask=mask).logits
+        assert actual.isfinite().all()
+        assert_close(actual, expected, mask)
+
+    def test_without_a_cache(self, model: Any) -> None:
+        mask = PADDINGS["mixed"]
+        assert mask is not None
+        ids = tokens(len(mask))
+        expected = model(ids, attention_mask=mask, use_cache=False).logits
+        with enable(model, **EVERYTHING):
+            actual = model(ids, attention_mask=mask, use_cache=False).logits
+        assert_close(actual, expected, mask)
+
+    def test_a_small_budget_is_another_result(self, llama: Any) -> None:
+        ids = tokens(2)
+        dense = llama(ids).logits
+        with enable(llama, **SMALL, chunk=1):
+            selected = llama(ids).logits
+        assert (selected - dense).abs().max() > 0.01 * dense.abs().max()
+
+    @pytest.mark.parametrize(
+        ("dtype", "family", "padding", "bound"),
+        [
+            # A few roundings to dtype a layer; eager rounds logits and weights too.
+            (torch.bfloat16, "gpt_oss", "left", 0.1),
+            (torch.float16, "gemma2", "left", 0.02),
+            # Eager's own left padding gives NaN in float64; its softmax is float32 throughout.
+            (torch.float64, "gemma2", "right", 1e-6),
+        ],
+    )
+    def test_other_dtypes(
+        self, dtype: torch.dtype, family: str, padding: str, bound: float
+    ) -> None:
+        model, mask = model_of(family).to(dtype), PADDINGS[padding]
+        assert mask is not None
+        ids = tokens(len(mask))
+        expected = model(ids, attention_mask=mask).logits[mask.bool()]
+        with enable(model, **EVERYTHING):
+            actual = model(ids, attention_mask=mask).logits[mask.bool()]
+        assert actual.dtype == dtype
+        assert (actual - expected).abs().max() / expected.abs().max() < bound
+
+
+def caches(model: Any) -> dict[str, Callable[[], Any]]:
+    return {
+        "dynamic": lambda: DynamicCache(config=model.config),
+        "dynamic_without_config": DynamicCache,
+        "static": lambda: StaticCache(config=model.config, max_cache_len=L + 3),
+        "ours": lambda: TokenSelectCache(model),
+        "ours_with_room": lambda: TokenSelectCache(model.config, max_length=L),
+    }
+
+
+class TestDecode:
+    """Reading on, in steps of 1 and of more, is the same as reading all at once."""
+
+    STEPS = (9, 1, 1, 4, 1, 1, 3)
+
+    @pytest.mark.parametrize("kind", caches(None))
+    @pytest.mark.parametrize("padding", ["none", "left", "holes"])
+    def test_equals_eager(self, model: Any, kind: str, padding: str) -> None:
+        mask = PADDINGS[padding]
+        ids = tokens(2 if mask is None else len(mask))
+        expected = model(ids, attention_mask=mask, use_cache=False).logits
+        cache, logits = caches(model)[kind](), []
+        with enable(model, **EVERYTHING, chunk=4):
+            for start, step in zip(self.starts(), self.STEPS, strict=True):
+                end = start + step
+                seen = None if mask is None else mask[:, :end]
+                out = model(ids[:, start:end], attention_mask=seen, past_key_values=cache)
+                logits.append(out.logits)
+        assert_close(torch.cat(logits, 1), expected, mask)
+
+    def starts(self) -> list[int]:
+        return [sum(self.STEPS[:i]) for i in range(len(self.STEPS))]
+
+    def test_a_request_that_is_not_there_yet(self, llama: Any) -> None:
+        """Its row is all padding; then it begins."""
+        ids, mask = tokens(2), mask_of("20#", "14. 6#")
+        expected = llama(ids, attention_mask=mask).logits
+        cache = TokenSelectCache(llama)
+        with enable(llama, **EVERYTHING):
+            first = llama(ids[:, :10], attention_mask=mask[:, :10], past_key_values=cache).logits
+            then = llama(ids[:, 10:], attention_mask=mask, past_key_values=cache).logits
+        assert_close(torch.cat([first, then], 1), expected, mask)
+
+
+MODES: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sampling": {"do_sample": True, "temperature": 1.3, "top_k": 20},
+    "beams": {"num_beams": 3},
+    "sampled_beams": {"num_beams": 2, "do_sample": True},
+    "several": {"do_sample": True, "num_return_sequences": 2},
+    "static": {"cache_implementation": "static"},
+    "no_cache": {"use_cache": False},
+    "prefill_in_chunks": {"prefill_chunk_size": 6},
+}
+
+
+def has_full_attention(model: Any) -> bool:
+    return any(isinstance(layer, RoomyLayer) for layer in TokenSelectCache(model).layers)
+
+
+def generated(model: Any, ids: Tensor, **how: Any) -> Tensor:
+    torch.manual_seed(3)
+    how = {"do_sample": False, "max_new_tokens": 8, "pad_token_id": 0} | how
+    return model.generate(ids, **how)
+
+
+class TestGenerate:
+    @pytest.mark.parametrize("mode", MODES)
+    def test_same_tokens_as_eager(self, model: Any, mode: str) -> None:
+        mask = mask_of("20#", "5. 15#", "5. 15#", "13. 7#")
+        ids = tokens(4).where(mask.bool(), 0)
+        expected = generated(model, ids, attention_mask=mask, **MODES[mode])
+        with enable(model, **EVERYTHING):
+            actual = generated(model, ids, attention_mask=mask, **MODES[mode])
+        assert expected.shape[1] == L + 8
+        assert actual.tolist() == expected.tolist()
+
+    @pytest.mark.parametrize("mode", ["greedy", "sampling", "beams"])
+    def test_with_our_cache_and_reuse(self, model: Any, mode: str) -> None:
+        """What is reused is everything, and everything appended since: eager's tokens again."""
+        mask = mask_of("20#", "5. 15#")
+        ids = tokens(2).where(mask.bool(), 0)
+        expected = generated(model, ids, attention_mask=mask, **MODES[mode])
+        cache = TokenSelectCache(model)
+        with enable(model, **EVERYTHING, theta=-1.0):
+            actual = generated(
+                model, ids, attention_mask=mask, past_key_values=cache, **MODES[mode]
+            )
+        assert actual.tolist() == expected.tolist()
+        assert (cache.hits > 0) == has_full_attention(model)
+
+    @pytest.mark.parametrize("assistant", ["prompt_lookup", "draft"])
+    def test_assisted(self, model: Any, assistant: str) -> None:
+        ids = tokens(1).repeat(1, 2)
+        how: dict[str, Any] = {"prompt_lookup_num_tokens": 3}
+        if assistant == "draft":
+            how = {"assistant_model": model}
+        expected = generated(model, ids)
+        cache = TokenSelectCache(model)
+        with enable(model, **EVERYTHING, theta=-1.0 if assistant == "prompt_lookup" else None):
+            plain = generated(model, ids, past_key_values=TokenSelectCache(model))
+            assisted = generated(model, ids, past_key_values=cache, **how)
+        assert plain.tolist() == expected.tolist()
+        assert assisted.tolist() == expected.tolist()
+
+    def test_compiled_over_a_static_cache(self) -> None:
+        """As generate does on a GPU by itself: selection stays outside of what is compiled."""
+        from transformers import CompileConfig
+
+        how = CompileConfig(backend="eager", mode=None)
+        how._compile_all_devices = True
+        model, mask = model_of("gemma2"), mask_of("20#", "5. 15#")
+        ids = tokens(2).where(mask.bool(), 0)
+        torch._dynamo.utils.counters.clear()
+        expected = generated(model, ids, attention_mask=mask)
+        with enable(model, **EVERYTHING):
+            actual = generated(
+                model, ids, attention_mask=mask, cache_implementation="static", compile_config=how
+            )
+        assert actual.tolist() == expected.tolist()
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+    def test_going_on_with_a_cache(self, llama: Any) -> None:
+        """A chat: a second turn on the cache of the first."""
+        ids = tokens(1)
+        first = generated(llama, ids)
+        longer = torch.cat([first, tokens(1)[:, :5]], dim=1)
+        expected = generated(llama, longer)
+        cache = TokenSelectCache(llama)
+        with enable(llama, **EVERYTHING, theta=0.5):
+            generated(llama, ids, past_key_values=cache)
+            assert generated(llama, longer, past_key_values=cache).tolist() == expected.tolist()
+
+
+class Recorder:
+    """Stands in for the registered attention function, and keeps what each layer got and gave."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[tuple[Any, Tensor, Tensor, Tensor, Any, dict[str, Any], Tensor]] = []
+        self.attend = ALL_ATTENTION_FUNCTIONS["tokenselect"]
+        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "tokenselect", self)
+
+    def __call__(self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **more: Any) -> Any:
+        out, weights = self.attend(module, q, k, v, mask, **more)
+        self.calls.append((module, q, k, v, mask, more, out))
+        return out, weights
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    return Recorder(monkeypatch)
+
+
+class TestSelection:
+    """With a small k each layer gives what tokenselect.attention gives for its q, k, v."""
+
+    @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+    def test_prompt_and_decode(self, family: str, recorder: Recorder) -> None:
+        model, ids, cache = model_of(family), tokens(2), DynamicCache()
+        with enable(model, **OTHERWISE, chunk=6):
+            model(ids, past_key_values=cache)
+            model(ids[:, :1], past_key_values=cache)
+        full = [call for call in recorder.calls if call[4].window is None]
+        assert len(full) == (4 if family == "llama" else 2)
+        for _, q, k, v, _, more, out in full:
+            Lq, length = q.shape[2], k.shape[2]
+            for start in range(0, Lq, 6):
+                stop = min(start + 6, Lq)
+                n = length - Lq + stop
+                expected, info = tokenselect.attention(
+                    q[:, :, start:stop],
+                    k[:, :, :n],
+                    v[:, :, :n],
+                    **OTHERWISE,
+                    scale=more["scaling"],
+                    softcap=more.get("softcap"),
+                    sink_logits=more.get("s_aux"),
+                    backend="reference",
+                    return_info=True,
+                )
+                torch.testing.assert_close(out[:, start:stop], expected.transpose(1, 2))
+                assert int(info.selection.count.max()) < n or n < 12
+
+    def test_padding_is_never_selected_and_moves_nothing(self, recorder: Recorder) -> None:
+        """A padded request attends as it does alone."""
+        model = model_of("llama")
+        ids, mask = tokens(3), mask_of("20#", "5. 15#", "3. 11# 6.")
+        with enable(model, **SMALL, chunk=4):
+            model(ids, attention_mask=mask)
+        _, q, k, v, _, more, out = recorder.calls[0]
+        for b, (first, end) in enumerate([(0, 20), (5, 20), (3, 14)]):
+            for start in range(first, end, 4):
+                stop = min(start + 4, end)
+                alone = tokenselect.attention(
+                    q[b : b + 1, :, start:stop],
+                    k[b : b + 1, :, first:stop],
+                    v[b : b + 1, :, first:stop],
+                    **SMALL,
+                    scale=more["scaling"],
+                )
+                torch.testing.assert_close(out[b : b + 1, start:stop], alone.transpose(1, 2))
+        assert (out[1, :5] == 0).all()
+        assert (out[2, :3] == 0).all()
+        assert (out[2, 14:] == 0).all()
+
+    @pytest.mark.parametrize("family", ["llama", "gemma2"])
+    @pytest.mark.parametrize("kind", ["static", "ours", "ours_with_room"])
+    def test_the_cache_changes_nothing(self, family: str, kind: str) -> None:
+        model = model_of(family)
+        mask = mask_of("20#", "5. 15#")
+        ids = tokens(2).where(mask.bool(), 0)
+        with enable(model, **SMALL):
+            made = [caches(model)[name]() for name in ("dynamic", kind)]
+            for start, end in ((0, 14), (14, 17), (17, 18), (18, 19)):
+                seen = {"attention_mask": mask[:, :end]}
+                stock, ours = (
+                    model(ids[:, start:end], past_key_values=cache, **seen).logits for cache in made
+                )
+                torch.testing.assert_close(ours, stock)
+
+    def test_holes_are_as_if_they_were_not_there(self, recorder: Recorder) -> None:
+        model, ids = model_of("llama"), tokens(1)
+        mask = mask_of("2. 5# 3. 6# 4.")
+        with enable(model, **SMALL, chunk=3):
+            model(ids, attention_mask=mask)
+        _, q, k, v, _, more, out = recorder.calls[0]
+        real = mask[0].bool()
+        q, k, v = q[:, :, real], k[:, :, real], v[:, :, real]
+        for start in range(0, 11, 3):
+            stop = min(start + 3, 11)
+            alone = tokenselect.attention(
+                q[:, :, start:stop], k[:, :, :stop], v[:, :, :stop], **SMALL, scale=more["scaling"]
+            )
+            torch.testing.assert_close(out[:, real][:, start:stop], alone.transpose(1, 2))
+
+
+# Selections of few tokens, made afresh every few tokens and reused between.
+REUSED: dict[str, Any] = {"theta": -1.0, "max_reuse": 3, "chunk": 4}
+
+
+class TestReuse:
+    def steps(self, model: Any, cache: Any, ids: Tensor, n: int = 8) -> Tensor:
+        """Logits of n single tokens after a prompt."""
+        model(ids[:, :-n], past_key_values=cache)
+        parts = ids[:, -n:].split(1, dim=1)
+        return torch.cat([model(part, past_key_values=cache).logits for part in parts], dim=1)
+
+    def test_theta_none_is_no_reuse(self, llama: Any) -> None:
+        ids = tokens(2)
+        with enable(llama, **SMALL):
+            stock = self.steps(llama, DynamicCache(), ids)
+        cache = TokenSelectCache(llama)
+        with enable(llama, **SMALL, theta=None):
+            assert torch.equal(self.steps(llama, cache, ids), stock)
+        assert (cache.hits, cache.misses) == (0, 0)
+
+    def test_a_theta_that_nothing_reaches_changes_nothing(self, llama: Any) -> None:
+        ids = tokens(2)
+        with enable(llama, **SMALL):
+            stock = self.steps(llama, DynamicCache(), ids)
+        cache = TokenSelectCache(llama)
+        with enable(llama, **SMALL, theta=1.0):
+            torch.testing.assert_close(self.steps(llama, cache, ids), stock)
+        assert cache.hits == 0
+        assert cache.misses == 2 * 2 * (1 + 8)  # layers, requests, calls
+
+    def test_reuse_is_that_of_a_selection_cache_a_layer(
+        self, llama: Any, recorder: Recorder
+    ) -> None:
+        cache, ids = TokenSelectCache(llama), tokens(2)
+        with enable(llama, **SMALL, theta=-1.0, max_reuse=2):
+            self.steps(llama, cache, ids)
+        for layer in range(2):
+            twin = tokenselect.SelectionCache(-1.0, 2)
+            for module, q, k, v, _, more, out in recorder.calls:
+                if module.layer_idx == layer:
+                    expected = tokenselect.attention(
+                        q, k, v, **SMALL, scale=more["scaling"], cache=twin
+                    )
+                    torch.testing.assert_close(out, expected.transpose(1, 2))
+            mine = next(iter(cache.layers[layer].selections._caches.values()))
+            assert mine.hits.tolist() == twin.hits.tolist()
+            assert (twin.hits > 0).all()
+            assert (twin.misses > 1).all()  # max_reuse arrives
+
+    @pytest.mark.parametrize("mask", [None, mask_of("5. 15#", "20#")])
+    def test_reordered_rows_take_their_selections_along(
+        self, llama: Any, mask: Tensor | None
+    ) -> None:
+        """Swapping rows swaps the logits to the bit; with other paddings selections are dropped."""
+        ids = tokens(2)
+
+        def ends(swap: bool) -> tuple[Tensor, int, int]:
+            cache = TokenSelectCache(llama)
+            seen = mask
+            with enable(llama, **SMALL, **REUSED):
+                for start, end in ((0, 16), (16, 17), (17, 18)):
+                    part = None if mask is None else mask[:, :end]
+                    llama(ids[:, start:end], attention_mask=part, past_key_values=cache)
+                before = cache.hits
+                if swap:
+                    cache.reorder_cache(torch.tensor([1, 0]))
+                    seen = None if mask is None else mask.flip(0)
+                new = ids.flip(0) if swap else ids
+                part = None if seen is None else seen[:, :19]
+                out = llama(new[:, 18:19], attention_mask=part, past_key_values=cache)
+            logits = out.logits.flip(0) if swap else out.logits
+            return logits, before, cache.hits
+
+        plain, swapped = ends(False), ends(True)
+        assert plain[2] == plain[1] + 4
+        if mask is None:
+            assert torch.equal(swapped[0], plain[0])
+            assert swapped[2] == swapped[1] + 4
+        else:
+            assert swapped[2] == 0
+
+    def test_a_beam_that_wins_everywhere(self, llama: Any) -> None:
+        """Both rows go on from row 1: they get what row 1 would have got."""
+        ids, cache, twin = tokens(2), TokenSelectCache(llama), TokenSelectCache(llama)
+        with enable(llama, **SMALL, **REUSED):
+            for each in (cache, twin):
+                for start, end in ((0, 16), (16, 17), (17, 18)):
+                    llama(ids[:, start:end], past_key_values=each)
+            cache.reorder_cache(torch.tensor([1, 1]))
+            both = llama(ids[1:, 18:19].repeat(2, 1), past_key_values=cache).logits
+            one = llama(ids[:, 18:19], past_key_values=twin).logits[1]
+        torch.testing.assert_close(both[0], one)
+        torch.testing.assert_close(both[1], one)
+
+    def test_crop_drops_what_saw_cropped_tokens(self, llama: Any) -> None:
+        ids, cache = tokens(1), TokenSelectCache(llama)
+        with enable(llama, **SMALL, theta=-1.0):
+            for start, end in ((0, 12), (12, 13), (13, 14)):
+                llama(ids[:, start:end], past_key_values=cache)
+            assert (cache.hits, cache.misses) == (4, 2)
+            cache.crop(-1)  # the selections were made at 12: they stay
+            llama(ids[:, 13:14], past_key_values=cache)
+            assert (cache.hits, cache.misses) == (6, 2)
+            cache.crop(-3)
+            assert cache.get_seq_length() == 11
+            (selection,) = cache.layers[0].selections._caches.values()
+            assert selection._memory is not None
+            assert selection._memory.seen.tolist() == [0]
+            llama(ids[:, 11:13], past_key_values=cache)
+            assert (cache.hits, cache.misses) == (6, 4)
+
+    def test_what_forgets(self, llama: Any) -> None:
+        ids, cache = tokens(2), TokenSelectCache(llama)
+        layer = cache.layers[0]
+        with enable(llama, **SMALL, theta=-1.0):
+            self.steps(llama, cache, ids)
+            assert len(layer.selections._caches) == 1
+            cache.batch_repeat_interleave(2)
+            assert len(layer.selections._caches) == 0
+            llama(ids[:, :1].repeat(2, 1), past_key_values=cache)
+            assert len(layer.selections._caches) == 1
+            cache.batch_select_indices(torch.tensor([0, 3]))
+            assert len(layer.selections._caches) == 0
+            llama(ids[:, :1], past_key_values=cache)
+        with enable(llama, **(SMALL | {"k": 4}), theta=-1.0):  # other options: other selections
+            llama(ids[:, :1], past_key_values=cache)
+            assert (cache.hits, cache.misses) == (0, 4)
+            cache.reset()
+            assert (cache.misses, cache.get_seq_length()) == (0, 0)
+            llama(ids[:1], past_key_values=cache)  # another batch
+            assert cache.misses == 2
+
+    def test_layers_that_share_keys_share_no_selection(self) -> None:
+        selections = TokenSelectCache(model_of("llama")).layers[0].selections
+        run = token_mask(1, 4, 4).runs[0]
+        settings = options.parse({"theta": 0.5})
+        first = selections.of(0, run, settings)
+        assert selections.of(0, run, settings) is first
+        assert selections.of(1, run, settings) is not first
+
+    def test_theta_without_our_cache_is_an_error(self, llama: Any) -> None:
+        with enable(llama, theta=0.9):
+            for cache in (None, DynamicCache(), StaticCache(llama.config, 24)):
+                with pytest.raises(InvalidProblem, match=r"TokenSelectCache\(model\)"):
+                    llama(tokens(1), past_key_values=cache)
+            with pytest.raises(InvalidProblem, match=r"theta=0\.9"):
+                generated(llama, tokens(1))
+
+
+class TestCache:
+    def test_steps_write_in_place_and_room_doubles(self, llama: Any) -> None:
+        cache, ids = TokenSelectCache(llama), tokens(1)
+        layer = cache.layers[0]
+        places = []
+        for i in range(0, 20, 2):
+            llama(ids[:, i : i + 2], past_key_values=cache)
+            places.append(layer.keys.untyped_storage().data_ptr())
+            room = layer.keys.untyped_storage().nbytes() // (4 * 2 * 8)
+            assert room == next(r for r in (2, 4, 8, 16, 32) if r >= i + 2)
+        assert len(set(places)) <= 5
+        assert layer.keys.shape == (1, 2, 20, 8)
+
+    def test_room_taken_at_once_is_never_moved_and_ends(self, llama: Any) -> None:
+        cache, ids = TokenSelectCache(llama, max_length=12), tokens(1)
+        for i in range(12):
+            llama(ids[:, i : i + 1], past_key_values=cache)
+            if i == 0:
+                place = cache.layers[0].keys.data_ptr()
+        assert cache.layers[0].keys.data_ptr() == place
+        assert cache.get_max_length() == 12
+        with pytest.raises(InvalidProblem, match=r"13 tokens .* max_length=12"):
+            llama(ids[:, :1], past_key_values=cache)
+
+    def test_made_in_inference_mode_and_used_outside(self, llama: Any) -> None:
+        cache, ids = TokenSelectCache(llama), tokens(2)
+        with enable(llama, **EVERYTHING, theta=-1.0):
+            with torch.inference_mode():
+                llama(ids[:, :10], past_key_values=cache)
+                cache.batch_select_indices(torch.tensor([1, 0]))
+            with torch.no_grad():
+                llama(ids.flip(0)[:, 10:12], past_key_values=cache)
+                cache.reorder_cache(torch.tensor([1, 0]))
+                out = llama(ids[:, 12:], past_key_values=cache).logits
+        assert_close(out, llama(ids).logits[:, 12:])
+
+    def test_sliding_layers_stay_those_of_transformers(self) -> None:
+        model = model_of("gemma2")
+        cache = TokenSelectCache(model)
+        assert cache.is_sliding == [True, False]
+        model(tokens(1), past_key_values=cache)
+        assert cache.layers[0].keys.shape[2] == WINDOW - 1
+        assert cache.layers[1].keys.shape[2] == L
+
+    def test_works_with_every_attention(self, llama: Any) -> None:
+        expected = generated(llama, tokens(2))
+        assert torch.equal(
+            generated(llama, tokens(2), past_key_values=TokenSelectCache(llama)), expected
+        )
+
+    def test_it_is_made_for_a_model(self) -> None:
+        with pytest.raises(InvalidProblem, match=r"pass the model, or model\.config"):
+            TokenSelectCache(3)
+
+
+class TestOptions:
+    def test_by_config(self, llama: Any) -> None:
+        ids = tokens(1)
+        dense = llama(ids).logits
+        with enable(llama, **SMALL):
+            expected = llama(ids).logits
+        llama.set_attn_implementation("tokenselect")
+        llama.config.tokenselect = dict(SMALL)
+        assert torch.equal(llama(ids).logits, expected)
+        llama.config.tokenselect = tokenselect.SelectConfig(**SMALL)
+        assert torch.equal(llama(ids).logits, expected)
+        del llama.config.tokenselect
+        assert_close(llama(ids).logits, dense)  # the defaults' k is beyond the length
+
+    def test_from_pretrained_and_saved_options(self, tmp_path: Any, llama: Any) -> None:
+        llama.config.tokenselect = dict(SMALL)
+        llama.save_pretrained(tmp_path)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="tokenselect")
+        llama.set_attn_implementation("tokenselect")
+        assert torch.equal(again(tokens(1)).logits, llama(tokens(1)).logits)
+
+    def test_enable_is_reversible(self, model: Any) -> None:
+        ids = tokens(2)
+        before = model(ids).logits
+        attributes = {name: set(vars(part)) for name, part in model.named_modules()}
+        config = model.config.to_dict()
+        handle = enable(model, "paper", **SMALL)
+        assert model.config.tokenselect == {"select_scale": 1.0, **SMALL}
+        model(ids)
+        handle.disable()
+        handle.disable()
+        assert torch.equal(model(ids).logits, before)
+        assert model.config._attn_implementation == "eager"
+        assert model.config.to_dict() == config
+        assert {name: set(vars(part)) for name, part in model.named_modules()} == attributes
+
+    def test_enable_within_enable_and_after_an_error(self, llama: Any) -> None:
+        with enable(llama, k=3):
+            inner = enable(llama, k=4)
+            assert llama.config.tokenselect == {"k": 4}
+            with pytest.raises(RuntimeError), inner:
+                raise RuntimeError
+            assert llama.config.tokenselect == {"k": 3}
+            assert llama.config._attn_implementation == "tokenselect"
+        assert not hasattr(llama.config, "tokenselect")
+
+    @pytest.mark.parametrize(
+        ("given", "told"),
+        [
+            ({"kk": 3}, r"option 'kk'.*did you mean 'k'\?"),
+            ({"temperature": 3}, r"option 'temperature'.*n_sink.*max_reuse"),
+            ({"k": -1}, "k=-1"),
+            ({"vote": "loud"}, "vote='loud'"),
+            ({"theta": 2}, "theta=2"),
+            ({"max_reuse": -1}, "max_reuse=-1"),
+            ({"chunk": 0}, "chunk=0"),
+            ({"preset": "fast"}, "preset='fast'"),
+        ],
+    )
+    def test_a_bad_option_is_told_at_once(
+        self, llama: Any, given: dict[str, Any], told: str
+    ) -> None:
+        with pytest.raises(InvalidProblem, match=f"(?s){told}") as error:
+            enable(llama, **given)
+        assert "rule:" in str(error.value)
+        assert llama.config._attn_implementation == "eager"
+
+    def test_a_bad_option_in_the_config_is_told_by_the_first_call(self, llama: Any) -> None:
+        llama.set_attn_implementation("tokenselect")
+        for given, told in (({"kk": 3}, "option 'kk'"), ([], "is a list"), ({"k": "3"}, "k='3'")):
+            llama.config.tokenselect = given
+            with pytest.raises(InvalidProblem, match=told):
+                llama(tokens(1))
+        llama.config.tokenselect = {"backend": "cpuu"}
+        with pytest.raises(UnknownBackend, match="did you mean 'cpu'"):
+            llama(tokens(1))
+
+    @pytest.mark.parametrize(
+        "given", [{"preset": "extrapolate"}, {"positions": "contiguous"}, {"score_at": "fixed"}]
+    )
+    def test_moving_keys_is_not_there_yet(self, llama: Any, given: dict[str, Any]) -> None:
+        with pytest.raises(UnsupportedProblem, match="rope yet"):
+            enable(llama, **given)
+
+    def test_backend_arrives(self, llama: Any) -> None:
+        with enable(llama, **SMALL):
+            expected = llama(tokens(1)).logits
+        with enable(llama, **SMALL, backend="reference"):
+            assert_close(llama(tokens(1)).logits, expected)
+
+
+def test_only_the_part_of_a_model_that_generates_text_changes() -> None:
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    torch.manual_seed(1)
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 8,
+    }
+    config = Gemma3Config(
+        text_config=FAMILIES["gemma3"](), vision_config=vision, mm_tokens_per_image=4
+    )
+    model = Gemma3ForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
+    expected = model(tokens(2)).logits
+    with enable(model, **EVERYTHING):
+        assert model.config.vision_config._attn_implementation == "eager"
+        assert_close(model(tokens(2)).logits, expected)
+        pictures = torch.zeros(2, L, dtype=torch.long)
+        pictures[:, 3:6] = 1
+        with pytest.raises(UnsupportedProblem, match="blocks that see each other"):
+            model(tokens(2), token_type_ids=pictures)
+    assert torch.equal(model(tokens(2)).logits, expected)
+
+
+class TestRefusals:
+    @pytest.fixture
+    def on(self, llama: Any) -> Any:
+        llama.set_attn_implementation("tokenselect")
+        return llama
+
+    def test_weights(self, on: Any) -> None:
+        with pytest.raises(UnsupportedProblem, match=r"layer 0\n.*output_attentions"):
+            on(tokens(1), output_attentions=True)
+        with pytest.raises(UnsupportedProblem, match="output_attentions"):
+            generated(on, tokens(1), output_attentions=True, return_dict_in_generate=True)
+
+    def test_custom_and_bidirectional_masks(self, on: Any) -> None:
+        ids = tokens(1)
+        causal = torch.ones(L, L).tril().bool()[None, None]
+        with pytest.raises(UnsupportedProblem, match=r"custom mask \(1, 1, 20, 20\)"):
+            on(ids, attention_mask=causal)
+        with pytest.raises(UnsupportedProblem, match=r"attention_mask \(1, 20, 20\)"):
+            on(ids, attention_mask=causal[0])
+        on.config.is_causal = False
+        with pytest.raises(UnsupportedProblem, match="bidirectional attention"):
+            on(ids)
+
+    def test_is_causal_false(self, on: Any) -> None:
+        with pytest.raises(UnsupportedProblem, match="bidirectional"):
+            on(tokens(1), is_causal=False)
+
+    def test_packed_sequences(self, on: Any) -> None:
+        positions = torch.cat([torch.arange(12), torch.arange(8)])[None]
+        with pytest.raises(UnsupportedProblem, match="packed sequences"):
+            on(tokens(1), position_ids=positions, use_cache=False)
+        with pytest.raises(UnsupportedProblem, match="cu_seq_lens_q: packed"):
+            on(tokens(1), cu_seq_lens_q=torch.tensor([0, 12, 20]))
+
+    @pytest.mark.parametrize("which", ["or_mask_function", "and_mask_function"])
+    @pytest.mark.parametrize("kind", ["causal", "sliding"])
+    def test_custom_mask_functions(self, on: Any, which: str, kind: str) -> None:
+        make = create_causal_mask if kind == "causal" else create_sliding_window_causal_mask
+        on.config.sliding_window = WINDOW
+
+        def everything(b: Any, h: Any, q: Any, k: Any) -> Any:
+            return q >= 0
+
+        with pytest.raises(UnsupportedProblem, match=r"_masks\(.*everything"):
+            make(on.config, torch.zeros(1, 4, 1), None, None, **{which: everything})
+
+    def test_chunked_attention(self) -> None:
+        from transformers import Llama4TextConfig
+
+        config = Llama4TextConfig(
+            **SIZES, attention_chunk_size=8, num_local_experts=2, intermediate_size_mlp=48
+        )
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="tokenselect").eval()
+        with pytest.raises(UnsupportedProblem, match="chunked attention"):
+            model(tokens(1))
+
+    def test_mla(self) -> None:
+        from transformers import DeepseekV3Config
+
+        config = DeepseekV3Config(
+            **{k: v for k, v in SIZES.items() if k != "head_dim"},
+            moe_intermediate_size=16,
+            n_routed_experts=4,
+            n_group=1,
+            topk_group=1,
+            num_experts_per_tok=2,
+            kv_lora_rank=8,
+            q_lora_rank=8,
+            qk_rope_head_dim=4,
+            qk_nope_head_dim=4,
+            v_head_dim=8,
+        )
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+        with pytest.raises(UnsupportedProblem, match=r"deepseek_v3.*\n.*latent.*\n.*densely"):
+            enable(model)
+        model.set_attn_implementation("tokenselect")
+        with pytest.raises(UnsupportedProblem, match=r"deepseek_v3.*\n.*latent"):
+            model(tokens(1))
+
+    def test_a_model_that_attends_by_itself(self) -> None:
+        """transformers takes any attn_implementation for it; its own code would use our mask."""
+        from transformers import BloomConfig
+
+        config = BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=1, n_head=4)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="tokenselect")
+        with pytest.raises(UnsupportedProblem, match="AttentionInterface"):
+            model(tokens(1))
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        with pytest.raises(UnsupportedProblem, match=r"BloomForCausalLM.*\n.*of its own"):
+            enable(model)
+        assert not hasattr(model.config, "tokenselect")
+
+    def test_training(self, on: Any) -> None:
+        with torch.enable_grad(), pytest.raises(InvalidProblem, match="q requires grad"):
+            on(tokens(1))
+        on.set_attn_implementation("eager")
+        with torch.enable_grad(), pytest.raises(InvalidProblem, match="written in place"):
+            on(tokens(1), past_key_values=TokenSelectCache(on))
+        on.config.attention_dropout = 0.1
+        trained = AutoModelForCausalLM.from_config(on.config, attn_implementation="tokenselect")
+        with pytest.raises(UnsupportedProblem, match=r"dropout=0\.1"):
+            trained.train()(tokens(1))
+
+    def test_continuous_batching(self, on: Any) -> None:
+        with pytest.raises(ValueError, match="tokenselect is not supported for continuous"):
+            on.generate_batch([[1, 2, 3]])
+        with pytest.raises(UnsupportedProblem, match="cache: continuous batching"):
+            on(tokens(1), cache=object())
+
+    @pytest.mark.parametrize("name", ["position_bias", "some_new_argument"])
+    def test_arguments_that_may_change_the_result(self, on: Any, name: str) -> None:
+        with pytest.raises(UnsupportedProblem, match=name):
+            on(tokens(1), **{name: torch.zeros(1)})
+
+    def test_a_mask_that_leaves_out_the_newest(self, on: Any) -> None:
+        cache = DynamicCache()
+        on(tokens(1), past_key_values=cache)
+        with pytest.raises(UnsupportedProblem, match="attention_mask of 1 tokens, for 21"):
+            on(tokens(1)[:, :1], attention_mask=torch.ones(1, 1), past_key_values=cache)
+
+    def test_an_attention_that_got_no_mask_or_that_of_another(self, on: Any) -> None:
+        layer = on.model.layers[0].self_attn
+        hidden = torch.zeros(1, 4, 32)
+        angles = on.model.rotary_emb(hidden, torch.arange(4)[None])
+        with pytest.raises(UnsupportedProblem, match="no mask arrived"):
+            layer(hidden, angles, None)
+        with pytest.raises(UnsupportedProblem, match="a mask for 2 requests of 4 keys"):
+            layer(hidden, angles, token_mask(2, 4, 4))
+        with pytest.raises(UnsupportedProblem, match="a mask for 1 requests of 5 keys"):
+            layer(hidden, angles, token_mask(1, 4, 5))
+
+    def test_a_window_that_the_mask_does_not_have(self) -> None:
+        model = model_of("mistral")
+        model.set_attn_implementation("tokenselect")
+        model.config.sliding_window = None
+        layer = model.model.layers[0].self_attn
+        model.config.sliding_window = WINDOW
+        hidden = torch.zeros(1, 4, 32)
+        angles = model.model.rotary_emb(hidden, torch.arange(4)[None])
+        with pytest.raises(UnsupportedProblem, match="whose window is None"):
+            layer(hidden, angles, token_mask(1, 4, 4))
+
+    def test_full_attention_over_a_cache_that_slides(self, on: Any) -> None:
+        cache = DynamicCache(config=model_of("mistral").config)
+        on(tokens(1), past_key_values=cache)
+        with pytest.raises(UnsupportedProblem, match="begins at token 15"):
+            on(tokens(1)[:, :1], past_key_values=cache)
+
+
+class TestMask:
+    def test_it_travels_and_nobody_computes_with_it(self) -> None:
+        mask = token_mask(2, 3, 5, q_offset=torch.tensor(2))
+        assert (mask.at, mask.window, mask.shape) == (2, None, (2, 1, 1, 5))
+        for copy in (mask.to(torch.device("meta")), mask.contiguous(), mask.to("cpu")):
+            assert isinstance(copy, TokenMask)
+            assert (copy.at, copy.runs) == (2, mask.runs)
+        for use in (lambda: torch.zeros(2, 1, 3, 5) + mask, lambda: mask[..., :3], lambda: ~mask):
+            with pytest.raises(UnsupportedProblem, match="reads its masks itself"):
+                use()
+
+    def test_requests_padded_alike_go_together(self) -> None:
+        mask = token_mask(4, L, L, attention_mask=PADDINGS["left"])
+        rows = [(run.rows.start, run.rows.stop, run.first, run.n) for run in mask.runs]
+        assert rows == [(0, 1, 0, 20), (1, 3, 5, 15), (3, 4, 13, 7)]
+
+    def test_it_is_registered(self) -> None:
+        assert AttentionMaskInterface()["tokenselect"] is token_mask
+
+
+def test_memory_of_a_prompt_does_not_grow_with_its_square() -> None:
+    """Peaks beside the cache: a quarter of what one float32 head of Lq x Lk would take."""
+    length = 4096
+    extra = json.loads(
+        fresh.output(MEMORY.format(root=str(fresh.ROOT), length=length), OMP_NUM_THREADS="1")
+    )
+    for kind in ("full", "sliding"):
+        assert extra[kind] < length * length * 4 / 4, extra
+
+
+MEMORY = """
+import json, torch
+from tests.measure_memory import forget_peak, resident
+from tokenselect.integrations.transformers.layers import attention_forward
+from tokenselect.integrations.transformers.masks import token_mask
+from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
+from types import SimpleNamespace
+
+torch.set_num_threads(1)
+L = {length}
+q, k, v = torch.randn(3, 1, 2, L, 8).unbind()
+options = {{"k": 64, "n_sink": 4, "n_local": 64, "chunk": 256}}
+module = SimpleNamespace(config=SimpleNamespace(tokenselect=options), is_causal=True, layer_idx=0)
+extra = {{}}
+for kind, function in (("full", causal_mask_function),
+                       ("sliding", sliding_window_causal_mask_function(64))):
+    few = token_mask(1, 256, 256, mask_function=function)
+    attention_forward(module, q[:, :, :256], k[:, :, :256], v[:, :, :256], few)
+    mask = token_mask(1, L, L, mask_function=function)
+    forget_peak()
+    before = resident("VmRSS")
+    attention_forward(module, q, k, v, mask)
+    extra[kind] = resident("VmHWM") - before
+print(json.dumps(extra))
+"""

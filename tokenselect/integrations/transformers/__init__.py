@@ -1,0 +1,98 @@
+"""attn_implementation="tokenselect" for models of the package transformers, 5 or newer.
+
+Importing this registers the attention function and its mask function under that name. Options are
+`model.config.tokenselect = {"k": 1024, ...}`, or `enable(model, k=1024, ...)`, which `disable()`
+on what it returns takes back. docs/tutorials/transformers.md shows all of it.
+"""
+
+from types import TracebackType
+from typing import Any, Self
+
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from tokenselect.errors import UnsupportedProblem
+from tokenselect.integrations.transformers.cache import TokenSelectCache
+from tokenselect.integrations.transformers.layers import attention_forward, refuse_mla
+from tokenselect.integrations.transformers.masks import TokenMask, token_mask
+from tokenselect.integrations.transformers.options import (
+    Options,
+    check,
+    parse,
+    preset_options,
+)
+
+__all__ = ["NAME", "Enabled", "Options", "TokenMask", "TokenSelectCache", "enable"]
+
+NAME = "tokenselect"
+
+AttentionInterface.register(NAME, attention_forward)
+AttentionMaskInterface.register(NAME, token_mask)
+
+
+class Enabled:
+    """What `enable` changed on a model; a context manager, and `disable()` takes it back."""
+
+    def __init__(self, model: Any, options: dict[str, Any]) -> None:
+        config = model.config.get_text_config(decoder=True)
+        if getattr(config, "kv_lora_rank", None) is not None:
+            raise refuse_mla(config)
+        check(parse(options))
+        self._part, self._config = _text_part(model, config), config
+        self._implementation = config._attn_implementation
+        self._options = vars(config).get("tokenselect")
+        self._is_on = True
+        self._part.set_attn_implementation(NAME)
+        if config._attn_implementation != NAME:
+            raise _not_through_the_interface(model)
+        config.tokenselect = options
+
+    def disable(self) -> None:
+        """Attend as before `enable`; a second call changes nothing."""
+        if not self._is_on:
+            return
+        self._is_on = False
+        self._part.set_attn_implementation(self._implementation)
+        if self._options is None:
+            del self._config.tokenselect
+        else:
+            self._config.tokenselect = self._options
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.disable()
+
+
+def _text_part(model: Any, config: Any) -> Any:
+    """The part of a model that generates text: all of it, but for models that also see or hear."""
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and part.config is config:
+            return part
+    raise _not_through_the_interface(model)
+
+
+def _not_through_the_interface(model: Any) -> UnsupportedProblem:
+    return UnsupportedProblem(
+        f"a {type(model).__name__}",
+        {"tokenselect.integrations.transformers": ["it has a way to attend of its own"]},
+        "use a model whose attention goes through transformers' AttentionInterface",
+    )
+
+
+def enable(model: Any, preset: str | None = None, **options: Any) -> Enabled:
+    """Let a model attend with tokenselect, until `.disable()` or the end of a `with` block.
+
+    preset   "faithful" or "paper", as in `SelectConfig`; options change what it sets
+    options  fields of SelectConfig, and theta, max_reuse, backend, chunk: see `Options`. They take
+             the place of config.tokenselect, as a whole
+
+    Raises InvalidProblem for an unknown option or a bad value, UnsupportedProblem for a model that
+    cannot work.
+    """
+    return Enabled(model, preset_options(preset) | options)

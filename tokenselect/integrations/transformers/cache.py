@@ -1,0 +1,228 @@
+"""A KV cache that grows without copying all of itself at each step, and remembers selections."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from tokenselect.errors import InvalidProblem
+from tokenselect.integrations.transformers.masks import Run
+from tokenselect.integrations.transformers.options import Options
+from tokenselect.reuse import SelectionCache
+
+# The attribute of a layer's keys that leads from them to the layer's `Selections`.
+_ATTRIBUTE = "_tokenselect_selections"
+
+
+class Selections:
+    """What one layer of a cache remembers: a SelectionCache for each `Run` of requests.
+
+    A run is known by the layer that asks, its rows and its first slot: rows padded alike share one.
+    """
+
+    def __init__(self) -> None:
+        self._options: Options | None = None
+        self._caches: dict[tuple[int, int, int, int], SelectionCache] = {}
+        self._has_holes = False
+
+    def of(self, layer: int, run: Run, options: Options) -> SelectionCache:
+        """The SelectionCache for this run; what was selected under other options is dropped."""
+        if options != self._options:
+            self.clear()
+            self._options = options
+        self._has_holes |= not isinstance(run.slots, slice)
+        key = (layer, run.rows.start, run.rows.stop, run.first)
+        if key not in self._caches:
+            self._caches[key] = options.selection_cache()
+        return self._caches[key]
+
+    def clear(self) -> None:
+        self._caches, self._has_holes = {}, False
+
+    def crop(self, length: int, device: torch.device) -> None:
+        """Only the first `length` slots are left."""
+        if self._has_holes:
+            self.clear()
+        for (_, start, stop, first), cache in self._caches.items():
+            cache.crop(torch.full((stop - start,), length - first, device=device))
+
+    def reorder(self, order: Tensor) -> None:
+        """Row b becomes what row order[b] was. Drops what crosses from one run to another."""
+        for key, cache in list(self._caches.items()):
+            _, start, stop, _ = key
+            inside = order[start:stop] - start
+            if stop - start == len(order) or bool(((inside >= 0) & (inside < stop - start)).all()):
+                cache.reorder(inside)
+            else:
+                del self._caches[key]
+
+    def counts(self) -> tuple[int, int]:
+        """(hits, misses), summed over requests."""
+        caches = self._caches.values()
+        return sum(int(c.hits.sum()) for c in caches), sum(int(c.misses.sum()) for c in caches)
+
+
+def selections_of(keys: Tensor) -> Selections | None:
+    """Those of the cache layer that handed out `keys`; None if it was not one of ours."""
+    return getattr(keys, _ATTRIBUTE, None)
+
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values of one full-attention layer, in buffers with room, shown as views.
+
+    max_length  room for that many tokens is taken at once, and more are refused; None: the
+                buffers double when they are full
+    """
+
+    def __init__(self, max_length: int | None = None) -> None:
+        super().__init__()
+        self.max_length = max_length
+        self.selections = Selections()
+        self._buffers: list[Tensor] = []
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        # Buffers made in inference mode could not be written to outside of it.
+        with torch.inference_mode(False):
+            self._buffers = [
+                torch.empty(
+                    *states.shape[:2],
+                    self.max_length or 0,
+                    states.shape[3],
+                    dtype=states.dtype,
+                    device=states.device,
+                )
+                for states in (key_states, value_states)
+            ]
+        self.is_initialized = True
+        self._show(0)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append (B, Hkv, new, D); return views of all (B, Hkv, n, D)."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            raise InvalidProblem(
+                "keys or values that require grad, for a TokenSelectCache",
+                "it is written in place, and has no backward pass",
+                "call the model under torch.inference_mode() or torch.no_grad()",
+            )
+        n = self.get_seq_length()
+        end = n + key_states.shape[2]
+        self._make_room(n, end)
+        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:, :, n:end] = states
+        self._show(end)
+        return self.keys, self.values
+
+    def get_max_length(self) -> int:
+        return -1 if self.max_length is None else self.max_length
+
+    def reset(self) -> None:
+        """Forget everything, the size of the batch included."""
+        self._buffers = []
+        self.selections.clear()
+        super().reset()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest -tokens_to_remove tokens."""
+        super().crop(tokens_to_remove)  # refuses a positive number
+        if tokens_to_remove != 0 and self.is_initialized:
+            self._show(self.get_seq_length())
+            self.selections.crop(self.get_seq_length(), self.device)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row b becomes what row beam_idx[b] was."""
+        n = self.get_seq_length()
+        if n == 0:
+            return
+        order = beam_idx.to(self.device)
+        for buffer in self._buffers:
+            buffer[:, :, :n] = buffer[:, :, :n].index_select(0, order)
+        self._show(n)
+        self.selections.reorder(order)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times; drops the selections."""
+        if self.is_initialized:
+            self._take(torch.arange(len(self.keys)).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows; drops the selections."""
+        if self.is_initialized:
+            self._take(torch.arange(len(self.keys))[indices.cpu()])
+
+    def _take(self, rows: Tensor) -> None:
+        n = self.get_seq_length()
+        with torch.inference_mode(False):
+            order = rows.clone().to(self.device)
+            self._buffers = [buffer.index_select(0, order) for buffer in self._buffers]
+        self._show(n)
+        self.selections.clear()
+
+    def _make_room(self, n: int, end: int) -> None:
+        capacity = self._buffers[0].shape[2]
+        if end <= capacity:
+            return
+        if self.max_length is not None:
+            raise InvalidProblem(
+                f"{end} tokens in a TokenSelectCache of max_length={self.max_length}",
+                "max_length counts the prompt and all new tokens",
+                "make it larger, or leave it out: the cache then grows",
+            )
+        with torch.inference_mode(False):
+            for i, old in enumerate(self._buffers):
+                self._buffers[i] = old.new_empty(
+                    *old.shape[:2], max(end, 2 * capacity), old.shape[3]
+                )
+                self._buffers[i][:, :, :n] = old[:, :, :n]
+
+    def _show(self, n: int) -> None:
+        self.keys, self.values = (buffer[:, :, :n] for buffer in self._buffers)
+        setattr(self.keys, _ATTRIBUTE, self.selections)
+
+
+class TokenSelectCache(Cache):
+    """A KV cache for a model that attends with tokenselect; pass it as past_key_values.
+
+    config      the model, or its config
+    max_length  room for that many tokens is taken at once; None: buffers double when full
+
+    Full-attention layers append in place, and with the option `theta` reuse selections, which
+    this cache keeps. Every other layer is what transformers' DynamicCache has. A cache belongs to
+    one batch until `reset()`.
+    """
+
+    def __init__(self, config: Any, max_length: int | None = None) -> None:
+        config = getattr(config, "config", config)
+        if not hasattr(config, "get_text_config"):
+            raise InvalidProblem(
+                f"TokenSelectCache of a {type(config).__name__}",
+                "a cache is made for a model: its layers tell which of them slide",
+                "pass the model, or model.config",
+            )
+        stock = DynamicCache(config=config).layers
+        super().__init__(
+            layers=[
+                RoomyLayer(max_length) if type(layer) is DynamicLayer else layer for layer in stock
+            ]
+        )
+
+    @property
+    def hits(self) -> int:
+        """How often a layer reused a request's selection; waits for the device."""
+        return self._counts()[0]
+
+    @property
+    def misses(self) -> int:
+        """How often a layer selected afresh for a request; waits for the device."""
+        return self._counts()[1]
+
+    def _counts(self) -> tuple[int, int]:
+        counts = [
+            layer.selections.counts() for layer in self.layers if isinstance(layer, RoomyLayer)
+        ]
+        return sum(hits for hits, _ in counts), sum(misses for _, misses in counts)

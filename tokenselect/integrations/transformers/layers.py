@@ -1,0 +1,263 @@
+"""One layer's attention: selected over the whole cache, or dense within a sliding window."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import tokenselect
+from tokenselect.errors import InvalidProblem, UnsupportedProblem
+from tokenselect.integrations.transformers.cache import Selections, selections_of
+from tokenselect.integrations.transformers.masks import Run, TokenMask
+from tokenselect.integrations.transformers.options import Options, parse
+
+# What models pass on that does not change what attention computes.
+_HARMLESS = frozenset(
+    {
+        "cache_position",
+        "logits_to_keep",
+        "max_length_k",
+        "max_length_q",
+        "mm_token_type_ids",
+        "num_items_in_batch",
+        "output_hidden_states",
+        "output_router_logits",
+        "past_key_values",
+        "position_embeddings",
+        "position_ids",
+        "return_dict",
+        "token_type_ids",
+        "use_cache",
+    }
+)
+
+
+@torch.compiler.disable
+def attention_forward(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Attend, as transformers asks a function in its AttentionInterface to.
+
+    query (B, Hq, Lq, D); key and value (B, Hkv, slots, D and Dv); attention_mask a `TokenMask`;
+    s_aux (Hq,), one more logit a head in the softmax. Returns (B, Lq, Hq, Dv), zeros where a query
+    is padding. Raises UnsupportedProblem for what cannot be computed rightly.
+    """
+    others |= {"is_causal=False": is_causal is False or not getattr(module, "is_causal", True)}
+    _refuse(module, dropout, others)
+    mask = _checked_mask(module, query, key, attention_mask, sliding_window)
+    options = parse(getattr(module.config, "tokenselect", None))
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    if mask.window is not None:
+        return windowed(query, key, value, mask, scale, softcap, s_aux, options.chunk), None
+    more: dict[str, Any] = {"scale": scale, "softcap": softcap, "sink_logits": s_aux}
+    layer, selections = getattr(module, "layer_idx", 0), _selections(options, key)
+    out = query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+    for run in mask.runs:
+        cache = None if selections is None else selections.of(layer, run, options)
+        for queries, n in run.chunks(options.chunk):
+            attended = tokenselect.attention(
+                query[run.rows][:, :, queries],
+                **_tokens(key, value, run, n),
+                **options.select,
+                **more,
+                cache=cache,
+                backend=options.backend,
+            )
+            out[run.rows, queries] = attended.transpose(1, 2)
+    return out, None
+
+
+def _tokens(key: Tensor, value: Tensor, run: Run, n: int) -> dict[str, Any]:
+    """The first n tokens of a run, as arguments of `tokenselect.attention`; no copy of the cache.
+
+    Where there are holes, each slot is a page of one token, and the table says which are tokens.
+    """
+    if isinstance(run.slots, slice):
+        tokens = slice(run.first, run.first + n)
+        return {"k_cache": key[run.rows, :, tokens], "v_cache": value[run.rows, :, tokens]}
+    pages = {"k_cache": key, "v_cache": value}
+    return {
+        name: cache[run.rows.start].transpose(0, 1)[:, None] for name, cache in pages.items()
+    } | {"block_table": run.slots[None, :n].int().to(key.device)}
+
+
+def windowed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: TokenMask,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    chunk: int,
+) -> Tensor:
+    """Dense attention within mask.window; shapes as in `attention_forward`.
+
+    `chunk` queries at a time look at the keys that one of them sees, so that memory grows with
+    chunk and window, not with the length.
+    """
+    B, Hq, Lq, _ = query.shape
+    Hkv = key.shape[1]
+    assert mask.window is not None
+    valid = mask.as_subclass(Tensor)  # (B, 1, 1, slots)
+    out = query.new_empty(B, Lq, Hq, value.shape[3])
+    for start in range(0, Lq, chunk):
+        stop = min(start + chunk, Lq)
+        end = mask.at + stop
+        begin = max(0, mask.at + start - mask.window + 1)
+        i = torch.arange(mask.at + start, end, device=query.device)[:, None]
+        j = torch.arange(begin, end, device=query.device)
+        visible = valid[:, :, :, begin:end] & (j <= i) & (j > i - mask.window)
+        weights = _weights(
+            query[:, :, start:stop].unflatten(1, (Hkv, -1)),
+            key[:, :, None, begin:end],
+            visible[:, None],
+            scale,
+            softcap,
+            None if sinks is None else sinks.view(Hkv, -1, 1, 1),
+        )
+        values = value[:, :, None, begin:end].to(weights.dtype)
+        out[:, start:stop] = (weights @ values).flatten(1, 2).transpose(1, 2).to(out.dtype)
+    return out
+
+
+def _weights(
+    q: Tensor,
+    k: Tensor,
+    visible: Tensor,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Softmax of the visible logits, float32 or better; zeros for a query that sees nothing.
+
+    q (B, Hkv, G, Lq, D); k (B, Hkv, 1, L, D); visible (B, 1, 1, Lq, L); sinks (Hkv, G, 1, 1).
+    """
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    logits = (q.to(dtype) @ k.to(dtype).mT) * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits = logits.masked_fill(~visible, -math.inf)
+    if sinks is not None:
+        column = sinks.to(dtype).expand(*logits.shape[:-1], 1)
+        weights = torch.cat([logits, column], dim=-1).softmax(-1)[..., :-1]
+    else:
+        weights = logits.softmax(-1)
+    return weights.masked_fill(~visible.any(-1, keepdim=True), 0.0)
+
+
+def _selections(options: Options, key: Tensor) -> Selections | None:
+    """The state of this layer in the cache, if selections are to be reused."""
+    if options.theta is None:
+        return None
+    found = selections_of(key)
+    if found is None:
+        raise InvalidProblem(
+            f"theta={options.theta}, and keys that a TokenSelectCache did not hand out",
+            "selections that are reused live with the KV cache, so that they are cropped, "
+            "reordered and reset with it",
+            "pass past_key_values=TokenSelectCache(model), or leave theta out",
+        )
+    return found
+
+
+def _checked_mask(
+    module: Any, query: Tensor, key: Tensor, mask: Tensor | None, sliding_window: int | None
+) -> TokenMask:
+    """The mask, if the model had it made by `token_mask` and for this layer."""
+    if mask is None:
+        raise refusal(
+            module,
+            "no mask arrived: a model that makes none through transformers' masking_utils, or "
+            "cross-attention",
+            "use another attn_implementation for this part of the model",
+        )
+    if not isinstance(mask, TokenMask) or not hasattr(mask, "runs"):
+        raise refusal(
+            module,
+            f"a custom mask {tuple(mask.shape)}",
+            "pass the tokenizer's attention_mask (batch, tokens), or none",
+        )
+    fits = mask.shape[0] == query.shape[0] and mask.shape[3] == key.shape[2]
+    if not fits or mask.at + query.shape[2] > key.shape[2]:
+        raise refusal(
+            module,
+            f"q {tuple(query.shape)} and k {tuple(key.shape)}, with a mask for {mask.shape[0]} "
+            f"requests of {mask.shape[3]} keys, queries from {mask.at} on",
+            "make the cache with the model's config, so that the layers' lengths fit the masks",
+        )
+    if sliding_window is not None and sliding_window != mask.window:
+        raise refusal(
+            module,
+            f"sliding_window={sliding_window}, with a mask whose window is {mask.window}",
+            "use another attn_implementation: what the layer means is not clear",
+        )
+    return mask
+
+
+def _refuse(module: Any, dropout: float, others: dict[str, Any]) -> None:
+    """Raise UnsupportedProblem for what this function does not compute."""
+    config = module.config
+    if getattr(config, "kv_lora_rank", None) is not None:
+        raise refuse_mla(config)
+    asked = [
+        name
+        for name, v in others.items()
+        if v is not None and v is not False and name not in _HARMLESS
+    ]
+    if getattr(config, "output_attentions", False) and "output_attentions" not in asked:
+        asked.append("output_attentions")
+    if dropout:
+        asked.append(f"dropout={dropout}")
+    if asked:
+        known = [
+            f"{name}: {_WHY.get(name, 'not known, and it may change the result')}" for name in asked
+        ]
+        raise refusal(module, known, _FIX)
+
+
+_FIX = "do without it, or model.set_attn_implementation('sdpa') or 'eager'"
+_WHY = {
+    "output_attentions": "most weights are never computed",
+    "cache": "continuous batching keeps keys in its own paged cache, which is not read",
+    "is_causal=False": "bidirectional and cross-attention have no cache to select from",
+    "position_bias": "selected keys get no bias",
+    "cu_seq_lens_q": "packed sequences are not told apart",
+    "cu_seq_lens_k": "packed sequences are not told apart",
+    "indices": "the model has an indexer of its own",
+    "block_indices": "the model has an indexer of its own",
+}
+
+
+def refusal(module: Any, why: str | list[str], fix: str) -> UnsupportedProblem:
+    """The error that names the layer."""
+    whys = [why] if isinstance(why, str) else why
+    layer = getattr(module, "layer_idx", None)
+    name = type(module).__name__ + ("" if layer is None else f", layer {layer}")
+    return UnsupportedProblem(name, {"tokenselect.integrations.transformers": whys}, fix)
+
+
+def refuse_mla(config: Any) -> UnsupportedProblem:
+    """The error for multi-head latent attention."""
+    why = (
+        f"multi-head latent attention (kv_lora_rank={config.kv_lora_rank}): the cache holds "
+        "latents, and making keys of all of them at each step is the cost selection is to save"
+    )
+    return UnsupportedProblem(
+        f"a {config.model_type} model",
+        {"tokenselect.integrations.transformers": [why]},
+        "run it densely: attn_implementation='sdpa' or 'eager'",
+    )

@@ -1,0 +1,242 @@
+"""What transformers says about who may see whom, as the tokens each request has and where.
+
+A *slot* is the index of a key in the keys that a layer is handed. With left padding a request's
+tokens begin at a later slot, with right padding they end at an earlier one; where a batch was
+padded on the right and then grew, there are holes.
+"""
+
+from collections.abc import Callable, Iterator
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import masking_utils
+
+from tokenselect.errors import UnsupportedProblem
+
+MaskFunction = Callable[..., Any]
+
+
+class Run(NamedTuple):
+    """Neighbouring requests of a batch whose tokens lie alike.
+
+    rows     which requests
+    n        how many tokens each has, this call's included
+    slots    where they are: a slice, or (n,) int64 on the CPU if there are holes
+    queries  which queries of the call are tokens, the last of the n: likewise
+    m        how many those are
+    """
+
+    rows: slice
+    n: int
+    slots: slice | Tensor
+    queries: slice | Tensor
+    m: int
+
+    @property
+    def first(self) -> int:
+        """Slot of the first token."""
+        return int(self.slots.start if isinstance(self.slots, slice) else self.slots[0])
+
+    def chunks(self, size: int) -> Iterator[tuple[slice | Tensor, int]]:
+        """Which queries to take together, `size` at most, and the n of that call."""
+        for start in range(0, self.m, size):
+            stop = min(start + size, self.m)
+            if isinstance(self.queries, slice):
+                part: slice | Tensor = slice(self.queries.start + start, self.queries.start + stop)
+            else:
+                part = self.queries[start:stop]
+            yield part, self.n - self.m + stop
+
+
+# What may make a tensor of a TokenMask; __get__ is an attribute, as those torch.compile looks at.
+_HANDS_ON = frozenset({"__get__", "as_subclass", "contiguous", "detach", "to"})
+
+
+class TokenMask(Tensor):
+    """The mask of one kind of layer: (B, 1, 1, slots) bool, False where a request has padding.
+
+    It has four dimensions because transformers hands such masks on as they are.
+
+    at      the slot of the call's first query
+    window  how many tokens a query sees, itself included; None: all before it
+    runs    the requests, gathered by `Run`; for windows none
+    """
+
+    at: int
+    window: int | None
+    runs: list[Run]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Hand it on, and copy it to another device; nothing else. It is no mask to add to logits:
+        a model that attends by itself, whatever attn_implementation says, would do so.
+        """
+        with torch._C.DisableTorchFunctionSubclass():
+            made = func(*args, **(kwargs or {}))
+        name, mask = getattr(func, "__name__", str(func)), args[0]
+        if isinstance(made, Tensor) and (name not in _HANDS_ON or not isinstance(mask, cls)):
+            raise _refusal(
+                f"a model that reads its masks itself (it calls {name})",
+                "it does not attend through transformers' AttentionInterface",
+                "use another attn_implementation for it",
+            )
+        if func in (Tensor.to, Tensor.contiguous) and made is not mask:
+            made = made.as_subclass(cls)
+            made.at, made.window, made.runs = mask.at, mask.window, mask.runs
+        return made
+
+
+@torch.compiler.disable
+def token_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int | Tensor = 0,
+    mask_function: MaskFunction = masking_utils.causal_mask_function,
+    attention_mask: Tensor | None = None,
+    device: torch.device | str = "cpu",
+    **_: Any,
+) -> TokenMask:
+    """Make the mask, as transformers asks a function in its AttentionMaskInterface to.
+
+    attention_mask is None or (B, tokens so far) bool. Reads it, and offsets that are tensors, on
+    the host. Raises UnsupportedProblem for anything but causal attention, within a window or not,
+    over such a mask.
+    """
+    window = window_of(mask_function)
+    at = int(q_offset) - int(kv_offset)
+    _check_sizes(at, q_length, kv_length, int(kv_offset), window)
+    valid = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
+    if attention_mask is not None:
+        valid &= _padding(attention_mask, int(kv_offset), at + q_length, kv_length)
+    mask = valid[:, None, None].as_subclass(TokenMask)
+    mask.at, mask.window = at, window
+    if window is not None:
+        mask.runs = []
+    elif attention_mask is None:  # nothing to read: on a GPU, nothing to wait for
+        mask.runs = [_unpadded(batch_size, at + q_length, at)]
+    else:
+        mask.runs = list(_runs(valid[:, : at + q_length].cpu(), at))
+    return mask
+
+
+def _unpadded(batch_size: int, n: int, at: int) -> Run:
+    """All requests together: n tokens each, from the first slot on, the call's from `at` on."""
+    return Run(slice(0, batch_size), n, slice(0, n), slice(0, n - at), n - at)
+
+
+def _padding(attention_mask: Tensor, kv_offset: int, end: int, kv_length: int) -> Tensor:
+    """The 2D mask of the slots: (B, kv_length) bool; False from the end of the 2D mask on."""
+    if attention_mask.dim() != 2:
+        raise _refusal(
+            f"an attention_mask {tuple(attention_mask.shape)}",
+            "only a mask (batch, tokens) says where each request's tokens are",
+            "pass the tokenizer's attention_mask",
+        )
+    if attention_mask.shape[1] < kv_offset + end:
+        raise _refusal(
+            f"an attention_mask of {attention_mask.shape[1]} tokens, for {kv_offset + end}",
+            "the mask leaves out the newest tokens",
+            "let it cover the tokens in the cache and the new ones: (batch, cached + new)",
+        )
+    seen = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
+    return torch.nn.functional.pad(seen, (0, kv_length - seen.shape[1]))
+
+
+def _check_sizes(
+    at: int, q_length: int, kv_length: int, kv_offset: int, window: int | None
+) -> None:
+    if window is None and kv_offset != 0:
+        raise _refusal(
+            f"full attention over a cache that begins at token {kv_offset}",
+            "the tokens before are gone",
+            "make the cache with the model's config, so that only sliding layers drop tokens",
+        )
+    if not 0 <= at <= kv_length - q_length:
+        raise _refusal(
+            f"{q_length} queries from key {at} on, among {kv_length} keys",
+            "the new tokens are not in the cache",
+            "use a larger cache, or a stock one",
+        )
+
+
+def _runs(valid: Tensor, at: int) -> Iterator[Run]:
+    """Gather the requests of valid (B, slots up to the last query) bool, on the CPU."""
+    if bool(valid.all()):
+        yield _unpadded(len(valid), valid.shape[1], at)
+        return
+    slots = [row.nonzero()[:, 0] for row in valid]
+    ranges = [(int(s[0]), int(s[-1]) + 1) if len(s) else (0, 0) for s in slots]
+    whole = [stop - first == len(s) for s, (first, stop) in zip(slots, ranges, strict=True)]
+    # Requests with holes stay alone: their keys are read through a table.
+    alike = groupby(range(len(slots)), lambda b: (ranges[b], b if not whole[b] else -1))
+    for ((first, stop), _), group in alike:
+        rows = list(group)
+        n, new = len(slots[rows[0]]), slots[rows[0]] - at
+        new = new[new >= 0]
+        if len(new) == 0:
+            continue
+        table: slice | Tensor = slots[rows[0]]
+        queries: slice | Tensor = new
+        if whole[rows[0]]:
+            table, queries = slice(first, stop), slice(int(new[0]), int(new[-1]) + 1)
+        yield Run(slice(rows[0], rows[-1] + 1), n, table, queries, len(new))
+
+
+def window_of(function: MaskFunction) -> int | None:
+    """How many tokens a causal mask lets a query see; None for all before it.
+
+    Raises UnsupportedProblem for a mask that is not causal, or more than that and a window.
+    """
+    if function is masking_utils.causal_mask_function:
+        return None
+    parts = _inside(function, masking_utils.and_masks)
+    if parts is not None:
+        masks = parts["mask_functions"]
+        if len(masks) == 2 and masks[1] is masking_utils.causal_mask_function:
+            window = _inside(masks[0], masking_utils.sliding_window_overlay)
+            if window is not None:
+                return int(window["sliding_window"])
+    raise _refusal(
+        f"the mask {_described(function)}",
+        "only causal attention, within a sliding window or not, and padding are understood",
+        "pass inputs without it, or model.set_attn_implementation('sdpa') or 'eager'",
+    )
+
+
+def _inside(function: MaskFunction, maker: MaskFunction) -> dict[str, Any] | None:
+    """What a function that `maker` returned holds on to, by name; None if another one made it."""
+    code = getattr(function, "__code__", None)
+    if code is None or code not in maker.__code__.co_consts:
+        return None
+    cells = function.__closure__ or ()
+    return {name: c.cell_contents for name, c in zip(code.co_freevars, cells, strict=True)}
+
+
+_KINDS = {
+    "chunked_overlay": "chunked attention",
+    "packed_sequence_mask_function": "packed sequences",
+    "blockwise_overlay": "blocks that see each other, as of images",
+    "bidirectional_mask_function": "bidirectional attention",
+    "sliding_window_bidirectional_overlay": "a bidirectional window",
+}
+
+
+def _described(function: MaskFunction) -> str:
+    """The makers of a mask function, and of those it is made of."""
+    for maker in (masking_utils.and_masks, masking_utils.or_masks):
+        parts = _inside(function, maker)
+        if parts is not None:
+            return f"{maker.__name__}({', '.join(map(_described, parts['mask_functions']))})"
+    name = str(getattr(function, "__qualname__", repr(function)))
+    if getattr(function, "__module__", None) != masking_utils.__name__:
+        return name
+    maker_name = name.partition(".<locals>")[0]
+    return f"{maker_name} ({_KINDS[maker_name]})" if maker_name in _KINDS else maker_name
+
+
+def _refusal(came: str, why: str, fix: str) -> UnsupportedProblem:
+    return UnsupportedProblem(came, {"tokenselect.integrations.transformers": [why]}, fix)
