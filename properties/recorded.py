@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from tokenselect.graph_safety import as_written
+
 
 class Recorded:
     """Fits `tokenselect.graphs.Interface`. captured and replayed count."""
@@ -37,9 +39,7 @@ class Recorded:
         self.captured += 1
         tape = _Tape()
         # Capturing runs nothing: what a step would change meanwhile is put back.
-        # Compiled functions run as they are written: torch.compile does not go with such a mode.
-        as_written = torch.compiler.set_stance("force_eager")
-        with as_written, opaque_kernels(tape.calls.append), tape:
+        with as_written(), opaque_kernels(tape.calls.append), tape:
             outputs = step()
         for tensor, before in reversed(tape.changed.values()):
             tensor.copy_(before)

@@ -23,6 +23,7 @@ from tokenselect import (
     SelectionCache,
     attend,
     attention,
+    capture,
     cuda_graph,
     ops,
     plan,
@@ -266,6 +267,23 @@ def test_a_compiled_plan_returns_info_too() -> None:
     expected, its = planned(*given, return_info=True)
     assert same((out, info), (expected, its))
     assert counter.frame_count == 1
+
+
+def test_a_compiled_step_that_crops_counts_once_when_it_is_captured() -> None:
+    planned = plan(problem(max_reuse=8))
+    cache = SelectionCache(max_reuse=8)
+    planned.prepare(cache)
+    inputs = tensors()
+
+    def step(n: Tensor) -> Tensor:
+        cache.crop(n)
+        return planned(*inputs, n, cache=cache)
+
+    captured = capture(torch.compile(step, fullgraph=True, backend="eager"), interface=Recorded())
+    for i in range(3):
+        captured(lengths(20 + i, 9 + i))
+    assert cache.misses.tolist() == [1, 1]
+    assert cache.hits.tolist() == [2, 2]
 
 
 def test_what_compiled_plans_return_is_their_own() -> None:

@@ -362,6 +362,7 @@ def test_what_is_safe_is_not_refused() -> None:
     def step(x: Tensor, i: Tensor) -> Tensor:
         y = torch.where(x > 0, x, 0).masked_fill(x > 5, 1)[i].to(torch.float32)
         y[y > 1] = torch.tensor(0.5)
+        y = y.to(x.device)
         y[i] = y * 2
         y = y.repeat_interleave(torch.ones_like(i), output_size=3)
         return y.index_add(0, i, y).cumsum(0).sort().values.topk(2).values
@@ -621,6 +622,109 @@ def test_a_stage_that_asks_for_more_than_it_did_is_told() -> None:
     planned = plan(problem())
     with planned._workspace.section("score"), pytest.raises(RuntimeError, match="score asks for"):
         empty((10**6,), torch.float32, torch.device("cpu"))
+
+
+def test_what_ends_a_failed_capture_hides_neither_line_nor_pool() -> None:
+    """torch raises again when it leaves a capture that failed, and its pool is of no use then."""
+
+    class Failing(Recorded):
+        pools, is_failing = 0, False
+
+        def pool(self) -> int:
+            self.pools += 1
+            return self.pools
+
+        def capture(self, step: Callable[[], Any], pool: Any, device: Any) -> Any:
+            if pool > 1:
+                return super().capture(step, pool, device)
+            self.is_failing = True
+            try:
+                return step()
+            finally:
+                self.is_failing = False
+                raise RuntimeError("capture_end: previous error during capture")
+
+    recorded = Failing()
+
+    def step(x: Tensor) -> Tensor:
+        assert not recorded.is_failing
+        return x + 1
+
+    captured = capture(step, interface=recorded)
+    with pytest.raises(NotCapturable, match=r"`assert not recorded\.is_failing` in step"):
+        captured(torch.ones(3))
+    assert torch.equal(captured(torch.ones(3)), torch.full((3,), 2.0))
+    assert recorded.pools == 2
+
+
+def test_rehearsals_in_two_threads_leave_compiled_functions_compiled() -> None:
+    ran, first, second = [], threading.Event(), threading.Event()
+
+    def counting(module: Any, inputs: Any) -> Any:
+        return lambda *given: ran.append(1) or module(*given)
+
+    function = torch.compile(lambda x: x.cos() + 1, backend=counting)
+    x = torch.ones(3)
+    function(x)
+
+    def early(x: Tensor) -> Tensor:
+        first.set()
+        second.wait(10)
+        return function(x)
+
+    def late(x: Tensor) -> Tensor:
+        second.set()
+        one.join(10)
+        return function(x)
+
+    one = threading.Thread(target=rehearse, args=(early, x))
+    one.start()
+    first.wait(10)
+    rehearse(late, x)
+    ran.clear()
+    function(x)
+    assert ran == [1]
+
+
+def test_a_captured_step_that_only_edits_a_cache_holds_on_to_it() -> None:
+    cache = SelectionCache(max_reuse=8)
+    attention(Q, K_CACHE, V_CACHE, **SMALL, cache=cache, cache_seqlens=lengths(20, 20))
+    move = capture(lambda order: cache.reorder(order) or order, interface=Recorded())
+    move(torch.tensor([1, 0]))
+    with pytest.raises(InvalidProblem, match="must not move"):
+        attention(Q.expand(-1, -1, 4, -1), K_CACHE, V_CACHE, **SMALL, cache=cache)
+
+
+def test_a_captured_step_inside_compiled_code_says_so() -> None:
+    step = capture(torch.neg, interface=Recorded())
+    step(Q)
+    with pytest.raises(Exception, match=r"torch\.compile makes graphs of its own"):
+        torch.compile(lambda x: step(x) + 1, fullgraph=True, backend="eager")(Q)
+
+
+def test_a_padded_step_stays_padded_inside_another() -> None:
+    planned, cache = plan(problem(max_reuse=8)), SelectionCache(max_reuse=8)
+
+    def step(x: Tensor, n: Tensor) -> Tensor:
+        return planned(x, K_CACHE, V_CACHE, n, cache=cache).clone()
+
+    captured = capture(step, batches=(2,), interface=Recorded())
+    expected = captured(Q[:1], lengths(20)).clone()
+    assert torch.equal(rehearse(captured, Q[:1], lengths(20)), expected)
+
+
+def test_results_without_a_row_for_each_request_are_refused() -> None:
+    step = capture(lambda x: x.sum(), batches=(2,), interface=Recorded())
+    with pytest.raises(InvalidProblem, match=r"returns \(\) for a batch of 2"):
+        step(torch.ones(2, 3))
+
+
+def test_info_of_a_plan_is_its_own() -> None:
+    planned = plan(problem())
+    _, info = planned(Q, K_CACHE, V_CACHE, lengths(40, 9), return_info=True)
+    kept = [x.clone() for x in (info.lse, info.retained_mass, *info.selection)]
+    planned(-Q, K_CACHE, V_CACHE, lengths(20, 20))
+    assert all(map(torch.equal, (info.lse, info.retained_mass, *info.selection), kept))
 
 
 def test_paged_caches_and_buckets(monkeypatch: pytest.MonkeyPatch) -> None:

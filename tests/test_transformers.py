@@ -982,3 +982,25 @@ for kind, function in (("full", causal_mask_function),
     extra[kind] = resident("VmHWM") - before
 print(json.dumps(extra))
 """
+
+
+def test_a_cache_takes_one_batch() -> None:
+    """The rows of another would be spread over it without a word."""
+    model = model_of("llama")
+    cache = TokenSelectCache(model)
+    ids = torch.randint(1, 50, (2, 9))
+    with enable(model, k=4, n_sink=1, n_local=4), torch.no_grad():
+        model(ids, past_key_values=cache)
+        with pytest.raises(InvalidProblem, match="belongs to one batch"):
+            model(ids[:1, :1], past_key_values=cache)
+
+
+def test_what_was_enabled_last_is_disabled_first() -> None:
+    model = model_of("llama")
+    before = model.config._attn_implementation
+    first, second = enable(model, k=1), enable(model, k=2)
+    with pytest.raises(InvalidProblem, match="disabled first"):
+        first.disable()
+    second.disable()
+    first.disable()
+    assert model.config._attn_implementation == before

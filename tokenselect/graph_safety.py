@@ -1,8 +1,9 @@
 """Whether a CUDA graph can hold a step: finds, on any machine, what would wait for the device."""
 
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -45,11 +46,33 @@ def graph_safe(device: torch.device) -> Iterator[None]:
     Those are operations on tensors of the device whose result, or its shape, the host has to read.
     Compiled functions run as they are written meanwhile, to be seen into.
     """
-    # Once torch.compile has met a mode like these, it does not compile that function any more.
-    compiles = "torch._dynamo" in sys.modules
-    stance = torch.compiler.set_stance("force_eager") if compiles else nullcontext()
-    with stance, _HostReads(device.type), _Operators(device.type):
+    with as_written(), _HostReads(device.type), _Operators(device.type):
         yield
+
+
+_stance = ExitStack()
+_entered = 0
+_stance_lock = threading.Lock()
+
+
+@contextmanager
+def as_written() -> Iterator[None]:
+    """Compiled functions run as they are written meanwhile, in all threads.
+
+    Once torch.compile has met a mode such as those above, it never compiles that function again.
+    """
+    global _entered
+    with _stance_lock:
+        if _entered == 0 and "torch._dynamo" in sys.modules:
+            _stance.enter_context(torch.compiler.set_stance("force_eager"))
+        _entered += 1
+    try:
+        yield
+    finally:
+        with _stance_lock:
+            _entered -= 1
+            if _entered == 0:
+                _stance.close()
 
 
 class _HostReads(TorchFunctionMode):
@@ -63,13 +86,19 @@ class _HostReads(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(function, "__name__", "")
         more = (*args[1:], *kwargs.values())
-        reads = name in _READERS or (name == "to" and any(map(_is_host, more)))
+        reads = name in _READERS or (name == "to" and any(map(self._is_host, more)))
         # Sizes that are tensors.
         reads = reads or (name == "tensor_split" and any(isinstance(x, Tensor) for x in more))
         if reads and self._device in _devices(args, kwargs):
             method = "Tensor." if hasattr(Tensor, name) else "torch."
             raise _not_capturable(f"{method}{name}()", "reads a tensor on the host")
         return function(*args, **kwargs)
+
+    def _is_host(self, x: Any) -> bool:
+        """ "cpu", or, of another device than that, the same as a torch.device."""
+        if isinstance(x, str):
+            return x == "cpu"
+        return isinstance(x, torch.device) and x.type == "cpu" != self._device
 
 
 class _Operators(TorchDispatchMode):
@@ -90,10 +119,12 @@ class _Operators(TorchDispatchMode):
                 raise _not_capturable(str(function), "has to know how many values are chosen")
             if torch.Tag.data_dependent_output in function.tags:
                 raise _not_capturable(str(function), "reads a tensor on the host")
-        if function is torch.ops.aten.lift_fresh.default and args[0].dim() > 0:
+        is_new = function is torch.ops.aten.lift_fresh.default
+        if is_new and (args[0].dim() > 0 or args[0].is_cuda):
             raise _not_capturable("torch.tensor()", "copies from the host")
         result = function(*args, **kwargs)
-        if "cpu" in _devices(result) and _devices(args, kwargs) == {"cuda"}:
+        is_copy = function is torch.ops.aten.copy_.default
+        if "cpu" in _devices(result) and _devices(args[1:] if is_copy else args) == {"cuda"}:
             raise _not_capturable(str(function), "copies from the device to the host")
         return result
 
@@ -106,10 +137,6 @@ def _sizes_by_value(function: Any, args: Any, kwargs: Any) -> bool:
         return bool(kinds & {torch.bool, torch.uint8}) and not assigns_one
     is_told = kwargs.get("output_size") is not None
     return torch.Tag.dynamic_output_shape in function.tags and not is_told
-
-
-def _is_host(x: Any) -> bool:
-    return x == "cpu" if isinstance(x, str) else isinstance(x, torch.device) and x.type == "cpu"
 
 
 def _devices(*what: Any) -> set[str]:

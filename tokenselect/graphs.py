@@ -7,6 +7,7 @@ the operation that would wait for the device.
 """
 
 import functools
+import threading
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tokenselect import ops, registry
 from tokenselect.contract import Backend, Problem, Scores, Selection
@@ -54,9 +55,11 @@ class Cuda:
         with torch.cuda.device(device):
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                step()
-            torch.cuda.current_stream().wait_stream(stream)
+            try:
+                with torch.cuda.stream(stream):
+                    step()
+            finally:
+                torch.cuda.current_stream().wait_stream(stream)
 
     def capture(
         self, step: Callable[[], Any], pool: Any, device: torch.device
@@ -64,12 +67,24 @@ class Cuda:
         """What the step returned while captured, and the function that replays it."""
         with torch.cuda.device(device):
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            # torch's own context does not put the stream back if the capture fails.
+            here = torch.cuda.stream(torch.cuda.current_stream())
+            captured = torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local")
+            with here, captured:
                 outputs = step()
         return outputs, graph.replay
 
 
-def _place(error: Exception) -> str:
+def _padded(x: Tensor, rows: int) -> Tensor:
+    """x with rows of zeros after its own."""
+    return torch.cat((x, x.new_zeros(rows - x.shape[0], *x.shape[1:])))
+
+
+def _cut(outputs: Any, B: int) -> Any:
+    return tree_map_only(Tensor, lambda x: x[:B], outputs)
+
+
+def _place(error: BaseException) -> str:
     """The line that raised an error: the last one that is neither torch's nor this library's."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [str(Path(module.__file__ or "").parent) for module in (torch, ops)]
@@ -80,6 +95,27 @@ def _place(error: Exception) -> str:
 
 def _is_captured(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+class _Pool:
+    """A pool of memory that several Graphs share, made when it is first asked for."""
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self._make = make
+        self._made: list[Any] = []
+
+    def get(self) -> Any:
+        if not self._made:
+            self._made.append(self._make())
+        return self._made[0]
+
+    def drop(self) -> None:
+        """Take a new one from now on: a capture that failed leaves its pool unusable."""
+        self._made.clear()
+
+
+# torch has one stream for captures, so there is one at a time.
+_one_capture = threading.Lock()
 
 
 class _Captured(NamedTuple):
@@ -99,11 +135,11 @@ class Graphs:
                rows of zeros, and results are cut back. Empty: each size is captured as it comes
     limit      so many captures are kept, those used last
     interface  torch.cuda's graphs, or what stands for them in tests
-    pool       gives the pool, made when it is first asked for
+    pool       of the memory that captures take
     """
 
     def __init__(
-        self, batches: tuple[int, ...], limit: int, interface: Interface, pool: Callable[[], Any]
+        self, batches: tuple[int, ...], limit: int, interface: Interface, pool: _Pool
     ) -> None:
         self.batches = tuple(sorted(batches))
         self.limit = limit
@@ -112,6 +148,7 @@ class Graphs:
         self._pool = pool
         self._captured: OrderedDict[Any, _Captured] = OrderedDict()
         self._order: InOrder | None = None
+        self._lock = threading.Lock()
 
     def bucket(self, B: int) -> int:
         """The batch that B requests are captured for. Raises InvalidProblem if there is none."""
@@ -143,17 +180,28 @@ class Graphs:
         that nothing else can come to lie there.
         While another step is tried or captured, this one becomes a part of that.
         """
+        if torch.compiler.is_compiling():
+            raise NotCapturable(
+                "a captured step inside a function that torch.compile compiles",
+                "torch.compile makes graphs of its own, with mode='reduce-overhead'",
+                "compile the step, or capture it, or leave the call out of what is compiled",
+            )
         (first, *_) = (x for x in inputs if x is not None)
+        B = first.shape[0] if first.dim() else 1
+        is_padded = rows is not None and rows > B
         if is_tried() or _is_captured(first.device):
-            return finish(step(*inputs))
+            if is_padded:
+                inputs = tuple(None if x is None else _padded(x, rows or B) for x in inputs)
+            return finish(_cut(step(*inputs), B) if is_padded else step(*inputs))
         shapes = [None if x is None else _shape(x, rows) for x in inputs]
         kinds = [None if x is None else (x.dtype, x.device) for x in inputs]
         kind = (key, *shapes, *kinds)
-        self._order = self._order or InOrder(first.device)
+        with self._lock:
+            self._order = self._order or InOrder(first.device)
         with self._order.turn(), torch.no_grad():
             found = self._captured.get(kind)
             if found is None:
-                found = self._captured[kind] = self._capture(step, inputs, shapes, alive)
+                found = self._captured[kind] = self._capture(step, inputs, shapes, rows, alive)
                 while len(self._captured) > self.limit:
                     self._captured.popitem(last=False)
             self._captured.move_to_end(kind)
@@ -162,16 +210,14 @@ class Graphs:
                     turns.enter_context(order.turn())
                 _fill(found.inputs, inputs)
                 found.replay()
-                outputs, B = found.outputs, first.shape[0]
-                if rows is not None and rows > B:
-                    outputs = tree_map_only(Tensor, lambda x: x[:B], outputs)
-                return finish(outputs)
+                return finish(_cut(found.outputs, B) if is_padded else found.outputs)
 
     def _capture(
         self,
         step: Callable[..., Any],
         inputs: tuple[Tensor | None, ...],
         shapes: list[tuple[int, ...] | None],
+        rows: int | None,
         alive: Any,
     ) -> _Captured:
         """Try the step, run it once more as it is (kernels are compiled then), capture it."""
@@ -184,10 +230,17 @@ class Graphs:
         _fill(held, inputs)
         (device, *_) = (x.device for x in held if x is not None)
         run = functools.partial(step, *held)
-        with undone(), turns_taken() as orders:
+        with undone(is_captured=True), turns_taken() as orders:
             versions = [None if x is None else x._version for x in held]
             with graph_safe(device):
-                run()
+                tried = run()
+            for x in tree_leaves(tried):
+                if rows is not None and isinstance(x, Tensor) and x.shape[:1] != (rows,):
+                    raise InvalidProblem(
+                        f"the captured step returns {tuple(x.shape)} for a batch of {rows}",
+                        "with `batches`, dim 0 of every result is the batch, as it is cut back",
+                        "return it with a row for each request, or leave batches out",
+                    )
             for place, (x, before) in enumerate(zip(held, versions, strict=True)):
                 if x is not None and x._version != before:
                     raise InvalidProblem(
@@ -197,13 +250,21 @@ class Graphs:
                     )
             self._interface.rehearse(run, device)
             try:
-                outputs, replay = self._interface.capture(run, self._pool(), device)
-            except NotCapturable:
-                raise
-            except Exception as error:
+                with ExitStack() as turns:
+                    for order in sorted(orders, key=id):
+                        turns.enter_context(order.turn())
+                    turns.enter_context(_one_capture)
+                    outputs, replay = self._interface.capture(run, self._pool.get(), device)
+            except Exception as failed:
+                self._pool.drop()
+                # What ends a capture that failed raises in its turn.
+                error = failed.__context__ if failed.__context__ is not None else failed
+                if isinstance(error, NotCapturable):
+                    raise error from None
+                said = str(error).splitlines() or [type(error).__name__]
                 raise NotCapturable(
                     f"the step, at {_place(error)},",
-                    f"CUDA refused the capture: {str(error).splitlines()[0]}",
+                    f"CUDA refused the capture: {said[0]}",
                     "the error above this one says more; run the step without a graph to find out",
                 ) from error
         self.captures += 1
@@ -295,7 +356,7 @@ def _maker(batches: Iterable[int], limit: int, interface: Interface | None) -> C
                 "batches are integers of 1 or more, and so is limit",
                 "say batches=(1, 2, 4, 8), or leave them out",
             )
-    return functools.partial(Graphs, batches, limit, used, functools.cache(used.pool))
+    return functools.partial(Graphs, batches, limit, used, _Pool(used.pool))
 
 
 def cuda_graph(

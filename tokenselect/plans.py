@@ -130,11 +130,10 @@ class Plan:
         cache          a SelectionCache with the plan's max_reuse; then B is the plan's, and a
                        request that is not there has length 0
         out            (B, Hq, Lq, Dv) contiguous, in q's dtype: written to and returned
-        return_info    also return an `Info`, which allocates the retained mass
+        return_info    also return an `Info`, which allocates: its tensors are its own
 
-        Without `out`, the result is the plan's own memory, and so is what Info holds: the next call
-        overwrites it. (Inside torch.compile, results are tensors of their own.) Raises
-        InvalidProblem.
+        Without `out`, the result is the plan's own memory: the next call overwrites it. (Inside
+        torch.compile, it is a tensor of its own.) Raises InvalidProblem.
         """
         like = self._like
         if not isinstance(cache_seqlens, Tensor) or not cache_seqlens.is_contiguous():
@@ -194,17 +193,14 @@ class Plan:
         theta: float | None,
         out: Tensor | None,
         with_info: bool,
-        own: bool = False,
     ) -> list[Tensor]:
-        """out alone; or out, lse, lse of all tokens, positions, count and reused.
-
-        In the plan's memory, but for out if it was given; or in memory of their own.
+        """out alone, in the plan's memory if it was not given; or, each in memory of its own, also
+        lse, lse of all tokens, positions, count and reused.
         """
 
         def finish(done: tuple[Tensor, ...]) -> list[Tensor]:
             result = done[0] if out is None or done[0] is out else out.copy_(done[0])
-            results = [result, *(done[1:] if with_info else ())]
-            return [x if x is out else x.clone() for x in results] if own else results
+            return [result, *(x.clone() for x in done[1:] if with_info)]
 
         with self._order.turn(), torch.no_grad(), _without_autocast(problem.q.device.type):
             if self._graphs is None:
@@ -272,7 +268,7 @@ class Plan:
         nobody = torch.zeros((like.B,), dtype=torch.int32, device=like.q.device)
         problem = replace(like, cache_seqlens=nobody)
         memory = SelectionCache().memory(problem)
-        with torch.no_grad(), _without_autocast(like.q.device.type):
+        with self._order.turn(), torch.no_grad(), _without_autocast(like.q.device.type):
             self._step(problem, memory, 0.9, None)
         self._workspace.seal()
         self._written = [_span(block) for block in self._workspace.blocks()]
@@ -433,7 +429,7 @@ def _planned(
     made._check_memory(problem, None)
     held = Memory(*memory) if memory else None
     # What an operator returns is its own, and of a number that is laid down.
-    _, *info = made._run(problem, held, theta, out, with_info, own=True)
+    _, *info = made._run(problem, held, theta, out, with_info)
     return out, *(info or [out.new_empty(0) for _ in Info._fields])
 
 

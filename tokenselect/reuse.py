@@ -117,10 +117,8 @@ class SelectionCache:
                 wider = self._memory.positions.new_full((problem.B, problem.S, problem.K), -1)
             wider[:, :, :-missing] = self._memory.positions
             self._memory.positions = _kept_in_place(wider)
-        if not torch.compiler.is_compiling():
-            stays = stays or is_tried() or _is_captured(problem)
-            used(self._memory)
         self._stays = self._stays or stays
+        self._is_used(self._memory)
         return self._memory
 
     def reset(self, b: int | Tensor | None = None) -> None:
@@ -133,7 +131,7 @@ class SelectionCache:
         if self._memory is not None:
             if b is not None:
                 _check_request(b, self._memory.seen)
-            used(self._memory)
+            self._is_used(self._memory)
             for tensor in (self._memory.seen, self._memory.hits, self._memory.misses):
                 if isinstance(b, Tensor):
                     tensor.masked_fill_(b, 0)
@@ -148,14 +146,14 @@ class SelectionCache:
         if self._memory is not None:
             seen = self._memory.seen
             _check_rows("lengths", lengths, seen)
-            used(self._memory)
+            self._is_used(self._memory)
             seen.masked_fill_(seen > lengths, 0)
 
     def reorder(self, order: Tensor) -> None:
         """Row b becomes what row order[b] was: beams, or a batch put together anew. order (B,)."""
         if self._memory is not None:
             _check_rows("order", order, self._memory.seen)
-            used(self._memory)
+            self._is_used(self._memory)
             tensors = self._memory.tensors()
             try:
                 picked = [tensor.index_select(0, order) for tensor in tensors]
@@ -167,6 +165,13 @@ class SelectionCache:
                 ) from None
             for tensor, rows in zip(tensors, picked, strict=True):
                 tensor.copy_(rows)
+
+    def _is_used(self, memory: Memory) -> None:
+        """A step reads or writes the state: what is captured meanwhile holds on to it."""
+        if not torch.compiler.is_compiling():
+            is_held = getattr(_tried, "is_captured", False) or _is_captured(memory.seen)
+            self._stays = self._stays or is_held
+            used(memory)
 
     def _used(self) -> Memory:
         if self._memory is None:
@@ -183,14 +188,18 @@ _tried = threading.local()
 
 
 @contextmanager
-def undone() -> Iterator[None]:
-    """What Selection Caches learn inside is forgotten at the end: for a step that is only tried."""
-    outer = getattr(_tried, "held", None)
+def undone(*, is_captured: bool = False) -> Iterator[None]:
+    """What Selection Caches learn inside is forgotten at the end: for a step that is only tried.
+
+    is_captured: a graph is made inside, which will go on to use their tensors.
+    """
+    outer, was_captured = getattr(_tried, "held", None), getattr(_tried, "is_captured", False)
     _tried.held = held = {} if outer is None else outer
+    _tried.is_captured = was_captured or is_captured
     try:
         yield
     finally:
-        _tried.held = outer
+        _tried.held, _tried.is_captured = outer, was_captured
         if outer is None:
             for memory, copies in held.values():
                 for tensor, copy in zip(memory.tensors(), copies, strict=True):
@@ -205,7 +214,8 @@ def is_tried() -> bool:
 
 def used(memory: Memory) -> None:
     """Tell that `memory` is about to be written to; inside `undone`, remember what it holds."""
-    if is_tried():
+    # What is compiled has run as it is written before, which noted it.
+    if is_tried() and not torch.compiler.is_compiling():
         # By address: torch.compile hands on the tensors, and not the Memory.
         held: dict[int, tuple[Memory, list[Tensor]]] = _tried.held
         at = memory.seen.data_ptr()
@@ -221,7 +231,7 @@ def _refuse_in_a_capture(problem: Problem, stays: bool) -> None:
             "its state is made outside, or it would lie in the memory of a graph",
             "call plan.prepare(cache) before, or the function once without torch.compile",
         )
-    if not torch.compiler.is_compiling() and _is_captured(problem):
+    if not torch.compiler.is_compiling() and _is_captured(problem.q):
         raise NotCapturable(
             "the first use of a SelectionCache, or one with a larger K,",
             "its state is made before the capture, so that replays find what they kept",
@@ -229,8 +239,8 @@ def _refuse_in_a_capture(problem: Problem, stays: bool) -> None:
         )
 
 
-def _is_captured(problem: Problem) -> bool:
-    return problem.q.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+def _is_captured(x: Tensor) -> bool:
+    return x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _nothing_stored(problem: Problem) -> Memory:

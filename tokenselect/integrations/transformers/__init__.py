@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from tokenselect.errors import UnsupportedProblem
+from tokenselect.errors import InvalidProblem, UnsupportedProblem
 from tokenselect.integrations.transformers.cache import TokenSelectCache
 from tokenselect.integrations.transformers.layers import attention_forward, refuse_mla
 from tokenselect.integrations.transformers.masks import TokenMask, token_mask
@@ -44,12 +44,18 @@ class Enabled:
         self._part.set_attn_implementation(NAME)
         if config._attn_implementation != NAME:
             raise _not_through_the_interface(model)
-        config.tokenselect = options
+        config.tokenselect = self._given = options
 
     def disable(self) -> None:
         """Attend as before `enable`; a second call changes nothing."""
         if not self._is_on:
             return
+        if vars(self._config).get("tokenselect") is not self._given:
+            raise InvalidProblem(
+                "disable() of options that are not in force: others were set after them",
+                "what was enabled last is disabled first",
+                "disable the later ones before, or use enable() in `with` blocks",
+            )
         self._is_on = False
         self._part.set_attn_implementation(self._implementation)
         if self._options is None:

@@ -110,6 +110,13 @@ class RoomyLayer(DynamicLayer):
                 "it is written in place, and has no backward pass",
                 "call the model under torch.inference_mode() or torch.no_grad()",
             )
+        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            if (*states.shape[:2], states.shape[3]) != (*buffer.shape[:2], buffer.shape[3]):
+                raise InvalidProblem(
+                    f"keys or values {tuple(states.shape)}, for a cache of {tuple(buffer.shape)}",
+                    "a cache belongs to one batch and one model until reset()",
+                    "make another TokenSelectCache, or batch_select_indices() the rows to keep",
+                )
         n = self.get_seq_length()
         end = n + key_states.shape[2]
         self._make_room(n, end)

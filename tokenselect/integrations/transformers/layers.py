@@ -191,7 +191,7 @@ def _checked_mask(
             f"a custom mask {tuple(mask.shape)}",
             "pass the tokenizer's attention_mask (batch, tokens), or none",
         )
-    fits = mask.shape[0] == query.shape[0] and mask.shape[3] == key.shape[2]
+    fits = mask.shape[0] == query.shape[0] == key.shape[0] and mask.shape[3] == key.shape[2]
     if not fits or mask.at + query.shape[2] > key.shape[2]:
         raise refusal(
             module,
