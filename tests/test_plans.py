@@ -43,6 +43,15 @@ def close(one: Tensor, other: Tensor) -> None:
     torch.testing.assert_close(one, other)
 
 
+def in_threads(run: Callable[[int], None], count: int) -> None:
+    """run(0), run(1), ... at the same time."""
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
 def test_auto_plans_what_auto_would_run() -> None:
     planned = plan(problem())
     assert planned.backend == "cpu"
@@ -159,11 +168,7 @@ def test_threads_take_turns() -> None:
             if not torch.equal(planned(*inputs[i], n, out=out), expected[i]):
                 wrong.append(i)
 
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(inputs))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(run, len(inputs))
     assert not wrong
 
 
@@ -498,14 +503,10 @@ def test_steps_over_one_plan_take_turns_when_replayed() -> None:
         for _ in range(60):
             # The third calls the plan as it is.
             got = steps[i](n) if i < 2 else planned(*inputs[i], n, out=out)
-            if i == 2 and not torch.equal(got, expected[i]):
+            if not torch.equal(got, expected[i]):
                 wrong.append(i)
 
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(run, 3)
     assert not wrong
 
 
@@ -519,11 +520,7 @@ def test_attention_by_graphs_of_stages_is_safe_in_threads(graphed: Recorded) -> 
             if not torch.equal(attention(*inputs[i], **SMALL, backend="graphed"), expected[i]):
                 wrong.append(i)
 
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(run, 3)
     assert not wrong
 
 
