@@ -7,17 +7,19 @@ as it was; what a stage is to write to, only its margins, and it is copied back.
 two kinds of poison have to give the same results, to the bit.
 """
 
+import importlib
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor
 
 from properties.devices import carried, moved
-from tokenselect import Backend, Selection
+from tokenselect import Backend, Selection, registry
 from tokenselect.contract import Decision, Memory, Planned, Reuse
 
 # In float32 and in half of the 16-bit floats it is a NaN with a payload that no arithmetic makes;
@@ -165,3 +167,9 @@ def watched(backend: Backend, launch: Any) -> Backend:
         keep = guarded(backend.reuse.keep, Memory, Selection)
         own["reuse"] = Reuse(guarded(backend.reuse.decide), keep)
     return replace(backend, **own)
+
+
+def take_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The triton backend as it is: guarded memory is new at each call, a plan's is not."""
+    right = importlib.import_module("tokenselect.kernels.triton").BACKEND
+    monkeypatch.setitem(registry._loaded, "triton", right)

@@ -4,7 +4,6 @@ Without a GPU replays are those of `properties.recorded`, which is not CUDA; on 
 """
 
 import contextlib
-import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -17,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from properties import guard
 from properties.backends import chosen
 from properties.devices import back, device_of, on
 from properties.guard import poisoned
@@ -67,10 +67,8 @@ FEATURES = (
 
 @pytest.fixture(autouse=True)
 def _unguarded(_guarded: None, monkeypatch: pytest.MonkeyPatch, pytestconfig: Any) -> None:
-    """The guard that conftest.py puts around triton lends memory of its own, at each call."""
     if "triton" in chosen(pytestconfig):
-        right = importlib.import_module("tokenselect.kernels.triton").BACKEND
-        monkeypatch.setitem(registry._loaded, "triton", right)
+        guard.take_off(monkeypatch)
 
 
 def problem_of(case: Case, name: str) -> Problem:

@@ -1,7 +1,6 @@
 """The Selection Cache over hundreds of random steps, against a model of it in plain Python."""
 
 import functools
-import importlib
 import math
 from dataclasses import dataclass, replace
 
@@ -13,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_sta
 from torch import Tensor
 from torch.nn import functional as F
 
+from properties import guard
 from properties.devices import back, device_of, on
 from properties.law import RAN, SHARES
 from properties.laws_attention import run
@@ -293,7 +293,8 @@ def test_cache_follows_the_model(backend: Backend) -> None:
 def test_cache_follows_the_model_through_plans(
     plannable: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    take_off_the_guard(plannable, monkeypatch)
+    if plannable == "triton":
+        guard.take_off(monkeypatch)
     run_state_machine_as_test(
         machine(plannable, SelectionCache, kind=Planned), settings=steps(10, 50, plannable)
     )
@@ -303,7 +304,8 @@ def test_cache_follows_the_model_through_replays(
     plannable: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Over CUDA's graphs, or, without a GPU, over recorded operators, which are not CUDA."""
-    take_off_the_guard(plannable, monkeypatch)
+    if plannable == "triton":
+        guard.take_off(monkeypatch)
     interface = None if device_of(load(plannable)) == "cuda" else Recorded()
     made = cuda_graph(plannable, name=f"{plannable}-replayed", interface=interface)
     monkeypatch.setitem(registry._targets, made.name, made)
@@ -311,13 +313,6 @@ def test_cache_follows_the_model_through_replays(
     run_state_machine_as_test(
         machine(made.name, SelectionCache, kind=Planned), settings=steps(5, 40, plannable)
     )
-
-
-def take_off_the_guard(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What conftest.py puts around triton lends memory of its own, at each call."""
-    if name == "triton":
-        right = importlib.import_module("tokenselect.kernels.triton").BACKEND
-        monkeypatch.setitem(registry._loaded, "triton", right)
 
 
 def test_decisions_are_those_of_the_reference_and_of_each_request_alone(backend: Backend) -> None:
