@@ -12,18 +12,19 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from tokenselect.errors import InvalidProblem, UnsupportedProblem
 from tokenselect.integrations.transformers.cache import TokenSelectCache
-from tokenselect.integrations.transformers.layers import attention_forward, refuse_mla
+from tokenselect.integrations.transformers.layers import attention_forward
 from tokenselect.integrations.transformers.masks import TokenMask, token_mask
 from tokenselect.integrations.transformers.options import (
+    NAME,
     Options,
     check,
     parse,
     preset_options,
 )
+from tokenselect.integrations.transformers.refusals import refuse_mla
+from tokenselect.integrations.transformers.rotation import RawLayers, is_raw
 
 __all__ = ["NAME", "Enabled", "Options", "TokenMask", "TokenSelectCache", "enable"]
-
-NAME = "tokenselect"
 
 AttentionInterface.register(NAME, attention_forward)
 AttentionMaskInterface.register(NAME, token_mask)
@@ -36,7 +37,8 @@ class Enabled:
         config = model.config.get_text_config(decoder=True)
         if getattr(config, "kv_lora_rank", None) is not None:
             raise refuse_mla(config)
-        check(parse(options))
+        parsed = parse(options)
+        check(parsed)
         self._part, self._config = _text_part(model, config), config
         self._implementation = config._attn_implementation
         self._options = vars(config).get("tokenselect")
@@ -45,6 +47,13 @@ class Enabled:
         if config._attn_implementation != NAME:
             raise _not_through_the_interface(model)
         config.tokenselect = self._given = options
+        self._raw: RawLayers | None = None
+        if parsed.moves and not is_raw(self._part):
+            try:
+                self._raw = RawLayers(self._part)
+            except BaseException:
+                self.disable()
+                raise
 
     def disable(self) -> None:
         """Attend as before `enable`; a second call changes nothing."""
@@ -57,6 +66,8 @@ class Enabled:
                 "disable the later ones before, or use enable() in `with` blocks",
             )
         self._is_on = False
+        if self._raw is not None:
+            self._raw.remove()
         self._part.set_attn_implementation(self._implementation)
         if self._options is None:
             del self._config.tokenselect
@@ -94,9 +105,12 @@ def _not_through_the_interface(model: Any) -> UnsupportedProblem:
 def enable(model: Any, preset: str | None = None, **options: Any) -> Enabled:
     """Let a model attend with tokenselect, until `.disable()` or the end of a `with` block.
 
-    preset   "faithful" or "paper", as in `SelectConfig`; options change what it sets
+    preset   "faithful", "extrapolate" or "paper", as in `SelectConfig`; options change what it sets
     options  fields of SelectConfig, and theta, max_reuse, backend, chunk: see `Options`. They take
              the place of config.tokenselect, as a whole
+
+    Options that move keys (positions="contiguous", another score_at than "true") run the model
+    twice over 16 tokens, to see how it rotates; while they are in force it caches raw keys.
 
     Raises InvalidProblem for an unknown option or a bad value, UnsupportedProblem for a model that
     cannot work.

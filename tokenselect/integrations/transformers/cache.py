@@ -1,5 +1,6 @@
 """A KV cache that grows without copying all of itself at each step, and remembers selections."""
 
+import functools
 from typing import Any
 
 import torch
@@ -190,6 +191,74 @@ class RoomyLayer(DynamicLayer):
     def _show(self, n: int) -> None:
         self.keys, self.values = (buffer[:, :, :n] for buffer in self._buffers)
         setattr(self.keys, _ATTRIBUTE, self.selections)
+
+
+class RawKeys(Cache):
+    """What a cache is made to be by `expect_raw_keys`: it knows which of its layers hold raw keys.
+
+    A layer that holds raw keys takes no rotated ones, nor the reverse; an emptied one takes either.
+
+    raw_layers  those that were last filled with raw keys
+    starts      (B,) int64 on the CPU, the position of each request's first token, if known
+    """
+
+    raw_layers: frozenset[int] = frozenset()
+    starts: Tensor | None = None
+    _expected: int | None = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append keys: raw ones, if `expect_raw_keys` was called for this layer just before."""
+        are_raw = self._expected == layer_idx
+        self._expected = None
+        if are_raw != (layer_idx in self.raw_layers):
+            if self.get_seq_length(layer_idx) > 0:
+                new, old = ("raw", "rotated") if are_raw else ("rotated", "raw")
+                raise InvalidProblem(
+                    f"{new} keys, for layer {layer_idx} of a cache that holds {old} ones",
+                    "a cache is filled while options that move keys are in force, or while they "
+                    "are not; half and half would be attended to in the wrong places",
+                    "go on with a new cache, or with this one after reset()",
+                )
+            self.raw_layers ^= {layer_idx}
+        shown: tuple[Tensor, Tensor] = super().update(
+            key_states, value_states, layer_idx, *args, **kwargs
+        )
+        return shown
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row b becomes what row beam_idx[b] was."""
+        super().reorder_cache(beam_idx)
+        self._take_starts(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times."""
+        super().batch_repeat_interleave(repeats)
+        if self.starts is not None:
+            self.starts = self.starts.repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows."""
+        super().batch_select_indices(indices)
+        self._take_starts(indices)
+
+    def _take_starts(self, rows: Tensor) -> None:
+        if self.starts is not None:
+            self.starts = self.starts[rows.cpu()]
+
+
+@functools.cache
+def _with_raw_keys(kind: type) -> type:
+    return type(kind.__name__, (RawKeys, kind), {})
+
+
+def expect_raw_keys(cache: Any, layer_idx: int) -> None:
+    """Let the next update of this layer be one of raw keys; from now on the cache looks out."""
+    if not isinstance(cache, RawKeys):
+        kind: Any = type(cache)
+        cache.__class__ = _with_raw_keys(kind)
+    cache._expected = layer_idx
 
 
 class TokenSelectCache(Cache):

@@ -7,10 +7,13 @@ import torch
 from torch import Tensor
 
 import tokenselect
-from tokenselect.errors import InvalidProblem, UnsupportedProblem
+from tokenselect.errors import InvalidProblem
 from tokenselect.integrations.transformers.cache import Selections, selections_of
 from tokenselect.integrations.transformers.masks import Run, TokenMask
 from tokenselect.integrations.transformers.options import Options, parse
+from tokenselect.integrations.transformers.refusals import refusal, refuse_mla
+from tokenselect.integrations.transformers.rotation import Probe, raw_layer_of
+from tokenselect.rope import Rope
 
 # What models pass on that does not change what attention computes.
 _HARMLESS = frozenset(
@@ -58,11 +61,15 @@ def attention_forward(
     others |= {"is_causal=False": is_causal is False or not getattr(module, "is_causal", True)}
     _refuse(module, dropout, others)
     mask = _checked_mask(module, query, key, attention_mask, sliding_window)
-    options = parse(getattr(module.config, "tokenselect", None))
+    given = getattr(module.config, "tokenselect", None)
+    if isinstance(given, Probe):
+        return given.attend(module, query, key, value, mask)
+    options = parse(given)
+    rope = _rope(module, query, mask, options)
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     if mask.window is not None:
         return windowed(query, key, value, mask, scale, softcap, s_aux, options.chunk), None
-    more: dict[str, Any] = {"scale": scale, "softcap": softcap, "sink_logits": s_aux}
+    more: dict[str, Any] = {"scale": scale, "softcap": softcap, "sink_logits": s_aux, "rope": rope}
     layer, selections = getattr(module, "layer_idx", 0), _selections(options, key)
     out = query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
     for run in mask.runs:
@@ -78,6 +85,21 @@ def attention_forward(
             )
             out[run.rows, queries] = attended.transpose(1, 2)
     return out, None
+
+
+def _rope(module: Any, query: Tensor, mask: TokenMask, options: Options) -> Rope | None:
+    """How keys and queries are to be rotated, if they came raw; None if they came rotated."""
+    raw_layer = raw_layer_of(module)
+    if raw_layer is not None:
+        return raw_layer.take(module, query, mask)
+    if options.moves and mask.window is None:
+        asked = f"positions={options.select.positions!r}, score_at={options.select.score_at!r}"
+        raise refusal(
+            module,
+            f"{asked}: to move keys, this layer would have to cache them before rotation",
+            "use enable(model, ...), which sees to that, or leave both out",
+        )
+    return None
 
 
 def _tokens(key: Tensor, value: Tensor, run: Run, n: int) -> dict[str, Any]:
@@ -240,24 +262,3 @@ _WHY = {
     "indices": "the model has an indexer of its own",
     "block_indices": "the model has an indexer of its own",
 }
-
-
-def refusal(module: Any, why: str | list[str], fix: str) -> UnsupportedProblem:
-    """The error that names the layer."""
-    whys = [why] if isinstance(why, str) else why
-    layer = getattr(module, "layer_idx", None)
-    name = type(module).__name__ + ("" if layer is None else f", layer {layer}")
-    return UnsupportedProblem(name, {"tokenselect.integrations.transformers": whys}, fix)
-
-
-def refuse_mla(config: Any) -> UnsupportedProblem:
-    """The error for multi-head latent attention."""
-    why = (
-        f"multi-head latent attention (kv_lora_rank={config.kv_lora_rank}): the cache holds "
-        "latents, and making keys of all of them at each step is the cost selection is to save"
-    )
-    return UnsupportedProblem(
-        f"a {config.model_type} model",
-        {"tokenselect.integrations.transformers": [why]},
-        "run it densely: attn_implementation='sdpa' or 'eager'",
-    )

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 
 from tokenselect.contract import CONFIG_NAMES, Problem, SelectConfig
-from tokenselect.errors import InvalidProblem, UnsupportedProblem
+from tokenselect.errors import InvalidProblem
 from tokenselect.reuse import SelectionCache
+from tokenselect.rope import Rope
 
+NAME = "tokenselect"
 _OWN = ("theta", "max_reuse", "backend", "chunk")
 NAMES = (*CONFIG_NAMES, *_OWN)
 PRESETS = ("faithful", "extrapolate", "paper")
@@ -33,6 +35,11 @@ class Options:
     backend: str = "auto"
     chunk: int = 512
 
+    @property
+    def moves(self) -> bool:
+        """Whether keys have to be moved, which takes the model's rope."""
+        return (self.select.positions, self.select.score_at) != ("original", "true")
+
     def selection_cache(self) -> SelectionCache:
         """A new, empty one with these settings; raises InvalidProblem for bad ones."""
         return SelectionCache(self.theta, self.max_reuse)
@@ -41,8 +48,8 @@ class Options:
 def parse(given: object) -> Options:
     """Read `config.tokenselect`: a mapping from names to values, or None for the defaults.
 
-    Raises InvalidProblem for an unknown name, UnsupportedProblem for what is not built yet. The
-    values are checked where they are used, and all at once by `check`.
+    Raises InvalidProblem for an unknown name. The values are checked where they are used, and all
+    at once by `check`.
     """
     if given is None:
         return Options()
@@ -65,7 +72,6 @@ def parse(given: object) -> Options:
             "chunk is an integer >= 1: how many queries are selected for together",
             "pass an int of 1 or more, or leave chunk out for 512",
         )
-    _refuse_moving(options.select)
     return options
 
 
@@ -73,7 +79,7 @@ def check(options: Options) -> None:
     """Raise InvalidProblem now for a value that the first call would refuse."""
     options.selection_cache()
     token = torch.zeros(1, 1, 1, 2)
-    Problem.build(token, token, token, options.select)
+    Problem.build(token, token, token, options.select, rope=Rope(torch.zeros(1)))
 
 
 def preset_options(preset: str | None) -> dict[str, Any]:
@@ -97,14 +103,3 @@ def _unknown(name: object) -> InvalidProblem:
         f"options are {', '.join(NAMES)}",
         f"did you mean {close[0]!r}?" if close else "leave it out, or use one of these",
     )
-
-
-def _refuse_moving(select: SelectConfig) -> None:
-    if (select.positions, select.score_at) != ("original", "true"):
-        asked = f"positions={select.positions!r}, score_at={select.score_at!r} in a model"
-        why = "it moves keys, and the integration does not hand over the model's rope yet"
-        raise UnsupportedProblem(
-            asked,
-            {"tokenselect.integrations.transformers": [why]},
-            "leave both out: original positions, scored at their true distance",
-        )

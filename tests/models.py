@@ -1,0 +1,168 @@
+"""Small random models of the families that the integration is tested with, and what to ask of them.
+
+Tolerance: with k >= the length both sides are the same sums of the same float32 numbers in another
+order. Two layers of width 32 take a few hundred additions from a key to a logit, each good to 6e-8
+of what is added: 2e-5 of the largest logit is ten times what that comes to, and a mistake in a
+mask, an offset or a head is a thousand times more.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GptOssConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    StaticCache,
+)
+
+from tokenselect.integrations.transformers import TokenSelectCache
+from tokenselect.integrations.transformers.cache import RoomyLayer
+
+VOCABULARY = 61
+WINDOW = 6
+EVERYTHING = {"k": 64, "n_sink": 2, "n_local": 3}
+SMALL: dict[str, Any] = {"k": 3, "n_sink": 1, "n_local": 2}
+OTHERWISE: dict[str, Any] = {**SMALL, "vote": "logit", "scope": "group", "pool": 3}
+
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    # Large enough for attention to be far from uniform: logits of a few units.
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+BOTH_KINDS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": WINDOW}
+
+FAMILIES: dict[str, Callable[[], Any]] = {
+    "llama": lambda: LlamaConfig(**SIZES),
+    "llama_yarn": lambda: LlamaConfig(**SIZES, rope_parameters=YARN),
+    "llama_llama3": lambda: LlamaConfig(**SIZES, rope_parameters=LLAMA3),
+    "mistral": lambda: MistralConfig(**SIZES, sliding_window=WINDOW),
+    "qwen2": lambda: Qwen2Config(**SIZES),
+    "qwen2_sliding": lambda: Qwen2Config(**SIZES, use_sliding_window=True, **BOTH_KINDS),
+    "qwen3": lambda: Qwen3Config(**SIZES),
+    # The caps are far below the usual 50 and 30, so that they bite.
+    "gemma2": lambda: Gemma2Config(
+        **SIZES,
+        **BOTH_KINDS,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=5.0,
+        query_pre_attn_scalar=5,
+    ),
+    "gemma3": lambda: Gemma3TextConfig(**SIZES, **BOTH_KINDS, query_pre_attn_scalar=5),
+    "gpt_oss": lambda: GptOssConfig(
+        **SIZES, **BOTH_KINDS, num_local_experts=3, num_experts_per_tok=2, rope_parameters=YARN
+    ),
+}
+
+
+def model_of(family: str, **changes: Any) -> Any:
+    torch.manual_seed(1)
+    config = FAMILIES[family]()
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+
+
+L = 20
+
+
+@functools.cache
+def shared(family: str) -> Any:
+    """A model that tests leave as it was."""
+    return model_of(family)
+
+
+def tokens(batch: int, length: int = L) -> Tensor:
+    """(batch, length) token ids, none of them the padding token."""
+    generator = torch.Generator().manual_seed(5)
+    return torch.randint(1, VOCABULARY, (batch, length), generator=generator)
+
+
+def mask_of(*rows: str) -> Tensor:
+    """(batch, L) from, for each request, its runs of padding and tokens: "5. 15#"."""
+    bits = [[part[-1] == "#"] * int(part[:-1]) for row in rows for part in [*row.split()]]
+    flat = torch.tensor([bit for part in bits for bit in part])
+    return flat.view(len(rows), L).long()
+
+
+PADDINGS: dict[str, Tensor | None] = {
+    "none": None,
+    "left": mask_of("20#", "5. 15#", "5. 15#", "13. 7#"),
+    "right": mask_of("16# 4.", "16# 4.", "20#"),
+    "mixed": mask_of("3. 17#", "12# 8.", "4. 9# 7.", "20#", "20."),
+    "holes": mask_of("20#", "8# 4. 8#", "2. 5# 3. 6# 4."),
+}
+
+
+def assert_close(actual: Tensor, expected: Tensor, real: Tensor | None = None) -> None:
+    """Logits (B, L, V) agree at real tokens (B, L), within 2e-5 of the largest."""
+    assert expected.abs().max() > 0.1
+    atol = 2e-5 * float(expected.abs().max())
+    if real is not None:
+        actual, expected = actual[real.bool()], expected[real.bool()]
+    torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
+
+
+def caches(model: Any) -> dict[str, Callable[[], Any]]:
+    return {
+        "dynamic": lambda: DynamicCache(config=model.config),
+        "dynamic_without_config": DynamicCache,
+        "static": lambda: StaticCache(config=model.config, max_cache_len=L + 3),
+        "ours": lambda: TokenSelectCache(model),
+        "ours_with_room": lambda: TokenSelectCache(model.config, max_length=L),
+    }
+
+
+MODES: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sampling": {"do_sample": True, "temperature": 1.3, "top_k": 20},
+    "beams": {"num_beams": 3},
+    "sampled_beams": {"num_beams": 2, "do_sample": True},
+    "several": {"do_sample": True, "num_return_sequences": 2},
+    "static": {"cache_implementation": "static"},
+    "no_cache": {"use_cache": False},
+    "prefill_in_chunks": {"prefill_chunk_size": 6},
+}
+
+
+def has_full_attention(model: Any) -> bool:
+    return any(isinstance(layer, RoomyLayer) for layer in TokenSelectCache(model).layers)
+
+
+def generated(model: Any, ids: Tensor, **how: Any) -> Tensor:
+    torch.manual_seed(3)
+    how = {"do_sample": False, "max_new_tokens": 8, "pad_token_id": 0} | how
+    return model.generate(ids, **how)

@@ -1,0 +1,348 @@
+"""Keys cached as they are before rotation, so that selected ones can be placed anywhere.
+
+A rotated key holds the angle that the model computed for it in float32: at a position of a million
+that is off by more than 1e-2, wherever the key is moved to. So while options are in force that move
+keys, the full-attention layers of that one model get cos = 1 and sin = 0, and their rotation is
+left to `tokenselect.attention`. Sliding layers, and all other models, stay as they are.
+
+How a layer rotates is not read off its name: the model is run twice over a few tokens, with its own
+cos and sin and without, and the `Rope` made of its frequencies has to turn the one into the other.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from tokenselect.errors import UnsupportedProblem
+from tokenselect.integrations.transformers.cache import RawKeys, expect_raw_keys
+from tokenselect.integrations.transformers.masks import TokenMask
+from tokenselect.integrations.transformers.options import NAME
+from tokenselect.integrations.transformers.refusals import INTEGRATION, refusal
+from tokenselect.rope import Rope
+
+# The attribute of an attention module that leads to its `RawLayer`.
+_LAYER = "_tokenselect_raw_layer"
+# The attribute of a model's cos that leads to the `_Made` that tells how it came about.
+_MADE = "_tokenselect_made"
+
+_FIX = "leave positions and score_at out: original positions, scored at their true distance"
+
+
+@dataclass(eq=False)
+class _Made:
+    """Which module made a call's cos and sin, and for which positions (B or 1, Lq)."""
+
+    rotary: nn.Module
+    position_ids: Tensor
+    is_checked: bool = False
+
+
+class _Call(NamedTuple):
+    made: _Made | None
+    on_cpu: bool
+    cache: Cache | None
+
+
+class RawLayer:
+    """A forward pre-hook of one attention module: hands it cos = 1 and sin = 0.
+
+    rope  how the module would have rotated; known once it was compared
+    """
+
+    def __init__(self) -> None:
+        self.rope: Rope | None = None
+        self.is_on = True
+        self.call: _Call | None = None
+
+    @torch.compiler.disable
+    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # Another attention_implementation, set while this is on, rotates as ever.
+        if not self.is_on or module.config._attn_implementation != NAME:
+            return None
+        match kwargs.get("position_embeddings"):
+            case (Tensor() as cos, Tensor() as sin):
+                pass
+            case _:
+                why = "it is not handed position_embeddings=(cos, sin) to rotate by"
+                raise refusal(module, why, _FIX)
+        cache = next((x for x in (*args, *kwargs.values()) if isinstance(x, Cache)), None)
+        if cache is not None:
+            expect_raw_keys(cache, module.layer_idx)
+        self.call = _Call(getattr(cos, _MADE, None), cos.device.type == "cpu", cache)
+        return args, kwargs | {"position_embeddings": (torch.ones_like(cos), torch.zeros_like(sin))}
+
+    def take(self, module: Any, query: Tensor, mask: TokenMask) -> Rope:
+        """How the keys and queries of this call, which came here raw, are to be rotated."""
+        call, self.call = self.call, None
+        if call is None:
+            raise refusal(
+                module,
+                "its keys came rotated: the model was compiled before enable()",
+                "compile it after enable(), or torch.compiler.reset() in between",
+            )
+        if mask.window is not None:
+            raise refusal(
+                module,
+                f"a window of {mask.window}, where it saw everything when enable() looked",
+                "change a model first, then enable()",
+            )
+        _check_positions(module, call, mask)
+        assert self.rope is not None
+        if self.rope.inv_freq.device != query.device:
+            self.rope = replace(self.rope, inv_freq=self.rope.inv_freq.to(query.device))
+        return self.rope
+
+
+def raw_layer_of(module: Any) -> RawLayer | None:
+    """That of an attention module whose keys stay raw, else None."""
+    return getattr(module, _LAYER, None)
+
+
+class Seen(NamedTuple):
+    """What an attention module came with, in a run of `Probe`."""
+
+    module: Any
+    window: int | None
+    q: Tensor
+    k: Tensor
+
+
+class Probe:
+    """Stands in for a model's options while the model is run over a few tokens to look at it.
+
+    Every layer attends to nothing, so that what it gets does not depend on how others rotate.
+    """
+
+    def __init__(self, config: Any) -> None:
+        self.seen: list[Seen] = []
+        furthest = getattr(config, "max_position_embeddings", None) or 1024
+        self.position = torch.arange(16) * max(1, min(64, furthest // 16))
+
+    def attend(
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: TokenMask
+    ) -> tuple[Tensor, None]:
+        """Note what came; return zeros."""
+        self.seen.append(Seen(module, mask.window, query, key))
+        B, Hq, Lq, _ = query.shape
+        return query.new_zeros(B, Lq, Hq, value.shape[3]), None
+
+    def run(self, part: Any) -> list[Seen]:
+        """What the layers of a model got, for the same tokens each time."""
+        config, self.seen = part.config, []
+        given, config.tokenselect = config.tokenselect, self
+        position = self.position.to(part.device)
+        ids = torch.arange(len(position), device=part.device) % config.vocab_size
+        try:
+            with torch.no_grad():
+                # With a mask, since positions with gaps alone would mean packed sequences.
+                part(
+                    input_ids=ids[None],
+                    attention_mask=torch.ones_like(ids)[None],
+                    position_ids=position[None],
+                    use_cache=True,
+                )
+        finally:
+            config.tokenselect = given
+        return self.seen
+
+
+class RawLayers:
+    """Keeps the keys of all full-attention layers of one model raw, until `remove()`.
+
+    Raises UnsupportedProblem for a model whose rotation is not understood, and leaves that as it
+    was.
+    """
+
+    def __init__(self, part: Any) -> None:
+        _refuse_by_name(part.config)
+        self._handles: list[Any] = []
+        self._layers: dict[Any, RawLayer] = {}
+        try:
+            self._install(part)
+        except BaseException:
+            self.remove()
+            raise
+
+    def remove(self) -> None:
+        """Let the model rotate again."""
+        for handle in self._handles:
+            handle.remove()
+        for module, layer in self._layers.items():
+            layer.is_on = False  # for what was compiled with it
+            if raw_layer_of(module) is layer:
+                delattr(module, _LAYER)
+        self._handles, self._layers = [], {}
+
+    def _install(self, part: Any) -> None:
+        for rotary in part.modules():
+            if any(_frequencies(rotary)):
+                hook = rotary.register_forward_hook(_remember_positions, with_kwargs=True)
+                self._handles.append(hook)
+        probe = Probe(part.config)
+        rotated = probe.run(part)
+        if not rotated:
+            raise _refuse_model(part.config, "its layers do not attend through its own config")
+        self._layers = {seen.module: RawLayer() for seen in rotated if seen.window is None}
+        for module, layer in self._layers.items():
+            setattr(module, _LAYER, layer)
+            self._handles.append(module.register_forward_pre_hook(layer, with_kwargs=True))
+        raw = probe.run(part)
+        pairs = list(zip(rotated, raw, strict=True))
+        for module, layer in self._layers.items():
+            call, layer.call = layer.call, None
+            if call is None or call.made is None:
+                raise refusal(module, "no module with a buffer inv_freq made its cos and sin", _FIX)
+            _check_cache(module, call.cache, rotated)
+            layer.rope = _rope(
+                module, call.made, [pair for pair in pairs if pair[0].module is module]
+            )
+
+
+def is_raw(part: Any) -> bool:
+    """Whether a layer of this model keeps its keys raw."""
+    return any(raw_layer_of(module) is not None for module in part.modules())
+
+
+@torch.compiler.disable
+def _remember_positions(
+    rotary: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+) -> None:
+    """A forward hook of what makes cos and sin."""
+    position_ids = kwargs.get("position_ids", args[1] if len(args) > 1 else None)
+    if isinstance(out, tuple) and isinstance(position_ids, Tensor):
+        setattr(out[0], _MADE, _Made(rotary, position_ids))
+
+
+def _frequencies(rotary: nn.Module) -> Iterator[tuple[Tensor, float]]:
+    """inv_freq and scaling, for each kind of layer that a module makes cos and sin for."""
+    for name, buffer in rotary.named_buffers(recurse=False):
+        if name.endswith("inv_freq") and not name.endswith("original_inv_freq"):
+            kind = name.removesuffix("inv_freq")
+            yield buffer, getattr(rotary, f"{kind}attention_scaling", 1.0)
+
+
+def _rope(module: Any, made: _Made, pairs: list[tuple[Seen, Seen]]) -> Rope:
+    """The one rope that turns what came raw into what came rotated, for all calls of a module."""
+    if made.position_ids.dim() != 2:
+        raise refusal(
+            module,
+            f"position_ids of {made.position_ids.dim()} dimensions (M-RoPE): a key has one "
+            "position here",
+            _FIX,
+        )
+    ropes = [Rope(torch.zeros(1, device=made.position_ids.device), cached="raw")]  # turns nothing
+    for inv_freq, scaling in _frequencies(made.rotary):
+        for interleaved in (False, True)[: len(inv_freq)]:  # of one pair, there is one layout
+            ropes.append(Rope(inv_freq.clone(), interleaved, "raw", scaling))
+    fitting: list[Rope] = []
+    for rope in ropes:
+        fits = all(_turns(rope, raw, rotated, made.position_ids) for rotated, raw in pairs)
+        if fits and not any(_are_equal(rope, other) for other in fitting):
+            fitting.append(rope)
+    if len(fitting) != 1:
+        found = "more than one rotation" if fitting else "no rotation"
+        raise refusal(
+            module,
+            f"{found} by its inv_freq, of halves or of neighbours, gives the queries and keys that "
+            "it makes",
+            _FIX,
+        )
+    return fitting[0]
+
+
+def _turns(rope: Rope, raw: Seen, rotated: Seen, position_ids: Tensor) -> bool:
+    """Whether queries and keys are the raw ones turned, but for roundings.
+
+    A float32 angle below 1,024 is off by less than 1e-4; elsewhere a few roundings to dtype.
+    """
+    for before, after in ((raw.q, rotated.q), (raw.k, rotated.k)):
+        if rope.rotary_dim > before.shape[3]:
+            return False
+        dtype = torch.promote_types(before.dtype, torch.float32)
+        position = position_ids[0].to(before.device)
+        off = rope.place(before.to(dtype), position, position) - after.to(dtype)
+        bound = max(2e-4, 4 * torch.finfo(before.dtype).eps) * after.abs().max()
+        if not bool(off.abs().max() <= bound):
+            return False
+    return True
+
+
+def _are_equal(a: Rope, b: Rope) -> bool:
+    same = (a.interleaved, a.scaling) == (b.interleaved, b.scaling)
+    return same and torch.equal(a.inv_freq, b.inv_freq)
+
+
+def _check_cache(module: Any, cache: Cache | None, seen: list[Seen]) -> None:
+    """Raw keys must be seen to arrive: a cache of them is guarded against rotated ones."""
+    known = {one.module.layer_idx for one in seen if one.window is not None}
+    if isinstance(cache, RawKeys):
+        known |= cache.raw_layers
+        layers = enumerate(cache.layers)
+        kept = {
+            i for i, one in layers if isinstance(one, CacheLayerMixin) and one.get_seq_length() > 0
+        }
+        if kept <= known:
+            return
+    raise refusal(module, "how it hands its keys to a cache is not understood", _FIX)
+
+
+def _check_positions(module: Any, call: _Call, mask: TokenMask) -> None:
+    """Raise UnsupportedProblem unless each request's tokens stand at consecutive positions.
+
+    From where on makes no difference, since only distances count. Once for all layers, and only
+    on the CPU: to look at a device's positions is to wait for them.
+    """
+    made, cache = call.made, call.cache
+    if not call.on_cpu or (made is not None and made.is_checked):
+        return
+    if made is None:
+        raise refusal(
+            module,
+            "called with cos and sin of unknown positions",
+            "call the model, not a layer of it",
+        )
+    starts = torch.full((mask.shape[0],), -1)
+    known = cache.starts if isinstance(cache, RawKeys) else None
+    if known is not None and known.shape == starts.shape:
+        starts = known.clone()
+    for run in mask.runs:
+        ids = made.position_ids.expand(len(starts), -1)[run.rows][:, run.queries]
+        first = run.n - run.m
+        if first == 0 or known is None:
+            starts[run.rows] = ids[:, 0] - first
+        if not torch.equal(ids, starts[run.rows, None] + torch.arange(first, run.n)):
+            raise refusal(
+                module,
+                f"position_ids that are not consecutive: tokens {first} to {run.n - 1} of a "
+                f"request, counted from 0, at {ids[:, 0].tolist()} to {ids[:, -1].tolist()}, with "
+                f"token 0 at {starts[run.rows].tolist()}",
+                "leave position_ids out, or for a padded batch pass "
+                "(attention_mask.cumsum(1) - 1)[:, -new:]",
+            )
+    if isinstance(cache, RawKeys):
+        cache.starts = starts
+    made.is_checked = True
+
+
+def _refuse_by_name(config: Any) -> None:
+    """Raise UnsupportedProblem for ropes whose angles are no fixed multiples of a position."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    for one in (parameters, *parameters.values()):
+        if not isinstance(one, dict):
+            continue
+        kind = str(one.get("rope_type", "default"))
+        if "mrope_section" in one or "mrope" in kind:
+            raise _refuse_model(config, "M-RoPE: a key has three positions, of time and place")
+        if "dynamic" in kind or kind == "longrope":
+            raise _refuse_model(
+                config, f"rope_type={kind!r}: its frequencies change with the length"
+            )
+
+
+def _refuse_model(config: Any, why: str) -> UnsupportedProblem:
+    asked = f"moving the keys of a {config.model_type} model"
+    return UnsupportedProblem(asked, {INTEGRATION: [why]}, _FIX)
