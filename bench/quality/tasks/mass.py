@@ -1,0 +1,103 @@
+"""Retained mass of each layer and head, and how much selections overlap; decoding as `decode`."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.quality.lab import Cell, Lab
+from bench.quality.recorder import recorded
+from bench.quality.tasks import decode
+from bench.quality.ways import DENSE, Budget, resolve_all
+from tokenselect import Info
+from tokenselect.contract import SelectConfig
+
+
+@dataclass(frozen=True)
+class Settings:
+    """As those of `decode`; ways have to select."""
+
+    ways: tuple[str, ...]
+    contexts: tuple[int, ...] = field(metadata={"least": 1})
+    documents: int = field(metadata={"least": 1})
+    held: int = field(default=32, metadata={"least": 2})
+    budgets: tuple[Budget, ...] = field(default=(), metadata={"may_be_empty": True})
+
+
+def cells(settings: Settings, plan: Any, lab: Lab) -> Iterator[Cell]:
+    for context in settings.contexts:
+        ways = resolve_all(settings.ways, plan.ways, settings.budgets, context)[1:]
+        yield from decode.of_ways("mass", ways, context, settings, plan, lab)
+
+
+@torch.inference_mode()
+def run(cells: Sequence[Cell], lab: Lab) -> Iterator[tuple[Cell, dict[str, Any]]]:
+    context, ids = cells[0].label["context"], cells[0].given.ids
+    cache, moves = decode.prefilled(lab, ids[:context], DENSE, len(ids) - context), False
+    for cell in decode.in_order(cells):
+        if cell.way.moves != moves:
+            moves, cache = cell.way.moves, None
+            everything = cell.way.everything(len(ids))
+            cache = decode.prefilled(lab, ids[:context], everything, len(ids) - context)
+        with recorded() as infos:
+            decode.decoded(lab, cache, ids[context:], cell.way)
+        assert cell.way.options is not None
+        steps = len(ids) - context - 1
+        yield cell, of_infos(infos, steps, context, cell.way.options.select)
+
+
+def of_infos(infos: list[Info], steps: int, n: int, config: SelectConfig) -> dict[str, Any]:
+    """Means over steps; n tokens were cached before the first.
+
+    mass      [layer][head], None where it is not known
+    by_step   [layer]: overlap of what neighbouring steps voted for
+    by_layer  [layer][layer]: overlap of what layers voted for at one step
+    voted     tokens by vote, in the mean
+    An overlap is that of Jaccard: tokens in both over tokens in either, 1 for nothing in both.
+    """
+    layers = len(infos) // steps
+    assert layers * steps == len(infos)
+    mass = torch.stack([info.retained_mass[0] for info in infos]).view(steps, layers, -1).mean(0)
+    by_layer, by_step, counts = torch.zeros(layers, layers), [], []
+    before = None
+    for step in range(steps):
+        voted = torch.stack(
+            [votes(info, n + step + 1, config) for info in infos[step * layers :][:layers]]
+        )  # (layers, S, tokens)
+        by_layer += overlap(voted[:, None], voted[None]) / steps
+        counts.append(float(voted.sum(-1).float().mean()))
+        if before is not None:
+            now = voted[..., : before.shape[-1]]
+            by_step.append(overlap(now, before))
+        before = voted
+    return {
+        "mass": [[None if x != x else round(x, 4) for x in row] for row in mass.tolist()],
+        "by_step": rounded(torch.stack(by_step).mean(0)),
+        "by_layer": rounded(by_layer),
+        "voted": sum(counts) / steps,
+    }
+
+
+def votes(info: Info, n: int, config: SelectConfig) -> Tensor:
+    """(S, n) bool: what was selected by vote, without sink and window."""
+    selected = info.selection
+    chosen = torch.zeros(selected.positions.shape[1], n + 1, dtype=torch.bool)
+    chosen.scatter_(1, selected.positions[0].long() % (n + 1), True)  # padding, -1, goes to n
+    sink_end, local_start = config.regions(n, 1)
+    chosen[:, :sink_end] = chosen[:, local_start:] = False
+    return chosen[:, :n]
+
+
+def overlap(a: Tensor, b: Tensor) -> Tensor:
+    """Jaccard's, over the last dimension; the mean over selections, the one before."""
+    both, either = (a & b).sum(-1), (a | b).sum(-1)
+    return torch.where(either > 0, both / either.clamp(min=1), 1.0).mean(-1)
+
+
+def rounded(values: Tensor) -> Any:
+    return [
+        [round(x, 4) for x in row] if isinstance(row, list) else round(row, 4)
+        for row in values.tolist()
+    ]

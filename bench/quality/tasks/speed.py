@@ -1,0 +1,195 @@
+"""Decode time per token beside stock attention, and the memory that a prefill takes; on the CPU."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from bench.quality.lab import Cell, Lab, fed
+from bench.quality.ways import DENSE, Budget, Way, resolve, resolve_all
+from bench.run import _cpu as cpu
+from tokenselect.integrations.transformers import TokenSelectCache
+
+_CHUNK = 512
+
+
+@dataclass(frozen=True)
+class Settings:
+    """contexts: cached tokens; rounds: tokens timed a side; prefills: [new, cached] tokens, the
+    peak memory of which is measured for dense attention and each way."""
+
+    ways: tuple[str, ...]
+    contexts: tuple[int, ...] = field(metadata={"least": 1})
+    rounds: int = field(default=20, metadata={"least": 3})
+    prefills: tuple[tuple[int, ...], ...] = field(default=(), metadata={"may_be_empty": True})
+    budgets: tuple[Budget, ...] = field(default=(), metadata={"may_be_empty": True})
+
+
+@dataclass(frozen=True)
+class Side:
+    """A way to attend over a kind of cache."""
+
+    name: str
+    way: Way
+    stock_cache: bool = False
+
+
+def cells(settings: Settings, plan: Any, lab: Lab) -> Iterator[Cell]:
+    for context in settings.contexts:
+        ways = resolve_all(settings.ways, plan.ways, settings.budgets, context)[1:]
+        stock = [Side("sdpa, DynamicCache", DENSE, True), Side("sdpa, TokenSelectCache", DENSE)]
+        sides = stock + [Side(f"{way.name} {way.budget}".strip(), way) for way in ways]
+        keys = [[side.name, side.stock_cache, side.way.key] for side in sides]
+        what = {"context": context, "rounds": settings.rounds}
+        yield Cell(
+            task="speed",
+            key={"model": lab.fingerprint, "sides": keys} | what | _here(),
+            label=what | _here(),
+            work=f"speed {what}",
+            seconds=settings.rounds * len(sides) * (0.1 + context * 1e-5),
+            way=DENSE,
+            given=sides,
+        )
+    for new, cached in settings.prefills:
+        for name in dict.fromkeys(("dense", *settings.ways)):
+            way = resolve(name, plan.ways, (*settings.budgets, None)[0], new + cached)
+            what = {"new": new, "cached": cached}
+            yield Cell(
+                task="speed",
+                key={"model": lab.fingerprint, "memory": way.key} | what | _here(),
+                label=what | way.label | _here(),
+                work=f"memory {what} {way.key}",
+                seconds=0.01 * new + 10,
+                way=way,
+                given="memory",
+            )
+
+
+def _here() -> dict[str, Any]:
+    return {"threads": torch.get_num_threads(), "cpu": cpu()}
+
+
+def run(cells: Sequence[Cell], lab: Lab) -> Iterator[tuple[Cell, dict[str, Any]]]:
+    for cell in cells:
+        if cell.given == "memory":
+            yield cell, peak(cell, lab)
+        else:
+            yield cell, times(cell.given, cell.label["context"], cell.label["rounds"], lab)
+
+
+@torch.inference_mode()
+def times(sides: Sequence[Side], context: int, rounds: int, lab: Lab) -> dict[str, Any]:
+    """Seconds a token of each side: median, least, largest; and medians of paired ratios.
+
+    The caches hold noise: what attention takes does not depend on it. Sides alternate token by
+    token, every other round in reverse, after one round of warm-up.
+    """
+    from transformers.cache_utils import DynamicCache
+
+    ours = TokenSelectCache(lab.model, max_length=context + 1)
+    stock = DynamicCache(config=lab.model.config)
+    fill(ours, lab.model, context)
+    fill(stock, lab.model, context)
+    seconds: dict[str, list[float]] = {side.name: [] for side in sides}
+    for turn in range(rounds + 1):
+        for side in sides if turn % 2 == 0 else reversed(sides):
+            cache = stock if side.stock_cache else ours
+            with side.way.attached(lab.model):
+                start = time.perf_counter()
+                fed(lab.model, cache, (100 + turn,))
+                took = time.perf_counter() - start
+            cache.crop(-1)
+            if turn > 0:
+                seconds[side.name].append(took)
+    baselines = [side.name for side in sides if side.way.kind == "dense"]
+    return {
+        "sides": [
+            {"name": name, "median": median(s), "least": min(s), "largest": max(s)}
+            | {
+                f"of {base}": median(a / b for a, b in zip(s, seconds[base], strict=True))
+                for base in baselines
+            }
+            for name, s in seconds.items()
+        ]
+    }
+
+
+def fill(cache: Any, model: Any, n: int) -> None:
+    """Put n tokens of noise into every layer, in pieces."""
+    config, draw = model.config, torch.Generator().manual_seed(0)
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    for layer in range(config.num_hidden_layers):
+        noise = torch.randn(2, 1, config.num_key_value_heads, n, width, generator=draw)
+        cache.update(noise[0], noise[1], layer)
+
+
+# --- memory, in a process of its own ---
+
+
+def peak(cell: Cell, lab: Lab) -> dict[str, Any]:
+    """MiB that one prefill of `new` tokens on top of `cached` adds to a process, at most.
+
+    The cache has its room before, so that what is added is what reading takes.
+    """
+    job = {
+        "model": str(lab.path),
+        "gguf_file": lab.gguf_file,
+        "way": cell.way.key,
+        "threads": torch.get_num_threads(),
+        "new": cell.label["new"],
+        "cached": cell.label["cached"],
+    }
+    command = [sys.executable, "-m", "bench.quality.tasks.speed"]
+    done = subprocess.run(
+        command, input=json.dumps(job), capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"the process that was to measure memory failed:\n{done.stderr}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@torch.inference_mode()
+def _measure(job: dict[str, Any]) -> dict[str, Any]:
+    torch.set_num_threads(job["threads"])
+    options = dict(job["way"])
+    kind = options.pop("attend")
+    way = DENSE if kind == "dense" else resolve("it", {"it": options}, None, 0)
+    lab = Lab(Path(job["model"]), job["gguf_file"])
+    n = job["cached"] + job["new"]
+    cache = TokenSelectCache(lab.model, max_length=n)
+    fill(cache, lab.model, n)
+    cache.crop(-job["new"]) if job["new"] else None
+    ids = tuple(i % 1000 for i in range(job["new"]))
+    fed_before, start = _resident("VmRSS"), time.perf_counter()
+    _reset_peak()
+    with way.attached(lab.model):
+        fed(lab.model, cache, ids)
+    added = _resident("VmHWM") - fed_before
+    size = sum(buffer.nbytes for layer in cache.layers for buffer in layer._buffers)
+    return {"peak_mib": added, "cache_mib": size / 2**20, "seconds": time.perf_counter() - start}
+
+
+def _resident(name: str) -> float:
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    found = re.search(rf"{name}:\s*(\d+) kB", status)
+    assert found is not None
+    return int(found[1]) / 1024
+
+
+def _reset_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    print(json.dumps(_measure(json.load(sys.stdin))))
