@@ -11,6 +11,8 @@ from torch import Tensor
 
 # Rows of logits that are widened to float64 at once.
 _ROWS = 64
+# Nats that may be rounding.
+_TIE = 1e-4
 
 
 @dataclass
@@ -72,29 +74,50 @@ def grouped(rows: Iterable[Row], names: Sequence[str]) -> dict[tuple[Any, ...], 
     return groups
 
 
-def against_dense(rows: Sequence[Row], by: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Rows of documents made one row for each way, budget and context.
+def beside_window(rows: Sequence[Row]) -> list[Row]:
+    """Rows of documents, with two flags where a window of the same size read the document too.
 
-    perplexity  exp of the mean nll over documents; loss: its ratio to dense, minus 1
-    worst       the largest such ratio of one document, minus 1
-    kl, agreement  means over documents; kl_max the largest of a token
-    beats_window   documents, among those where dense gains from the context (its nll is below that
-                   of the window of the same size), where the way's nll is below the window's
+    dense_gains   dense attention gains from what the window lacks: its nll is lower, by more than
+                  rounding
+    beats_window  the way's nll is lower than the window's
     """
-    dense = {(r["context"], r["document"]): r for r in rows if r["way"] == "dense"}
-    windows = {
-        (r["context"], r["document"], r["size"]): r["nll"]
-        for r in rows
-        if r["kind"] == "window" and r.get("theta") is None
-    }
+    dense = {_document(r): r["nll"] for r in rows if r["way"] == "dense"}
+    windows = {(*_document(r), r["size"]): r["nll"] for r in rows if r["kind"] == "window"}
     found = []
-    for values, group in grouped(rows, ("context", "way", "budget", *by)).items():
-        pairs = [(r, dense[r["context"], r["document"]]) for r in group]
-        gaps = [r["nll"] - d["nll"] for r, d in pairs]
-        beside = [(r, d, windows.get((r["context"], r["document"], r["size"]))) for r, d in pairs]
-        gains = [(r, w) for r, d, w in beside if w is not None and d["nll"] < w]
+    for r in rows:
+        window = windows.get((*_document(r), r["size"]))
+        flags = {}
+        if window is not None and _document(r) in dense and r["kind"] == "select":
+            flags = {
+                "dense_gains": window - dense[_document(r)] > _TIE,
+                "beats_window": r["nll"] < window,
+            }
+        found.append({**r, **flags})
+    return found
+
+
+def against_dense(rows: Sequence[Row]) -> list[Row]:
+    """Rows of documents made one row for each way, budget, theta and context.
+
+    perplexity    exp of the mean nll over documents; loss: its ratio to dense, minus 1
+    worst         the largest such ratio of one document, minus 1
+    kl, agreement means over documents; kl_max the largest of a token
+    gains, beats  documents where dense gains from what the window lacks, and those among them
+                  where the way beats the window of its size; None without such a window
+    """
+    dense = {_document(r): r["nll"] for r in rows if r["way"] == "dense"}
+    found: list[Row] = []
+    names = ("context", "way", "budget", "theta")
+    for values, group in grouped(beside_window(rows), names).items():
+        group = [r for r in group if _document(r) in dense]
+        if not group:
+            continue
+        gaps = [r["nll"] - dense[_document(r)] for r in group]
+        gains = [r for r in group if r.get("dense_gains")]
+        has_window = any("dense_gains" in r for r in group)
+        rates = [r["hit_rate"] for r in group if "hit_rate" in r]
         found.append(
-            dict(zip(("context", "way", "budget", *by), values, strict=True))
+            dict(zip(names, values, strict=True))
             | {
                 "size": group[0]["size"],
                 "documents": len(group),
@@ -104,8 +127,13 @@ def against_dense(rows: Sequence[Row], by: Sequence[str] = ()) -> list[dict[str,
                 "kl": mean(r["kl"] for r in group),
                 "kl_max": max(r["kl_max"] for r in group),
                 "agreement": mean(r["agreement"] for r in group),
-                "dense_gains": len(gains),
-                "beats_window": sum(r["nll"] < w for r, w in gains),
+                "gains": len(gains) if has_window else None,
+                "beats": sum(r["beats_window"] for r in gains) if has_window else None,
+                "hit_rate": mean(rates) if rates else None,
             }
         )
     return found
+
+
+def _document(row: Row) -> tuple[Any, ...]:
+    return row["context"], row["document"]

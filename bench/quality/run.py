@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 import bench.run
 from bench.quality import plan, store, texts
+from bench.quality.figures import beside_window
 from bench.quality.lab import Cell, Lab
 from bench.quality.plan import TASKS, Entry, Settings
 
@@ -99,8 +100,7 @@ def collect(
         if cell.sha in done:
             record = done[cell.sha]
             used.add(cell.sha)
-            row = {**cell.label, **record["value"], "seconds": record["seconds"]}
-            rows.setdefault(entry.name, []).append(row)
+            rows.setdefault(entry.name, []).append({**cell.label, **record["value"]})
         else:
             missing += 1
     others = len(done) - len(used)
@@ -121,11 +121,15 @@ def collect(
         "settings": asdict(settings),
         "texts": {name: texts.provenance(name) for name in settings.texts},
         "missing": missing,
+        "seconds": round(sum(done[sha]["seconds"] for sha in used)),
         "entries": {
             entry.name: {
                 "task": entry.task,
                 "settings": asdict(entry.settings),
-                "rows": rows.get(entry.name, []),
+                "summary": TASKS[entry.task].summary(rows.get(entry.name, [])),
+                "rows": beside_window(rows[entry.name])
+                if entry.task == "sparse" and entry.name in rows
+                else rows.get(entry.name, []),
             }
             for entry in dict.fromkeys(entry for entry, _ in planned)
         },

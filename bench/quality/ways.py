@@ -172,11 +172,11 @@ def resolve_all(
     budgets: tuple[Budget, ...],
     context: int,
 ) -> list[Way]:
-    """Every way at every budget; dense once, and always first."""
-    found = [DENSE]
-    for name in names:
-        for budget in budgets or (None,):
-            way = resolve(name, ways, budget, context)
-            if way.kind != "dense":
-                found.append(way)
-    return found
+    """Every way at every budget; dense once, if it is among them."""
+    found = [resolve(n, ways, budget, context) for n in names for budget in budgets or (None,)]
+    return list(dict.fromkeys(found))
+
+
+def selecting(ways: list[Way]) -> list[Way]:
+    """All but dense attention."""
+    return [way for way in ways if way.kind != "dense"]

@@ -8,11 +8,14 @@ import torch
 from torch import Tensor
 
 from bench.quality.figures import Against
+from bench.quality.figures import against_dense as summary
 from bench.quality.lab import Cell, Lab, fed, of_document
-from bench.quality.ways import DENSE, Budget, Way, resolve_all
+from bench.quality.ways import DENSE, Budget, Way, resolve_all, selecting
 from tokenselect.integrations.transformers import TokenSelectCache
 
 _CHUNK = 512
+
+__all__ = ["Settings", "cells", "run", "summary"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Settings:
 def cells(settings: Settings, plan: Any, lab: Lab) -> Iterator[Cell]:
     for context in settings.contexts:
         ways = resolve_all(settings.ways, plan.ways, settings.budgets, context)
-        yield from of_ways("decode", ways, context, settings, plan, lab)
+        yield from of_ways("decode", [DENSE, *selecting(ways)], context, settings, plan, lab)
 
 
 def of_ways(

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.quality.figures import Row, grouped
 from bench.quality.lab import Cell, Lab
 from bench.quality.recorder import recorded
 from bench.quality.tasks import decode
-from bench.quality.ways import DENSE, Budget, resolve_all
+from bench.quality.ways import DENSE, Budget, resolve_all, selecting
 from tokenselect import Info
 from tokenselect.contract import SelectConfig
 
@@ -28,7 +29,7 @@ class Settings:
 
 def cells(settings: Settings, plan: Any, lab: Lab) -> Iterator[Cell]:
     for context in settings.contexts:
-        ways = resolve_all(settings.ways, plan.ways, settings.budgets, context)[1:]
+        ways = selecting(resolve_all(settings.ways, plan.ways, settings.budgets, context))
         yield from decode.of_ways("mass", ways, context, settings, plan, lab)
 
 
@@ -73,11 +74,39 @@ def of_infos(infos: list[Info], steps: int, n: int, config: SelectConfig) -> dic
             by_step.append(overlap(now, before))
         before = voted
     return {
-        "mass": [[None if x != x else round(x, 4) for x in row] for row in mass.tolist()],
+        "mass": rounded(mass),
         "by_step": rounded(torch.stack(by_step).mean(0)),
         "by_layer": rounded(by_layer),
         "voted": sum(counts) / steps,
     }
+
+
+def summary(rows: Sequence[Row]) -> list[Row]:
+    """Means over documents; `layers` and `heads` in full, by layer."""
+    found: list[Row] = []
+    names = ("context", "way", "budget")
+    for values, group in grouped(rows, names).items():
+        mass = torch.stack([_tensor(r["mass"]) for r in group]).mean(0)
+        by_step = torch.tensor([r["by_step"] for r in group]).mean(0)
+        by_layer = torch.tensor([r["by_layer"] for r in group]).mean(0)
+        neighbours = by_layer.diagonal(1)
+        found.append(
+            dict(zip(names, values, strict=True))
+            | {"size": group[0]["size"], "documents": len(group)}
+            | {"mass": _mean(mass), "mass_of_layers": rounded(mass.mean(1))}
+            | {"least_of_a_head": rounded(mass.flatten()[mass.flatten().argmin()])}
+            | {"by_step": _mean(by_step), "by_step_of_layers": rounded(by_step)}
+            | {"neighbours": _mean(neighbours), "voted": group[0]["voted"]}
+        )
+    return found
+
+
+def _tensor(table: list[list[float | None]]) -> Tensor:
+    return torch.tensor([[float("nan") if x is None else x for x in row] for row in table])
+
+
+def _mean(values: Tensor) -> float | None:
+    return rounded(values.mean()) if values.numel() else None
 
 
 def votes(info: Info, n: int, config: SelectConfig) -> Tensor:
@@ -97,7 +126,11 @@ def overlap(a: Tensor, b: Tensor) -> Tensor:
 
 
 def rounded(values: Tensor) -> Any:
-    return [
-        [round(x, 4) for x in row] if isinstance(row, list) else round(row, 4)
-        for row in values.tolist()
-    ]
+    """Lists of numbers, or one, to 4 digits; None for what is not known."""
+
+    def of(value: Any) -> Any:
+        if isinstance(value, list):
+            return [of(item) for item in value]
+        return None if value != value else round(value, 4)
+
+    return of(values.tolist())

@@ -9,8 +9,9 @@ from typing import Any, Literal
 import torch
 
 from bench.quality import texts
+from bench.quality.figures import Row, grouped, wilson
 from bench.quality.lab import Cell, Lab
-from bench.quality.ways import Budget, resolve
+from bench.quality.ways import Budget, resolve_all
 from tokenselect.errors import InvalidProblem
 from tokenselect.integrations.transformers import TokenSelectCache
 
@@ -54,12 +55,7 @@ class Needle:
 
 def cells(settings: Settings, plan: Any, lab: Lab) -> Iterator[Cell]:
     for length in settings.lengths:
-        ways = [
-            resolve(name, plan.ways, budget, length)
-            for name in settings.ways
-            for budget in settings.budgets or (None,)
-        ]
-        unique = {str(way.key) + way.budget * (way.kind != "dense"): way for way in ways}
+        ways = resolve_all(settings.ways, plan.ways, settings.budgets, length)
         for kind in settings.kinds:
             for seed in texts.seeds(plan.split, settings.seeds):
                 for depth in settings.depths:
@@ -68,7 +64,7 @@ def cells(settings: Settings, plan: Any, lab: Lab) -> Iterator[Cell]:
                         what |= {"keys": settings.keys}
                     needle = make(lab, plan.texts, plan.split, **what)
                     read = {"sha": texts.sha(needle.prompt), "new_tokens": settings.new_tokens}
-                    for way in unique.values():
+                    for way in ways:
                         model = {"model": lab.fingerprint}
                         yield Cell(
                             task="needles",
@@ -184,11 +180,25 @@ def run(cells: Sequence[Cell], lab: Lab) -> Iterator[tuple[Cell, dict[str, Any]]
                 pad_token_id=0,
             )[0, len(needle.ids) :]
         answer = lab.tokenizer.decode(written, skip_special_tokens=True)
-        yield (
-            cell,
-            {"right": is_right(answer, needle.number), "answer": answer, "number": needle.number}
-            | {"tokens": len(needle.ids)},
-        )
+        value = {"right": is_right(answer, needle.number), "answer": answer}
+        yield cell, value | {"number": needle.number, "tokens": len(needle.ids)}
+
+
+def summary(rows: Sequence[Row]) -> list[Row]:
+    """How many are right, with a 95 % interval: over all depths (depth None), and at each."""
+    found: list[Row] = []
+    names = ("hidden", "context", "way", "budget")
+    for values, group in grouped(rows, names).items():
+        depths = grouped(group, ("depth",))
+        for depth, tried in [(None, group), *((d, g) for (d,), g in depths.items())]:
+            right = sum(r["right"] for r in tried)
+            low, high = wilson(right, len(tried))
+            found.append(
+                dict(zip(names, values, strict=True))
+                | {"size": group[0]["size"], "depth": depth}
+                | {"right": right, "tries": len(tried), "low": low, "high": high}
+            )
+    return found
 
 
 def is_right(answer: str, number: str) -> bool:

@@ -6,10 +6,10 @@ from typing import Any
 
 from bench.quality.lab import Cell, Lab
 from bench.quality.tasks import decode
-from bench.quality.tasks.decode import run
-from bench.quality.ways import Budget, resolve_all
+from bench.quality.tasks.decode import run, summary
+from bench.quality.ways import DENSE, Budget, resolve_all, selecting
 
-__all__ = ["Settings", "cells", "run"]
+__all__ = ["Settings", "cells", "run", "summary"]
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,8 @@ class Settings:
 
 def cells(settings: Settings, plan: Any, lab: Lab) -> Iterator[Cell]:
     for context in settings.contexts:
-        dense, *ways = resolve_all(settings.ways, plan.ways, settings.budgets, context)
-        several = [dense]
-        for way in ways:
+        several = [DENSE]
+        for way in selecting(resolve_all(settings.ways, plan.ways, settings.budgets, context)):
             several.append(way.with_options(theta=None))
             several += [
                 way.with_options(theta=theta, max_reuse=settings.max_reuse)

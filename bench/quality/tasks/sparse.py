@@ -11,9 +11,12 @@ from typing import Any
 import torch
 
 from bench.quality.figures import Against
+from bench.quality.figures import against_dense as summary
 from bench.quality.lab import Cell, Lab, fed, of_document
-from bench.quality.ways import DENSE, Budget, resolve_all
+from bench.quality.ways import DENSE, Budget, resolve_all, selecting
 from tokenselect.integrations.transformers import TokenSelectCache
+
+__all__ = ["Settings", "cells", "run", "summary"]
 
 # Caches that are held at once, in bytes.
 _MEMORY = 4e9
@@ -36,7 +39,7 @@ def cells(settings: Settings, plan: Any, lab: Lab) -> Iterator[Cell]:
         more = {"first": int(settings.counted_from * length), "chunk": settings.chunk}
         ways = resolve_all(settings.ways, plan.ways, settings.budgets, length)
         for document in lab.documents(plan.texts, plan.split, settings.documents, length + 1):
-            for way in ways:
+            for way in [DENSE, *selecting(ways)]:
                 cell = of_document(lab, "sparse", document, length, way, 0.007 * length, **more)
                 within = lab.trained is None or length <= lab.trained
                 yield replace(cell, label={**cell.label, "within_trained": within})

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
+from bench.quality.figures import Row
 from bench.quality.lab import Cell, Lab, fed
-from bench.quality.ways import DENSE, Budget, Way, resolve, resolve_all
+from bench.quality.ways import DENSE, Budget, Way, resolve, resolve_all, selecting
 from bench.run import _cpu as cpu
 from tokenselect.integrations.transformers import TokenSelectCache
 
@@ -42,10 +43,15 @@ class Side:
     way: Way
     stock_cache: bool = False
 
+    @property
+    def cache(self) -> tuple[bool, bool]:
+        """Sides that say the same share a cache."""
+        return self.stock_cache, self.way.moves
+
 
 def cells(settings: Settings, plan: Any, lab: Lab) -> Iterator[Cell]:
     for context in settings.contexts:
-        ways = resolve_all(settings.ways, plan.ways, settings.budgets, context)[1:]
+        ways = selecting(resolve_all(settings.ways, plan.ways, settings.budgets, context))
         stock = [Side("sdpa, DynamicCache", DENSE, True), Side("sdpa, TokenSelectCache", DENSE)]
         sides = stock + [Side(f"{way.name} {way.budget}".strip(), way) for way in ways]
         keys = [[side.name, side.stock_cache, side.way.key] for side in sides]
@@ -95,14 +101,19 @@ def times(sides: Sequence[Side], context: int, rounds: int, lab: Lab) -> dict[st
     """
     from transformers.cache_utils import DynamicCache
 
-    ours = TokenSelectCache(lab.model, max_length=context + 1)
-    stock = DynamicCache(config=lab.model.config)
-    fill(ours, lab.model, context)
-    fill(stock, lab.model, context)
+    caches: dict[tuple[bool, bool], Any] = {}
+    for side in sides:
+        if side.cache not in caches:
+            made = (
+                DynamicCache(config=lab.model.config)
+                if side.stock_cache
+                else TokenSelectCache(lab.model, max_length=context + 1)
+            )
+            caches[side.cache] = filled(made, lab, side.way, context)
     seconds: dict[str, list[float]] = {side.name: [] for side in sides}
     for turn in range(rounds + 1):
         for side in sides if turn % 2 == 0 else reversed(sides):
-            cache = stock if side.stock_cache else ours
+            cache = caches[side.cache]
             with side.way.attached(lab.model):
                 start = time.perf_counter()
                 fed(lab.model, cache, (100 + turn,))
@@ -123,13 +134,20 @@ def times(sides: Sequence[Side], context: int, rounds: int, lab: Lab) -> dict[st
     }
 
 
-def fill(cache: Any, model: Any, n: int) -> None:
-    """Put n tokens of noise into every layer, in pieces."""
-    config, draw = model.config, torch.Generator().manual_seed(0)
+def filled(cache: Any, lab: Lab, way: Way, n: int) -> Any:
+    """The cache with one token read by the way, and noise for the n - 1 after it."""
+    config, draw = lab.model.config, torch.Generator().manual_seed(0)
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    for layer in range(config.num_hidden_layers):
-        noise = torch.randn(2, 1, config.num_key_value_heads, n, width, generator=draw)
-        cache.update(noise[0], noise[1], layer)
+    with way.attached(lab.model):
+        fed(lab.model, cache, (0,))
+    for layer in cache.layers:
+        noise = torch.randn(2, 1, config.num_key_value_heads, n - 1, width, generator=draw)
+        layer.update(noise[0], noise[1])
+    return cache
+
+
+def summary(rows: Sequence[Row]) -> list[Row]:
+    return list(rows)
 
 
 # --- memory, in a process of its own ---
@@ -167,14 +185,13 @@ def _measure(job: dict[str, Any]) -> dict[str, Any]:
     lab = Lab(Path(job["model"]), job["gguf_file"])
     n = job["cached"] + job["new"]
     cache = TokenSelectCache(lab.model, max_length=n)
-    fill(cache, lab.model, n)
-    cache.crop(-job["new"]) if job["new"] else None
+    filled(cache, lab, way, n).crop(-job["new"])  # so the cache has its memory
     ids = tuple(i % 1000 for i in range(job["new"]))
-    fed_before, start = _resident("VmRSS"), time.perf_counter()
+    before, start = _resident("VmRSS"), time.perf_counter()
     _reset_peak()
     with way.attached(lab.model):
         fed(lab.model, cache, ids)
-    added = _resident("VmHWM") - fed_before
+    added = _resident("VmHWM") - before
     size = sum(buffer.nbytes for layer in cache.layers for buffer in layer._buffers)
     return {"peak_mib": added, "cache_mib": size / 2**20, "seconds": time.perf_counter() - start}
 

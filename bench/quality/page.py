@@ -1,0 +1,211 @@
+"""The page docs/quality.md, made from bench/results/quality-*.json: no figure is typed by hand."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parents[1] / "results"
+
+_HEAD = """\
+# Quality
+
+How much a model's answers change with selection, and what its options are worth. Made by
+`python -m bench.quality page > docs/quality.md` from `bench/results/quality-*.json`, which hold the
+figures of every document too. Measure your own model and texts with `make quality`; CONTRIBUTING.md
+has the commands.
+
+**Texts.** The King James Bible (`kjv`), Python's documentation by topic (`pydoc`) and source code
+of its standard library (`source`), each cut into stretches of 80,000 characters. A document is the
+first tokens of a stretch. Settings are chosen on the even stretches and seeds, and reported from
+the odd ones: *choose* and *report* below never share a document or a needle.
+
+**Ways.** *dense* is transformers' `sdpa`. A *window* is the first and the newest tokens alone, as
+many together as the others of its budget. Every other way selects, with the options in its table.
+A budget of 10 % is that share of the context: sink, votes and window together.
+
+**Figures.** *Perplexity* is over the tokens that are counted, of all documents. *Loss* is its ratio
+to dense attention's, less 1; *worst* that of the worst document. *KL* is that of the next token's
+distribution from dense attention's, in nats: its mean, and the largest of a token. *Agreement* is
+the share of tokens with the same likeliest next one. Intervals are Wilson's, 95 %.
+"""
+
+_TASKS = {
+    "decode": "After a dense prefill of the context, {held} tokens of the text are fed one by one, "
+    "from the same cache each way.",
+    "reuse": "As decoding, with a Selection Cache in each layer. *Hits* is the share of steps and "
+    "layers that reuse a selection.",
+    "sparse": "Everything is read by the way itself from the first token on, {chunk} tokens at a "
+    "time; tokens from {counted_from:.0%} of the length on are counted. *Beats* is the number of "
+    "documents where the way is better than the window of its size, of those where dense attention "
+    "is.",
+    "needles": "A number is hidden in a text, and asked for at its end; the way reads all of it "
+    "and writes the answer, greedily. *Filler* is a few sentences over and over, *natural* one of "
+    "the texts, *multikey* filler with {keys} numbers under names, of which one is asked for.",
+    "mass": "As decoding, {held} tokens. *Mass* is the share of a head's dense softmax that falls "
+    "on its selection. *Overlap* is Jaccard's, of the tokens chosen by vote: between neighbouring "
+    "steps, and between neighbouring layers.",
+    "speed": "Both sides alternate token by token in one process, over caches of noise.",
+    "ruler": "{samples} samples of each task.",
+}
+
+
+def page(results: Path = RESULTS) -> str:
+    """The whole page as Markdown; reports first, newest first."""
+    reports = [json.loads(p.read_text("utf-8")) for p in sorted(results.glob("quality-*.json"))]
+    reports.sort(key=lambda report: report["date"], reverse=True)
+    reports.sort(key=lambda report: report["settings"]["split"] != "report")
+    if not reports:
+        return _HEAD + "\nNothing has been measured yet.\n"
+    return "\n".join([_HEAD, *map(_section, reports)])
+
+
+def _section(report: dict[str, Any]) -> str:
+    host, model, settings = report["machine"], report["model"], report["settings"]
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    texts = ", ".join(f"{name} {text['sha']}" for name, text in report["texts"].items())
+    lines = [
+        f"## {report['name']}: {model['file'] or model['name']}\n",
+        f"The split *{settings['split']}*; {report['date']}, on {host['cpu']}, {host['threads']} "
+        f"thread(s); {report['seconds'] / 3600:.1f} hours in all. {versions}; tokenselect at "
+        f"{host['commit']}, source {', '.join(report['sources'])}. The model: "
+        f"{model['architecture']}, {model['layers']} layers, {model['heads']} heads on "
+        f"{model['kv_heads']}, trained for {model['trained_length']:,} tokens, {model['dtype']}, "
+        f"sha256 {model['sha256'][:16]}. Texts: {texts}. `{report['command']}`\n",
+    ]
+    if report["missing"]:
+        lines.append(f"{report['missing']} cells of these settings have not been run.\n")
+    for name, entry in report["entries"].items():
+        if not entry["rows"]:
+            continue
+        said = _TASKS[entry["task"]].format(**entry["settings"])
+        lines += [f"### {report['name']}: {name}\n", said + "\n"]
+        used = [w for w in entry["settings"]["ways"] if w in settings["ways"]]
+        lines += [f"- {way}: {_options(settings['ways'][way])}" for way in used]
+        lines += ["", *_SECTIONS[entry["task"]](entry), ""]
+    return "\n".join(lines)
+
+
+def _options(way: dict[str, Any]) -> str:
+    return ", ".join(f"`{name}={value}`" for name, value in way.items()) or "the defaults"
+
+
+# --- one task's tables ---
+
+
+def _documents(entry: dict[str, Any]) -> list[str]:
+    rows = entry["summary"]
+    has_reuse = any(row["hit_rate"] is not None for row in rows)
+    has_window = entry["task"] == "sparse" and any(row["gains"] is not None for row in rows)
+    head = ["context", "way", "budget", "documents", "perplexity", "loss", "worst"]
+    head += ["KL", "KL, largest", "agreement"]
+    head[3:3] = ["theta", "hits"] * has_reuse
+    head += ["beats"] * has_window
+    body = []
+    for row in rows:
+        cells = [f"{row['context']:,}", row["way"], row["budget"], f"{row['documents']}"]
+        cells += [f"{row['perplexity']:.3f}", f"{row['loss']:+.2%}", f"{row['worst']:+.2%}"]
+        cells += [f"{row['kl']:.4f}", f"{row['kl_max']:.2f}", f"{row['agreement']:.1%}"]
+        if has_reuse:
+            theta, hits = row["theta"], row["hit_rate"]
+            cells[3:3] = [
+                "" if theta is None else f"{theta:g}",
+                "" if hits is None else f"{hits:.1%}",
+            ]
+        if has_window:
+            cells.append("" if row["gains"] is None else f"{row['beats']} of {row['gains']}")
+        body.append(cells)
+    beyond = any(row.get("within_trained") is False for row in entry["rows"])
+    note = "Beyond the trained length, where dense attention is no measure: KL, agreement and loss "
+    note += "say little there."
+    return [*([note, ""] if beyond else []), *_table(head, body)]
+
+
+def _needles(entry: dict[str, Any]) -> list[str]:
+    depths = sorted({row["depth"] for row in entry["summary"] if row["depth"] is not None})
+    head = ["in", "tokens", "way", "budget", "right", "95 %", *(f"at {d:.0%}" for d in depths)]
+    body = []
+    at = {
+        (r["hidden"], r["context"], r["way"], r["budget"], r["depth"]): f"{r['right']}/{r['tries']}"
+        for r in entry["summary"]
+    }
+    for row in entry["summary"]:
+        if row["depth"] is None:
+            key = (row["hidden"], row["context"], row["way"], row["budget"])
+            cells = [key[0], f"{key[1]:,}", *key[2:], f"{row['right']} of {row['tries']}"]
+            cells.append(f"{row['low']:.0%} to {row['high']:.0%}")
+            body.append(cells + [at.get((*key, depth), "") for depth in depths])
+    return _table(head, body)
+
+
+def _mass(entry: dict[str, Any]) -> list[str]:
+    head = ["context", "way", "budget", "documents", "mass", "least of a head"]
+    head += ["overlap of steps", "of layers"]
+    body = [
+        [f"{r['context']:,}", r["way"], r["budget"], f"{r['documents']}"]
+        + [_number(r[name]) for name in ("mass", "least_of_a_head", "by_step", "neighbours")]
+        for r in entry["summary"]
+    ]
+    return _table(head, body)
+
+
+def _speed(entry: dict[str, Any]) -> list[str]:
+    times = [row for row in entry["summary"] if "sides" in row]
+    memory = [row for row in entry["summary"] if "peak_mib" in row]
+    lines: list[str] = []
+    if times:
+        bases = [name for name in times[0]["sides"][0] if name.startswith("of ")]
+        body = [
+            [f"{row['context']:,}", side["name"], f"{1e3 * side['median']:.1f}"]
+            + [f"{1e3 * side['least']:.1f} to {1e3 * side['largest']:.1f}"]
+            + [f"{side[base]:.3f}" for base in bases]
+            for row in times
+            for side in row["sides"]
+        ]
+        lines += _table(["cached", "", "ms a token", "least to largest", *bases], body)
+    if memory:
+        lines += [
+            "",
+            "Memory that one prefill of *new* tokens on top of *cached* ones adds at most to a "
+            "process of its own, in which the cache has its room already.",
+            "",
+        ]
+        body = [
+            [f"{r['new']:,}", f"{r['cached']:,}", r["way"], r["budget"]]
+            + [f"{r[name]:.0f}" for name in ("peak_mib", "cache_mib")]
+            for r in memory
+        ]
+        lines += _table(["new", "cached", "way", "budget", "peak, MiB", "cache, MiB"], body)
+    return lines
+
+
+def _ruler(entry: dict[str, Any]) -> list[str]:
+    names = list(dict.fromkeys(row["ruler"] for row in entry["summary"]))
+    found: dict[tuple[Any, ...], dict[str, str]] = {}
+    for row in entry["summary"]:
+        key = (row["context"], row["way"], row["budget"])
+        found.setdefault(key, {})[row["ruler"]] = _number(row.get("score"))
+    body = [
+        [f"{key[0]:,}", *key[1:], *(scores.get(name, "") for name in names)]
+        for key, scores in found.items()
+    ]
+    return _table(["tokens", "way", "budget", *names], body)
+
+
+_SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
+    "decode": _documents,
+    "reuse": _documents,
+    "sparse": _documents,
+    "needles": _needles,
+    "mass": _mass,
+    "speed": _speed,
+    "ruler": _ruler,
+}
+
+
+def _number(value: float | None) -> str:
+    return "not known" if value is None else f"{value:.3f}"
+
+
+def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body)]
