@@ -20,31 +20,43 @@ def read(folder: Path) -> dict[str, dict[str, Any]]:
     """
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("cells*.jsonl")):
-        lines = path.read_bytes().split(b"\n")
-        for number, line in enumerate(lines, 1):
-            if not line:
-                continue
-            try:
-                if number == len(lines):
-                    raise ValueError("no end of line")
-                record = json.loads(line)
-                found[record["sha"]] = record
-            except (ValueError, KeyError, TypeError) as error:
-                if number < len(lines) - (lines[-1] == b""):
-                    raise InvalidProblem(
-                        f"{path}, line {number}: {error}",
-                        "every line but the last is a finished cell",
-                        "delete the line; its cell is then run again",
-                    ) from None
-                print(f"→ {path}: the last line is torn; its cell runs again", file=sys.stderr)
+        content = path.read_bytes()
+        for number, line in enumerate(content[: _whole(path, content)].splitlines(), 1):
+            record = _cell(line)
+            if record is None:
+                raise InvalidProblem(
+                    f"{path}, line {number}: {line[:60]!r}",
+                    "every line but the last is a finished cell",
+                    "delete the line; its cell is then run again",
+                )
+            found[record["sha"]] = record
     return found
+
+
+def _cell(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and "sha" in record else None
+
+
+def _whole(path: Path, content: bytes) -> int:
+    """How many bytes are whole lines: all but a last one that was cut off as it was written."""
+    end = content.rfind(b"\n") + 1
+    start = content.rfind(b"\n", 0, max(end - 1, 0)) + 1
+    if end and _cell(content[start:end]) is None:
+        end = start
+    if end < len(content):
+        print(f"→ {path}: the last line is torn; its cell runs again", file=sys.stderr)
+    return end
 
 
 @contextmanager
 def appending(path: Path) -> Iterator[TextIO]:
     """A file to append to, held by one process at a time, without a torn last line."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", encoding="utf-8") as file:
+    with path.open("a", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -53,14 +65,7 @@ def appending(path: Path) -> Iterator[TextIO]:
                 "one run writes to a file at a time",
                 "share the work: --part 1/2 and --part 2/2, or use another --out",
             ) from None
-        content = path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        last = content[content.rfind(b"\n", 0, max(whole - 1, 0)) + 1 : whole]
-        try:
-            json.loads(last or b"{}")
-        except ValueError:
-            whole -= len(last)
-        file.truncate(whole)
+        file.truncate(_whole(path, path.read_bytes()))
         yield file
 
 

@@ -1,0 +1,659 @@
+"""bench.quality: its split, its keys, its resuming and its figures, on a tiny random model."""
+
+import json
+import math
+import random
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import bench.run
+import tokenselect
+from bench.quality import figures, page, plan, recorder, run, store, texts
+from bench.quality.__main__ import main
+from bench.quality.lab import Lab
+from bench.quality.tasks import mass, needles, sparse
+from bench.quality.ways import Budget, resolve, resolve_all
+from tests import fresh
+from tokenselect.errors import InvalidProblem
+from tokenselect.integrations.transformers import layers
+
+WAYS: dict[str, Any] = {
+    "window": {"attend": "window", "n_sink": 2, "n_local": 8},
+    "few": {"n_sink": 2, "n_local": 8},
+    "moved": {"preset": "extrapolate", "n_sink": 2, "n_local": 8},
+    "all": {"k": 1000},
+    "all-moved": {"preset": "extrapolate", "k": 1000},
+}
+BUDGETS = [{"share": 0.25}]
+TASKS: dict[str, Any] = {
+    "decode": {
+        "ways": ["few", "window", "moved"],
+        "contexts": [96],
+        "documents": 2,
+        "held": 6,
+        "budgets": BUDGETS,
+    },
+    "same": {"task": "decode", "ways": ["all", "all-moved"]}
+    | {"contexts": [96], "documents": 2, "held": 6},
+    "sparse": {
+        "ways": ["few", "window", "moved", "dense"],
+        "lengths": [128],
+        "documents": 2,
+        "chunk": 48,
+        "budgets": BUDGETS,
+    },
+    "needles": {
+        "ways": ["dense", "few"],
+        "lengths": [600],
+        "depths": [0, 0.5, 1],
+        "seeds": 1,
+        "keys": 2,
+        "budgets": [{"k": 20}],
+    },
+    "reuse": {
+        "ways": ["few"],
+        "contexts": [96],
+        "documents": 1,
+        "held": 6,
+        "thetas": [-1, 1],
+        "budgets": BUDGETS,
+    },
+    "mass": {"ways": ["few"], "contexts": [96], "documents": 1, "held": 4, "budgets": BUDGETS},
+    "all-mass": {"task": "mass", "ways": ["all"], "contexts": [96], "documents": 1, "held": 4},
+    "speed": {"ways": ["few", "moved"], "contexts": [64], "rounds": 3, "budgets": BUDGETS},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short_stretches() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(texts, "STRETCH", 2000)
+        patch.setattr(bench.run, "read_bandwidth", lambda: 1.0)  # takes seconds
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of two layers whose tokens are bytes, and a text."""
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder / "model")
+    config = LlamaConfig(
+        vocab_size=len(letters),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    draw = random.Random(0)
+    words = ["".join(draw.choices("etaoin", k=draw.randint(1, 7))) for _ in range(200)]
+    (folder / "text.txt").write_text(
+        ". ".join(" ".join(draw.choices(words, k=9)) for _ in range(400))
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lab(folder: Path) -> Lab:
+    return Lab(folder / "model")
+
+
+def settings(folder: Path, **changes: Any) -> dict[str, Any]:
+    given: dict[str, Any] = {"name": "tiny", "split": "choose", "ways": WAYS, "tasks": TASKS}
+    return given | {"texts": [str(folder / "text.txt")]} | changes
+
+
+def commanded(folder: Path, out: Path, *more: str, **changes: Any) -> dict[str, Any]:
+    """What the command line makes of settings; the collected result."""
+    path = out.parent / f"{out.name}.yaml"
+    path.write_text(yaml.safe_dump(settings(folder, **changes)))
+    files = ["--settings", str(path), "--model", str(folder / "model"), "--out", str(out)]
+    assert main(["run", *files, *more]) == 0
+    assert main(["collect", *files]) == 0
+    found: dict[str, Any] = json.loads((out / "quality-tiny.json").read_text())
+    return found
+
+
+@pytest.fixture(scope="module")
+def out(folder: Path) -> Path:
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def result(folder: Path, out: Path) -> dict[str, Any]:
+    """Every task, run once."""
+    return commanded(folder, out)
+
+
+def rows(result: dict[str, Any], name: str, **which: Any) -> list[dict[str, Any]]:
+    found = result["entries"][name]["rows"]
+    return [r for r in found if all(r.get(key) == value for key, value in which.items())]
+
+
+def without_times(result: dict[str, Any]) -> dict[str, Any]:
+    return {n: e for n, e in result["entries"].items() if n != "speed"}
+
+
+# --- the split ---
+
+
+def test_the_splits_of_a_text_share_nothing_and_leave_nothing(folder: Path) -> None:
+    name = str(folder / "text.txt")
+    text, parts = texts.read(name), {}
+    for split in texts.SPLITS:
+        for number, stretch in texts.stretches(name, split):
+            parts[number] = (text.index(stretch), text.index(stretch) + len(stretch))
+            assert number % 2 == texts.SPLITS.index(split)
+    ends = [parts[number] for number in range(len(parts))]
+    assert len(ends) == len(text) // 2000
+    assert all(before[1] <= after[0] for before, after in pairwise(ends))
+
+
+def test_seeds_of_the_splits_share_nothing() -> None:
+    assert texts.seeds("choose", 3) == [0, 2, 4]
+    assert texts.seeds("report", 3) == [1, 3, 5]
+
+
+def test_the_splits_of_a_plan_share_no_cell_that_reads(folder: Path, lab: Lab) -> None:
+    tasks = {name: task for name, task in TASKS.items() if name != "speed"}
+    both = [
+        {cell.sha for _, cell in cells(folder, lab, split=split, tasks=tasks)}
+        for split in texts.SPLITS
+    ]
+    assert both[0]
+    assert not both[0] & both[1]
+
+
+def test_natural_needles_lie_in_stretches_of_their_split(folder: Path) -> None:
+    name = str(folder / "text.txt")
+    for split, other in (("choose", "report"), ("report", "choose")):
+        for seed in texts.seeds(split, 3):
+            hay = needles.natural([name], split, seed, 600)
+            assert not any(stretch[:200] in hay for _, stretch in texts.stretches(name, other))
+
+
+# --- ways ---
+
+
+@pytest.mark.parametrize("budget", [Budget(share=0.1), Budget(total=100), Budget(k=90)])
+def test_ways_of_one_budget_attend_to_equally_many(budget: Budget) -> None:
+    ways = {
+        "a": {"attend": "window", "n_sink": 2, "n_local": 8},
+        "b": {"n_sink": 2, "n_local": 8},
+        "c": {"n_sink": 5, "n_local": 5, "scope": "group"},
+    }
+    a, b, c = (resolve(name, ways, budget, 1000) for name in ways)
+    assert a.size == b.size == c.size == 100
+    assert a.options is not None
+    assert (a.options.select.k, a.options.select.n_sink, a.options.select.n_local) == (0, 2, 98)
+
+
+def test_dense_attention_is_there_once_whatever_the_budgets() -> None:
+    ways = resolve_all(("dense", "few"), WAYS, (Budget(k=1), Budget(k=2)), 100)
+    assert [way.name for way in ways] == ["dense", "few", "few"]
+
+
+def test_a_budget_below_sink_and_window_says_so() -> None:
+    with pytest.raises(InvalidProblem, match=r"5 tokens\n  rule: n_sink=2 and n_local=8"):
+        resolve("few", WAYS, Budget(share=0.05), 100)
+
+
+# --- keys ---
+
+
+def cells(folder: Path, lab: Lab, **changes: Any) -> list[Any]:
+    return plan.cells(plan.read(settings(folder, **changes)), lab)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in TASKS if name not in ("same", "all-mass", "speed")]
+)
+def test_the_key_changes_with_all_that_decides_a_value(folder: Path, lab: Lab, name: str) -> None:
+    def shas(ways: dict[str, Any] = WAYS, other_lab: Lab = lab, **changes: Any) -> set[str]:
+        tasks = {name: TASKS[name] | {"ways": ["few"]} | changes}
+        found = cells(folder, other_lab, tasks=tasks, ways=ways)
+        return {cell.sha for _, cell in found if cell.way.kind != "dense"}
+
+    before = shas()
+    assert shas() == before
+    other_options = [
+        {"vote": "hard"},
+        {"normalize": "candidates"},
+        {"n_query_means": 2},
+        {"chunk": 7},
+        {"backend": "reference"},
+    ]
+    for options in other_options:
+        assert not shas(ways=WAYS | {"few": WAYS["few"] | options}) & before, options
+    changes: dict[str, Any] = {"budgets": [{"k": 33}]}
+    length = "contexts" if "contexts" in TASKS[name] else "lengths"
+    changes[length] = [TASKS[name][length][0] + 1]
+    own = {
+        "decode": {"held": 7},
+        "mass": {"held": 7},
+        "reuse": {"held": 7, "max_reuse": 3},
+        "sparse": {"chunk": 7, "counted_from": 0.25},
+        "needles": {"new_tokens": 7, "depths": [0.25]},
+    }
+    for setting, value in (changes | own[name]).items():
+        differs = shas(**{setting: value}) - before
+        unlike = shas(**{setting: value}) & before
+        # Without theta, max_reuse decides nothing.
+        assert differs, setting
+        assert setting == "max_reuse" or not unlike, setting
+    twin = Lab(lab.path)
+    twin.__dict__["fingerprint"] = "another model"
+    assert not shas(other_lab=twin) & before
+
+
+def test_names_are_no_part_of_a_key(folder: Path, lab: Lab) -> None:
+    one = cells(folder, lab, tasks={"decode": TASKS["decode"]})
+    renamed = {"x" + name: way for name, way in WAYS.items()}
+    other = TASKS["decode"] | {"task": "decode", "ways": ["xfew", "xwindow", "xmoved"]}
+    two = cells(folder, lab, ways=renamed, tasks={"other": other})
+    assert [cell.sha for _, cell in one] == [cell.sha for _, cell in two]
+
+
+def test_another_text_is_another_cell(folder: Path, lab: Lab, tmp_path: Path) -> None:
+    text = (folder / "text.txt").read_text()
+    (tmp_path / "text.txt").write_text(text.replace("e", "t", 1))
+    tasks = {"decode": TASKS["decode"]}
+    one = cells(folder, lab, tasks=tasks)
+    two = cells(folder, lab, tasks=tasks, texts=[str(tmp_path / "text.txt")])
+    assert {c.sha for _, c in one}.isdisjoint(c.sha for _, c in two)
+
+
+# --- resuming ---
+
+
+def test_a_run_that_was_cut_off_does_what_is_missing(
+    folder: Path, out: Path, result: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    again = folder / "again"
+    again.mkdir()
+    lines = (out / "cells.jsonl").read_text().splitlines(keepends=True)
+    (again / "cells.jsonl").write_text("".join(lines[::2]) + lines[1][:30])
+    capsys.readouterr()
+    found = commanded(folder, again)
+    said = capsys.readouterr()
+    assert f"{len(lines)} cells, {len(lines[::2])} of them done before" in said.out
+    assert "the last line is torn; its cell runs again" in said.err
+    assert without_times(found) == without_times(result)
+    assert len((again / "cells.jsonl").read_text().splitlines()) == len(lines)
+    before = (again / "cells.jsonl").read_bytes()
+    commanded(folder, again)
+    assert (again / "cells.jsonl").read_bytes() == before
+
+
+def test_parts_together_are_the_whole(folder: Path, result: dict[str, Any]) -> None:
+    out, tasks = folder / "parts", {n: TASKS[n] for n in ("decode", "sparse", "mass")}
+    commanded(folder, out, "--part", "1/2", tasks=tasks)
+    first = set(store.read(out))
+    found = commanded(folder, out, "--part", "2/2", tasks=tasks)
+    second = {json.loads(line)["sha"] for line in (out / "cells-2.jsonl").open()}
+    assert first
+    assert second
+    assert not first & second
+    assert found["missing"] == 0
+    assert found["entries"] == {name: result["entries"][name] for name in tasks}
+
+
+def test_parts_share_evenly(folder: Path, lab: Lab) -> None:
+    works = plan.works(cell for _, cell in cells(folder, lab))
+    for n in (1, 2, 3):
+        parts = [plan.part(works, i, n) for i in range(1, n + 1)]
+        assert sorted(id(w) for part in parts for w in part) == sorted(map(id, works))
+        loads = [sum(cell.seconds for work in part for cell in work) for part in parts]
+        longest = max(sum(cell.seconds for cell in work) for work in works)
+        assert max(loads) - min(loads) <= longest + 1e-9
+
+
+def test_cells_of_other_settings_are_left_out(
+    folder: Path, out: Path, result: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    path = folder / "one.yaml"
+    path.write_text(yaml.safe_dump(settings(folder, tasks={"mass": TASKS["mass"]})))
+    target = folder / "one.json"
+    files = ["--settings", str(path), "--model", str(folder / "model"), "--out", str(out)]
+    assert main(["collect", *files, "--json", str(target)]) == 0
+    assert "belong to other settings, and are left out" in capsys.readouterr().out
+    found = json.loads(target.read_text())
+    assert found["entries"] == {"mass": result["entries"]["mass"]}
+
+
+def test_a_bad_line_in_the_middle_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "cells.jsonl").write_text('{"sha": "a"}\n{"sh\n{"sha": "b"}\n')
+    with pytest.raises(InvalidProblem, match=r"cells.jsonl, line 2"):
+        store.read(tmp_path)
+
+
+@pytest.mark.parametrize("torn", ['{"sha": "b"', '{"sha": "b"}', '{"sha\n', "\x00\x00\n"])
+def test_a_torn_last_line_is_dropped(tmp_path: Path, torn: str) -> None:
+    path = tmp_path / "cells.jsonl"
+    path.write_text('{"sha": "a"}\n' + torn)
+    assert list(store.read(tmp_path)) == ["a"]
+    with store.appending(path) as file:
+        store.append(file, {"sha": "c"})
+    assert path.read_text() == '{"sha": "a"}\n{"sha": "c"}\n'
+
+
+def test_two_runs_do_not_write_one_file(tmp_path: Path) -> None:
+    path, error = tmp_path / "cells.jsonl", pytest.raises(InvalidProblem, match="another run")
+    with store.appending(path), error, store.appending(path):
+        raise AssertionError
+
+
+# --- figures ---
+
+
+def test_dense_attention_is_no_way_from_itself(result: dict[str, Any]) -> None:
+    for name in ("decode", "sparse"):
+        dense = rows(result, name, way="dense")
+        assert len(dense) == 2
+        assert all(r["kl"] == r["kl_max"] == 0 and r["agreement"] == 1 for r in dense)
+
+
+def test_a_budget_for_everything_is_dense_attention(result: dict[str, Any]) -> None:
+    dense = {r["document"]: r["nll"] for r in rows(result, "same", way="dense")}
+    for way in ("all", "all-moved"):
+        found = rows(result, "same", way=way)
+        assert len(found) == 2
+        for row in found:
+            assert row["kl_max"] <= 1e-6
+            assert row["agreement"] == 1
+            assert row["nll"] == pytest.approx(dense[row["document"]], abs=1e-5)
+
+
+def test_ways_change_something(result: dict[str, Any]) -> None:
+    for name in ("decode", "sparse"):
+        for way in ("few", "window", "moved"):
+            assert all(r["kl"] > 1e-6 for r in rows(result, name, way=way))
+
+
+@torch.inference_mode()
+def test_likelihoods_are_those_of_one_forward_pass(result: dict[str, Any], lab: Lab) -> None:
+    (document, _) = lab.documents((result["settings"]["texts"][0],), "choose", 2, 129)
+    logits = lab.model(torch.tensor([document.ids])).logits[0, :-1].double().log_softmax(-1)
+    nll = -logits.gather(1, torch.tensor(document.ids)[1:, None])[:, 0]
+    (dense,) = rows(result, "sparse", way="dense", document=document.id)
+    assert dense["tokens"] == 64
+    assert dense["nll"] == pytest.approx(float(nll[64:].mean()), abs=1e-5)
+    (dense,) = rows(result, "decode", way="dense", document=document.id)
+    assert dense["tokens"] == 6
+    assert dense["nll"] == pytest.approx(float(nll[96:102].mean()), abs=1e-5)
+
+
+def test_kl_and_agreement_are_those_of_torch() -> None:
+    torch.manual_seed(0)
+    p, q = torch.randn(2, 150, 7)
+    against = figures.Against()
+    against.add(q, p, [0] * 150)
+    expected = torch.nn.functional.kl_div(
+        q.log_softmax(-1), p.log_softmax(-1), reduction="none", log_target=True
+    ).sum(-1)
+    found = against.summary()
+    assert found["kl"] == pytest.approx(float(expected.mean()), rel=1e-5)
+    assert found["kl_max"] == pytest.approx(float(expected.max()), rel=1e-5)
+    assert found["agreement"] == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).float().mean()))
+    assert found["nll"] == pytest.approx(float(-q.log_softmax(-1)[:, 0].mean()), rel=1e-5)
+
+
+def test_lockstep_in_several_goes_changes_nothing(
+    folder: Path, lab: Lab, result: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sparse, "_MEMORY", 1.0)
+    planned = cells(folder, lab, tasks={"sparse": TASKS["sparse"]})
+    (work, _) = plan.works(cell for _, cell in planned)
+    values = {cell.sha: value for cell, value in sparse.run(work, lab)}
+    assert len(values) == len(work) == 4
+    for cell in work:
+        (row,) = rows(result, "sparse", way=cell.way.name, document=cell.given.id)
+        assert values[cell.sha].items() <= row.items()
+
+
+def test_wilson_intervals_are_the_known_ones() -> None:
+    known = {(0, 10): (0, 0.2775), (10, 10): (0.7225, 1), (5, 10): (0.2366, 0.7634)}
+    known[81, 263] = (0.2553, 0.3662)  # Newcombe 1998, table I
+    for (right, tries), ends in known.items():
+        assert figures.wilson(right, tries) == pytest.approx(ends, abs=5e-5)
+    assert figures.wilson(0, 0) == (0, 1)
+
+
+def test_a_summary_says_what_its_rows_say() -> None:
+    def row(document: str, way: str, nll: float, **more: Any) -> dict[str, Any]:
+        kind = {"dense": "dense", "window": "window"}.get(way, "select")
+        size = None if way == "dense" else 100
+        base = {"context": 1, "document": document, "way": way, "budget": "", "kind": kind}
+        return (
+            base
+            | {"size": size, "nll": nll, "kl": nll / 10, "kl_max": nll, "agreement": 0.5}
+            | more
+        )
+
+    several = [
+        *(row("a", "dense", 1.0), row("a", "window", 1.5), row("a", "it", 1.2)),
+        *(row("b", "dense", 2.0), row("b", "window", 2.0), row("b", "it", 2.4)),
+    ]
+    it = next(r for r in figures.against_dense(several) if r["way"] == "it")
+    assert it["perplexity"] == pytest.approx(math.exp(1.8))
+    assert it["loss"] == pytest.approx(math.exp(0.3) - 1)
+    assert it["worst"] == pytest.approx(math.exp(0.4) - 1)
+    assert (it["gains"], it["beats"], it["documents"]) == (1, 1, 2)
+    flagged = [r for r in figures.beside_window(several) if r["way"] == "it"]
+    assert [(r["dense_gains"], r["beats_window"]) for r in flagged] == [
+        (True, True),
+        (False, False),
+    ]
+
+
+# --- tasks ---
+
+
+def test_reuse_counts_its_hits(result: dict[str, Any]) -> None:
+    (always,) = rows(result, "reuse", theta=-1)
+    assert always["hit_rate"] == pytest.approx(5 / 6)  # all but the first step
+    (same,) = rows(result, "reuse", theta=1)
+    assert same["hit_rate"] == 0
+    (never,) = rows(result, "reuse", theta=None, way="few")
+    assert "hit_rate" not in never
+    assert never["nll"] == same["nll"]
+
+
+def test_mass_and_overlap_of_everything_are_one(result: dict[str, Any]) -> None:
+    (everything,) = rows(result, "all-mass")
+    assert everything["mass"] == [[1.0] * 4] * 2
+    (few,) = rows(result, "mass")
+    assert all(0 < x <= 1 for layer in few["mass"] for x in layer)
+    assert [len(few["by_step"]), len(few["by_layer"])] == [2, 2]
+    assert few["by_layer"][0][0] == few["by_layer"][1][1] == 1
+    assert few["by_layer"][0][1] == few["by_layer"][1][0] < 1
+
+
+def test_votes_leave_out_sink_and_window() -> None:
+    q, cache = torch.randn(1, 2, 1, 4), torch.randn(1, 1, 30, 4)
+    config = tokenselect.SelectConfig(k=5, n_sink=3, n_local=4)
+    _, info = tokenselect.attention(q, cache, cache, **config, return_info=True)
+    chosen = mass.votes(info, 30, config)
+    assert chosen.shape == (1, 30)
+    assert chosen.sum() == chosen[0, 3:26].sum() == 5
+
+
+def test_overlap_is_jaccards() -> None:
+    a, b = torch.zeros(2, 1, 6, dtype=torch.bool)
+    a[0, :3], b[0, 2:4] = True, True
+    assert mass.overlap(a, b) == 0.25
+    assert mass.overlap(a & False, b & False) == 1
+
+
+def test_the_recorder_leaves_the_package_alone() -> None:
+    before = tokenselect.attention
+    with recorder.recorded():
+        assert tokenselect.attention is before
+        assert layers.tokenselect is not tokenselect
+    assert layers.tokenselect is tokenselect
+
+
+@pytest.mark.parametrize("kind", needles.KINDS)
+@pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])
+def test_needles_lie_where_they_are_said_to(
+    folder: Path, lab: Lab, kind: str, depth: float
+) -> None:
+    names, keys = (str(folder / "text.txt"),), 3 if kind == "multikey" else 1
+    needle = needles.make(lab, names, "choose", kind, 1200, depth, 4, keys)
+    again = needles.make(lab, names, "choose", kind, 1200, depth, 4, keys)
+    assert needle == again
+    assert 1200 - 120 <= len(needle.ids) <= 1200
+    assert needle.prompt.count(needle.number) == 1
+    at = needle.prompt.index(needle.number) / needle.prompt.index("Question:")
+    assert at == pytest.approx(depth, abs=0.15)
+    assert needle.number != needles.make(lab, names, "choose", kind, 1200, depth, 6, keys).number
+
+
+@pytest.mark.parametrize(("wrong", "right"), [("", True), ("1", False)])
+def test_answers_are_scored(
+    folder: Path, lab: Lab, monkeypatch: pytest.MonkeyPatch, wrong: str, right: bool
+) -> None:
+    tasks = {"needles": TASKS["needles"] | {"kinds": ["filler"], "depths": [0.5]}}
+    cell = cells(folder, lab, tasks=tasks)[0][1]
+    number = cell.given[0].number
+
+    def generate(inputs: torch.Tensor, **_: Any) -> torch.Tensor:
+        answer = lab.encode(f"It is {number}{wrong}.")
+        return torch.tensor([[*inputs[0].tolist(), *answer]])
+
+    monkeypatch.setattr(lab.model, "generate", generate)
+    ((_, value),) = needles.run([cell], lab)
+    assert value["right"] is right
+    assert value["answer"] == f"It is {number}{wrong}."
+
+
+def test_speed_compares_with_stock_attention(result: dict[str, Any]) -> None:
+    (row,) = rows(result, "speed")
+    names = [side["name"] for side in row["sides"]]
+    assert names == ["sdpa, DynamicCache", "sdpa, TokenSelectCache", "few 25 %", "moved 25 %"]
+    assert row["sides"][0]["of sdpa, DynamicCache"] == 1
+    assert all(0 < side["least"] <= side["median"] <= side["largest"] for side in row["sides"])
+
+
+# --- settings ---
+
+
+@pytest.mark.parametrize("path", sorted(plan.FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_settings_are_read(path: Path) -> None:
+    read = plan.read(plan.load(path))
+    assert read.name == path.stem
+    assert read.split == ("report" if path.stem == "report" else "choose")
+    for entry in plan.entries(read):
+        for context in getattr(entry.settings, "contexts", getattr(entry.settings, "lengths", ())):
+            resolve_all(entry.settings.ways, read.ways, entry.settings.budgets, context)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["splt=report"], "settings: 'splt'\n  rule: known are name, split(.|\n)*mean 'split'"),
+        (["split=rebort"], "settings.split: 'rebort'(.|\n)*did you mean 'report'"),
+        (["texts=[]"], r"settings.texts: \[\]"),
+        (["tasks.decode.held=0"], "tasks.decode.held: 0\n  rule: it is an integer >= 1"),
+        (["tasks.decode.held=yes"], "tasks.decode.held: True\n  rule: it is an integer"),
+        (["tasks.decode.documnts=1"], "did you mean 'documents'"),
+        (["tasks.decode.contexts=5"], "tasks.decode.contexts: 5\n  rule: it is a list"),
+        (["tasks.decode.ways=[fw]"], "tasks.decode.ways: 'fw'(.|\n)*did you mean 'few'"),
+        (["tasks.decode.budgets=[{k: 1, share: 0.1}]"], "a budget is one of k, total, share"),
+        (["tasks.decode.budgets=[{share: 10}]"], "share a number above 0 and at most 1"),
+        (["tasks.decode.budgets=[{kk: 1}]"], "budgets: 'kk'"),
+        (["tasks.decode.task=decde"], "tasks.decode: task 'decde'(.|\n)*did you mean 'decode'"),
+        (["tasks.needles.kinds=[hay]"], "tasks.needles.kinds: 'hay'"),
+        (["tasks.needles.depths=[1.5]"], "it is a number >= 0 <= 1"),
+        (["ways.few.vot=hard"], "ways.few: 'vot'(.|\n)*did you mean 'vote'"),
+        (["ways.few=3"], "ways.few: 3"),
+        (["way.few.vote=hard"], "--set way.few.vote: 'way'(.|\n)*did you mean 'ways'"),
+        (["nonsense"], "--set nonsense\n  rule: it is NAME=VALUE"),
+    ],
+)
+def test_errors_of_settings(folder: Path, changes: list[str], message: str) -> None:
+    path = folder / "bad.yaml"
+    path.write_text(yaml.safe_dump(settings(folder)))
+    with pytest.raises(InvalidProblem, match=message):
+        plan.read(plan.load(path, changes))
+
+
+@pytest.mark.parametrize(
+    ("way", "message"),
+    [
+        ({"vote": "sft"}, "way 'few': vote='sft'"),
+        ({"n_local": 0}, "way 'few': n_local=0"),
+        ({"attend": "dense", "k": 3}, "dense attention has no options"),
+        ({"attend": "dens"}, "did you mean 'dense'"),
+        ({"preset": "fathful"}, "way 'few': preset='fathful'"),
+    ],
+)
+def test_errors_of_ways(way: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidProblem, match=message):
+        resolve("few", {"few": way}, None, 100)
+
+
+def test_too_many_documents_are_an_error(folder: Path, lab: Lab) -> None:
+    with pytest.raises(InvalidProblem, match=r"the split 'choose' of these texts has \d+ so long"):
+        lab.documents((str(folder / "text.txt"),), "choose", 1000, 100)
+
+
+def test_the_command_line_reports_errors(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--settings", str(folder / "none.yaml")]) == 2
+    assert "quick.yaml" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["run", "--part", "3/2"])
+    assert "i from 1 to n" in capsys.readouterr().err
+
+
+# --- page and pictures ---
+
+
+def test_the_page_is_the_committed_results() -> None:
+    committed = (fresh.ROOT / "docs" / "quality.md").read_text("utf-8")
+    assert committed == page.page(), "run: python -m bench.quality page > docs/quality.md"
+
+
+def test_the_page_shows_every_entry(
+    folder: Path, out: Path, result: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "quality-tiny.json").write_text(json.dumps(result))
+    shown = page.page(tmp_path)
+    for name in TASKS:
+        assert f"### tiny: {name}" in shown
+    for row in result["entries"]["decode"]["summary"]:
+        assert f"| {row['perplexity']:.3f} |" in shown
+    assert "| 0 of 3 | 0% to 56% |" in shown
+
+
+def test_pictures_are_drawn(out: Path, result: dict[str, Any], tmp_path: Path) -> None:
+    assert main(["plot", str(out / "quality-tiny.json"), "--out", str(tmp_path)]) == 0
+    names = {path.name for path in tmp_path.glob("*.png")}
+    assert names == {f"quality-tiny-{name}.png" for name in TASKS}
+
+
+def test_what_a_result_says_of_itself(result: dict[str, Any], lab: Lab) -> None:
+    assert (result["kind"], result["missing"]) == ("quality", 0)
+    assert result["model"]["sha256"] == lab.fingerprint
+    assert result["settings"]["split"] == "choose"
+    assert set(result["versions"]) >= {"torch", "transformers"}
+    assert run.source_tree().rstrip("+") == result["sources"][0].rstrip("+")
