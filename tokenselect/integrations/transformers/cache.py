@@ -210,6 +210,14 @@ class RawKeys(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append keys: raw ones, if `expect_raw_keys` was called for this layer just before."""
+        self._look_out(layer_idx)
+        shown: tuple[Tensor, Tensor] = super().update(
+            key_states, value_states, layer_idx, *args, **kwargs
+        )
+        return shown
+
+    @torch.compiler.disable
+    def _look_out(self, layer_idx: int) -> None:
         are_raw = self._expected == layer_idx
         self._expected = None
         if are_raw != (layer_idx in self.raw_layers):
@@ -222,10 +230,6 @@ class RawKeys(Cache):
                     "go on with a new cache, or with this one after reset()",
                 )
             self.raw_layers ^= {layer_idx}
-        shown: tuple[Tensor, Tensor] = super().update(
-            key_states, value_states, layer_idx, *args, **kwargs
-        )
-        return shown
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row b becomes what row beam_idx[b] was."""

@@ -305,14 +305,14 @@ def _check_positions(module: Any, call: _Call, mask: TokenMask) -> None:
             "called with cos and sin of unknown positions",
             "call the model, not a layer of it",
         )
-    starts = torch.full((mask.shape[0],), -1)
+    B = mask.shape[0]
     known = cache.starts if isinstance(cache, RawKeys) else None
-    if known is not None and known.shape == starts.shape:
-        starts = known.clone()
+    are_known = known is not None and len(known) == B
+    starts = known.clone() if known is not None and are_known else torch.full((B,), -1)
     for run in mask.runs:
-        ids = made.position_ids.expand(len(starts), -1)[run.rows][:, run.queries]
+        ids = made.position_ids.long().expand(B, -1)[run.rows][:, run.queries]
         first = run.n - run.m
-        if first == 0 or known is None:
+        if first == 0 or not are_known:
             starts[run.rows] = ids[:, 0] - first
         if not torch.equal(ids, starts[run.rows, None] + torch.arange(first, run.n)):
             raise refusal(
