@@ -73,11 +73,12 @@ def _measure(asked: argparse.Namespace, arguments: Sequence[str]) -> int:
 
     from bench.quality import plan, run
     from bench.quality.lab import Lab
+    from bench.quality.page import section
 
     logging.set_verbosity_error()  # going past the trained length is meant
     torch.set_num_threads(asked.threads)
     settings = plan.read(plan.load(asked.settings, asked.changes))
-    lab = Lab(asked.model, asked.gguf_file)
+    lab = Lab(asked.model, asked.gguf_file, settings.dtype)
     out = asked.out or Path("quality-output") / settings.name
     print(f"→ {settings.name}: documents and seeds of the split {settings.split!r}", flush=True)
     planned = plan.cells(settings, lab, asked.only)
@@ -87,12 +88,15 @@ def _measure(asked: argparse.Namespace, arguments: Sequence[str]) -> int:
             print("→ parts are put together by collect")
             return 0
     command = "python -m bench.quality " + " ".join(arguments)
-    found = json.dumps(run.collect(planned, settings, lab, out, command), indent=1)
+    report = run.collect(planned, settings, lab, out, command)
     name = f"quality-{settings.name}.json"
     for path in [asked.json or out / name, *([RESULTS / name] if asked.save else [])]:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(found + "\n", encoding="utf-8")
+        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         print(f"→ wrote {path}")
+    tables = (out / name).with_suffix(".md")
+    tables.write_text(section(report), encoding="utf-8")
+    print(f"→ its tables are in {tables}")
     return 0
 
 

@@ -46,15 +46,18 @@ class Cell:
 
 
 class Lab:
-    """One model and its tokenizer, read when first needed, on the CPU in float32."""
+    """One model and its tokenizer, read when first needed, on the CPU in `dtype`."""
 
-    def __init__(self, path: Path | None = None, gguf_file: str | None = None) -> None:
+    def __init__(
+        self, path: Path | None = None, gguf_file: str | None = None, dtype: str = "float32"
+    ) -> None:
         # transformers reads it when it is imported: models come from folders, never from a hub.
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         from tokenselect.demo.model import default_model, find_gguf
 
         self.path = default_model() if path is None else path
         self.gguf_file = find_gguf(self.path, gguf_file)
+        self.dtype = dtype
         self._tokens: dict[str, tuple[int, ...]] = {}
         self._offsets: dict[str, list[int]] = {}
 
@@ -62,7 +65,7 @@ class Lab:
     def _loaded(self) -> tuple[Any, Any]:
         from tokenselect.demo.model import load
 
-        return load(self.path, self.gguf_file)
+        return load(self.path, self.gguf_file, getattr(torch, self.dtype))
 
     @cached_property
     def model(self) -> Any:
@@ -84,6 +87,11 @@ class Lab:
                     while block := file.read(1 << 20):
                         digest.update(block)
         return digest.hexdigest()
+
+    @property
+    def key(self) -> dict[str, str]:
+        """What of a cell's key the model decides."""
+        return {"model": self.fingerprint, "dtype": self.dtype}
 
     def tokenize(self, text: str) -> tuple[int, ...]:
         """Token ids, with what the tokenizer itself puts at the start; each text is done once."""
@@ -153,7 +161,7 @@ def of_document(
     label = {"context": context, "document": document.id, **more}
     return Cell(
         task=task,
-        key={"model": lab.fingerprint, **read, "way": way.key},
+        key=lab.key | read | {"way": way.key},
         label=label | way.label | {"kind": way.kind, "size": way.size},
         work=f"{task} {document.sha} {context} {more}",
         seconds=seconds,

@@ -42,6 +42,7 @@ class Settings:
     name   of the results
     split  "choose" or "report": which stretches of the texts and which seeds
     texts  kjv, pydoc, source, or paths of text files
+    dtype  of the model's weights and of its cache
     ways   a name -> {attend: select (if absent), window or dense; preset; options of `enable`}
     tasks  a name -> {task: its kind (if absent, the name); that task's settings}
     """
@@ -51,6 +52,7 @@ class Settings:
     tasks: Mapping[str, Any]
     ways: Mapping[str, Any] = field(default_factory=dict)
     texts: tuple[str, ...] = ("kjv", "pydoc", "source")
+    dtype: Literal["float32", "bfloat16"] = "float32"
 
 
 def load(path: Path, changes: Sequence[str] = ()) -> dict[str, Any]:

@@ -65,10 +65,9 @@ def cells(settings: Settings, plan: Any, lab: Lab) -> Iterator[Cell]:
                     needle = make(lab, plan.texts, plan.split, **what)
                     read = {"sha": texts.sha(needle.prompt), "new_tokens": settings.new_tokens}
                     for way in ways:
-                        model = {"model": lab.fingerprint}
                         yield Cell(
                             task="needles",
-                            key=model | what | read | {"way": way.key},
+                            key=lab.key | what | read | {"way": way.key},
                             label={
                                 "hidden": kind,
                                 "context": length,

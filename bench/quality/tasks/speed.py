@@ -58,7 +58,7 @@ def cells(settings: Settings, plan: Any, lab: Lab) -> Iterator[Cell]:
         what = {"context": context, "rounds": settings.rounds}
         yield Cell(
             task="speed",
-            key={"model": lab.fingerprint, "sides": keys} | what | _here(),
+            key=lab.key | {"sides": keys} | what | _here(),
             label=what | _here(),
             work=f"speed {what}",
             seconds=settings.rounds * len(sides) * (0.1 + context * 1e-5),
@@ -71,7 +71,7 @@ def cells(settings: Settings, plan: Any, lab: Lab) -> Iterator[Cell]:
             what = {"new": new, "cached": cached}
             yield Cell(
                 task="speed",
-                key={"model": lab.fingerprint, "memory": way.key} | what | _here(),
+                key=lab.key | {"memory": way.key} | what | _here(),
                 label=what | way.label | _here(),
                 work=f"memory {what} {way.key}",
                 seconds=0.01 * new + 10,
@@ -142,7 +142,7 @@ def filled(cache: Any, lab: Lab, way: Way, n: int) -> Any:
         fed(lab.model, cache, (0,))
     for layer in cache.layers:
         noise = torch.randn(2, 1, config.num_key_value_heads, n - 1, width, generator=draw)
-        layer.update(noise[0], noise[1])
+        layer.update(*noise.to(lab.model.dtype))
     return cache
 
 
@@ -161,6 +161,7 @@ def peak(cell: Cell, lab: Lab) -> dict[str, Any]:
     job = {
         "model": str(lab.path),
         "gguf_file": lab.gguf_file,
+        "dtype": lab.dtype,
         "way": cell.way.key,
         "threads": torch.get_num_threads(),
         "new": cell.label["new"],
@@ -177,12 +178,13 @@ def peak(cell: Cell, lab: Lab) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def _measure(job: dict[str, Any]) -> dict[str, Any]:
+def measure(job: dict[str, Any]) -> dict[str, Any]:
+    """Do the job in this process."""
     torch.set_num_threads(job["threads"])
     options = dict(job["way"])
     kind = options.pop("attend")
     way = DENSE if kind == "dense" else resolve("it", {"it": options}, None, 0)
-    lab = Lab(Path(job["model"]), job["gguf_file"])
+    lab = Lab(Path(job["model"]), job["gguf_file"], job["dtype"])
     n = job["cached"] + job["new"]
     cache = TokenSelectCache(lab.model, max_length=n)
     filled(cache, lab, way, n).crop(-job["new"])  # so the cache has its memory
@@ -209,4 +211,4 @@ def _reset_peak() -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    print(json.dumps(_measure(json.load(sys.stdin))))
+    print(json.dumps(measure(json.load(sys.stdin))))
