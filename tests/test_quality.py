@@ -3,9 +3,11 @@
 import json
 import math
 import random
+import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,13 +16,14 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import bench.quality
 import bench.run
 import tokenselect
 from bench.quality import figures, page, plan, recorder, run, store, texts
 from bench.quality.__main__ import main
 from bench.quality.lab import Lab
-from bench.quality.tasks import mass, needles, sparse
-from bench.quality.ways import Budget, resolve, resolve_all
+from bench.quality.tasks import mass, needles, ruler, sparse, speed
+from bench.quality.ways import DENSE, Budget, resolve, resolve_all
 from tests import fresh
 from tokenselect.errors import InvalidProblem
 from tokenselect.integrations.transformers import layers
@@ -262,6 +265,7 @@ def test_the_key_changes_with_all_that_decides_a_value(folder: Path, lab: Lab, n
     twin = Lab(lab.path)
     twin.__dict__["fingerprint"] = "another model"
     assert not shas(other_lab=twin) & before
+    assert not shas(other_lab=Lab(lab.path, dtype="bfloat16")) & before
 
 
 def test_names_are_no_part_of_a_key(folder: Path, lab: Lab) -> None:
@@ -554,6 +558,51 @@ def test_speed_compares_with_stock_attention(result: dict[str, Any]) -> None:
     assert all(0 < side["least"] <= side["median"] <= side["largest"] for side in row["sides"])
 
 
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells peak memory")
+@pytest.mark.parametrize("way", ["dense", "few", "moved"])
+def test_memory_is_measured(lab: Lab, way: str) -> None:
+    key = resolve(way, WAYS, Budget(k=20), 100).key
+    job = {"model": str(lab.path), "gguf_file": None, "dtype": "float32", "way": key, "threads": 1}
+    found = speed.measure(job | {"new": 300, "cached": 100})
+    assert found["cache_mib"] == 2 * 2 * 2 * 400 * 8 * 4 / 2**20
+    assert found["peak_mib"] >= 0
+
+
+def test_ruler_is_scored_under_each_way(
+    folder: Path, lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def scored(
+        model: Any, tokenizer: Any, tasks: Any, lengths: Any, samples: int, seed: int
+    ) -> Any:
+        asked.append((model.config._attn_implementation, *tasks, *lengths, samples, seed))
+        return {task: {str(n): {"score": 0.5, "scores": [0, 1]} for n in lengths} for task in tasks}
+
+    fake = SimpleNamespace(TASKS=("a", "b"), run=scored)
+    monkeypatch.setitem(sys.modules, "bench.quality.ruler", fake)
+    monkeypatch.setattr(bench.quality, "ruler", fake, raising=False)
+    task = {"ways": ["dense", "few"], "lengths": [500], "samples": 2, "budgets": [{"k": 9}]}
+    planned = cells(folder, lab, split="report", tasks={"ruler": task})
+    values = list(ruler.run([cell for _, cell in planned], lab))
+    assert asked == [
+        (attention, name, 500, 2, 1) for name in "ab" for attention in ("sdpa", "tokenselect")
+    ]
+    summary = ruler.summary([{**cell.label, **value} for cell, value in values])
+    assert [(r["ruler"], r["way"], r["score"]) for r in summary] == [
+        (name, way, 0.5) for name in "ab" for way in ("dense", "few")
+    ]
+
+
+@pytest.mark.parametrize("way", ["dense", "few", "moved"])
+def test_bfloat16_goes_all_the_way(folder: Path, way: str) -> None:
+    lab = Lab(folder / "model", dtype="bfloat16")
+    assert lab.model.dtype == torch.bfloat16
+    sides = [speed.Side("stock", DENSE, True), speed.Side("it", resolve(way, WAYS, None, 64))]
+    times = speed.times(sides, 64, 3, lab)["sides"]
+    assert [side["name"] for side in times] == ["stock", "it"]
+
+
 # --- settings ---
 
 
@@ -570,7 +619,7 @@ def test_shipped_settings_are_read(path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["splt=report"], "settings: 'splt'\n  rule: known are name, split(.|\n)*mean 'split'"),
+        (["splt=report"], "settings: 'splt'\n  rule: known are(.|\n)*did you mean 'split'"),
         (["split=rebort"], "settings.split: 'rebort'(.|\n)*did you mean 'report'"),
         (["texts=[]"], r"settings.texts: \[\]"),
         (["tasks.decode.held=0"], "tasks.decode.held: 0\n  rule: it is an integer >= 1"),
@@ -643,6 +692,7 @@ def test_the_page_shows_every_entry(
     for row in result["entries"]["decode"]["summary"]:
         assert f"| {row['perplexity']:.3f} |" in shown
     assert "| 0 of 3 | 0% to 56% |" in shown
+    assert (out / "quality-tiny.md").read_text().startswith("## tiny: model")
 
 
 def test_pictures_are_drawn(out: Path, result: dict[str, Any], tmp_path: Path) -> None:

@@ -57,10 +57,11 @@ def page(results: Path = RESULTS) -> str:
     reports.sort(key=lambda report: report["settings"]["split"] != "report")
     if not reports:
         return _HEAD + "\nNothing has been measured yet.\n"
-    return "\n".join([_HEAD, *map(_section, reports)])
+    return "\n".join([_HEAD, *map(section, reports)])
 
 
-def _section(report: dict[str, Any]) -> str:
+def section(report: dict[str, Any]) -> str:
+    """One result's part of the page."""
     host, model, settings = report["machine"], report["model"], report["settings"]
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     texts = ", ".join(f"{name} {text['sha']}" for name, text in report["texts"].items())

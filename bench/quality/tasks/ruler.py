@@ -37,7 +37,7 @@ def cells(settings: Settings, plan: Any, lab: Lab) -> Iterator[Cell]:
             for way in ways:
                 yield Cell(
                     task="ruler",
-                    key={"model": lab.fingerprint} | what | {"way": way.key},
+                    key=lab.key | what | {"way": way.key},
                     label={"ruler": task, "context": length}
                     | way.label
                     | {"kind": way.kind, "size": way.size},

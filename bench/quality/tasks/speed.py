@@ -188,7 +188,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     n = job["cached"] + job["new"]
     cache = TokenSelectCache(lab.model, max_length=n)
     filled(cache, lab, way, n).crop(-job["new"])  # so the cache has its memory
-    ids = tuple(i % 1000 for i in range(job["new"]))
+    ids = tuple(i % min(1000, lab.model.config.vocab_size) for i in range(job["new"]))
     before, start = _resident("VmRSS"), time.perf_counter()
     _reset_peak()
     with way.attached(lab.model):
