@@ -67,18 +67,29 @@ class Rope:
         x (..., L, D) float32 or float64, as given (see `cached`); position and at (L,) or
         broadcastable to (..., L), integers. Returns x's shape and dtype.
         """
-        raw = self.cached == "raw"
-        angle = (at if raw else at - position).double()[..., None] * self.inv_freq.double()
-        factor = self.scaling if raw else 1.0
-        cos, sin = (angle.cos() * factor).to(x.dtype), (angle.sin() * factor).to(x.dtype)
-        turned, rest = x[..., : self.rotary_dim], x[..., self.rotary_dim :]
+        is_raw = self.cached == "raw"
+        factor = self.scaling if is_raw else 1.0
+        return self.turn(x, *self.wave(at if is_raw else at - position, x.dtype, factor))
+
+    def wave(self, by: Tensor, dtype: torch.dtype, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+        """cos and sin, times factor, of turns by so many positions: each (..., rotary_dim / 2)."""
+        angle = by.double()[..., None] * self.inv_freq.double()
+        return (angle.cos() * factor).to(dtype), (angle.sin() * factor).to(dtype)
+
+    def pairs(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Views of the first and of the second of each pair of dims: (..., rotary_dim / 2)."""
+        turned = x[..., : self.rotary_dim]
         if self.interleaved:
-            first, second = turned[..., 0::2], turned[..., 1::2]
-        else:
-            first, second = turned.chunk(2, dim=-1)
+            return turned[..., 0::2], turned[..., 1::2]
+        first, second = turned.chunk(2, dim=-1)
+        return first, second
+
+    def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Turn x (..., D) by what `wave` returned."""
+        first, second = self.pairs(x)
         first, second = first * cos - second * sin, first * sin + second * cos
         if self.interleaved:
             turned = torch.stack((first, second), dim=-1).flatten(-2)
         else:
             turned = torch.cat((first, second), dim=-1)
-        return torch.cat((turned, rest), dim=-1)
+        return torch.cat((turned, x[..., self.rotary_dim :]), dim=-1)

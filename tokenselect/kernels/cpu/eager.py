@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from tokenselect.contract import Attended, Problem, Scores, Selection
 from tokenselect.kernels.cpu.rows import as_rows
+from tokenselect.rope import Rope
 
 # A chunk of converted keys should stay in the processor's cache while it is multiplied.
 _CHUNK_BYTES = 4 * 2**20
@@ -148,25 +149,63 @@ def _logit_chunks(
     """The logits of `tokens`, a chunk at a time: the chunk's first position, (Hkv, rows, chunk)."""
     dtype = queries.dtype
     queries = queries * problem.select_scale
-    step = _chunk(problem, n)
-    buffer = torch.empty(problem.Hkv, min(step, n), problem.D, dtype=dtype)
+    step = min(_chunk(problem, n), n)
+    buffer = torch.empty(problem.Hkv, step, problem.D, dtype=dtype)
+    turner = None
+    if problem.rope is not None and problem.moves(where):
+        starts = torch.arange(tokens.start, tokens.stop, step)
+        turner = _Turner(problem.rope, where, starts, torch.empty_like(buffer))
     for start in range(tokens.start, tokens.stop, step):
         stop = min(start + step, tokens.stop)
-        position = torch.arange(start, stop)
         if problem.is_paged:
-            chunk = _gather(problem, problem.k_cache, b, position[None])
+            chunk = _gather(problem, problem.k_cache, b, torch.arange(start, stop)[None])
         else:
             chunk = problem.k_cache[b, :, start:stop]
         keys = chunk if chunk.dtype == dtype else buffer[:, : stop - start].copy_(chunk)
-        if problem.rope is not None and problem.moves(where):
-            at = torch.zeros_like(position) if where == "fixed" else position
-            keys = problem.rope.place(keys, position, at)
-        part = torch.bmm(queries, keys.transpose(1, 2))
+        rows = queries
+        if turner is not None:
+            rows, keys = turner.next(queries, keys)
+        part = torch.bmm(rows, keys.transpose(1, 2))
         if problem.softcap is not None:
             finite = part.isfinite()
             part.div_(problem.softcap).tanh_().mul_(problem.softcap)
             part.masked_fill_(~finite, -math.inf)
         yield start, part.nan_to_num_(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
+
+
+class _Turner:
+    """Turns keys, and queries that are in place, to where a chunk of keys is scored.
+
+    A logit depends on the difference of two angles alone. So the angle of a chunk's first token is
+    taken off the queries, and the keys are left with those of 0, 1, ... positions, whatever the
+    chunk: they are computed once.
+    """
+
+    def __init__(self, rope: Rope, where: str, starts: Tensor, keys: Tensor) -> None:
+        """starts: the first positions of the chunks; keys (Hkv, m, D), memory for a chunk."""
+        self.rope, self.memory = rope, keys
+        is_raw = rope.cached == "raw"
+        # Raw keys go up from 0 if they are scored in place, rotated ones down to 0 if not.
+        self.sign = (1 if where == "true" else 0) - (0 if is_raw else 1)
+        factor = rope.scaling if is_raw else 1.0
+        self.to_start = zip(*rope.wave(-self.sign * starts, keys.dtype, factor), strict=True)
+        if self.sign != 0:
+            cos, self.sin = rope.wave(self.sign * torch.arange(keys.shape[1]), keys.dtype)
+            self.cos = torch.ones_like(keys[0])
+            for dims in rope.pairs(self.cos):
+                dims.copy_(cos)
+
+    def next(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries (Hkv, rows, D) and keys (Hkv, m, D) for the next chunk."""
+        queries = self.rope.turn(queries, *next(self.to_start))
+        if self.sign == 0:
+            return queries, keys
+        m = keys.shape[1]
+        turned, sin = torch.mul(keys, self.cos[:m], out=self.memory[:, :m]), self.sin[:m]
+        (first, second), (to_first, to_second) = self.rope.pairs(keys), self.rope.pairs(turned)
+        to_first.addcmul_(second, sin, value=-1)
+        to_second.addcmul_(first, sin)
+        return queries, turned
 
 
 def _vote_(logits: Tensor, candidates: slice, problem: Problem) -> tuple[Tensor, Tensor]:
@@ -375,8 +414,6 @@ def _chunk(problem: Problem, n: int) -> int:
     """Tokens in a chunk: their keys, converted, stay in the processor's cache, and are few of n."""
     row = problem.Hkv * max(problem.D, problem.Dv) * _compute_dtype(problem).itemsize
     size = min(_CHUNK_BYTES, max(_CHUNK_BYTES // 4, _cached_bytes(problem, n) // 128))
-    if problem.rope is not None:  # angles are float64
-        size //= 4
     return max(_LEAST_CHUNK, size // row)
 
 
