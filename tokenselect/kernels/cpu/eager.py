@@ -20,6 +20,8 @@ from tokenselect.rope import Rope
 
 # A chunk of converted keys should stay in the processor's cache while it is multiplied.
 _CHUNK_BYTES = 4 * 2**20
+# So should the logits of a block of queries, of all heads, while they become weights.
+_BLOCK_BYTES = 8 * 2**20
 # What a call may hold beside the cache, as a share of it; of few tokens, this much anyway.
 _SHARE = 0.08
 _SMALL = 32 * 2**20
@@ -212,8 +214,8 @@ def _vote_(logits: Tensor, candidates: slice, problem: Problem) -> tuple[Tensor,
     """Votes (Hkv, candidates) summed over rows, and lse (Hkv, rows). Overwrites logits."""
     c = problem.config
     if c.vote == "soft" and c.normalize == "visible":
-        sums, lse = _exp_(logits)
-        return _weighted_sum(logits[:, :, candidates], sums), lse
+        sums, largest = _exp_(logits)
+        return _weighted_sum(logits[:, :, candidates], sums), largest + sums.log()
     lse = _logsumexp(logits)
     logits = logits[:, :, candidates]
     if c.vote == "logit":
@@ -226,13 +228,15 @@ def _vote_(logits: Tensor, candidates: slice, problem: Problem) -> tuple[Tensor,
 
 
 def _exp_(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn logits into exp(logits - max) in place; return their sums and logsumexps (..., rows)."""
+    """Turn logits into exp(logits - largest) in place; return their sums and largests (..., rows).
+
+    The logsumexp is largest + log(sum).
+    """
     if logits.shape[-1] == 0:
-        return logits.sum(-1), logits.logsumexp(-1)
-    largest = logits.amax(-1, keepdim=True)
-    largest = torch.where(largest == -math.inf, 0.0, largest)
-    sums = logits.sub_(largest).exp_().sum(-1)
-    return sums, largest[..., 0] + sums.log()
+        return logits.sum(-1), logits.sum(-1)
+    largest = logits.amax(-1, keepdim=True).clamp_(min=torch.finfo(logits.dtype).min)
+    largest = torch.where(largest == math.inf, 0.0, largest)
+    return logits.sub_(largest).exp_().sum(-1), largest[..., 0]
 
 
 def _weighted_sum(exps: Tensor, sums: Tensor) -> Tensor:
@@ -355,7 +359,7 @@ def _attend_request(
     out, lse = out.view(-1, G, *out.shape[1:]), lse.view(-1, G, Lq)
     width = _chunk(problem, n)
     chunks = [slice(start, min(start + width, m)) for start in range(0, m, width)]
-    step = max(1, _SMALL // (problem.Hq * m * queries.dtype.itemsize))
+    step = max(1, _BLOCK_BYTES // (problem.Hq * m * queries.dtype.itemsize))
     for start in range(0, Lq, step):
         block = slice(start, min(start + step, Lq))
         query_position = torch.arange(n - Lq, n)[block, None]
@@ -365,12 +369,11 @@ def _attend_request(
             torch.bmm(rows, _selected_keys(problem, b, positions[:, c], at[:, c]).transpose(1, 2))
             for c in chunks
         ]
-        logits = torch.cat(parts, dim=2).unflatten(1, (G, -1))
+        logits = (torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]).unflatten(1, (G, -1))
         if problem.softcap is not None:
             logits.div_(problem.softcap).tanh_().mul_(problem.softcap)
         logits.masked_fill_(~visible[:, None], -math.inf)
-        lse[:, :, block] = logits.logsumexp(-1)
-        weights = _softmax(logits, problem.sink_logits, visible)
+        weights, lse[:, :, block] = _softmax_(logits, problem.sink_logits, visible)
         total = torch.zeros(*weights.shape[:3], problem.Dv, dtype=weights.dtype)
         for c in chunks:
             values = _selected_values(problem, b, positions[:, c])
@@ -417,18 +420,21 @@ def _chunk(problem: Problem, n: int) -> int:
     return max(_LEAST_CHUNK, size // row)
 
 
-def _softmax(logits: Tensor, sink_logits: Tensor | None, visible: Tensor) -> Tensor:
-    """Softmax of logits (Hkv, G, queries, m), sinks in the denominator; zeros where none sees.
+def _softmax_(logits: Tensor, sink_logits: Tensor | None, visible: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn logits (Hkv, G, queries, m) into their softmax in place, sinks in the denominator.
 
-    visible (S, queries, m).
+    Zeros for a query that sees nothing. Returns it, and the logsumexp without sinks (Hkv, G,
+    queries). visible (S, queries, m).
     """
-    if sink_logits is None:
-        weights = torch.softmax(logits, -1)
-    else:
-        sinks = sink_logits.to(logits.dtype).view(*logits.shape[:2], 1, 1)
-        sinks = sinks.expand(*logits.shape[:3], 1)
-        weights = torch.softmax(torch.cat((logits, sinks), -1), -1)[..., :-1]
-    return weights.masked_fill_(~visible.any(-1)[:, None, :, None], 0.0)
+    sums, largest = _exp_(logits)
+    factors = 1 / sums
+    if sink_logits is not None:
+        sinks = sink_logits.to(logits.dtype).view(*logits.shape[:2], 1)
+        above = torch.maximum(largest, sinks)
+        share = (largest - above).exp()
+        factors = share / (sums * share + (sinks - above).exp())
+    factors.masked_fill_(~visible.any(-1)[:, None], 0.0)
+    return logits.mul_(factors[..., None]), largest + sums.log()
 
 
 def _weigh(weights: Tensor, values: Tensor, visible: Tensor) -> Tensor:
