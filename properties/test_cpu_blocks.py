@@ -16,6 +16,7 @@ def _small_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(eager, "_CHUNK_BYTES", 0)
     monkeypatch.setattr(eager, "_LEAST_CHUNK", 7)
     monkeypatch.setattr(eager, "_PART", 5)
+    monkeypatch.setattr(eager, "_BLOCK_BYTES", 0)
     monkeypatch.setattr(eager, "_SMALL", 0)
     monkeypatch.setattr(eager, "_SHARE", 0.0)
     if request.param == "two passes":  # even of one row; hard votes are never read twice
