@@ -8,6 +8,7 @@ of tests/models.py.
 import copy
 import importlib.util
 import os
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -405,6 +406,48 @@ class TestSelection:
         assert (cache.hits > 0) == (theta is not None)
 
 
+class TestCalls:
+    """What belongs to one call of a layer stays with that call."""
+
+    def test_threads_share_a_model(self, llama: Any) -> None:
+        """Each layer waits for the other thread between its hook and its attention."""
+        ids = [tokens(1), tokens(2)[1:, :13]]
+        dense = [llama(each).logits for each in ids]
+        barrier, results = threading.Barrier(2, timeout=60), [Tensor(), Tensor()]
+
+        def call(i: int) -> None:
+            with torch.no_grad():
+                results[i] = llama(ids[i]).logits
+
+        def meet(module: Any, args: Any, out: Tensor) -> None:
+            barrier.wait()
+
+        with enable(llama, "extrapolate", **EVERYTHING):
+            handles = [
+                layer.self_attn.k_proj.register_forward_hook(meet) for layer in llama.model.layers
+            ]
+            threads = [threading.Thread(target=call, args=[i]) for i in range(2)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            for handle in handles:
+                handle.remove()
+        for actual, expected in zip(results, dense, strict=True):
+            assert_close(actual, expected)
+
+    def test_a_layer_that_attends_twice(self, moving: dict[str, Any]) -> None:
+        config = transformers.DiffLlamaConfig(**SIZES)
+        torch.manual_seed(1)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+        ids, cache = tokens(2), DynamicCache()
+        dense = model(ids).logits
+        with enable(model, **EVERYTHING, **moving):
+            first = model(ids[:, :12], past_key_values=cache).logits
+            then = model(ids[:, 12:], past_key_values=cache).logits
+        assert_close(torch.cat([first, then], 1), dense)
+
+
 class TestFarOut:
     def test_logits_do_not_depend_on_how_far_out_the_tokens_are(self, llama: Any) -> None:
         """A million tokens on, eager's float32 angles are off by more than 1e-3."""
@@ -721,6 +764,31 @@ class TestRefusals:
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
         with pytest.raises(UnsupportedProblem, match=r"GPT2Attention.*\n.*\(cos, sin\)"):
             enable(model, "extrapolate")
+
+    def test_a_model_that_cannot_be_run_to_look_at_it(self) -> None:
+        """Whisper's decoder has learned positions, 448 of them."""
+        config = transformers.WhisperConfig(
+            vocab_size=VOCABULARY,
+            d_model=32,
+            decoder_layers=1,
+            decoder_attention_heads=4,
+            decoder_ffn_dim=32,
+            pad_token_id=0,
+        )
+        model = transformers.WhisperForCausalLM._from_config(config, attn_implementation="eager")
+        with pytest.raises(UnsupportedProblem, match=r"whisper.*\n.*0 to 960.*IndexError"):
+            enable(model.eval(), "extrapolate")
+        assert model.config._attn_implementation == "eager"
+
+    def test_checkpointed_gradients(self, llama: Any) -> None:
+        """They switch the cache off."""
+        llama.activation_checkpointing_enable()
+        llama.train()
+        with pytest.raises(UnsupportedProblem, match=r"layer 0\n.*gradients are checkpointed"):
+            enable(llama, "extrapolate")
+        ids, dense = tokens(1), llama(tokens(1)).logits
+        with enable(llama.eval(), "extrapolate", **EVERYTHING):
+            assert_close(llama.train()(ids).logits, dense)
 
     def test_a_cache_that_cannot_be_watched(self, llama: Any) -> None:
         for module in (layer.self_attn for layer in llama.model.layers):

@@ -613,6 +613,57 @@ class TestOptions:
             assert_close(llama(tokens(1)).logits, expected)
 
 
+@pytest.mark.parametrize("how", [{}, {"positions": "contiguous", "score_at": "split"}])
+@pytest.mark.parametrize("mode", ["greedy", "beams", "static"])
+def test_a_model_whose_layers_all_slide(how: dict[str, Any], mode: str) -> None:
+    """It has a mask made for full attention too, over a cache that has dropped tokens."""
+    from transformers import MinistralConfig
+
+    torch.manual_seed(1)
+    config = MinistralConfig(**SIZES, sliding_window=WINDOW)
+    assert set(config.layer_types) == {"sliding_attention"}
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    mask = mask_of("20#", "5. 15#")
+    ids = tokens(2).where(mask.bool(), 0)
+    expected = generated(model, ids, attention_mask=mask, **MODES[mode])
+    with enable(model, **SMALL, **how):
+        assert generated(model, ids, attention_mask=mask, **MODES[mode]).equal(expected)
+
+
+@pytest.mark.parametrize("padding", ["none", "left", "right", "holes"])
+def test_a_model_that_cuts_its_masks_to_the_newest_queries(padding: str) -> None:
+    """Gemma 4 reads only these in the layers that share keys."""
+    from transformers import Gemma4TextConfig
+
+    torch.manual_seed(1)
+    config = Gemma4TextConfig(
+        **SIZES | {"num_hidden_layers": 4},
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        num_kv_shared_layers=2,
+        sliding_window=WINDOW,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=VOCABULARY,
+        global_head_dim=8,
+    )
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    mask = PADDINGS[padding]
+    ids = tokens(2 if mask is None else len(mask))
+    for more in ({"logits_to_keep": 1}, {"logits_to_keep": 6}, {}):
+        expected = model(ids, attention_mask=mask, **more).logits
+        with enable(model, **EVERYTHING, theta=-1.0):
+            cache = TokenSelectCache(model)
+            actual = model(ids, attention_mask=mask, past_key_values=cache, **more).logits
+        assert_close(actual, expected, None if mask is None else mask[:, -expected.shape[1] :])
+    if padding in ("none", "left"):
+        ids = ids if mask is None else ids.where(mask.bool(), 0)
+        expected = generated(model, ids, attention_mask=mask)
+        with enable(model, **EVERYTHING):
+            assert generated(model, ids, attention_mask=mask).equal(expected)
+    told = r"layer 3\n.*cos and sin are not those"  # it cuts those as well
+    with pytest.raises(UnsupportedProblem, match=told):
+        enable(model, "extrapolate")
+
+
 def test_only_the_part_of_a_model_that_generates_text_changes() -> None:
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
@@ -782,6 +833,16 @@ class TestRefusals:
         with pytest.raises(UnsupportedProblem, match="whose window is None"):
             layer(hidden, angles, token_mask(1, 4, 4))
 
+    def test_a_model_that_changes_its_masks(self) -> None:
+        """DeepSeek V4 puts compressed keys behind the others, and as many columns to the mask."""
+        from transformers import DeepseekV4Config
+
+        sizes = {name: value for name, value in SIZES.items() if name != "head_dim"}
+        config = DeepseekV4Config(**sizes, num_experts_per_tok=1)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="tokenselect").eval()
+        with pytest.raises(UnsupportedProblem, match=r"reads its masks itself \(it calls cat"):
+            model(tokens(1, 150))
+
     def test_full_attention_over_a_cache_that_slides(self, on: Any) -> None:
         cache = DynamicCache(config=model_of("mistral").config)
         on(tokens(1), past_key_values=cache)
@@ -796,9 +857,34 @@ class TestMask:
         for copy in (mask.to(torch.device("meta")), mask.contiguous(), mask.to("cpu")):
             assert isinstance(copy, TokenMask)
             assert (copy.at, copy.runs) == (2, mask.runs)
-        for use in (lambda: torch.zeros(2, 1, 3, 5) + mask, lambda: mask[..., :3], lambda: ~mask):
+        for use in (
+            lambda: torch.zeros(2, 1, 3, 5) + mask,
+            lambda: mask[..., :3],
+            lambda: mask[:, :, :, :3],
+            lambda: mask[:, :, :2, :],
+            lambda: mask[:, :, 7],
+            lambda: ~mask,
+        ):
             with pytest.raises(UnsupportedProblem, match="reads its masks itself"):
                 use()
+
+    @pytest.mark.parametrize("padding", PADDINGS)
+    @pytest.mark.parametrize("kept", [1, 3, 9, L, L + 1])
+    def test_the_newest_queries_of_a_mask_are_those_of_a_later_call(
+        self, padding: str, kept: int
+    ) -> None:
+        mask = PADDINGS[padding]
+        B = 2 if mask is None else len(mask)
+        whole = token_mask(B, L, L, attention_mask=mask)
+        newest, kept = whole[:, :, -kept:, :], min(kept, L)
+        later = token_mask(B, kept, L, L - kept, attention_mask=mask)
+        assert isinstance(newest, TokenMask)
+        for name in ("at", "Lq", "window", "begin", "shape"):
+            assert getattr(newest, name) == getattr(later, name)
+        for mine, theirs in zip(newest.runs, later.runs, strict=True):
+            for a, b in zip(mine, theirs, strict=True):
+                assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
+        assert newest.calls is whole.calls
 
     def test_requests_padded_alike_go_together(self) -> None:
         mask = token_mask(4, L, L, attention_mask=PADDINGS["left"])

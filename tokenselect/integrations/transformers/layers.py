@@ -214,12 +214,18 @@ def _checked_mask(
             "pass the tokenizer's attention_mask (batch, tokens), or none",
         )
     fits = mask.shape[0] == query.shape[0] == key.shape[0] and mask.shape[3] == key.shape[2]
-    if not fits or mask.at + query.shape[2] > key.shape[2]:
+    if not fits or mask.Lq != query.shape[2]:
         raise refusal(
             module,
             f"q {tuple(query.shape)} and k {tuple(key.shape)}, with a mask for {mask.shape[0]} "
-            f"requests of {mask.shape[3]} keys, queries from {mask.at} on",
+            f"requests of {mask.shape[3]} keys, {mask.Lq} queries from {mask.at} on",
             "make the cache with the model's config, so that the layers' lengths fit the masks",
+        )
+    if mask.window is None and mask.begin != 0:
+        raise refusal(
+            module,
+            f"full attention over a cache that begins at token {mask.begin}: those before are gone",
+            "make the cache with the model's config, so that only sliding layers drop tokens",
         )
     if sliding_window is not None and sliding_window != mask.window:
         raise refusal(

@@ -49,8 +49,17 @@ class Run(NamedTuple):
                 part = self.queries[start:stop]
             yield part, self.n - self.m + stop
 
+    def without(self, skip: int) -> "Run":
+        """The run in a call that leaves out its first `skip` queries."""
+        if isinstance(self.queries, slice):
+            start, stop = (max(0, q - skip) for q in (self.queries.start, self.queries.stop))
+            return self._replace(queries=slice(start, stop), m=stop - start)
+        queries = self.queries[self.queries >= skip] - skip
+        return self._replace(queries=queries, m=len(queries))
+
 
 # What may make a tensor of a TokenMask; __get__ is an attribute, as those torch.compile looks at.
+# Besides these, a slice may take the newest queries.
 _HANDS_ON = frozenset({"__get__", "as_subclass", "contiguous", "detach", "to"})
 
 
@@ -60,31 +69,55 @@ class TokenMask(Tensor):
     It has four dimensions because transformers hands such masks on as they are.
 
     at      the slot of the call's first query
+    Lq      how many queries the call has
     window  how many tokens a query sees, itself included; None: all before it
+    begin   the token in slot 0: above 0 where a cache that slides has dropped those before
     runs    the requests, gathered by `Run`; for windows none
+    calls   what the modules of this call were called with, where `rotation` has to know
     """
 
     at: int
+    Lq: int
     window: int | None
+    begin: int
     runs: list[Run]
+    calls: dict[Any, Any]
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Hand it on, and copy it to another device; nothing else. It is no mask to add to logits:
-        a model that attends by itself, whatever attn_implementation says, would do so.
+        """Hand it on, copy it to another device, take its newest queries; nothing else. It is no
+        mask to add to logits: a model that attends by itself, whatever attn_implementation says,
+        would do so.
         """
-        with torch._C.DisableTorchFunctionSubclass():
-            made = func(*args, **(kwargs or {}))
         name, mask = getattr(func, "__name__", str(func)), args[0]
-        if isinstance(made, Tensor) and (name not in _HANDS_ON or not isinstance(mask, cls)):
+        is_mask, cause = isinstance(mask, cls), None
+        made: Any = None
+        with torch._C.DisableTorchFunctionSubclass():
+            skip = _skipped(mask, args[1]) if is_mask and func is Tensor.__getitem__ else None
+            if skip is not None:
+                return mask._without(skip)
+            try:
+                made = func(*args, **(kwargs or {}))
+            except Exception as error:
+                cause = error
+        if cause or (isinstance(made, Tensor) and not (is_mask and name in _HANDS_ON)):
             raise _refusal(
                 f"a model that reads its masks itself (it calls {name})",
-                "it does not attend through transformers' AttentionInterface",
+                "its masks only tell which tokens there are, to tokenselect's function in "
+                "transformers' AttentionInterface",
                 "use another attn_implementation for it",
-            )
+            ) from cause
         if func in (Tensor.to, Tensor.contiguous) and made is not mask:
             made = made.as_subclass(cls)
-            made.at, made.window, made.runs = mask.at, mask.window, mask.runs
+            vars(made).update(vars(mask))
+        return made
+
+    def _without(self, skip: int) -> "TokenMask":
+        """The mask of the same keys for the queries after the first `skip`."""
+        made = self.as_subclass(Tensor).detach().as_subclass(TokenMask)
+        vars(made).update(vars(self))
+        made.at, made.Lq = self.at + skip, self.Lq - skip
+        made.runs = [kept for run in self.runs if (kept := run.without(skip)).m > 0]
         return made
 
 
@@ -106,14 +139,19 @@ def token_mask(
     the host. Raises UnsupportedProblem for anything but causal attention, within a window or not,
     over such a mask.
     """
-    window = window_of(mask_function)
-    at = int(q_offset) - int(kv_offset)
-    _check_sizes(at, q_length, kv_length, int(kv_offset), window)
+    window, begin = window_of(mask_function), int(kv_offset)
+    at = int(q_offset) - begin
+    if not 0 <= at <= kv_length - q_length:
+        raise _refusal(
+            f"{q_length} queries from key {at} on, among {kv_length} keys",
+            "the new tokens are not in the cache",
+            "use a larger cache, or a stock one",
+        )
     valid = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
     if attention_mask is not None:
-        valid &= _padding(attention_mask, int(kv_offset), at + q_length, kv_length)
+        valid &= _padding(attention_mask, begin, at + q_length, kv_length)
     mask = valid[:, None, None].as_subclass(TokenMask)
-    mask.at, mask.window = at, window
+    mask.at, mask.Lq, mask.window, mask.begin, mask.calls = at, q_length, window, begin, {}
     if window is not None:
         mask.runs = []
     elif attention_mask is None:  # nothing to read: on a GPU, nothing to wait for
@@ -146,21 +184,16 @@ def _padding(attention_mask: Tensor, kv_offset: int, end: int, kv_length: int) -
     return torch.nn.functional.pad(seen, (0, kv_length - seen.shape[1]))
 
 
-def _check_sizes(
-    at: int, q_length: int, kv_length: int, kv_offset: int, window: int | None
-) -> None:
-    if window is None and kv_offset != 0:
-        raise _refusal(
-            f"full attention over a cache that begins at token {kv_offset}",
-            "the tokens before are gone",
-            "make the cache with the model's config, so that only sliding layers drop tokens",
-        )
-    if not 0 <= at <= kv_length - q_length:
-        raise _refusal(
-            f"{q_length} queries from key {at} on, among {kv_length} keys",
-            "the new tokens are not in the cache",
-            "use a larger cache, or a stock one",
-        )
+def _skipped(mask: TokenMask, index: Any) -> int | None:
+    """How many queries mask[:, :, skip:, :] leaves out; None for any other index."""
+    if not (isinstance(index, tuple) and len(index) == 4):
+        return None
+    if not all(isinstance(part, slice) for part in index):
+        return None
+    rows, heads, queries, slots = index
+    start, stop, step = queries.indices(mask.Lq)
+    is_all = rows == heads == slots == slice(None)
+    return start if is_all and (stop, step) == (mask.Lq, 1) else None
 
 
 def _runs(valid: Tensor, at: int) -> Iterator[Run]:

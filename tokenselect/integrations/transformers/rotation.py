@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from tokenselect.errors import UnsupportedProblem
+from tokenselect.errors import TokenSelectError, UnsupportedProblem
 from tokenselect.integrations.transformers.cache import RawKeys, expect_raw_keys
 from tokenselect.integrations.transformers.masks import TokenMask
 from tokenselect.integrations.transformers.options import NAME
@@ -51,12 +51,13 @@ class RawLayer:
     """A forward pre-hook of one attention module: hands it cos = 1 and sin = 0.
 
     rope  how the module would have rotated; known once it was compared
+
+    What it was called with goes along with the call's mask, since other threads may be calling.
     """
 
     def __init__(self) -> None:
         self.rope: Rope | None = None
         self.is_on = True
-        self.call: _Call | None = None
 
     @torch.compiler.disable
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -69,19 +70,23 @@ class RawLayer:
             case _:
                 why = "it is not handed position_embeddings=(cos, sin) to rotate by"
                 raise refusal(module, why, _FIX)
-        cache = next((x for x in (*args, *kwargs.values()) if isinstance(x, Cache)), None)
+        given = (*args, *kwargs.values())
+        cache = next((x for x in given if isinstance(x, Cache)), None)
+        mask = next((x for x in given if isinstance(x, TokenMask)), None)
         if cache is not None:
             expect_raw_keys(cache, module.layer_idx)
-        self.call = _Call(getattr(cos, _MADE, None), cos.device.type == "cpu", cache)
+        if mask is not None:  # else its attention refuses
+            mask.calls[module] = _Call(getattr(cos, _MADE, None), cos.device.type == "cpu", cache)
         return args, kwargs | {"position_embeddings": (torch.ones_like(cos), torch.zeros_like(sin))}
 
     def take(self, module: Any, query: Tensor, mask: TokenMask) -> Rope:
         """How the keys and queries of this call, which came here raw, are to be rotated."""
-        call, self.call = self.call, None
+        call: _Call | None = mask.calls.get(module)
         if call is None:
             raise refusal(
                 module,
-                "its keys came rotated: the model was compiled before enable()",
+                "its keys came rotated: the hook of this layer did not run, as in code that was "
+                "compiled before enable()",
                 "compile it after enable(), or torch.compiler.reset() in between",
             )
         if mask.window is not None:
@@ -109,6 +114,7 @@ class Seen(NamedTuple):
     window: int | None
     q: Tensor
     k: Tensor
+    call: _Call | None
 
 
 class Probe:
@@ -126,7 +132,7 @@ class Probe:
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: TokenMask
     ) -> tuple[Tensor, None]:
         """Note what came; return zeros."""
-        self.seen.append(Seen(module, mask.window, query, key))
+        self.seen.append(Seen(module, mask.window, query, key, mask.calls.get(module)))
         B, Hq, Lq, _ = query.shape
         return query.new_zeros(B, Lq, Hq, value.shape[3]), None
 
@@ -145,6 +151,14 @@ class Probe:
                     position_ids=position[None],
                     use_cache=True,
                 )
+        except TokenSelectError:
+            raise
+        except Exception as error:
+            raise _refuse_model(
+                config,
+                f"to see how it rotates, it is run over tokens at positions 0 to {position[-1]}, "
+                f"which raised {type(error).__name__}: {error}",
+            ) from error
         finally:
             config.tokenselect = given
         return self.seen
@@ -193,13 +207,16 @@ class RawLayers:
         raw = probe.run(part)
         pairs = list(zip(rotated, raw, strict=True))
         for module, layer in self._layers.items():
-            call, layer.call = layer.call, None
+            its_pairs = [pair for pair in pairs if pair[0].module is module]
+            call = its_pairs[0][1].call
             if call is None or call.made is None:
-                raise refusal(module, "no module with a buffer inv_freq made its cos and sin", _FIX)
+                raise refusal(
+                    module,
+                    "its cos and sin are not those that a module with a buffer inv_freq returned",
+                    _FIX,
+                )
             _check_cache(module, call.cache, rotated)
-            layer.rope = _rope(
-                module, call.made, [pair for pair in pairs if pair[0].module is module]
-            )
+            layer.rope = _rope(module, call.made, its_pairs)
 
 
 def is_raw(part: Any) -> bool:
@@ -278,6 +295,13 @@ def _are_equal(a: Rope, b: Rope) -> bool:
 
 def _check_cache(module: Any, cache: Cache | None, seen: list[Seen]) -> None:
     """Raw keys must be seen to arrive: a cache of them is guarded against rotated ones."""
+    if cache is None:
+        raise refusal(
+            module,
+            "it is called without a cache of transformers, as where gradients are checkpointed: "
+            "how it hands its keys to a cache cannot be seen",
+            "enable() after model.eval()",
+        )
     known = {one.module.layer_idx for one in seen if one.window is not None}
     if isinstance(cache, RawKeys):
         known |= cache.raw_layers
