@@ -46,7 +46,7 @@ def test_there_is_a_readme_with_an_example() -> None:
 def test_examples_run(page: Path) -> None:
     code, _ = script(page.read_text(encoding="utf-8"))
     run = f"exec(compile({code!r}, {str(page)!r}, 'exec'), {{'__name__': '__main__'}})"
-    done = fresh.run(run, timeout=60)
+    done = fresh.run(run, timeout=180)
     assert done.returncode == 0, done.stderr
 
 
