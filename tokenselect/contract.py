@@ -46,8 +46,8 @@ class SelectConfig:
     """
 
     k: int = 2048
-    n_sink: int = 128
-    n_local: int = 512
+    n_sink: int = 16
+    n_local: int = 128
     vote: Vote = "soft"
     normalize: Normalize = "visible"
     scope: Scope = "layer"

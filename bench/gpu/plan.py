@@ -2,9 +2,10 @@
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from bench.workloads import PAPER_SIZES
 from tokenselect import SelectConfig
 
 K = 1024
@@ -40,7 +41,7 @@ class Cell:
     B: int = 1
     Lq: int = 1
     is_headline: bool = False
-    config: SelectConfig = field(default_factory=SelectConfig)
+    config: SelectConfig = PAPER_SIZES
     planned: Planned | None = None
 
     @property
