@@ -277,6 +277,7 @@ class TestRotation:
         ("planted", "told"),
         [
             ("frequencies", "no rotation"),
+            ("almost", "no rotation"),
             ("scaling", "no rotation"),
             ("layout", "no rotation"),
             ("doubt", "more than one rotation"),
@@ -287,8 +288,9 @@ class TestRotation:
     ) -> None:
         """A rotary module that computes otherwise than its attributes say, or a layer that does."""
         rotary = llama.model.rotary_emb
-        if planted == "frequencies":
-            changed = rotary.inv_freq * 1.001
+        if planted in ("frequencies", "almost"):
+            # The smaller error is 2e-3 of an angle at position 240, and 1e-4, a rounding, at 15.
+            changed = rotary.inv_freq * (1.001 if planted == "frequencies" else 1 + 8e-6)
             monkeypatch.setattr(
                 rotary, "forward", lambda x, position_ids: turn(position_ids, changed)
             )
@@ -646,6 +648,17 @@ class TestPositions:
             assert torch.equal(llama(ids[:, :12]).logits, first)
             assert torch.equal(llama(ids, position_ids=at).logits, expected)
 
+    def test_an_emptied_cache_is_filled_from_another_position_on(self, llama: Any) -> None:
+        ids, cache = tokens(2), DynamicCache()
+        with enable(llama, "extrapolate", **EVERYTHING):
+            expected = llama(ids).logits
+            for start in (1000, 0, 7):
+                at = start + torch.arange(L)[None]
+                for new in (slice(0, 12), slice(12, L)):
+                    out = llama(ids[:, new], position_ids=at[:, new], past_key_values=cache).logits
+                cache.reset()
+                assert_close(out, expected[:, 12:])
+
     @pytest.mark.parametrize(
         ("skip", "told"),
         [
@@ -795,6 +808,25 @@ class TestRefusals:
             module.register_forward_pre_hook(hide, with_kwargs=True)
         with pytest.raises(UnsupportedProblem, match="hands its keys to a cache"):
             enable(llama, "extrapolate")
+
+    def test_a_cache_where_keys_arrive_elsewhere(self) -> None:
+        """Zamba 2 shares a layer among several places, so the layer does not know its own."""
+        config = transformers.Zamba2Config(
+            **NO_HEAD_DIM | {"num_hidden_layers": 3, "num_key_value_heads": 4},
+            layers_block_type=["mamba", "hybrid", "mamba"],
+            mamba_d_state=8,
+            mamba_headdim=16,
+            mamba_ngroups=1,
+            n_mamba_heads=4,
+            chunk_size=8,
+            num_mem_blocks=1,
+            adapter_rank=4,
+            use_mem_rope=True,
+        )
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+        told = r"Zamba2Attention, layer -1\n.*hands its keys to a cache"
+        with pytest.raises(UnsupportedProblem, match=told):
+            enable(model, "extrapolate")
 
     def test_a_layer_that_is_called_by_itself(self, llama: Any) -> None:
         from tokenselect.integrations.transformers.masks import token_mask

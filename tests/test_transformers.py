@@ -1,6 +1,8 @@
 """The integration for transformers, held to stock eager attention on small random models."""
 
+import copy
 import importlib.util
+import io
 import json
 import os
 from collections.abc import Iterator
@@ -19,6 +21,7 @@ if importlib.util.find_spec("transformers") is None:
         pytest.fail("NOT TESTED: the integration; transformers is not installed", pytrace=False)
     pytest.skip("NOT TESTED: transformers is not installed", allow_module_level=True)
 
+import transformers
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 from transformers.masking_utils import (
     AttentionMaskInterface,
@@ -329,6 +332,21 @@ class TestSelection:
 REUSED: dict[str, Any] = {"theta": -1.0, "max_reuse": 3, "chunk": 4}
 
 
+def sharing_keys() -> Any:
+    """A Gemma 4 whose layer 3 reads the keys of layer 1."""
+    torch.manual_seed(1)
+    config = transformers.Gemma4TextConfig(
+        **SIZES | {"num_hidden_layers": 4},
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        num_kv_shared_layers=2,
+        sliding_window=WINDOW,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=VOCABULARY,
+        global_head_dim=8,
+    )
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+
+
 class TestReuse:
     def steps(self, model: Any, cache: Any, ids: Tensor, n: int = 8) -> Tensor:
         """Logits of n single tokens after a prompt."""
@@ -355,13 +373,17 @@ class TestReuse:
         assert cache.hits == 0
         assert cache.misses == 2 * 2 * (1 + 8)  # layers, requests, calls
 
+    @pytest.mark.parametrize(
+        ("make", "layers"), [(lambda: model_of("llama"), (0, 1)), (sharing_keys, (1, 3))]
+    )
     def test_reuse_is_that_of_a_selection_cache_a_layer(
-        self, llama: Any, recorder: Recorder
+        self, make: Any, layers: tuple[int, int], recorder: Recorder
     ) -> None:
-        cache, ids = TokenSelectCache(llama), tokens(2)
-        with enable(llama, **SMALL, theta=-1.0, max_reuse=2):
-            self.steps(llama, cache, ids)
-        for layer in range(2):
+        model, ids = make(), tokens(2)
+        cache = TokenSelectCache(model)
+        with enable(model, **SMALL, theta=-1.0, max_reuse=2):
+            self.steps(model, cache, ids)
+        for layer in layers:
             twin = tokenselect.SelectionCache(-1.0, 2)
             for module, q, k, v, _, more, out in recorder.calls:
                 if module.layer_idx == layer:
@@ -369,10 +391,10 @@ class TestReuse:
                         q, k, v, **SMALL, scale=more["scaling"], cache=twin
                     )
                     torch.testing.assert_close(out, expected.transpose(1, 2))
-            mine = next(iter(cache.layers[layer].selections._caches.values()))
-            assert mine.hits.tolist() == twin.hits.tolist()
             assert (twin.hits > 0).all()
             assert (twin.misses > 1).all()  # max_reuse arrives
+        hits, misses = int(twin.hits.sum()), int(twin.misses.sum())
+        assert (cache.hits, cache.misses) == (2 * hits, 2 * misses)  # nothing depends on queries
 
     @pytest.mark.parametrize("mask", [None, mask_of("5. 15#", "20#")])
     def test_reordered_rows_take_their_selections_along(
@@ -430,11 +452,36 @@ class TestReuse:
             assert (cache.hits, cache.misses) == (6, 2)
             cache.crop(-3)
             assert cache.get_seq_length() == 11
-            (selection,) = cache.layers[0].selections._caches.values()
-            assert selection._memory is not None
-            assert selection._memory.seen.tolist() == [0]
             llama(ids[:, 11:13], past_key_values=cache)
             assert (cache.hits, cache.misses) == (6, 4)
+
+    @pytest.mark.parametrize("padding", ["none", "left", "right", "mixed", "holes"])
+    @pytest.mark.parametrize("cropped", [1, 2, 5])
+    def test_after_a_crop_all_is_as_if_nothing_was_remembered(
+        self, llama: Any, padding: str, cropped: int
+    ) -> None:
+        """Nobody tells the selections of it: they see that tokens come anew."""
+        mask = PADDINGS[padding]
+        ids = tokens(2 if mask is None else len(mask))
+        seen = torch.ones_like(ids) if mask is None else mask
+        others = ids.flip(1)
+        with enable(llama, **SMALL, theta=-1.0, max_reuse=0):
+            cache = TokenSelectCache(llama)
+            llama(ids[:, :13], attention_mask=seen[:, :13], past_key_values=cache)
+            llama(ids[:, 13:14], attention_mask=seen[:, :14], past_key_values=cache)
+            cache.crop(-cropped)
+            assert len(cache.layers[0].selections._caches) > 0
+            forgetful = copy.deepcopy(cache)
+            for layer in forgetful.layers:
+                layer.selections.clear()
+        with enable(llama, **SMALL, theta=-1.0):  # now it would reuse
+            for start, end in ((14 - cropped, 15), (15, 16), (16, 18)):
+                more = {"attention_mask": seen[:, :end]}
+                a, b = (
+                    llama(others[:, start:end], past_key_values=each, **more).logits
+                    for each in (cache, forgetful)
+                )
+                assert torch.equal(a, b)
 
     def test_what_forgets(self, llama: Any) -> None:
         ids, cache = tokens(2), TokenSelectCache(llama)
@@ -538,7 +585,7 @@ class TestOptions:
         llama.set_attn_implementation("tokenselect")
         llama.config.tokenselect = dict(SMALL)
         assert torch.equal(llama(ids).logits, expected)
-        llama.config.tokenselect = tokenselect.SelectConfig(**SMALL)
+        llama.config.tokenselect = dict(tokenselect.SelectConfig(**SMALL))
         assert torch.equal(llama(ids).logits, expected)
         del llama.config.tokenselect
         assert_close(llama(ids).logits, dense)  # the defaults' k is beyond the length
@@ -598,7 +645,12 @@ class TestOptions:
 
     def test_a_bad_option_in_the_config_is_told_by_the_first_call(self, llama: Any) -> None:
         llama.set_attn_implementation("tokenselect")
-        for given, told in (({"kk": 3}, "option 'kk'"), ([], "is a list"), ({"k": "3"}, "k='3'")):
+        for given, told in (
+            ({"kk": 3}, "option 'kk'"),
+            ([], "is a list"),
+            ({"k": "3"}, "k='3'"),
+            (tokenselect.SelectConfig(), r"is a SelectConfig(?s:.*)dict\(SelectConfig\("),
+        ):
             llama.config.tokenselect = given
             with pytest.raises(InvalidProblem, match=told):
                 llama(tokens(1))
@@ -633,20 +685,7 @@ def test_a_model_whose_layers_all_slide(how: dict[str, Any], mode: str) -> None:
 @pytest.mark.parametrize("padding", ["none", "left", "right", "holes"])
 def test_a_model_that_cuts_its_masks_to_the_newest_queries(padding: str) -> None:
     """Gemma 4 reads only these in the layers that share keys."""
-    from transformers import Gemma4TextConfig
-
-    torch.manual_seed(1)
-    config = Gemma4TextConfig(
-        **SIZES | {"num_hidden_layers": 4},
-        layer_types=["sliding_attention", "full_attention"] * 2,
-        num_kv_shared_layers=2,
-        sliding_window=WINDOW,
-        hidden_size_per_layer_input=8,
-        vocab_size_per_layer_input=VOCABULARY,
-        global_head_dim=8,
-    )
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    mask = PADDINGS[padding]
+    model, mask = sharing_keys(), PADDINGS[padding]
     ids = tokens(2 if mask is None else len(mask))
     for more in ({"logits_to_keep": 1}, {"logits_to_keep": 6}, {}):
         expected = model(ids, attention_mask=mask, **more).logits
@@ -664,7 +703,8 @@ def test_a_model_that_cuts_its_masks_to_the_newest_queries(padding: str) -> None
         enable(model, "extrapolate")
 
 
-def test_only_the_part_of_a_model_that_generates_text_changes() -> None:
+def seeing(attention: str) -> Any:
+    """A model of two parts, of which one sees."""
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
     torch.manual_seed(1)
@@ -679,7 +719,49 @@ def test_only_the_part_of_a_model_that_generates_text_changes() -> None:
     config = Gemma3Config(
         text_config=FAMILIES["gemma3"](), vision_config=vision, mm_tokens_per_image=4
     )
-    model = Gemma3ForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
+    return Gemma3ForConditionalGeneration._from_config(config, attn_implementation=attention).eval()
+
+
+@pytest.mark.parametrize("how", ["at_first", "later", "text_only"])
+def test_the_config_of_a_whole_model_holds_the_options_of_its_text(tmp_path: Any, how: str) -> None:
+    ids, model = tokens(2), seeing("tokenselect" if how == "at_first" else "eager")
+    if how == "later":
+        model.set_attn_implementation("tokenselect")
+    elif how == "text_only":
+        model.set_attn_implementation({"text_config": "tokenselect"})
+    model.config.tokenselect = SMALL | {"chunk": 1}
+    other = seeing("eager")
+    dense = other(ids).logits
+    with enable(other, **SMALL, chunk=1):
+        assert other.config.tokenselect == SMALL | {"chunk": 1}
+        expected = other(ids).logits
+    assert (expected - dense).abs().max() > 0.01 * dense.abs().max()
+    assert torch.equal(model(ids).logits, expected)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path, attn_implementation="tokenselect").eval()
+    assert torch.equal(again(ids).logits, expected)
+    assert copy.deepcopy(model.config).tokenselect == again.config.tokenselect
+    model.config.tokenselect = {"kk": 3}
+    with pytest.raises(InvalidProblem, match="option 'kk'"):
+        model(ids)
+    del model.config.tokenselect
+    for config in (model.config, model.config.text_config, other.config):
+        assert not hasattr(config, "tokenselect")
+    with pytest.raises(AttributeError):
+        del model.config.tokenselect
+
+
+def test_options_stand_in_any_config() -> None:
+    """One of an encoder and a decoder without parts holds them itself."""
+    from transformers import BartConfig
+
+    config = BartConfig(tokenselect={"k": 3})
+    assert BartConfig.from_dict(config.to_dict()).tokenselect == {"k": 3}
+    assert not hasattr(BartConfig(), "tokenselect")
+
+
+def test_only_the_part_of_a_model_that_generates_text_changes() -> None:
+    model = seeing("eager")
     expected = model(tokens(2)).logits
     with enable(model, **EVERYTHING):
         assert model.config.vision_config._attn_implementation == "eager"
@@ -717,6 +799,18 @@ class TestRefusals:
     def test_is_causal_false(self, on: Any) -> None:
         with pytest.raises(UnsupportedProblem, match="bidirectional"):
             on(tokens(1), is_causal=False)
+
+    def test_a_layer_that_is_not_causal(self, on: Any) -> None:
+        on.model.layers[1].self_attn.is_causal = False
+        with pytest.raises(UnsupportedProblem, match=r"layer 1\n.*bidirectional"):
+            on(tokens(1))
+
+    def test_weights_that_the_config_asks_for(self, on: Any) -> None:
+        on.config._output_attentions = True  # as was allowed with eager attention
+        layer, hidden = on.model.layers[0].self_attn, torch.zeros(1, 4, 32)
+        angles = on.model.rotary_emb(hidden, torch.arange(4)[None])
+        with pytest.raises(UnsupportedProblem, match=r"layer 0\n.*output_attentions"):
+            layer(hidden, angles, token_mask(1, 4, 4))
 
     def test_packed_sequences(self, on: Any) -> None:
         positions = torch.cat([torch.arange(12), torch.arange(8)])[None]
@@ -782,6 +876,23 @@ class TestRefusals:
         with pytest.raises(UnsupportedProblem, match=r"BloomForCausalLM.*\n.*of its own"):
             enable(model)
         assert not hasattr(model.config, "tokenselect")
+
+    @pytest.mark.parametrize("kind", ["Mamba", "FalconMamba"])
+    def test_a_model_that_does_not_attend(self, kind: str) -> None:
+        config = getattr(transformers, f"{kind}Config")(
+            vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=1
+        )
+        model = AutoModelForCausalLM.from_config(config)
+        before = model.config._attn_implementation
+        with pytest.raises(UnsupportedProblem, match=f"{kind}ForCausalLM.*\n.*does not attend"):
+            enable(model)
+        assert model.config._attn_implementation == before
+        assert not hasattr(model.config, "tokenselect")
+
+    @pytest.mark.parametrize("thing", [torch.nn.Linear(2, 2), None])
+    def test_what_is_no_model_of_transformers(self, thing: Any) -> None:
+        with pytest.raises(InvalidProblem, match=f"enable\\(\\) of a {type(thing).__name__}"):
+            enable(thing)
 
     def test_training(self, on: Any) -> None:
         with torch.enable_grad(), pytest.raises(InvalidProblem, match="q requires grad"):
@@ -854,9 +965,10 @@ class TestMask:
     def test_it_travels_and_nobody_computes_with_it(self) -> None:
         mask = token_mask(2, 3, 5, q_offset=torch.tensor(2))
         assert (mask.at, mask.window, mask.shape) == (2, None, (2, 1, 1, 5))
-        for copy in (mask.to(torch.device("meta")), mask.contiguous(), mask.to("cpu")):
-            assert isinstance(copy, TokenMask)
-            assert (copy.at, copy.runs) == (2, mask.runs)
+        for twin in (mask.to(torch.device("meta")), mask.contiguous(), mask.to("cpu")):
+            assert isinstance(twin, TokenMask)
+            assert (twin.at, twin.runs) == (2, mask.runs)
+            assert twin.calls is mask.calls
         for use in (
             lambda: torch.zeros(2, 1, 3, 5) + mask,
             lambda: mask[..., :3],
@@ -901,15 +1013,17 @@ def test_memory_of_a_prompt_does_not_grow_with_its_square() -> None:
     extra = json.loads(
         fresh.output(MEMORY.format(root=str(fresh.ROOT), length=length), OMP_NUM_THREADS="1")
     )
-    for kind in ("full", "sliding"):
+    for kind in ("full", "sliding", "raw"):
         assert extra[kind] < length * length * 4 / 4, extra
 
 
 MEMORY = """
 import json, torch
 from tests.measure_memory import forget_peak, resident
+from tokenselect.integrations.transformers import rotation
 from tokenselect.integrations.transformers.layers import attention_forward
 from tokenselect.integrations.transformers.masks import token_mask
+from tokenselect.rope import Rope
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 from types import SimpleNamespace
 
@@ -928,6 +1042,24 @@ for kind, function in (("full", causal_mask_function),
     before = resident("VmRSS")
     attention_forward(module, q, k, v, mask)
     extra[kind] = resident("VmHWM") - before
+
+
+class Layer(torch.nn.Module):
+    is_causal, layer_idx = True, 0
+
+
+layer = Layer()
+moving = {{"positions": "contiguous", "score_at": "split"}}
+layer.config = SimpleNamespace(tokenselect=options | moving)
+layer._tokenselect_raw_layer = rotation.RawLayer()
+layer._tokenselect_raw_layer.rope = Rope(torch.tensor([1.0, 0.1, 0.01, 0.001]), cached="raw")
+for n in (256, L):
+    mask = token_mask(1, n, n)
+    mask.calls[layer] = rotation._Call(rotation._Made(None, torch.arange(n)[None]), True, None)
+    forget_peak()
+    before = resident("VmRSS")
+    attention_forward(layer, q[:, :, :n], k[:, :, :n], v[:, :, :n], mask)
+    extra["raw"] = resident("VmHWM") - before
 print(json.dumps(extra))
 """
 
@@ -952,3 +1084,77 @@ def test_what_was_enabled_last_is_disabled_first() -> None:
     second.disable()
     first.disable()
     assert model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize("preset", ["faithful", "extrapolate"])
+def test_a_later_one_that_nobody_holds_is_within_reach(preset: str) -> None:
+    model = model_of("llama")
+    before, first = state(model), enable(model, "extrapolate", k=1)
+    enable(model, preset, k=2)
+    with pytest.raises(InvalidProblem, match=r"\.inner\.disable\(\)"):
+        first.disable()
+    assert first.inner is not None
+    first.inner.disable()
+    assert model.config.tokenselect["k"] == 1
+    first.disable()
+    assert state(model) == before
+
+
+def test_an_error_in_a_block_comes_out_as_it_is() -> None:
+    """Also where something was enabled in the block, and the error kept it so."""
+    model = model_of("llama")
+    before, later = state(model), []
+
+    def fails() -> None:
+        with enable(model, "extrapolate", k=1):
+            later.append(enable(model, k=2))
+            model.config.tokenselect = {"k": 3}
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fails()
+    assert model.config.tokenselect == {"k": 3}
+    del model.config.tokenselect
+    later[0].disable()
+    assert state(model) == before
+
+
+@pytest.mark.parametrize("given", [{"k": 5}, None])
+def test_options_that_were_set_meanwhile_stay(given: dict[str, int] | None) -> None:
+    model = model_of("llama")
+    before = state(model)
+    handle = enable(model, "extrapolate", k=1)
+    if given is None:
+        del model.config.tokenselect
+    else:
+        model.config.tokenselect = given
+    handle.disable()
+    assert getattr(model.config, "tokenselect", None) == given
+    vars(model.config).pop("tokenselect", None)
+    assert state(model) == before
+
+
+def state(model: Any) -> Any:
+    """All that `enable` may change of a model."""
+    return model.config.to_dict(), [
+        (name, set(vars(part)), len(part._forward_hooks), len(part._forward_pre_hooks))
+        for name, part in model.named_modules()
+    ]
+
+
+@pytest.mark.parametrize("preset", ["faithful", "extrapolate"])
+@pytest.mark.parametrize("kind", ["dynamic", "static", "ours"])
+def test_a_cache_can_be_saved(kind: str, preset: str) -> None:
+    model, ids, file = model_of("gemma3"), tokens(2), io.BytesIO()
+    cache = caches(model)[kind]()
+    with enable(model, preset, **SMALL), torch.no_grad():
+        model(ids[:, :12], past_key_values=cache)
+        torch.save(cache, file)
+        file.seek(0)
+        again = torch.load(file, weights_only=False)
+        assert type(again) is type(cache)
+        expected = model(ids[:, 12:], past_key_values=cache).logits
+        assert torch.equal(model(ids[:, 12:], past_key_values=again).logits, expected)
+    if preset == "extrapolate":
+        with pytest.raises(InvalidProblem, match="rotated keys"), torch.no_grad():
+            model(ids[:, :1], past_key_values=again)

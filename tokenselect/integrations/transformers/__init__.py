@@ -1,14 +1,21 @@
 """attn_implementation="tokenselect" for models of the package transformers, 5 or newer.
 
-Importing this registers the attention function and its mask function under that name. Options are
-`model.config.tokenselect = {"k": 1024, ...}`, or `enable(model, k=1024, ...)`, which `disable()`
-on what it returns takes back. docs/tutorials/transformers.md shows all of it.
+Importing this registers the attention function and its mask function under that name, and gives
+configs an attribute of it. Options are `model.config.tokenselect = {"k": 1024, ...}`, or
+`enable(model, k=1024, ...)`, which `disable()` on what it returns takes back.
+docs/tutorials/transformers.md shows all of it.
 """
 
+import sys
 from types import TracebackType
 from typing import Any, Self
 
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from tokenselect.errors import InvalidProblem, UnsupportedProblem
 from tokenselect.integrations.transformers.cache import TokenSelectCache
@@ -17,36 +24,57 @@ from tokenselect.integrations.transformers.masks import TokenMask, token_mask
 from tokenselect.integrations.transformers.options import (
     NAME,
     Options,
+    OptionsOfTheText,
     check,
     parse,
     preset_options,
 )
-from tokenselect.integrations.transformers.refusals import refuse_mla
+from tokenselect.integrations.transformers.refusals import INTEGRATION, refuse_mla
 from tokenselect.integrations.transformers.rotation import RawLayers, is_raw
 
 __all__ = ["NAME", "Enabled", "Options", "TokenMask", "TokenSelectCache", "enable"]
 
 AttentionInterface.register(NAME, attention_forward)
 AttentionMaskInterface.register(NAME, token_mask)
+setattr(PreTrainedConfig, NAME, OptionsOfTheText())
+
+# The attribute of a model that leads to the `Enabled` in force, the last of those that are nested.
+_INNERMOST = "_tokenselect_enabled"
 
 
 class Enabled:
-    """What `enable` changed on a model; a context manager, and `disable()` takes it back."""
+    """What `enable` changed on a model; a context manager, and `disable()` takes it back.
+
+    inner  what was enabled on the model after this and is still in force, or None
+    """
 
     def __init__(self, model: Any, options: dict[str, Any]) -> None:
+        if not hasattr(getattr(model, "config", None), "get_text_config"):
+            raise InvalidProblem(
+                f"enable() of a {type(model).__name__}",
+                "what attends otherwise is a model of transformers, known by its config",
+                "pass the model that from_pretrained returned",
+            )
         config = model.config.get_text_config(decoder=True)
         if getattr(config, "kv_lora_rank", None) is not None:
             raise refuse_mla(config)
         parsed = parse(options)
         check(parsed)
         self._part, self._config = _text_part(model, config), config
+        if not _has_attention(self._part):
+            raise _not_through_the_interface(model)
         self._implementation = config._attn_implementation
-        self._options = vars(config).get("tokenselect")
-        self._is_on = True
         self._part.set_attn_implementation(NAME)
         if config._attn_implementation != NAME:
             raise _not_through_the_interface(model)
+        self._options = vars(config).get(NAME)
         config.tokenselect = self._given = options
+        self.inner: Enabled | None = None
+        self._outer: Enabled | None = getattr(self._part, _INNERMOST, None)
+        if self._outer is not None:
+            self._outer.inner = self
+        setattr(self._part, _INNERMOST, self)
+        self._is_on = True
         self._raw: RawLayers | None = None
         if parsed.moves and not is_raw(self._part):
             try:
@@ -56,23 +84,32 @@ class Enabled:
                 raise
 
     def disable(self) -> None:
-        """Attend as before `enable`; a second call changes nothing."""
+        """Attend as before `enable`; a second call changes nothing.
+
+        Options that were set in the config meanwhile stay there.
+        """
         if not self._is_on:
             return
-        if vars(self._config).get("tokenselect") is not self._given:
+        if self.inner is not None:
             raise InvalidProblem(
-                "disable() of options that are not in force: others were set after them",
+                "disable() of what is not in force: the model was enabled again after it",
                 "what was enabled last is disabled first",
-                "disable the later ones before, or use enable() in `with` blocks",
+                "call .inner.disable() on this before, or use enable() in `with` blocks",
             )
         self._is_on = False
         if self._raw is not None:
             self._raw.remove()
         self._part.set_attn_implementation(self._implementation)
-        if self._options is None:
-            del self._config.tokenselect
+        if vars(self._config).get(NAME) is self._given:
+            if self._options is None:
+                del self._config.tokenselect
+            else:
+                self._config.tokenselect = self._options
+        if self._outer is None:
+            delattr(self._part, _INNERMOST)
         else:
-            self._config.tokenselect = self._options
+            self._outer.inner = None
+            setattr(self._part, _INNERMOST, self._outer)
 
     def __enter__(self) -> Self:
         return self
@@ -83,6 +120,9 @@ class Enabled:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        # An error that left the block may have kept others from being disabled before.
+        if error is not None and self.inner is not None:
+            self.inner.__exit__(kind, error, trace)
         self.disable()
 
 
@@ -94,10 +134,17 @@ def _text_part(model: Any, config: Any) -> Any:
     raise _not_through_the_interface(model)
 
 
+def _has_attention(part: Any) -> bool:
+    """Whether the code of a module in it knows the interface; a state space model's does not."""
+    names = {type(module).__module__ for module in part.modules()} & sys.modules.keys()
+    known = (one for name in names for one in vars(sys.modules[name]).values())
+    return any(isinstance(one, AttentionInterface) for one in known)
+
+
 def _not_through_the_interface(model: Any) -> UnsupportedProblem:
     return UnsupportedProblem(
         f"a {type(model).__name__}",
-        {"tokenselect.integrations.transformers": ["it has a way to attend of its own"]},
+        {INTEGRATION: ["it does not attend, or in a way of its own"]},
         "use a model whose attention goes through transformers' AttentionInterface",
     )
 

@@ -20,33 +20,26 @@ class Selections:
     """What one layer of a cache remembers: a SelectionCache for each `Run` of requests.
 
     A run is known by the layer that asks, its rows and its first slot: rows padded alike share one.
+    A crop needs no word here: a SelectionCache drops a selection that saw tokens from the first new
+    one on.
     """
 
     def __init__(self) -> None:
         self._options: Options | None = None
         self._caches: dict[tuple[int, int, int, int], SelectionCache] = {}
-        self._has_holes = False
 
     def of(self, layer: int, run: Run, options: Options) -> SelectionCache:
         """The SelectionCache for this run; what was selected under other options is dropped."""
         if options != self._options:
             self.clear()
             self._options = options
-        self._has_holes |= not isinstance(run.slots, slice)
         key = (layer, run.rows.start, run.rows.stop, run.first)
         if key not in self._caches:
             self._caches[key] = options.selection_cache()
         return self._caches[key]
 
     def clear(self) -> None:
-        self._caches, self._has_holes = {}, False
-
-    def crop(self, length: int, device: torch.device) -> None:
-        """Only the first `length` slots are left."""
-        if self._has_holes:
-            self.clear()
-        for (_, start, stop, first), cache in self._caches.items():
-            cache.crop(torch.full((stop - start,), length - first, device=device))
+        self._caches = {}
 
     def reorder(self, order: Tensor) -> None:
         """Row b becomes what row order[b] was. Drops what crosses from one run to another."""
@@ -140,7 +133,6 @@ class RoomyLayer(DynamicLayer):
         super().crop(tokens_to_remove)  # refuses a positive number
         if tokens_to_remove != 0 and self.is_initialized:
             self._show(self.get_seq_length())
-            self.selections.crop(self.get_seq_length(), self.device)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row b becomes what row beam_idx[b] was."""
@@ -206,6 +198,10 @@ class RawKeys(Cache):
     starts: Tensor | None = None
     _expected: int | None = None
 
+    def __reduce__(self) -> Any:
+        # Its class is made here and found nowhere else.
+        return _empty_with_raw_keys, (type(self).__bases__[1],), vars(self)
+
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -255,6 +251,11 @@ class RawKeys(Cache):
 @functools.cache
 def _with_raw_keys(kind: type) -> type:
     return type(kind.__name__, (RawKeys, kind), {})
+
+
+def _empty_with_raw_keys(kind: type) -> Any:
+    made: Any = _with_raw_keys(kind)
+    return made.__new__(made)
 
 
 def expect_raw_keys(cache: Any, layer_idx: int) -> None:

@@ -1,7 +1,6 @@
 """The options of a model: what `config.tokenselect` and `enable` take."""
 
 import difflib
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,19 +44,49 @@ class Options:
         return SelectionCache(self.theta, self.max_reuse)
 
 
+class OptionsOfTheText:
+    """`config.tokenselect` of any model: the options of the part of it that generates text.
+
+    A model that also sees or hears has a config of configs; its attention gets to know only that of
+    the text, so what is set in the outer one is kept there. Stored like any other attribute.
+    """
+
+    def __get__(self, config: Any, kind: type) -> Any:
+        if config is None:
+            return self
+        try:
+            return vars(_text_config(config))[NAME]
+        except KeyError:
+            raise AttributeError(NAME) from None
+
+    def __set__(self, config: Any, options: Any) -> None:
+        vars(_text_config(config))[NAME] = options
+
+    def __delete__(self, config: Any) -> None:
+        if vars(_text_config(config)).pop(NAME, self) is self:
+            raise AttributeError(NAME)
+
+
+def _text_config(config: Any) -> Any:
+    """That of the part that generates text, which may be all of it."""
+    if config.is_encoder_decoder and not config.sub_configs:
+        return config  # get_text_config() would return a copy
+    return config.get_text_config(decoder=True)
+
+
 def parse(given: object) -> Options:
-    """Read `config.tokenselect`: a mapping from names to values, or None for the defaults.
+    """Read `config.tokenselect`: a dict from names to values, or None for the defaults.
 
     Raises InvalidProblem for an unknown name. The values are checked where they are used, and all
     at once by `check`.
     """
     if given is None:
         return Options()
-    if not isinstance(given, (Mapping, SelectConfig)):
+    if not isinstance(given, dict):  # all else would keep the config from being saved
         raise InvalidProblem(
             f"config.tokenselect is a {type(given).__name__}",
-            "config.tokenselect maps the names of options to values",
-            'set a dict, say config.tokenselect = {"k": 1024}',
+            "config.tokenselect is a dict from the names of options to values",
+            'set config.tokenselect = {"k": 1024}, say, or dict(SelectConfig(...))',
         )
     values = dict(given)
     for name in values:
