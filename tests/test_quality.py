@@ -582,11 +582,11 @@ def test_ruler_is_scored_under_each_way(
     fake = SimpleNamespace(TASKS=("a", "b"), run=scored)
     monkeypatch.setitem(sys.modules, "bench.quality.ruler", fake)
     monkeypatch.setattr(bench.quality, "ruler", fake, raising=False)
-    task = {"ways": ["dense", "few"], "lengths": [500], "samples": 2, "budgets": [{"k": 9}]}
+    task = {"ways": ["dense", "few"], "lengths": [1024], "samples": 2, "budgets": [{"k": 9}]}
     planned = cells(folder, lab, split="report", tasks={"ruler": task})
     values = list(ruler.run([cell for _, cell in planned], lab))
     assert asked == [
-        (attention, name, 500, 2, 1) for name in "ab" for attention in ("sdpa", "tokenselect")
+        (attention, name, 1024, 2, 1) for name in "ab" for attention in ("sdpa", "tokenselect")
     ]
     summary = ruler.summary([{**cell.label, **value} for cell, value in values])
     assert [(r["ruler"], r["way"], r["score"]) for r in summary] == [

@@ -17,7 +17,7 @@ class Settings:
     the seed is that one of the split's."""
 
     ways: tuple[str, ...]
-    lengths: tuple[int, ...] = field(metadata={"least": 500})
+    lengths: tuple[int, ...] = field(metadata={"least": 1024})
     samples: int = field(metadata={"least": 1})
     tasks: tuple[str, ...] = field(default=(), metadata={"may_be_empty": True})
     seed: int = field(default=0, metadata={"least": 0})
