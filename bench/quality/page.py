@@ -30,14 +30,14 @@ distribution from dense attention's, in nats: its mean, and the largest of a tok
 the share of tokens with the same likeliest next one. Intervals are Wilson's, 95 %.
 
 **Choices.** What the *choose* tables below say, and what came of it. *Visible* normalisation, the
-soft vote and no pooling are closest to dense attention: they are the defaults. At one budget, fewer
-first and newest tokens are closer, since those that matter get votes anyway: the defaults are 16
-and 128, not the paper's 128 and 512. `select_scale` barely matters: the attention's own scale stays,
-for which retained mass is known. `scope="group"` is closer where one query selects, and farther
-where a chunk shares its selection: the default stays the paper's, and "group" is worth setting
-where prompts are read densely. More means of a chunk's queries come closer, and cost time: the
-default stays one. A `theta` of 0.9 is where reuse begins to cost little. Past the trained length
-only *split* scoring finds needles; which share of the budget it takes hardly matters there.
+soft vote and no pooling are closest to dense attention: they are the defaults. At one budget,
+fewer first and newest tokens are closer, since those that matter get votes anyway: the defaults
+are 16 and 128, not the paper's 128 and 512. `select_scale` barely matters: the attention's own
+scale stays, for which retained mass is known. `scope="group"` is closer where one query selects,
+and farther where a chunk shares its selection: the default stays the paper's, and "group" is worth
+setting where prompts are read densely. More means of a chunk's queries come closer, and cost time:
+the default stays one. A `theta` of 0.9 is where reuse begins to cost little. Past the trained
+length only *split* scoring finds needles; which share of the budget it takes hardly matters there.
 """
 
 _TASKS = {
