@@ -189,8 +189,9 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     cache = TokenSelectCache(lab.model, max_length=n)
     filled(cache, lab, way, n).crop(-job["new"])  # so the cache has its memory
     ids = tuple(i % min(1000, lab.model.config.vocab_size) for i in range(job["new"]))
-    before, start = _resident("VmRSS"), time.perf_counter()
     _reset_peak()
+    # Of the peak itself: what is resident may shrink at any time, as the system takes back pages.
+    before, start = _resident("VmHWM"), time.perf_counter()
     with way.attached(lab.model):
         fed(lab.model, cache, ids)
     added = _resident("VmHWM") - before
