@@ -69,7 +69,7 @@ def lay_out(
             f"{type(tokenizer).__name__} gives no character offsets: use a --model with a fast "
             "tokenizer"
         )
-    head, tail = _frame(tokenizer)
+    head, tail = frame(tokenizer, QUESTION)
     text = text[: 16 * (n_context + n_held)]
     _, offsets = _encode(tokenizer, text)
     if len(offsets) < n_context + n_held + 1:
@@ -104,12 +104,15 @@ def lay_out(
     )
 
 
-def _frame(tokenizer: Any) -> tuple[str, str]:
-    """What the model's chat template puts before the text, and after it with the question."""
+def frame(tokenizer: Any, question: str) -> tuple[str, str]:
+    """What stands before and after a text that is asked about: the chat template, if there is one.
+
+    question  "Question: What is ...?", which follows the text
+    """
     if not tokenizer.chat_template:
-        return tokenizer.bos_token or "", f"\n\n{QUESTION}\nAnswer:"
+        return tokenizer.bos_token or "", f"\n\n{question}\nAnswer:"
     head, tail = tokenizer.apply_chat_template(
-        [{"role": "user", "content": f"{_PLACE}\n\n{QUESTION}"}],
+        [{"role": "user", "content": f"{_PLACE}\n\n{question}"}],
         tokenize=False,
         add_generation_prompt=True,
     ).split(_PLACE)

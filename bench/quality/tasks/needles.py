@@ -12,6 +12,7 @@ from bench.quality import texts
 from bench.quality.figures import Row, grouped, wilson
 from bench.quality.lab import Cell, Lab
 from bench.quality.ways import Budget, resolve_all
+from tokenselect.demo.text import NEEDLE, QUESTION, frame
 from tokenselect.errors import InvalidProblem
 from tokenselect.integrations.transformers import TokenSelectCache
 
@@ -23,7 +24,6 @@ NAMES = (
     *("anchor", "basket", "candle", "dragon", "engine", "feather", "garden", "hammer"),
     *("island", "jacket", "kettle", "ladder", "marble", "needle", "orchard", "pepper"),
 )
-_PLACE = "\N{OBJECT REPLACEMENT CHARACTER}"
 
 
 @dataclass(frozen=True)
@@ -102,11 +102,11 @@ def make(
         facts = [
             f"The secret number of the {n} is {m}." for n, m in zip(asked, numbers, strict=True)
         ]
-        question = f"What is the secret number of the {asked[0]}?"
+        question = f"Question: What is the secret number of the {asked[0]}?"
         depths = [depth, *(draw.random() for _ in range(keys - 1))]
     else:
-        facts = [f"The secret number is {numbers[0]}. Remember it."]
-        question, depths = "What is the secret number?", [depth]
+        facts, depths = [NEEDLE.format(number=numbers[0])], [depth]
+        question = QUESTION
     head, tail = frame(lab.tokenizer, question)
     hay = natural(names, split, seed, length) if kind == "natural" else filler(length)
     room = length - len(lab.encode("".join([head, *facts, tail]))) - 2 * len(facts) - 2
@@ -131,19 +131,6 @@ def make(
     ids = tuple(lab.encode(prompt))
     assert len(ids) <= length, (len(ids), length)
     return Needle(ids, numbers[0], prompt)
-
-
-def frame(tokenizer: Any, question: str) -> tuple[str, str]:
-    """What stands before and after the text: the model's chat template, if it has one."""
-    asked = f"\n\nQuestion: {question}"
-    if not tokenizer.chat_template:
-        return tokenizer.bos_token or "", f"{asked}\nAnswer:"
-    head, tail = tokenizer.apply_chat_template(
-        [{"role": "user", "content": f"{_PLACE}{asked}"}],
-        tokenize=False,
-        add_generation_prompt=True,
-    ).split(_PLACE)
-    return str(head), str(tail)
 
 
 def filler(length: int) -> str:
