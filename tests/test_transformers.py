@@ -4,6 +4,7 @@ import copy
 import importlib.util
 import io
 import os
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -49,8 +50,8 @@ from tests.models import (
     shared,
     tokens,
 )
-from tokenselect.integrations.transformers import TokenMask, TokenSelectCache, enable, options
-from tokenselect.integrations.transformers.masks import token_mask
+from tokenselect.integrations.transformers import TokenSelectCache, enable, options
+from tokenselect.integrations.transformers.masks import TokenMask, token_mask
 
 
 @pytest.fixture(params=FAMILIES)
@@ -544,6 +545,11 @@ class TestCache:
         with pytest.raises(InvalidProblem, match=r"13 tokens .* max_length=12"):
             llama(ids[:, :1], past_key_values=cache)
 
+    @pytest.mark.parametrize("given", [0, -1, "5", 1.5, True])
+    def test_room_is_a_number_of_tokens(self, llama: Any, given: Any) -> None:
+        with pytest.raises(InvalidProblem, match=f"max_length={given!r}"):
+            TokenSelectCache(llama, max_length=given)
+
     def test_made_in_inference_mode_and_used_outside(self, llama: Any) -> None:
         cache, ids = TokenSelectCache(llama), tokens(2)
         with enable(llama, **EVERYTHING, theta=-1.0):
@@ -619,7 +625,7 @@ class TestOptions:
                 raise RuntimeError
             assert llama.config.tokenselect == {"k": 3}
             assert llama.config._attn_implementation == "tokenselect"
-        assert not hasattr(llama.config, "tokenselect")
+        assert llama.config.tokenselect is None
 
     @pytest.mark.parametrize(
         ("given", "told"),
@@ -631,13 +637,16 @@ class TestOptions:
             ({"theta": 2}, "theta=2"),
             ({"max_reuse": -1}, "max_reuse=-1"),
             ({"chunk": 0}, "chunk=0"),
-            ({"preset": "fast"}, "preset='fast'"),
+            ({"preset": "fast"}, "preset='fast'.*enable\\(model, k=1024\\)"),
+            ({"preset": "extrapolat"}, "did you mean 'extrapolate'"),
+            ({"preset": 64}, "preset=64.*options by name"),
+            ({"backend": "cpuu"}, "did you mean 'cpu'"),
         ],
     )
     def test_a_bad_option_is_told_at_once(
         self, llama: Any, given: dict[str, Any], told: str
     ) -> None:
-        with pytest.raises(InvalidProblem, match=f"(?s){told}") as error:
+        with pytest.raises((InvalidProblem, UnknownBackend), match=f"(?s){told}") as error:
             enable(llama, **given)
         assert "rule:" in str(error.value)
         assert llama.config._attn_implementation == "eager"
@@ -649,6 +658,7 @@ class TestOptions:
             ([], "is a list"),
             ({"k": "3"}, "k='3'"),
             (tokenselect.SelectConfig(), r"is a SelectConfig(?s:.*)dict\(SelectConfig\("),
+            ({"preset": "faithful"}, r"(?s)option 'preset'.*enable\(model, preset\)"),
         ):
             llama.config.tokenselect = given
             with pytest.raises(InvalidProblem, match=told):
@@ -656,6 +666,30 @@ class TestOptions:
         llama.config.tokenselect = {"backend": "cpuu"}
         with pytest.raises(UnknownBackend, match="did you mean 'cpu'"):
             llama(tokens(1))
+
+    def test_options_given_to_from_pretrained(self, llama: Any, tmp_path: Any) -> None:
+        llama.save_pretrained(tmp_path)
+        how = {"attn_implementation": "tokenselect", "tokenselect": SMALL}
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, **how).eval()
+        assert loaded.config.tokenselect == SMALL
+        with enable(llama, **SMALL):
+            assert torch.equal(loaded(tokens(1)).logits, llama(tokens(1)).logits)
+
+    def test_what_was_disabled_is_not_entered(self, llama: Any) -> None:
+        handle = enable(llama, k=3)
+        assert repr(handle) == "<enable(LlamaForCausalLM, k=3)>"
+        handle.disable()
+        with pytest.raises(InvalidProblem, match=r"k=3\), disabled"), handle:
+            pass
+
+    def test_contiguous_positions_past_those_that_were_trained_warn(self, llama: Any) -> None:
+        assert llama.config.max_position_embeddings == 256
+        with pytest.warns(UserWarning, match=r"16 \+ 113 \+ 128 = 257 .*embeddings=256"):
+            enable(llama, "extrapolate", k=113).disable()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            enable(llama, "extrapolate", k=112).disable()
+            enable(llama, k=1000).disable()
 
     def test_backend_arrives(self, llama: Any) -> None:
         with enable(llama, **SMALL):
@@ -745,7 +779,7 @@ def test_the_config_of_a_whole_model_holds_the_options_of_its_text(tmp_path: Any
         model(ids)
     del model.config.tokenselect
     for config in (model.config, model.config.text_config, other.config):
-        assert not hasattr(config, "tokenselect")
+        assert config.tokenselect is None
     with pytest.raises(AttributeError):
         del model.config.tokenselect
 
@@ -756,7 +790,7 @@ def test_options_stand_in_any_config() -> None:
 
     config = BartConfig(tokenselect={"k": 3})
     assert BartConfig.from_dict(config.to_dict()).tokenselect == {"k": 3}
-    assert not hasattr(BartConfig(), "tokenselect")
+    assert BartConfig().tokenselect is None
 
 
 def test_only_the_part_of_a_model_that_generates_text_changes() -> None:
@@ -874,7 +908,7 @@ class TestRefusals:
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
         with pytest.raises(UnsupportedProblem, match=r"BloomForCausalLM.*\n.*of its own"):
             enable(model)
-        assert not hasattr(model.config, "tokenselect")
+        assert model.config.tokenselect is None
 
     @pytest.mark.parametrize("kind", ["Mamba", "FalconMamba"])
     def test_a_model_that_does_not_attend(self, kind: str) -> None:
@@ -883,10 +917,10 @@ class TestRefusals:
         )
         model = AutoModelForCausalLM.from_config(config)
         before = model.config._attn_implementation
-        with pytest.raises(UnsupportedProblem, match=f"{kind}ForCausalLM.*\n.*does not attend"):
+        with pytest.raises(UnsupportedProblem, match=f"{kind}ForCausalLM.*\n.*has no attention"):
             enable(model)
         assert model.config._attn_implementation == before
-        assert not hasattr(model.config, "tokenselect")
+        assert model.config.tokenselect is None
 
     @pytest.mark.parametrize("thing", [torch.nn.Linear(2, 2), None])
     def test_what_is_no_model_of_transformers(self, thing: Any) -> None:
@@ -1020,7 +1054,7 @@ import torch
 from tests.measure_memory import forget_peak, resident
 from tokenselect.integrations.transformers import rotation
 from tokenselect.integrations.transformers.layers import attention_forward
-from tokenselect.integrations.transformers.masks import token_mask
+from tokenselect.integrations.transformers.masks import TokenMask, token_mask
 from tokenselect.rope import Rope
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""`python -m tokenselect.demo`: needs `pip install "tokenselect[demo]"`."""
+"""`python -m tokenselect.demo`: needs the extra `demo`."""
 
 import argparse
 import importlib.util
@@ -65,7 +65,7 @@ def require_packages(options: argparse.Namespace) -> None:
         raise MissingPackage(
             f"the demo needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} "
             "not installed here\n"
-            '  do:   make demo in a checkout, or pip install "tokenselect[demo]"'
+            "  do:   make demo in a checkout, or pip install '.[demo]' there"
         )
 
 

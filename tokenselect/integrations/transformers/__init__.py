@@ -7,6 +7,7 @@ docs/tutorials/transformers.md shows all of it.
 """
 
 import sys
+import warnings
 from types import TracebackType
 from typing import Any, Self
 
@@ -17,10 +18,10 @@ from transformers import (
     PreTrainedModel,
 )
 
-from tokenselect.errors import InvalidProblem, UnsupportedProblem
+from tokenselect.errors import InvalidProblem
 from tokenselect.integrations.transformers.cache import TokenSelectCache
 from tokenselect.integrations.transformers.layers import attention_forward
-from tokenselect.integrations.transformers.masks import TokenMask, token_mask
+from tokenselect.integrations.transformers.masks import token_mask
 from tokenselect.integrations.transformers.options import (
     NAME,
     Options,
@@ -29,10 +30,10 @@ from tokenselect.integrations.transformers.options import (
     parse,
     preset_options,
 )
-from tokenselect.integrations.transformers.refusals import INTEGRATION, refuse_mla
+from tokenselect.integrations.transformers.refusals import Refusal, refuse_mla
 from tokenselect.integrations.transformers.rotation import RawLayers, is_raw
 
-__all__ = ["NAME", "Enabled", "Options", "TokenMask", "TokenSelectCache", "enable"]
+__all__ = ["NAME", "Enabled", "Options", "TokenSelectCache", "enable"]
 
 AttentionInterface.register(NAME, attention_forward)
 AttentionMaskInterface.register(NAME, token_mask)
@@ -52,7 +53,7 @@ class Enabled:
         if not hasattr(getattr(model, "config", None), "get_text_config"):
             raise InvalidProblem(
                 f"enable() of a {type(model).__name__}",
-                "what attends otherwise is a model of transformers, known by its config",
+                "enable() takes a model of transformers, which has a config",
                 "pass the model that from_pretrained returned",
             )
         config = model.config.get_text_config(decoder=True)
@@ -60,6 +61,7 @@ class Enabled:
             raise refuse_mla(config)
         parsed = parse(options)
         check(parsed)
+        _warn_of_length(config, parsed)
         self._part, self._config = _text_part(model, config), config
         if not _has_attention(self._part):
             raise _not_through_the_interface(model)
@@ -112,7 +114,18 @@ class Enabled:
             setattr(self._part, _INNERMOST, self._outer)
 
     def __enter__(self) -> Self:
+        if not self._is_on:
+            raise InvalidProblem(
+                f"`with` {self!r}",
+                "what was disabled stays so",
+                "call enable(model, ...) again",
+            )
         return self
+
+    def __repr__(self) -> str:
+        options = "".join(f", {name}={value!r}" for name, value in self._given.items())
+        state = "" if self._is_on else ", disabled"
+        return f"<enable({type(self._part).__name__}{options}){state}>"
 
     def __exit__(
         self,
@@ -124,6 +137,20 @@ class Enabled:
         if error is not None and self.inner is not None:
             self.inner.__exit__(kind, error, trace)
         self.disable()
+
+
+def _warn_of_length(config: Any, options: Options) -> None:
+    """Warn of contiguous positions whose distances the model has not seen."""
+    trained = getattr(config, "max_position_embeddings", None)
+    select = options.select
+    length = select.n_sink + select.k + select.n_local
+    if select.positions == "contiguous" and isinstance(trained, int) and length > trained:
+        warnings.warn(
+            f"a selection of {select.n_sink} + {select.k} + {select.n_local} = {length} tokens, of "
+            f"a model with max_position_embeddings={trained}: contiguous positions keep distances "
+            "below the size of the selection, so choose a smaller k",
+            stacklevel=4,
+        )
 
 
 def _text_part(model: Any, config: Any) -> Any:
@@ -141,10 +168,11 @@ def _has_attention(part: Any) -> bool:
     return any(isinstance(one, AttentionInterface) for one in known)
 
 
-def _not_through_the_interface(model: Any) -> UnsupportedProblem:
-    return UnsupportedProblem(
+def _not_through_the_interface(model: Any) -> Refusal:
+    return Refusal(
         f"a {type(model).__name__}",
-        {INTEGRATION: ["it does not attend, or in a way of its own"]},
+        "none of its layers calls transformers' AttentionInterface: it has no attention, or "
+        "attends in code of its own",
         "use a model whose attention goes through transformers' AttentionInterface",
     )
 
@@ -159,7 +187,8 @@ def enable(model: Any, preset: str | None = None, **options: Any) -> Enabled:
     Options that move keys (positions="contiguous", another score_at than "true") run the model
     twice over 16 tokens, to see how it rotates; while they are in force it caches raw keys.
 
-    Raises InvalidProblem for an unknown option or a bad value, UnsupportedProblem for a model that
-    cannot work.
+    Raises InvalidProblem for an unknown option or a bad value, UnknownBackend, and
+    UnsupportedProblem for a model that cannot work. What `backend` can run shows with the first
+    call. Warns where contiguous positions come out longer than max_position_embeddings.
     """
     return Enabled(model, preset_options(preset) | options)

@@ -285,6 +285,12 @@ class TokenSelectCache(Cache):
                 "a cache is made for a model: its layers tell which of them slide",
                 "pass the model, or model.config",
             )
+        if max_length is not None and (type(max_length) is not int or max_length < 1):
+            raise InvalidProblem(
+                f"max_length={max_length!r}",
+                "max_length is an integer >= 1, the tokens of the prompt and all new ones; or None",
+                "pass an int, or leave it out: the cache then grows",
+            )
         stock = DynamicCache(config=config).layers
         super().__init__(
             layers=[

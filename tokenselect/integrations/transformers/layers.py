@@ -11,7 +11,7 @@ from tokenselect.errors import InvalidProblem
 from tokenselect.integrations.transformers.cache import Selections, selections_of
 from tokenselect.integrations.transformers.masks import Run, TokenMask
 from tokenselect.integrations.transformers.options import Options, parse
-from tokenselect.integrations.transformers.refusals import refusal, refuse_mla
+from tokenselect.integrations.transformers.refusals import refuse_layer, refuse_mla
 from tokenselect.integrations.transformers.rotation import Probe, raw_layer_of
 from tokenselect.rope import Rope
 
@@ -94,10 +94,10 @@ def _rope(module: Any, query: Tensor, mask: TokenMask, options: Options) -> Rope
         return raw_layer.take(module, query, mask)
     if options.moves and mask.window is None:
         asked = f"positions={options.select.positions!r}, score_at={options.select.score_at!r}"
-        raise refusal(
+        raise refuse_layer(
             module,
             f"{asked}: to move keys, this layer would have to cache them before rotation",
-            "use enable(model, ...), which sees to that, or leave both out",
+            "use enable(model, **model.config.tokenselect), which sees to that, or leave both out",
         )
     return None
 
@@ -201,34 +201,34 @@ def _checked_mask(
 ) -> TokenMask:
     """The mask, if the model had it made by `token_mask` and for this layer."""
     if mask is None:
-        raise refusal(
+        raise refuse_layer(
             module,
             "no mask arrived: a model that makes none through transformers' masking_utils, or "
             "cross-attention",
             "use another attn_implementation for this part of the model",
         )
     if not isinstance(mask, TokenMask) or not hasattr(mask, "runs"):
-        raise refusal(
+        raise refuse_layer(
             module,
             f"a custom mask {tuple(mask.shape)}",
             "pass the tokenizer's attention_mask (batch, tokens), or none",
         )
     fits = mask.shape[0] == query.shape[0] == key.shape[0] and mask.shape[3] == key.shape[2]
     if not fits or mask.Lq != query.shape[2]:
-        raise refusal(
+        raise refuse_layer(
             module,
             f"q {tuple(query.shape)} and k {tuple(key.shape)}, with a mask for {mask.shape[0]} "
             f"requests of {mask.shape[3]} keys, {mask.Lq} queries from {mask.at} on",
             "make the cache with the model's config, so that the layers' lengths fit the masks",
         )
     if mask.window is None and mask.begin != 0:
-        raise refusal(
+        raise refuse_layer(
             module,
             f"full attention over a cache that begins at token {mask.begin}: those before are gone",
             "make the cache with the model's config, so that only sliding layers drop tokens",
         )
     if sliding_window is not None and sliding_window != mask.window:
-        raise refusal(
+        raise refuse_layer(
             module,
             f"sliding_window={sliding_window}, with a mask whose window is {mask.window}",
             "use another attn_implementation: what the layer means is not clear",
@@ -254,10 +254,10 @@ def _refuse(module: Any, dropout: float, others: dict[str, Any]) -> None:
         known = [
             f"{name}: {_WHY.get(name, 'not known, and it may change the result')}" for name in asked
         ]
-        raise refusal(module, known, _FIX)
+        raise refuse_layer(module, known, _FIX)
 
 
-_FIX = "do without it, or model.set_attn_implementation('sdpa') or 'eager'"
+_FIX = "do without it, or set_attn_implementation('sdpa'), or 'eager' for output_attentions"
 _WHY = {
     "output_attentions": "most weights are never computed",
     "cache": "continuous batching keeps keys in its own paged cache, which is not read",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import masking_utils
 
-from tokenselect.errors import UnsupportedProblem
+from tokenselect.integrations.transformers.refusals import Refusal
 
 MaskFunction = Callable[..., Any]
 
@@ -101,7 +101,7 @@ class TokenMask(Tensor):
             except Exception as error:
                 cause = error
         if cause or (isinstance(made, Tensor) and not (is_mask and name in _HANDS_ON)):
-            raise _refusal(
+            raise Refusal(
                 f"a model that reads its masks itself (it calls {name})",
                 "its masks only tell which tokens there are, to tokenselect's function in "
                 "transformers' AttentionInterface",
@@ -142,7 +142,7 @@ def token_mask(
     window, begin = window_of(mask_function), int(kv_offset)
     at = int(q_offset) - begin
     if not 0 <= at <= kv_length - q_length:
-        raise _refusal(
+        raise Refusal(
             f"{q_length} queries from key {at} on, among {kv_length} keys",
             "the new tokens are not in the cache",
             "use a larger cache, or a stock one",
@@ -169,13 +169,13 @@ def _unpadded(batch_size: int, n: int, at: int) -> Run:
 def _padding(attention_mask: Tensor, kv_offset: int, end: int, kv_length: int) -> Tensor:
     """The 2D mask of the slots: (B, kv_length) bool; False from the end of the 2D mask on."""
     if attention_mask.dim() != 2:
-        raise _refusal(
+        raise Refusal(
             f"an attention_mask {tuple(attention_mask.shape)}",
             "only a mask (batch, tokens) says where each request's tokens are",
             "pass the tokenizer's attention_mask",
         )
     if attention_mask.shape[1] < kv_offset + end:
-        raise _refusal(
+        raise Refusal(
             f"an attention_mask of {attention_mask.shape[1]} tokens, for {kv_offset + end}",
             "the mask leaves out the newest tokens",
             "let it cover the tokens in the cache and the new ones: (batch, cached + new)",
@@ -233,7 +233,7 @@ def window_of(function: MaskFunction) -> int | None:
             window = _inside(masks[0], masking_utils.sliding_window_overlay)
             if window is not None:
                 return int(window["sliding_window"])
-    raise _refusal(
+    raise Refusal(
         f"the mask {_described(function)}",
         "only causal attention, within a sliding window or not, and padding are understood",
         "pass inputs without it, or model.set_attn_implementation('sdpa') or 'eager'",
@@ -269,7 +269,3 @@ def _described(function: MaskFunction) -> str:
         return name
     maker_name = name.partition(".<locals>")[0]
     return f"{maker_name} ({_KINDS[maker_name]})" if maker_name in _KINDS else maker_name
-
-
-def _refusal(came: str, why: str, fix: str) -> UnsupportedProblem:
-    return UnsupportedProblem(came, {"tokenselect.integrations.transformers": [why]}, fix)

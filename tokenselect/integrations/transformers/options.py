@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from tokenselect import registry
 from tokenselect.contract import CONFIG_NAMES, Problem, SelectConfig
 from tokenselect.errors import InvalidProblem
 from tokenselect.reuse import SelectionCache
@@ -48,16 +49,14 @@ class OptionsOfTheText:
     """`config.tokenselect` of any model: the options of the part of it that generates text.
 
     A model that also sees or hears has a config of configs; its attention gets to know only that of
-    the text, so what is set in the outer one is kept there. Stored like any other attribute.
+    the text, so what is set in the outer one is kept there. Stored like any other attribute; None
+    where it was not set, so that from_pretrained(..., tokenselect={...}) finds the attribute.
     """
 
     def __get__(self, config: Any, kind: type) -> Any:
         if config is None:
             return self
-        try:
-            return vars(_text_config(config))[NAME]
-        except KeyError:
-            raise AttributeError(NAME) from None
+        return vars(_text_config(config)).get(NAME)
 
     def __set__(self, config: Any, options: Any) -> None:
         vars(_text_config(config))[NAME] = options
@@ -105,8 +104,10 @@ def parse(given: object) -> Options:
 
 
 def check(options: Options) -> None:
-    """Raise InvalidProblem now for a value that the first call would refuse."""
+    """Raise now for a value that the first call would refuse: InvalidProblem, UnknownBackend."""
     options.selection_cache()
+    if options.backend != "auto":
+        registry.load(options.backend)
     token = torch.zeros(1, 1, 1, 2)
     Problem.build(token, token, token, options.select, rope=Rope(torch.zeros(1)))
 
@@ -116,10 +117,12 @@ def preset_options(preset: str | None) -> dict[str, Any]:
     if preset is None:
         return {}
     if preset not in PRESETS:
+        close = difflib.get_close_matches(str(preset), PRESETS, n=1)
+        by_name = "pass options by name: enable(model, k=1024), or enable(model, **options)"
         raise InvalidProblem(
             f"preset={preset!r}",
             f"preset is one of {', '.join(map(repr, PRESETS))}, or None",
-            "name one of them, or pass the options themselves",
+            f"did you mean {close[0]!r}?" if close else by_name,
         )
     make = getattr(SelectConfig, preset)
     return {name: make()[name] for name in CONFIG_NAMES if make()[name] != SelectConfig()[name]}
@@ -127,6 +130,12 @@ def preset_options(preset: str | None) -> dict[str, Any]:
 
 def _unknown(name: object) -> InvalidProblem:
     close = difflib.get_close_matches(str(name), NAMES, n=1)
+    if name == "preset":
+        return InvalidProblem(
+            "option 'preset'",
+            "a preset stands for options, and config.tokenselect holds the options themselves",
+            "use enable(model, preset), or set what it says: dict(SelectConfig.faithful()), say",
+        )
     return InvalidProblem(
         f"option {name!r}",
         f"options are {', '.join(NAMES)}",

@@ -1,28 +1,39 @@
-"""The errors that name a layer or a model."""
+"""The errors that name a layer, a model, or what it was given."""
 
 from typing import Any
 
 from tokenselect.errors import UnsupportedProblem
 
-INTEGRATION = "tokenselect.integrations.transformers"
+
+class Refusal(UnsupportedProblem):
+    """What a model does, or was asked for, is beyond this integration; nothing was computed."""
+
+    def __init__(self, what: str, why: str | list[str], fix: str) -> None:
+        whys = [why] if isinstance(why, str) else why
+        super().__init__(what, {"tokenselect.integrations.transformers": whys}, fix)
+
+    def __reduce__(self) -> Any:
+        what, reasons, fix = self.args
+        return type(self), (what, *reasons.values(), fix)
+
+    def __str__(self) -> str:
+        what, reasons, fix = self.args
+        lines = [f"  why: {why}" for whys in reasons.values() for why in whys]
+        return "\n".join([f"tokenselect cannot attend: {what}", *lines, f"  do:  {fix}"])
 
 
-def refusal(module: Any, why: str | list[str], fix: str) -> UnsupportedProblem:
+def refuse_layer(module: Any, why: str | list[str], fix: str) -> Refusal:
     """The error that names the layer."""
-    whys = [why] if isinstance(why, str) else why
     layer = getattr(module, "layer_idx", None)
     name = type(module).__name__ + ("" if layer is None else f", layer {layer}")
-    return UnsupportedProblem(name, {INTEGRATION: whys}, fix)
+    return Refusal(name, why, fix)
 
 
-def refuse_mla(config: Any) -> UnsupportedProblem:
+def refuse_mla(config: Any) -> Refusal:
     """The error for multi-head latent attention."""
-    why = (
-        f"multi-head latent attention (kv_lora_rank={config.kv_lora_rank}): the cache holds "
-        "latents, and making keys of all of them at each step is the cost selection is to save"
-    )
-    return UnsupportedProblem(
+    return Refusal(
         f"a {config.model_type} model",
-        {INTEGRATION: [why]},
+        f"multi-head latent attention (kv_lora_rank={config.kv_lora_rank}): the cache holds "
+        "latents, and making keys of all of them at each step is the cost selection is to save",
         "run it densely: attn_implementation='sdpa' or 'eager'",
     )

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from tokenselect.errors import TokenSelectError, UnsupportedProblem
+from tokenselect.errors import TokenSelectError
 from tokenselect.integrations.transformers.cache import RawKeys, expect_raw_keys
 from tokenselect.integrations.transformers.masks import TokenMask
 from tokenselect.integrations.transformers.options import NAME
-from tokenselect.integrations.transformers.refusals import INTEGRATION, refusal
+from tokenselect.integrations.transformers.refusals import Refusal, refuse_layer
 from tokenselect.rope import Rope
 
 # The attribute of an attention module that leads to its `RawLayer`.
@@ -69,7 +69,7 @@ class RawLayer:
                 pass
             case _:
                 why = "it is not handed position_embeddings=(cos, sin) to rotate by"
-                raise refusal(module, why, _FIX)
+                raise refuse_layer(module, why, _FIX)
         given = (*args, *kwargs.values())
         cache = next((x for x in given if isinstance(x, Cache)), None)
         mask = next((x for x in given if isinstance(x, TokenMask)), None)
@@ -83,14 +83,14 @@ class RawLayer:
         """How the keys and queries of this call, which came here raw, are to be rotated."""
         call: _Call | None = mask.calls.get(module)
         if call is None:
-            raise refusal(
+            raise refuse_layer(
                 module,
                 "its keys came rotated: the hook of this layer did not run, as in code that was "
                 "compiled before enable()",
                 "compile it after enable(), or torch.compiler.reset() in between",
             )
         if mask.window is not None:
-            raise refusal(
+            raise refuse_layer(
                 module,
                 f"a window of {mask.window}, where it saw everything when enable() looked",
                 "change a model first, then enable()",
@@ -210,7 +210,7 @@ class RawLayers:
             its_pairs = [pair for pair in pairs if pair[0].module is module]
             call = its_pairs[0][1].call
             if call is None or call.made is None:
-                raise refusal(
+                raise refuse_layer(
                     module,
                     "its cos and sin are not those that a module with a buffer inv_freq returned",
                     _FIX,
@@ -245,7 +245,7 @@ def _frequencies(rotary: nn.Module) -> Iterator[tuple[Tensor, float]]:
 def _rope(module: Any, made: _Made, pairs: list[tuple[Seen, Seen]]) -> Rope:
     """The one rope that turns what came raw into what came rotated, for all calls of a module."""
     if made.position_ids.dim() != 2:
-        raise refusal(
+        raise refuse_layer(
             module,
             f"position_ids of {made.position_ids.dim()} dimensions (M-RoPE): a key has one "
             "position here",
@@ -262,7 +262,7 @@ def _rope(module: Any, made: _Made, pairs: list[tuple[Seen, Seen]]) -> Rope:
             fitting.append(rope)
     if len(fitting) != 1:
         found = "more than one rotation" if fitting else "no rotation"
-        raise refusal(
+        raise refuse_layer(
             module,
             f"{found} by its inv_freq, of halves or of neighbours, gives the queries and keys that "
             "it makes",
@@ -296,7 +296,7 @@ def _are_equal(a: Rope, b: Rope) -> bool:
 def _check_cache(module: Any, cache: Cache | None, seen: list[Seen]) -> None:
     """Raw keys must be seen to arrive: a cache of them is guarded against rotated ones."""
     if cache is None:
-        raise refusal(
+        raise refuse_layer(
             module,
             "it is called without a cache of transformers, as where gradients are checkpointed: "
             "how it hands its keys to a cache cannot be seen",
@@ -311,7 +311,7 @@ def _check_cache(module: Any, cache: Cache | None, seen: list[Seen]) -> None:
         }
         if kept <= known:
             return
-    raise refusal(module, "how it hands its keys to a cache is not understood", _FIX)
+    raise refuse_layer(module, "how it hands its keys to a cache is not understood", _FIX)
 
 
 def _check_positions(module: Any, call: _Call, mask: TokenMask) -> None:
@@ -324,7 +324,7 @@ def _check_positions(module: Any, call: _Call, mask: TokenMask) -> None:
     if not call.on_cpu or (made is not None and made.is_checked):
         return
     if made is None:
-        raise refusal(
+        raise refuse_layer(
             module,
             "called with cos and sin of unknown positions",
             "call the model, not a layer of it",
@@ -339,7 +339,7 @@ def _check_positions(module: Any, call: _Call, mask: TokenMask) -> None:
         if first == 0 or not are_known:
             starts[run.rows] = ids[:, 0] - first
         if not torch.equal(ids, starts[run.rows, None] + torch.arange(first, run.n)):
-            raise refusal(
+            raise refuse_layer(
                 module,
                 f"position_ids that are not consecutive: tokens {first} to {run.n - 1} of a "
                 f"request, counted from 0, at {ids[:, 0].tolist()} to {ids[:, -1].tolist()}, with "
@@ -367,6 +367,6 @@ def _refuse_by_name(config: Any) -> None:
             )
 
 
-def _refuse_model(config: Any, why: str) -> UnsupportedProblem:
-    asked = f"moving the keys of a {config.model_type} model"
-    return UnsupportedProblem(asked, {INTEGRATION: [why]}, _FIX)
+def _refuse_model(config: Any, why: str) -> Refusal:
+    asked = f"a {config.model_type} model with keys that move"
+    return Refusal(asked, why, _FIX)
