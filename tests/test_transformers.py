@@ -6,6 +6,7 @@ import io
 import os
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -457,31 +458,31 @@ class TestReuse:
 
     @pytest.mark.parametrize("padding", ["none", "left", "right", "mixed", "holes"])
     @pytest.mark.parametrize("cropped", [1, 2, 5])
+    @pytest.mark.parametrize("densely", [False, True])
     def test_after_a_crop_all_is_as_if_nothing_was_remembered(
-        self, llama: Any, padding: str, cropped: int
+        self, llama: Any, padding: str, cropped: int, densely: bool
     ) -> None:
-        """Nobody tells the selections of it: they see that tokens come anew."""
+        """What comes first after it may be read densely, and tells the selections nothing."""
         mask = PADDINGS[padding]
         ids = tokens(2 if mask is None else len(mask))
         seen = torch.ones_like(ids) if mask is None else mask
         others = ids.flip(1)
-        with enable(llama, **SMALL, theta=-1.0, max_reuse=0):
+        with enable(llama, **SMALL, theta=-1.0):
             cache = TokenSelectCache(llama)
-            llama(ids[:, :13], attention_mask=seen[:, :13], past_key_values=cache)
-            llama(ids[:, 13:14], attention_mask=seen[:, :14], past_key_values=cache)
+            llama(ids[:, :14], attention_mask=seen[:, :14], past_key_values=cache)
             cache.crop(-cropped)
             assert len(cache.layers[0].selections._caches) > 0
             forgetful = copy.deepcopy(cache)
             for layer in forgetful.layers:
                 layer.selections.clear()
-        with enable(llama, **SMALL, theta=-1.0):  # now it would reuse
-            for start, end in ((14 - cropped, 15), (15, 16), (16, 18)):
-                more = {"attention_mask": seen[:, :end]}
+        for i, (start, end) in enumerate(((14 - cropped, 15), (15, 16), (16, 18))):
+            more = {"attention_mask": seen[:, :end]}
+            with nullcontext() if densely and i == 0 else enable(llama, **SMALL, theta=-1.0):
                 a, b = (
                     llama(others[:, start:end], past_key_values=each, **more).logits
                     for each in (cache, forgetful)
                 )
-                assert torch.equal(a, b)
+            assert torch.equal(a, b)
 
     def test_what_forgets(self, llama: Any) -> None:
         ids, cache = tokens(2), TokenSelectCache(llama)

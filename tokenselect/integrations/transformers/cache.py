@@ -12,6 +12,9 @@ from tokenselect.integrations.transformers.masks import Run
 from tokenselect.integrations.transformers.options import Options
 from tokenselect.reuse import SelectionCache
 
+# Layer, first row, one past the last row, first slot.
+_Key = tuple[int, int, int, int]
+
 # The attribute of a layer's keys that leads from them to the layer's `Selections`.
 _ATTRIBUTE = "_tokenselect_selections"
 
@@ -20,13 +23,13 @@ class Selections:
     """What one layer of a cache remembers: a SelectionCache for each `Run` of requests.
 
     A run is known by the layer that asks, its rows and its first slot: rows padded alike share one.
-    A crop needs no word here: a SelectionCache drops a selection that saw tokens from the first new
-    one on.
     """
 
     def __init__(self) -> None:
         self._options: Options | None = None
-        self._caches: dict[tuple[int, int, int, int], SelectionCache] = {}
+        self._caches: dict[_Key, SelectionCache] = {}
+        # Those that were asked for with holes among their tokens.
+        self._with_holes: set[_Key] = set()
 
     def of(self, layer: int, run: Run, options: Options) -> SelectionCache:
         """The SelectionCache for this run; what was selected under other options is dropped."""
@@ -34,12 +37,25 @@ class Selections:
             self.clear()
             self._options = options
         key = (layer, run.rows.start, run.rows.stop, run.first)
+        if not isinstance(run.slots, slice):
+            self._with_holes.add(key)
         if key not in self._caches:
             self._caches[key] = options.selection_cache()
         return self._caches[key]
 
     def clear(self) -> None:
-        self._caches = {}
+        self._caches, self._with_holes = {}, set()
+
+    def crop(self, slots: int, device: Any) -> None:
+        """The layer, on that device, was cut back to that many slots: drop what saw more.
+
+        What comes next may be read densely, and would not tell. With holes, how many tokens a run
+        has left is not known here, so nothing of it is kept.
+        """
+        for key in self._with_holes:
+            self._caches.pop(key, None)
+        for (_, start, stop, first), cache in self._caches.items():
+            cache.crop(torch.full((stop - start,), max(0, slots - first), device=device))
 
     def reorder(self, order: Tensor) -> None:
         """Row b becomes what row order[b] was. Drops what crosses from one run to another."""
@@ -133,6 +149,7 @@ class RoomyLayer(DynamicLayer):
         super().crop(tokens_to_remove)  # refuses a positive number
         if tokens_to_remove != 0 and self.is_initialized:
             self._show(self.get_seq_length())
+            self.selections.crop(self.get_seq_length(), self.device)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row b becomes what row beam_idx[b] was."""
