@@ -172,7 +172,9 @@ def test_what_cannot_be_scored_is_told_at_once(changes: dict[str, Any], told: st
 
 def test_without_lm_eval(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InvalidProblem, match=r"pip install 'tokenselect\[ruler\]'"):
+    with pytest.raises(
+        InvalidProblem, match=r"pip install '\.\[ruler\]' in a checkout(.|\n)*--only"
+    ):
         ruler.run(None, None, ["ruler_vt"], [1024], 1, 0)
 
 

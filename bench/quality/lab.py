@@ -3,16 +3,22 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.cache_utils import DynamicLayer
 
 from bench.quality import texts
+from bench.quality.model import find, load_model, load_tokenizer
 from bench.quality.ways import Way
+from tokenselect.integrations.transformers import TokenSelectCache
+from tokenselect.integrations.transformers.cache import RoomyLayer
 
 # What a version of the tasks computes. Raise it when the same cell would get another value.
 VERSION = 1
@@ -51,29 +57,18 @@ class Lab:
     def __init__(
         self, path: Path | None = None, gguf_file: str | None = None, dtype: str = "float32"
     ) -> None:
-        # transformers reads it when it is imported: models come from folders, never from a hub.
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
-        from tokenselect.demo.model import default_model, find_gguf
-
-        self.path = default_model() if path is None else path
-        self.gguf_file = find_gguf(self.path, gguf_file)
+        self.path, self.gguf_file = find(path, gguf_file)
         self.dtype = dtype
         self._tokens: dict[str, tuple[int, ...]] = {}
         self._offsets: dict[str, list[int]] = {}
 
     @cached_property
-    def _loaded(self) -> tuple[Any, Any]:
-        from tokenselect.demo.model import load
-
-        return load(self.path, self.gguf_file, getattr(torch, self.dtype))
-
-    @cached_property
     def model(self) -> Any:
-        return self._loaded[0]
+        return load_model(self.path, self.gguf_file, getattr(torch, self.dtype))
 
     @cached_property
     def tokenizer(self) -> Any:
-        return self._loaded[1]
+        return load_tokenizer(self.path, self.gguf_file)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -120,20 +115,35 @@ class Lab:
         return texts.documents(self.tokenize, names, split, count, length)
 
     @property
+    def config(self) -> Any:
+        """That of the part of the model that reads text."""
+        return self.model.config.get_text_config(decoder=True)
+
+    @property
     def trained(self) -> int | None:
         """The length that the model was trained for, as its config says."""
-        return getattr(self.model.config, "max_position_embeddings", None)
+        return getattr(self.config, "max_position_embeddings", None)
+
+    @property
+    def kv_heads(self) -> int:
+        """Of each layer; a config that does not count them has one for each head."""
+        count: int | None = getattr(self.config, "num_key_value_heads", None)
+        return count or self.config.num_attention_heads
+
+    @property
+    def selects(self) -> bool:
+        """Whether the model has a layer of full attention: no other selects."""
+        return any(isinstance(layer, RoomyLayer) for layer in TokenSelectCache(self.model).layers)
 
     def describe(self) -> dict[str, Any]:
-        config = self.model.config
         return {
             "name": self.path.name,
             "file": self.gguf_file,
             "sha256": self.fingerprint,
             "architecture": type(self.model).__name__,
-            "layers": config.num_hidden_layers,
-            "heads": config.num_attention_heads,
-            "kv_heads": config.num_key_value_heads,
+            "layers": self.config.num_hidden_layers,
+            "heads": self.config.num_attention_heads,
+            "kv_heads": self.kv_heads,
             "trained_length": self.trained,
             "dtype": str(self.model.dtype).removeprefix("torch."),
         }
@@ -145,6 +155,25 @@ def fed(model: Any, cache: Any, ids: tuple[int, ...], keep: int = 1) -> torch.Te
     out = model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=keep)
     logits: torch.Tensor = out.logits[0]
     return logits
+
+
+@contextmanager
+def rewound(cache: Any) -> Iterator[None]:
+    """What is fed to a cache inside the block is forgotten after it."""
+    before = cache.get_seq_length()
+    # A sliding layer lets go of what a crop would have to bring back. It is small, so it is copied.
+    others = {
+        i: deepcopy(layer)
+        for i, layer in enumerate(cache.layers)
+        if not (isinstance(layer, RoomyLayer) or type(layer) is DynamicLayer)
+    }
+    yield
+    more = cache.get_seq_length() - before
+    for i, layer in enumerate(cache.layers):
+        if i in others:
+            cache.layers[i] = others[i]
+        else:
+            layer.crop(-more)
 
 
 def of_document(

@@ -66,10 +66,9 @@ _TASKS = {
 
 
 def page(results: Path = RESULTS) -> str:
-    """The whole page as Markdown; reports first, newest first."""
+    """The whole page as Markdown; reports first, and by name."""
     reports = [json.loads(p.read_text("utf-8")) for p in sorted(results.glob("quality-*.json"))]
-    reports.sort(key=lambda report: report["date"], reverse=True)
-    reports.sort(key=lambda report: report["settings"]["split"] != "report")
+    reports.sort(key=lambda report: (report["settings"]["split"] != "report", report["name"]))
     if not reports:
         return _HEAD + "\nNothing has been measured yet.\n"
     head = [_HEAD]
@@ -83,13 +82,16 @@ def section(report: dict[str, Any]) -> str:
     host, model, settings = report["machine"], report["model"], report["settings"]
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     texts = ", ".join(f"{name} {text['sha']}" for name, text in report["texts"].items())
+    trained = "a length not said"
+    if model["trained_length"] is not None:
+        trained = f"{model['trained_length']:,} tokens"
     lines = [
         f"## {report['name']}: {model['file'] or model['name']}\n",
         f"The split *{settings['split']}*; {report['date']}, on {host['cpu']}, {host['threads']} "
         f"thread(s); {report['seconds'] / 3600:.1f} hours in all. {versions}; tokenselect at "
         f"{host['commit']}, source {', '.join(report['sources'])}. The model: "
         f"{model['architecture']}, {model['layers']} layers, {model['heads']} heads on "
-        f"{model['kv_heads']}, trained for {model['trained_length']:,} tokens, {model['dtype']}, "
+        f"{model['kv_heads']}, trained for {trained}, {model['dtype']}, "
         f"sha256 {model['sha256'][:16]}. Texts: {texts}. `{report['command']}`\n",
     ]
     if report["missing"]:

@@ -1,5 +1,7 @@
 """Settings, read from YAML, and the plan that they come to: every cell, in order."""
 
+import re
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -10,9 +12,9 @@ import yaml
 from bench.quality.lab import Cell, Lab
 from bench.quality.reading import build, unknown
 from bench.quality.tasks import decode, mass, needles, reuse, ruler, sparse, speed
-from bench.quality.ways import STOCK
+from bench.quality.ways import KINDS, STOCK, resolve
 from tokenselect.errors import InvalidProblem
-from tokenselect.integrations.transformers.options import NAMES
+from tokenselect.integrations.transformers.options import NAMES, PRESETS
 
 TASKS: dict[str, Any] = {
     "decode": decode,
@@ -24,6 +26,8 @@ TASKS: dict[str, Any] = {
     "ruler": ruler,
 }
 FOLDER = Path(__file__).parent / "settings"
+# What a name has to be, since files are named after it.
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True)
@@ -66,25 +70,52 @@ def load(path: Path, changes: Sequence[str] = ()) -> dict[str, Any]:
             "settings are a YAML file",
             f"write one, or use one of those in {FOLDER}: {shipped}",
         ) from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InvalidProblem(f"{path}: {error}", "settings are YAML", "correct it") from None
+    if not isinstance(given, dict):
+        raise InvalidProblem(
+            f"{path}: {given!r}", "settings map names to values", "write them as key: value lines"
+        )
     for change in changes:
-        name, equals, value = change.partition("=")
-        if not equals:
-            raise InvalidProblem(f"--set {change}", "it is NAME=VALUE", "write --set a.b=value")
-        *parents, last = name.split(".")
-        at = given
-        for parent in parents:
-            if not isinstance(at, dict) or parent not in at:
-                raise unknown(f"--set {name}:", parent, at if isinstance(at, dict) else ())
-            at = at[parent]
-        at[last] = yaml.safe_load(value)
+        _make(change, given)
     return given
+
+
+def _make(change: str, given: dict[str, Any]) -> None:
+    """The change "a.b=value", made to what is given."""
+    name, equals, text = change.partition("=")
+    if not equals:
+        raise InvalidProblem(f"--set {change}", "it is NAME=VALUE", "write --set a.b=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InvalidProblem(f"--set {change}", "a value is YAML", "close or quote it") from None
+    *parents, last = name.split(".")
+    at = given
+    for parent in parents:
+        if parent not in at:
+            raise unknown(f"--set {name}:", parent, at)
+        at = at[parent]
+        if not isinstance(at, dict):
+            raise InvalidProblem(
+                f"--set {name}: {parent} is {at!r}",
+                "a dot leads into what maps names to values",
+                f"set {parent} as a whole",
+            )
+    at[last] = value
 
 
 def read(given: object) -> Settings:
     """Check the settings but for what the model decides; raises InvalidProblem."""
     settings = build(Settings, given, "settings")
+    for what, name in (("name", settings.name), *(("tasks", name) for name in settings.tasks)):
+        if not _NAME.fullmatch(str(name)):
+            raise InvalidProblem(
+                f"settings.{what}: {name!r}",
+                "files are named after it: letters, digits, dots, dashes and underscores, and no "
+                "dot or dash first",
+                "give such a name; --out says where files go",
+            )
     for what in ("ways", "tasks"):
         for name, value in getattr(settings, what).items():
             if not isinstance(value, Mapping):
@@ -95,10 +126,17 @@ def read(given: object) -> Settings:
         for option in way:
             if option not in {"attend", "preset", *NAMES}:
                 raise unknown(f"ways.{name}:", option, {"attend", "preset", *NAMES})
+        resolve(name, settings.ways, None, 0)
     for entry in entries(settings):
         for way in entry.settings.ways:
             if way not in STOCK | dict(settings.ways):
                 raise unknown(f"tasks.{entry.name}.ways:", way, STOCK | dict(settings.ways))
+            if entry.settings.budgets and "k" in settings.ways.get(way, {}):
+                raise InvalidProblem(
+                    f"ways.{way}.k, and tasks.{entry.name}.budgets",
+                    "a budget says how many are chosen by vote, in place of k",
+                    "leave one of the two out; {k: 512} is a budget too",
+                )
     return settings
 
 
@@ -110,7 +148,7 @@ def entries(settings: Settings, only: Iterable[str] = ()) -> list[Entry]:
     found = []
     for name, given in settings.tasks.items():
         task = given.get("task", name)
-        if task not in TASKS:
+        if not isinstance(task, str) or task not in TASKS:
             raise unknown(f"tasks.{name}: task", task, TASKS)
         own = {key: value for key, value in given.items() if key != "task"}
         parsed = build(TASKS[task].Settings, own, f"tasks.{name}")
@@ -120,7 +158,13 @@ def entries(settings: Settings, only: Iterable[str] = ()) -> list[Entry]:
 
 
 def cells(settings: Settings, lab: Lab, only: Iterable[str] = ()) -> list[tuple[Entry, Cell]]:
-    """Every cell of the settings, with the entry that asks for it."""
+    """Every cell of the settings, with the entry that asks for it; raises InvalidProblem."""
+    if not lab.selects:
+        raise InvalidProblem(
+            f"--model {lab.path}: every layer has a window of its own",
+            "layers of full attention select, and here is none: every way would be the same",
+            "use another --model",
+        )
     return [
         (entry, cell)
         for entry in entries(settings, only)
@@ -152,6 +196,27 @@ def works(cells: Iterable[Cell]) -> list[list[Cell]]:
     return [list(unique.values()) for unique in found.values()]
 
 
-def names() -> dict[str, list[str]]:
-    """The settings' names of each task, for --help."""
-    return {task: [f.name for f in fields(module.Settings)] for task, module in TASKS.items()}
+def reference() -> str:
+    """What settings may say, for --help."""
+
+    def listed(head: str, names: Iterable[str]) -> str:
+        return textwrap.fill(
+            f"{head:<12}{', '.join(names)}", 80, subsequent_indent=14 * " ", initial_indent="  "
+        )
+
+    shipped = [path.name for path in sorted(FOLDER.glob("*.yaml"))]
+    return "\n".join(
+        [
+            f"settings, of which {FOLDER} has some:",
+            listed("", shipped),
+            "what a file of settings says:",
+            listed("", (f.name for f in fields(Settings))),
+            "what each of its ways says, or some of it; there are always dense and window:",
+            listed("attend", KINDS),
+            listed("preset", PRESETS),
+            listed("options", NAMES),
+            "what each of its tasks says:",
+            *(listed(task, (f.name for f in fields(TASKS[task].Settings))) for task in TASKS),
+            'CONTRIBUTING.md, under "Quality", says what they mean.',
+        ]
+    )

@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 def unknown(what: str, name: object, known: typing.Iterable[str]) -> InvalidProblem:
     """The error for a name that is none of those known, with the near miss if there is one."""
-    names = sorted(known)
+    names = sorted(map(str, known))
     close = difflib.get_close_matches(str(name), names, n=1)
     return InvalidProblem(
         f"{what} {name!r}",
@@ -56,6 +56,10 @@ def convert(hint: Any, value: Any, where: str, limits: Mapping[str, Any]) -> Any
         if not value and not limits.get("may_be_empty"):
             raise InvalidProblem(f"{where}: []", "it has one item at least", "name one")
         return tuple(convert(inner[0], item, where, limits) for item in value)
+    if origin is Mapping and not isinstance(value, Mapping):
+        raise InvalidProblem(
+            f"{where}: {value!r}", "it maps names to values", "write it as key: value lines"
+        )
     if origin is typing.Literal:
         if value not in inner:
             raise unknown(f"{where}:", value, map(str, inner))

@@ -9,19 +9,22 @@ from dataclasses import asdict
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from tqdm import tqdm
 
 import bench.run
-from bench.quality import plan, store, texts
+from bench.quality import plan, ruler, store, texts
 from bench.quality.figures import beside_window
 from bench.quality.lab import Cell, Lab
 from bench.quality.plan import TASKS, Entry, Settings
+from tokenselect.errors import InvalidProblem
 
 SCHEMA = 1
 ROOT = Path(__file__).parents[2]
+# Of a label, what the rest of it says already.
+_KNOWN = ("kind", "size", "within_trained")
 
 
 def run(
@@ -39,18 +42,31 @@ def run(
         total = sum(len(work) for work in works)
         count = sum(len(work) for work in missing)
         print(f"→ {total} cells, {total - count} of them done before; {out / name}", flush=True)
+        if any(work[0].task == "ruler" for work in missing):
+            ruler.need_lm_eval()
         source = source_tree()
         with Bar(missing) as bar:
-            for work in missing:
-                start = time.perf_counter()
-                for cell, value in TASKS[work[0].task].run(work, lab):
-                    took = time.perf_counter() - start
-                    record = {"sha": cell.sha, "task": cell.task, "key": dict(cell.key)}
-                    record |= {"value": value, "seconds": round(took, 2), "source": source}
-                    store.append(file, record)
-                    bar.did(cell, value, took)
-                    start = time.perf_counter()
+            try:
+                _run(missing, lab, file, source, bar)
+            except KeyboardInterrupt:
+                kept = total - count + bar.count
+                raise KeyboardInterrupt(
+                    f"{kept} of {total} cells are kept, the same command goes on"
+                ) from None
     return count
+
+
+def _run(works: Sequence[Sequence[Cell]], lab: Lab, file: TextIO, source: str, bar: "Bar") -> None:
+    """Run these, and append each cell's value when it is there."""
+    for work in works:
+        start = time.perf_counter()
+        for cell, value in TASKS[work[0].task].run(work, lab):
+            took = time.perf_counter() - start
+            record = {"sha": cell.sha, "task": cell.task, "key": dict(cell.key)}
+            record |= {"value": value, "seconds": round(took, 2), "source": source}
+            store.append(file, record)
+            bar.did(cell, value, took)
+            start = time.perf_counter()
 
 
 class Bar:
@@ -74,35 +90,54 @@ class Bar:
 
     def did(self, cell: Cell, value: Mapping[str, Any], took: float) -> None:
         self.count += 1
-        label = ", ".join(f"{v}" for v in cell.label.values() if v not in (None, ""))
-        said = {name: v for name, v in value.items() if isinstance(v, int | float | str)}
+        label = ", ".join(
+            f"{name}={v}"
+            for name, v in cell.label.items()
+            if name not in _KNOWN and v not in (None, "")
+        )
         if self.is_watched:
             self.bar.set_postfix_str(f"{self.count} of {self.total}: {cell.task} {label}"[:70])
             self.bar.update(cell.seconds)
             return
-        figures = ", ".join(
-            f"{name} {v:.4g}" if isinstance(v, float) else f"{name} {v!r}"
-            for name, v in said.items()
-        )
+        figures = ", ".join(said(value))
         print(
             f"{self.count}/{self.total} {cell.task}: {label}: {figures} ({took:.1f} s)", flush=True
         )
 
 
+def said(value: Mapping[str, Any]) -> list[str]:
+    """The figures of a cell that fit into a line."""
+    found = [
+        f"{name}={v:.4g}" if isinstance(v, float) else f"{name}={v!r}"
+        for name, v in value.items()
+        if isinstance(v, int | float | str)
+    ]
+    sides = value.get("sides", ())
+    return found + [f"{side['name']!r} {1e3 * side['median']:.1f} ms" for side in sides]
+
+
 def collect(
     planned: Sequence[tuple[Entry, Cell]], settings: Settings, lab: Lab, out: Path, command: str
 ) -> dict[str, Any]:
-    """Everything the plan has in `out`: what ran where, and the rows of each entry."""
+    """Everything the plan has in `out`: what ran where, and the rows of each entry.
+
+    Raises InvalidProblem if there is nothing of it.
+    """
     done = store.read(out)
     rows: dict[str, list[dict[str, Any]]] = {}
-    missing, used = 0, set()
+    every = {cell.sha for _, cell in planned}
+    used = every & done.keys()
+    missing = len(every) - len(used)
+    if not used:
+        raise InvalidProblem(
+            f"{out} has none of the {len(every)} cells of {settings.name}",
+            "collect gathers what run has left there, of the same settings, model and threads",
+            "run them first, or give the --out and the other options of that run",
+        )
     for entry, cell in planned:
-        if cell.sha in done:
-            record = done[cell.sha]
-            used.add(cell.sha)
-            rows.setdefault(entry.name, []).append({**cell.label, **record["value"]})
-        else:
-            missing += 1
+        if cell.sha in used:
+            row = {**cell.label, **done[cell.sha]["value"]}
+            rows.setdefault(entry.name, []).append(row)
     others = len(done) - len(used)
     if others:
         print(f"→ {others} cells in {out} belong to other settings, and are left out")

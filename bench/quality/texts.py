@@ -118,9 +118,11 @@ def documents(
             found.append(document)
         if len(found) == count:
             return found
+    longest = max(len(tokenize(text)) for name in names for _, text in stretches(name, split))
     raise InvalidProblem(
         f"documents: {count} of {length} tokens, from {', '.join(names)}",
-        f"the split {split!r} of these texts has {len(found)} so long",
+        f"the split {split!r} of these texts has {len(found)} so long: a document lies in a "
+        f"stretch of {STRETCH:,} characters, of which the longest has {longest:,} tokens",
         "ask for fewer or shorter ones, or add a text",
     )
 

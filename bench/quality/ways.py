@@ -152,6 +152,7 @@ def resolve(
         return replace(DENSE, name=name)
     try:
         options = parse(preset_options(preset) | given)
+        check(options)
         select = options.select
         k = select.k if budget is None else budget.votes(select, context)
         if kind == "window":

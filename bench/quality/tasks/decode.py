@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bench.quality.figures import Against
 from bench.quality.figures import against_dense as summary
-from bench.quality.lab import Cell, Lab, fed, of_document
+from bench.quality.lab import Cell, Lab, fed, of_document, rewound
 from bench.quality.ways import DENSE, Budget, Way, resolve_all, selecting
 from tokenselect.integrations.transformers import TokenSelectCache
 
@@ -85,15 +85,14 @@ def decoded(
 ) -> tuple[Tensor, dict[str, Any]]:
     """Logits (tokens, vocabulary) after each token but the last, and how often layers reused.
 
-    The cache is cropped back.
+    The cache is afterwards as it was.
     """
     selecting = [layer for layer in cache.layers if hasattr(layer, "selections")]
     for layer in selecting:
         layer.selections.clear()
-    with way.attached(lab.model):
+    with rewound(cache), way.attached(lab.model):
         logits = torch.cat([fed(lab.model, cache, (token,)) for token in ids[:-1]])
     counts = [layer.selections.counts() for layer in selecting]
-    cache.crop(1 - len(ids))
     if way.options is None or way.options.theta is None:
         return logits, {}
     rates = [hits / (hits + misses) for hits, misses in counts]

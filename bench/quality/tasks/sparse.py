@@ -48,8 +48,8 @@ def cells(settings: Settings, plan: Any, lab: Lab) -> Iterator[Cell]:
 @torch.inference_mode()
 def run(cells: Sequence[Cell], lab: Lab) -> Iterator[tuple[Cell, dict[str, Any]]]:
     selecting = [cell for cell in cells if cell.way.kind != "dense"]
-    config = lab.model.config
-    heads = config.num_hidden_layers * config.num_key_value_heads
+    config = lab.config
+    heads = config.num_hidden_layers * lab.kv_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     size = 2 * 4 * heads * width * cells[0].label["context"]
     at_once = max(1, int(_MEMORY / size) - 1)

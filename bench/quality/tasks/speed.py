@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from bench.quality.figures import Row
-from bench.quality.lab import Cell, Lab, fed
+from bench.quality.lab import Cell, Lab, fed, rewound
 from bench.quality.ways import DENSE, Budget, Way, resolve, resolve_all, selecting
 from bench.run import _cpu as cpu
 from tokenselect.integrations.transformers import TokenSelectCache
@@ -114,11 +114,10 @@ def times(sides: Sequence[Side], context: int, rounds: int, lab: Lab) -> dict[st
     for turn in range(rounds + 1):
         for side in sides if turn % 2 == 0 else reversed(sides):
             cache = caches[side.cache]
-            with side.way.attached(lab.model):
+            with rewound(cache), side.way.attached(lab.model):
                 start = time.perf_counter()
                 fed(lab.model, cache, (100 + turn,))
                 took = time.perf_counter() - start
-            cache.crop(-1)
             if turn > 0:
                 seconds[side.name].append(took)
     baselines = [side.name for side in sides if side.way.kind == "dense"]
@@ -135,13 +134,13 @@ def times(sides: Sequence[Side], context: int, rounds: int, lab: Lab) -> dict[st
 
 
 def filled(cache: Any, lab: Lab, way: Way, n: int) -> Any:
-    """The cache with one token read by the way, and noise for the n - 1 after it."""
-    config, draw = lab.model.config, torch.Generator().manual_seed(0)
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    """The cache with n more tokens: one read by the way, and noise for those after it."""
+    draw = torch.Generator().manual_seed(0)
     with way.attached(lab.model):
         fed(lab.model, cache, (0,))
     for layer in cache.layers:
-        noise = torch.randn(2, 1, config.num_key_value_heads, n - 1, width, generator=draw)
+        heads, width = layer.keys.shape[1], layer.keys.shape[3]
+        noise = torch.randn(2, 1, heads, n - 1, width, generator=draw)
         layer.update(*noise.to(lab.model.dtype))
     return cache
 
@@ -187,7 +186,10 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     lab = Lab(Path(job["model"]), job["gguf_file"], job["dtype"])
     n = job["cached"] + job["new"]
     cache = TokenSelectCache(lab.model, max_length=n)
-    filled(cache, lab, way, n).crop(-job["new"])  # so the cache has its memory
+    if job["cached"]:
+        filled(cache, lab, way, job["cached"])
+    with rewound(cache):  # so the cache has its memory
+        filled(cache, lab, way, job["new"])
     ids = tuple(i % min(1000, lab.model.config.vocab_size) for i in range(job["new"]))
     _reset_peak()
     # Of the peak itself: what is resident may shrink at any time, as the system takes back pages.
@@ -195,7 +197,10 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     with way.attached(lab.model):
         fed(lab.model, cache, ids)
     added = _resident("VmHWM") - before
-    size = sum(buffer.nbytes for layer in cache.layers for buffer in layer._buffers)
+    held = [
+        getattr(layer, "_buffers", None) or (layer.keys, layer.values) for layer in cache.layers
+    ]
+    size = sum(tensor.nbytes for tensors in held for tensor in tensors)
     return {"peak_mib": added, "cache_mib": size / 2**20, "seconds": time.perf_counter() - start}
 
 
