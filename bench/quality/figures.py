@@ -35,7 +35,8 @@ class Against:
             log_q = logits[rows].double().log_softmax(-1)
             log_p = log_q if dense is logits else dense[rows].double().log_softmax(-1)
             self.nll += (-log_q.gather(1, targets[rows])[:, 0]).tolist()
-            self.kl += (log_p.exp() * (log_p - log_q)).nan_to_num().sum(-1).tolist()
+            p = log_p.exp()
+            self.kl += torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(-1).tolist()
             self.agree += (log_p.argmax(-1) == log_q.argmax(-1)).tolist()
 
     def summary(self) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """Do what is missing of a plan, and gather what is there."""
 
+import json
 import platform
 import subprocess
 import sys
@@ -39,14 +40,14 @@ def run(
         total = sum(len(work) for work in works)
         count = sum(len(work) for work in missing)
         print(f"→ {total} cells, {total - count} of them done before; {out / name}", flush=True)
-        source = source_tree()
+        ran = conditions()
         with Bar(missing) as bar:
             for work in missing:
                 start = time.perf_counter()
                 for cell, value in TASKS[work[0].task].run(work, lab):
                     took = time.perf_counter() - start
                     record = {"sha": cell.sha, "task": cell.task, "key": dict(cell.key)}
-                    record |= {"value": value, "seconds": round(took, 2), "source": source}
+                    record |= {"value": value, "seconds": round(took, 2), "ran": ran}
                     store.append(file, record)
                     bar.did(cell, value, took)
                     start = time.perf_counter()
@@ -114,9 +115,7 @@ def collect(
         "name": settings.name,
         "date": date.today().isoformat(),
         "command": command,
-        "machine": bench.run.machine(torch.get_num_threads()),
-        "versions": versions(),
-        "sources": sorted({done[sha]["source"] for sha in used}),
+        "ran": [json.loads(one) for one in sorted({json.dumps(done[sha]["ran"]) for sha in used})],
         "model": lab.describe(),
         "settings": asdict(settings),
         "texts": {name: texts.provenance(name) for name in settings.texts},
@@ -136,20 +135,28 @@ def collect(
     }
 
 
-def versions() -> dict[str, str]:
+def conditions() -> dict[str, Any]:
+    """What cells ran on and with; each keeps it."""
     packages = ("torch", "transformers", "tokenizers", "numpy")
-    return {"python": platform.python_version()} | {name: version(name) for name in packages}
+    return {
+        "date": date.today().isoformat(),
+        "cpu": bench.run._cpu(),
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in packages},
+        "commit": commit(),
+    }
 
 
-def source_tree() -> str:
-    """What of tokenselect/ runs: git's hash of the committed tree, "+" if it was changed since."""
+def commit() -> str:
+    """The commit that runs, "+" if tokenselect/ or bench/ was changed since."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(ROOT), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--", "tokenselect")
-        return git("rev-parse", "--short=12", "HEAD:tokenselect") + ("+" if changed else "")
+        changed = git("status", "--porcelain", "--", "tokenselect", "bench/quality")
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
