@@ -29,7 +29,7 @@ from transformers import (
 import bench.quality
 import bench.run
 import tokenselect
-from bench.quality import figures, page, plan, recorder, run, store, texts
+from bench.quality import figures, page, plan, provenance, recorder, run, store, texts
 from bench.quality.__main__ import main
 from bench.quality.lab import Lab, fed
 from bench.quality.tasks import decode, mass, needles, ruler, sparse, speed
@@ -974,9 +974,11 @@ def test_pictures_are_drawn(out: Path, result: dict[str, Any], tmp_path: Path) -
     assert names == {f"quality-tiny-{name}.png" for name in TASKS}
 
 
-def test_what_a_result_says_of_itself(result: dict[str, Any], lab: Lab) -> None:
+def test_what_a_result_says_of_itself(result: dict[str, Any], lab: Lab, out: Path) -> None:
     assert (result["kind"], result["missing"]) == ("quality", 0)
     assert result["model"]["sha256"] == lab.fingerprint
     assert result["settings"]["split"] == "choose"
-    assert set(result["versions"]) >= {"torch", "transformers"}
-    assert run.source_tree().rstrip("+") == result["sources"][0].rstrip("+")
+    (ran,) = result["ran"]
+    assert ran == provenance.conditions() | {"cells": ran["cells"]}
+    assert ran["cells"] == len(set(map(json.dumps, store.read(out))))
+    assert set(ran["versions"]) >= {"torch", "transformers"}

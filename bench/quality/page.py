@@ -52,8 +52,8 @@ _TASKS = {
     "layers that reuse a selection.",
     "sparse": "Everything is read by the way itself from the first token on, {chunk} tokens at a "
     "time; tokens from {counted_from:.0%} of the length on are counted. *Beats* is the number of "
-    "documents where the way is better than the window of its size, of those where dense attention "
-    "is.",
+    "documents where the way is better than the best window of its size, of those where dense "
+    "attention is better than that (beyond the trained length: of all).",
     "needles": "A number is hidden in a text, and asked for at its end; the way reads all of it "
     "and writes the answer, greedily. *Filler* is a few sentences over and over, *natural* one of "
     "the texts, *multikey* filler with {keys} numbers under names, of which one is asked for.",
@@ -79,20 +79,18 @@ def page(results: Path = RESULTS) -> str:
 
 def section(report: dict[str, Any]) -> str:
     """One result's part of the page."""
-    host, model, settings = report["machine"], report["model"], report["settings"]
-    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    model, settings = report["model"], report["settings"]
     texts = ", ".join(f"{name} {text['sha']}" for name, text in report["texts"].items())
     trained = "a length not said"
     if model["trained_length"] is not None:
         trained = f"{model['trained_length']:,} tokens"
     lines = [
         f"## {report['name']}: {model['file'] or model['name']}\n",
-        f"The split *{settings['split']}*; {report['date']}, on {host['cpu']}, {host['threads']} "
-        f"thread(s); {report['seconds'] / 3600:.1f} hours in all. {versions}; tokenselect at "
-        f"{host['commit']}, source {', '.join(report['sources'])}. The model: "
-        f"{model['architecture']}, {model['layers']} layers, {model['heads']} heads on "
-        f"{model['kv_heads']}, trained for {trained}, {model['dtype']}, "
-        f"sha256 {model['sha256'][:16]}. Texts: {texts}. `{report['command']}`\n",
+        f"The split *{settings['split']}*; {report['seconds'] / 3600:.1f} hours in all. "
+        f"{'; '.join(map(_ran, report['ran']))}. The model: {model['architecture']}, "
+        f"{model['layers']} layers, {model['heads']} heads on {model['kv_heads']}, "
+        f"trained for {trained}, {model['dtype']}, sha256 {model['sha256'][:16]}. "
+        f"Texts: {texts}. `{report['command']}`\n",
     ]
     if report["missing"]:
         lines.append(f"{report['missing']} cells of these settings have not been run.\n")
@@ -107,6 +105,14 @@ def section(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _ran(ran: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in ran["versions"].items())
+    return (
+        f"{ran['cells']} cells on {ran['date']}, on {ran['cpu']}, {ran['threads']} thread(s), "
+        f"with {versions} and tokenselect at {ran['commit']}"
+    )
+
+
 def _options(way: dict[str, Any]) -> str:
     return ", ".join(f"`{name}={value}`" for name, value in way.items()) or "the defaults"
 
@@ -118,15 +124,17 @@ def _documents(entry: dict[str, Any]) -> list[str]:
     rows = entry["summary"]
     has_reuse = any(row["hit_rate"] is not None for row in rows)
     has_window = entry["task"] == "sparse" and any(row["gains"] is not None for row in rows)
-    head = ["context", "way", "budget", "documents", "perplexity", "loss", "worst"]
-    head += ["KL", "KL, largest", "agreement"]
+    head = ["context", "way", "budget", "documents", "perplexity", "over dense", "95 %", "worst"]
+    head += ["KL", "95 %", "KL, largest", "agreement"]
     head[3:3] = ["theta", "hits"] * has_reuse
     head += ["beats"] * has_window
     body = []
     for row in rows:
         cells = [f"{row['context']:,}", row["way"], row["budget"], f"{row['documents']}"]
-        cells += [f"{row['perplexity']:.3f}", f"{row['loss']:+.2%}", f"{row['worst']:+.2%}"]
-        cells += [f"{row['kl']:.4f}", f"{row['kl_max']:.2f}", f"{row['agreement']:.1%}"]
+        is_dense = row["way"] == "dense"
+        loss, kl = ["" if is_dense else _interval(row[n], f) for n, f in _INTERVALS]
+        cells += [f"{row['perplexity']:.3f}", f"{row['loss']:+.2%}", loss, f"{row['worst']:+.2%}"]
+        cells += [f"{row['kl']:.4f}", kl, f"{row['kl_max']:.2f}", f"{row['agreement']:.1%}"]
         if has_reuse:
             theta, hits = row["theta"], row["hit_rate"]
             cells[3:3] = [
@@ -137,8 +145,8 @@ def _documents(entry: dict[str, Any]) -> list[str]:
             cells.append("" if row["gains"] is None else f"{row['beats']} of {row['gains']}")
         body.append(cells)
     beyond = any(row.get("within_trained") is False for row in entry["rows"])
-    note = "Beyond the trained length, where dense attention is no measure: KL, agreement and loss "
-    note += "say little there."
+    note = "Beyond the trained length, where dense attention is no measure: KL, agreement and the "
+    note += "columns over dense say little there."
     return [*([note, ""] if beyond else []), *_table(head, body)]
 
 
@@ -222,6 +230,13 @@ _SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "speed": _speed,
     "ruler": _ruler,
 }
+
+
+_INTERVALS = (("loss_95", "+.1%"), ("kl_95", ".4f"))
+
+
+def _interval(ends: Sequence[float], form: str) -> str:
+    return " to ".join(format(end, form) for end in ends)
 
 
 def _number(value: float | None) -> str:

@@ -1,28 +1,22 @@
 """Do what is missing of a plan, and gather what is there."""
 
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
 from tqdm import tqdm
 
-import bench.run
-from bench.quality import plan, ruler, store, texts
-from bench.quality.figures import beside_window
+from bench.quality import plan, provenance, ruler, store, texts
+from bench.quality.figures import Row, beside_window
 from bench.quality.lab import Cell, Lab
 from bench.quality.plan import TASKS, Entry, Settings
 from tokenselect.errors import InvalidProblem
 
-SCHEMA = 1
-ROOT = Path(__file__).parents[2]
+SCHEMA = 2
 # Of a label, what the rest of it says already.
 _KNOWN = ("kind", "size", "within_trained")
 
@@ -44,10 +38,10 @@ def run(
         print(f"→ {total} cells, {total - count} of them done before; {out / name}", flush=True)
         if any(work[0].task == "ruler" for work in missing):
             ruler.need_lm_eval()
-        source = source_tree()
+        ran = provenance.conditions()
         with Bar(missing) as bar:
             try:
-                _run(missing, lab, file, source, bar)
+                _run(missing, lab, file, ran, bar)
             except KeyboardInterrupt:
                 kept = total - count + bar.count
                 raise KeyboardInterrupt(
@@ -56,14 +50,14 @@ def run(
     return count
 
 
-def _run(works: Sequence[Sequence[Cell]], lab: Lab, file: TextIO, source: str, bar: "Bar") -> None:
+def _run(works: Sequence[Sequence[Cell]], lab: Lab, file: TextIO, ran: Row, bar: "Bar") -> None:
     """Run these, and append each cell's value when it is there."""
     for work in works:
         start = time.perf_counter()
         for cell, value in TASKS[work[0].task].run(work, lab):
             took = time.perf_counter() - start
             record = {"sha": cell.sha, "task": cell.task, "key": dict(cell.key)}
-            record |= {"value": value, "seconds": round(took, 2), "source": source}
+            record |= {"value": value, "seconds": round(took, 2), "ran": ran}
             store.append(file, record)
             bar.did(cell, value, took)
             start = time.perf_counter()
@@ -149,9 +143,7 @@ def collect(
         "name": settings.name,
         "date": date.today().isoformat(),
         "command": command,
-        "machine": bench.run.machine(torch.get_num_threads()),
-        "versions": versions(),
-        "sources": sorted({done[sha]["source"] for sha in used}),
+        "ran": provenance.together([done[sha] for sha in used]),
         "model": lab.describe(),
         "settings": asdict(settings),
         "texts": {name: texts.provenance(name) for name in settings.texts},
@@ -169,22 +161,3 @@ def collect(
             for entry in dict.fromkeys(entry for entry, _ in planned)
         },
     }
-
-
-def versions() -> dict[str, str]:
-    packages = ("torch", "transformers", "tokenizers", "numpy")
-    return {"python": platform.python_version()} | {name: version(name) for name in packages}
-
-
-def source_tree() -> str:
-    """What of tokenselect/ runs: git's hash of the committed tree, "+" if it was changed since."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(ROOT), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--", "tokenselect")
-        return git("rev-parse", "--short=12", "HEAD:tokenselect") + ("+" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"

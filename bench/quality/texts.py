@@ -22,6 +22,9 @@ from tokenselect.errors import InvalidProblem
 SPLITS = ("choose", "report")
 STRETCH = 80_000
 
+# Characters of a paragraph that no one writes twice by chance.
+_REPEATED = 40
+
 Tokenize = Callable[[str], tuple[int, ...]]
 
 # Large modules of the standard library, read as text.
@@ -60,7 +63,7 @@ def read(name: str) -> str:
         return re.sub(r"[\[\]]", "", str(bible.scripture_content)).strip()
     if name == "pydoc":
         topics = importlib.import_module("pydoc_data.topics").topics
-        return "\n\n".join(topics[key] for key in sorted(topics))
+        return _unrepeated("\n\n".join(topics[key] for key in sorted(topics)))
     if name == "source":
         return "\n\n".join(_source(module) for module in _MODULES)
     path = Path(name)
@@ -132,6 +135,20 @@ def _documents(tokenize: Tokenize, name: str, split: str, length: int) -> Iterat
         ids = tokenize(text)[:length]
         if len(ids) == length:
             yield Document(f"{name}/{number}", ids)
+
+
+def _unrepeated(text: str) -> str:
+    """Without the paragraphs that stood in it before: topics of Python's documentation hold others,
+    and a text that says everything twice is easy for whoever finds the first time."""
+    seen: set[str] = set()
+    kept = []
+    for paragraph in text.split("\n\n"):
+        words = " ".join(paragraph.split())
+        if words not in seen:
+            kept.append(paragraph)
+        if len(words) >= _REPEATED:
+            seen.add(words)
+    return "\n\n".join(kept)
 
 
 def _cut(text: str, at: int) -> int:

@@ -94,8 +94,11 @@ def make(
     seed: int,
     keys: int = 1,
 ) -> Needle:
-    """A prompt of at most `length` tokens, and nearly as many. Seed and arguments say it all."""
-    draw = random.Random(seed)
+    """A prompt of at most `length` tokens, and nearly as many.
+
+    The seed says which text; seed, kind and depth together, which numbers.
+    """
+    draw = random.Random(f"{seed} {kind} {depth}")
     numbers = [str(draw.randrange(10_000, 100_000)) for _ in range(keys)]
     if kind == "multikey":
         asked = draw.sample(NAMES, keys)
@@ -146,8 +149,15 @@ def natural(names: Sequence[str], split: str, seed: int, length: int) -> str:
 
 
 def sentence_end(text: str, near: int) -> int:
-    """One past the last full stop up to `near`; 0 if there is none."""
-    return text.rfind(".", 0, near) + 1
+    """One past the last full stop up to `near` that space follows, or nothing; 0 if there is none.
+
+    >>> sentence_end("One. See os.path, please", 20)
+    4
+    """
+    at = text.rfind(".", 0, near)
+    while at >= 0 and not (text[at + 1 : at + 2] or " ").isspace():
+        at = text.rfind(".", 0, at)
+    return at + 1
 
 
 @torch.inference_mode()

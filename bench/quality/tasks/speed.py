@@ -16,6 +16,7 @@ import torch
 
 from bench.quality.figures import Row
 from bench.quality.lab import Cell, Lab, fed, rewound
+from bench.quality.provenance import source_tree
 from bench.quality.ways import DENSE, Budget, Way, resolve, resolve_all, selecting
 from bench.run import _cpu as cpu
 from tokenselect.integrations.transformers import TokenSelectCache
@@ -50,6 +51,7 @@ class Side:
 
 
 def cells(settings: Settings, plan: Any, lab: Lab) -> Iterator[Cell]:
+    here = _here() | {"source": source_tree()}  # faster code is another cell
     for context in settings.contexts:
         ways = selecting(resolve_all(settings.ways, plan.ways, settings.budgets, context))
         stock = [Side("sdpa, DynamicCache", DENSE, True), Side("sdpa, TokenSelectCache", DENSE)]
@@ -58,7 +60,7 @@ def cells(settings: Settings, plan: Any, lab: Lab) -> Iterator[Cell]:
         what = {"context": context, "rounds": settings.rounds}
         yield Cell(
             task="speed",
-            key=lab.key | {"sides": keys} | what | _here(),
+            key=lab.key | {"sides": keys} | what | here,
             label=what | _here(),
             work=f"speed {what}",
             seconds=settings.rounds * len(sides) * (0.1 + context * 1e-5),
@@ -71,7 +73,7 @@ def cells(settings: Settings, plan: Any, lab: Lab) -> Iterator[Cell]:
             what = {"new": new, "cached": cached}
             yield Cell(
                 task="speed",
-                key=lab.key | {"memory": way.key} | what | _here(),
+                key=lab.key | {"memory": way.key} | what | here,
                 label=what | way.label | _here(),
                 work=f"memory {what} {way.key}",
                 seconds=0.01 * new + 10,
