@@ -33,11 +33,13 @@ from bench.quality import figures, page, plan, provenance, recorder, run, store,
 from bench.quality.__main__ import main
 from bench.quality.lab import Lab, fed
 from bench.quality.tasks import decode, mass, needles, ruler, sparse, speed
-from bench.quality.ways import DENSE, Budget, resolve, resolve_all
+from bench.quality.ways import DENSE, Budget, Way, resolve, resolve_all
 from tests import fresh
-from tests.models import BOTH_KINDS, SIZES, model_of, tokens
+from tests.models import BOTH_KINDS, SIZES, assert_close, model_of, tokens
+from tokenselect.contract import Selection
 from tokenselect.errors import InvalidProblem
-from tokenselect.integrations.transformers import layers
+from tokenselect.integrations.transformers import TokenSelectCache, layers
+from tokenselect.integrations.transformers.options import parse
 
 WAYS: dict[str, Any] = {
     "window": {"attend": "window", "n_sink": 2, "n_local": 8},
@@ -204,6 +206,40 @@ def test_natural_needles_lie_in_stretches_of_their_split(folder: Path) -> None:
             assert not any(stretch[:200] in hay for _, stretch in texts.stretches(name, other))
 
 
+@pytest.mark.parametrize("name", ["kjv", "pydoc", "source"])
+def test_the_splits_of_a_shipped_text_share_next_to_nothing(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Less than 1 %, in verbatim stretches of 200 characters."""
+    monkeypatch.setattr(texts, "STRETCH", 80_000)
+    choose, report = (
+        [text[:36_000] for _, text in texts.stretches(name, split)] for split in texts.SPLITS
+    )
+    seen = {hash(text[i : i + 200]) for text in choose for i in range(len(text) - 199)}
+    shared = 0
+    for text in report:
+        end = 0
+        for i in range(len(text) - 199):
+            if hash(text[i : i + 200]) in seen:
+                shared += i + 200 - max(i, end)
+                end = i + 200
+    assert shared < 0.01 * sum(map(len, report))
+
+
+def test_pydoc_repeats_no_paragraph() -> None:
+    paragraphs = [" ".join(p.split()) for p in texts.read("pydoc").split("\n\n")]
+    long = [p for p in paragraphs if len(p) >= 40]
+    assert len(long) > 1000
+    assert len(set(long)) == len(long)
+
+
+def test_a_paragraph_that_comes_again_is_left_out() -> None:
+    once, short = "This paragraph has more than forty letters.", "Example:"
+    text = "\n\n".join([once, short, "Another.", once.replace(" ", "\n  "), short, "The end."])
+    kept = [once, short, "Another.", short, "The end."]
+    assert texts._unrepeated(text).split("\n\n") == kept
+
+
 # --- ways ---
 
 
@@ -228,6 +264,27 @@ def test_dense_attention_is_there_once_whatever_the_budgets() -> None:
 def test_a_budget_below_sink_and_window_says_so() -> None:
     with pytest.raises(InvalidProblem, match=r"5 tokens\n  rule: n_sink=2 and n_local=8"):
         resolve("few", WAYS, Budget(share=0.05), 100)
+
+
+def test_every_option_of_a_way_reaches_the_model(lab: Lab) -> None:
+    given = {"k": 3, "vote": "hard", "theta": 0.5, "max_reuse": 7, "backend": "cpu", "chunk": 5}
+    it = resolve("it", {"it": given}, None, 100)
+    with it.attached(lab.model):
+        assert parse(lab.config.tokenselect) == it.options
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("way", ["few", "window", "moved"])
+def test_a_way_with_everything_is_dense_attention(lab: Lab, way: str) -> None:
+    def read(how: Way) -> torch.Tensor:
+        cache = TokenSelectCache(lab.model)
+        with how.attached(lab.model):
+            fed(lab.model, cache, tuple(range(64)))
+            return fed(lab.model, cache, tuple(range(64, 96)), 32)
+
+    it, dense = resolve(way, WAYS, Budget(k=4), 96), read(DENSE)
+    assert (read(it) - dense).abs().max() > 0.01 * dense.abs().max()
+    assert_close(read(it.everything(96)), dense)
 
 
 # --- keys ---
@@ -294,6 +351,15 @@ def test_another_text_is_another_cell(folder: Path, lab: Lab, tmp_path: Path) ->
     one = cells(folder, lab, tasks=tasks)
     two = cells(folder, lab, tasks=tasks, texts=[str(tmp_path / "text.txt")])
     assert {c.sha for _, c in one}.isdisjoint(c.sha for _, c in two)
+
+
+def test_a_fingerprint_is_of_the_weights(lab: Lab, tmp_path: Path) -> None:
+    shutil.copytree(lab.path, tmp_path / "twin")
+    assert Lab(tmp_path / "twin").fingerprint == lab.fingerprint
+    weights = tmp_path / "twin" / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert Lab(tmp_path / "twin").fingerprint != lab.fingerprint
 
 
 # --- resuming ---
@@ -432,6 +498,24 @@ def test_kl_and_agreement_are_those_of_torch() -> None:
     assert found["nll"] == pytest.approx(float(-q.log_softmax(-1)[:, 0].mean()), rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("logits", "dense", "kl"),
+    [
+        ([0, 0, -math.inf], [0, 0, -math.inf], 0),
+        ([0, 0, 0], [0, 0, -math.inf], math.log(1.5)),
+        ([0, -math.inf, 0], [0, 0, 0], math.inf),
+        ([0, math.nan, 0], [0, 0, -math.inf], math.nan),
+        ([0, 0, 0], [0, math.nan, 0], math.nan),
+    ],
+)
+def test_kl_where_a_probability_is_nothing(
+    logits: list[float], dense: list[float], kl: float
+) -> None:
+    against = figures.Against()
+    against.add(torch.tensor([logits]), torch.tensor([dense]), [0])
+    assert against.summary()["kl"] == pytest.approx(kl, nan_ok=True)
+
+
 def test_lockstep_in_several_goes_changes_nothing(
     folder: Path, lab: Lab, result: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -453,31 +537,62 @@ def test_wilson_intervals_are_the_known_ones() -> None:
     assert figures.wilson(0, 0) == (0, 1)
 
 
-def test_a_summary_says_what_its_rows_say() -> None:
-    def row(document: str, way: str, nll: float, **more: Any) -> dict[str, Any]:
-        kind = {"dense": "dense", "window": "window"}.get(way, "select")
-        size = None if way == "dense" else 100
-        base = {"context": 1, "document": document, "way": way, "budget": "", "kind": kind}
-        return (
-            base
-            | {"size": size, "nll": nll, "kl": nll / 10, "kl_max": nll, "agreement": 0.5}
-            | more
-        )
+def test_a_bootstrapped_interval_is_that_of_a_share() -> None:
+    """Of 400 tries, 80 right: 1.96 standard errors of 0.02 to either side."""
+    ends = figures.bootstrapped([1.0] * 80 + [0.0] * 320)
+    assert ends == pytest.approx((0.2 - 0.0392, 0.2 + 0.0392), abs=0.003)
 
-    several = [
-        *(row("a", "dense", 1.0), row("a", "window", 1.5), row("a", "it", 1.2)),
-        *(row("b", "dense", 2.0), row("b", "window", 2.0), row("b", "it", 2.4)),
+
+def reading(document: str, way: str, nll: float, **more: Any) -> dict[str, Any]:
+    """What one way makes of one document; dense attention, a window, or a way of 100 tokens."""
+    kind = {"dense": "dense", "window": "window"}.get(way, "select")
+    size = None if way == "dense" else 100
+    base = {"context": 1, "document": document, "way": way, "budget": "", "kind": kind}
+    return base | {"size": size, "nll": nll, "kl": nll / 10, "kl_max": nll, "agreement": 0.5} | more
+
+
+def two_documents(**more: Any) -> list[dict[str, Any]]:
+    return [
+        *(reading("a", "dense", 1.0, **more), reading("a", "window", 1.5, **more)),
+        *(reading("a", "it", 1.2, **more), reading("b", "dense", 2.0, **more)),
+        *(reading("b", "window", 2.0, **more), reading("b", "it", 2.4, **more)),
     ]
-    it = next(r for r in figures.against_dense(several) if r["way"] == "it")
+
+
+def test_a_summary_says_what_its_rows_say() -> None:
+    it = next(r for r in figures.against_dense(two_documents()) if r["way"] == "it")
     assert it["perplexity"] == pytest.approx(math.exp(1.8))
     assert it["loss"] == pytest.approx(math.exp(0.3) - 1)
     assert it["worst"] == pytest.approx(math.exp(0.4) - 1)
+    # A quarter of all samples of two have one of them twice.
+    assert it["loss_95"] == pytest.approx([math.exp(0.2) - 1, math.exp(0.4) - 1])
+    assert it["kl_95"] == pytest.approx([0.12, 0.24])
     assert (it["gains"], it["beats"], it["documents"]) == (1, 1, 2)
-    flagged = [r for r in figures.beside_window(several) if r["way"] == "it"]
+    flagged = [r for r in figures.beside_window(two_documents()) if r["way"] == "it"]
     assert [(r["dense_gains"], r["beats_window"]) for r in flagged] == [
         (True, True),
         (False, False),
     ]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_of_two_windows_the_better_counts(order: int) -> None:
+    windows = [reading("a", "window", 1.5), reading("a", "other", 1.1, kind="window")][::order]
+    ways = [reading("a", "it", 1.2), reading("a", "best", 1.05)]
+    several = [reading("a", "dense", 1.0), *windows, *ways]
+    flagged = figures.beside_window(several)[-2:]
+    assert [(r["dense_gains"], r["beats_window"]) for r in flagged] == [(True, False), (True, True)]
+    ties = figures.beside_window([reading("a", "dense", 1.1), *several[1:]])[-2:]
+    assert [r["dense_gains"] for r in ties] == [False, False]
+
+
+@pytest.mark.parametrize(("within", "gains", "beats"), [(True, 1, 1), (False, 2, 1)])
+def test_beyond_the_trained_length_all_documents_count(
+    within: bool, gains: int, beats: int
+) -> None:
+    several = two_documents(within_trained=within)
+    it = next(r for r in figures.against_dense(several) if r["way"] == "it")
+    assert (it["gains"], it["beats"]) == (gains, beats)
 
 
 # --- tasks ---
@@ -491,6 +606,15 @@ def test_reuse_counts_its_hits(result: dict[str, Any]) -> None:
     (never,) = rows(result, "reuse", theta=None, way="few")
     assert "hit_rate" not in never
     assert never["nll"] == same["nll"]
+
+
+@torch.inference_mode()
+def test_hits_are_those_of_one_decoding(lab: Lab) -> None:
+    it = resolve("it", {"it": WAYS["few"] | {"theta": -1}}, Budget(k=4), 20)
+    cache = decode.prefilled(lab, range(20), DENSE, 10)
+    for count in (3, 8):
+        _, reused = decode.decoded(lab, cache, range(20, 21 + count), it)
+        assert reused["hit_rate"] == pytest.approx((count - 1) / count)
 
 
 def test_mass_and_overlap_of_everything_are_one(result: dict[str, Any]) -> None:
@@ -519,6 +643,43 @@ def test_overlap_is_jaccards() -> None:
     assert mass.overlap(a & False, b & False) == 1
 
 
+def test_mass_and_overlap_by_hand() -> None:
+    """Three steps of two layers after 8 tokens; sink and window, 0 and the newest two, are none."""
+
+    def info(selected: list[int], retained: list[float]) -> tokenselect.Info:
+        chosen = Selection(torch.tensor([[selected]]), torch.tensor([[len(selected)]]))
+        reused, lse = torch.tensor([False]), torch.zeros(1, 2, 1)
+        return tokenselect.Info(lse, chosen, torch.tensor([retained]), reused, "reference")
+
+    infos = [
+        *(info([0, 2, 3, 7, 8], [0.1, 0.2]), info([0, 2, 4, 7, 8], [0.3, 0.4])),
+        *(info([0, 2, 3, 8, 9], [0.3, 0.4]), info([0, 2, 5, 8, 9], [0.5, 0.8])),
+        *(info([0, 3, 9, 10, -1], [0.5, 0.6]), info([0, 3, 9, 10, -1], [0.7, 0.9])),
+    ]
+    config = tokenselect.SelectConfig(k=2, n_sink=1, n_local=2)
+    assert mass.of_infos(infos, 3, 8, config) == {
+        "mass": [[0.3, 0.4], [0.5, 0.7]],
+        "by_step": [0.75, 0.1667],  # (1 + 1/2) / 2 and (1/3 + 0) / 2
+        "by_layer": [[1, 0.5556], [0.5556, 1]],  # (1/3 + 1/3 + 1) / 3
+        "voted": pytest.approx(5 / 3),
+    }
+
+
+def test_a_summary_of_mass_is_a_mean_over_documents() -> None:
+    def of(mass_of_a: float, overlap: float, voted: float) -> dict[str, Any]:
+        table = [[mass_of_a, 0.8], [0.6, 0.6]]
+        by_layer = [[1, overlap], [overlap, 1]]
+        base = {"context": 1, "way": "it", "budget": "", "size": 9, "voted": voted}
+        return base | {"mass": table, "by_step": [overlap, 0.5], "by_layer": by_layer}
+
+    (found,) = mass.summary([of(0.2, 0.1, 3.0), of(0.6, 0.3, 5.0)])
+    assert found["documents"] == 2
+    assert found["mass_of_layers"] == [0.6, 0.6]
+    assert (found["mass"], found["least_of_a_head"]) == (0.6, 0.4)
+    assert found["by_step_of_layers"] == [0.2, 0.5]
+    assert (found["neighbours"], found["voted"]) == (0.2, 4.0)
+
+
 def test_the_recorder_leaves_the_package_alone() -> None:
     before = tokenselect.attention
     with recorder.recorded():
@@ -543,6 +704,30 @@ def test_needles_lie_where_they_are_said_to(
     assert needle.number != needles.make(lab, names, "choose", kind, 1200, depth, 6, keys).number
 
 
+def test_the_number_scored_is_that_of_the_key_asked_for(lab: Lab) -> None:
+    needle = needles.make(lab, (), "choose", "multikey", 1200, 0.5, 4, keys=3)
+    (key,) = re.findall(r"What is the secret number of the (\w+)\?", needle.prompt)
+    assert f"The secret number of the {key} is {needle.number}." in needle.prompt
+    assert needle.prompt.count("The secret number of the ") == 3
+
+
+def test_seed_kind_and_depth_each_change_the_number(folder: Path, lab: Lab) -> None:
+    names = (str(folder / "text.txt"),)
+    numbers = [
+        needles.make(lab, names, "choose", kind, 1200, depth, seed).number
+        for kind in needles.KINDS
+        for depth in (0.0, 0.5, 1.0)
+        for seed in (4, 6)
+    ]
+    assert len(set(numbers)) == len(numbers)
+
+
+def test_a_dot_within_a_word_ends_no_sentence() -> None:
+    text = "One. At 3.14 see os.path! Two."
+    ends = [needles.sentence_end(text, near) for near in range(len(text) + 1)]
+    assert ends == [0] * 4 + [4] * (len(text) - 4) + [len(text)]
+
+
 @pytest.mark.parametrize(("wrong", "right"), [("", True), ("1", False)])
 def test_answers_are_scored(
     folder: Path, lab: Lab, monkeypatch: pytest.MonkeyPatch, wrong: str, right: bool
@@ -561,12 +746,45 @@ def test_answers_are_scored(
     assert value["answer"] == f"It is {number}{wrong}."
 
 
+def test_needles_are_read_the_way_they_say(
+    folder: Path, lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = {"needles": TASKS["needles"] | {"kinds": ["filler"], "depths": [0.5]}}
+    seen = []
+
+    def generate(inputs: torch.Tensor, **_: Any) -> torch.Tensor:
+        seen.append((lab.config._attn_implementation, (lab.config.tokenselect or {}).get("k")))
+        return inputs
+
+    monkeypatch.setattr(lab.model, "generate", generate)
+    planned = [cell for _, cell in cells(folder, lab, tasks=tasks)]
+    assert [cell.way.name for cell, _ in needles.run(planned, lab)] == ["dense", "few"]
+    assert seen == [("sdpa", None), ("tokenselect", 20)]
+
+
 def test_speed_compares_with_stock_attention(result: dict[str, Any]) -> None:
     (row,) = rows(result, "speed")
     names = [side["name"] for side in row["sides"]]
     assert names == ["sdpa, DynamicCache", "sdpa, TokenSelectCache", "few 25 %", "moved 25 %"]
     assert row["sides"][0]["of sdpa, DynamicCache"] == 1
     assert all(0 < side["least"] <= side["median"] <= side["largest"] for side in row["sides"])
+
+
+def test_ratios_are_of_a_side_to_the_baseline(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that says how long each token took; the first round is warm-up."""
+    took, clock = {"sdpa": [1000, 1, 2, 3], "tokenselect": [1000, 3, 4, 9]}, [0]
+
+    def timed(model: Any, cache: Any, ids: tuple[int, ...]) -> Any:
+        if ids != (0,):
+            clock[0] += took[model.config._attn_implementation][ids[0] - 100]
+        return fed(model, cache, ids)
+
+    monkeypatch.setattr(speed, "fed", timed)
+    monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    sides = [speed.Side("stock", DENSE), speed.Side("it", resolve("few", WAYS, Budget(k=4), 30))]
+    stock, it = speed.times(sides, 30, 3, lab)["sides"]
+    assert stock == {"name": "stock", "median": 2, "least": 1, "largest": 3, "of stock": 1}
+    assert it == {"name": "it", "median": 4, "least": 3, "largest": 9, "of stock": 3}
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells peak memory")
@@ -576,7 +794,8 @@ def test_memory_is_measured(lab: Lab, way: str) -> None:
     job = {"model": str(lab.path), "gguf_file": None, "dtype": "float32", "way": key, "threads": 1}
     found = speed.measure(job | {"new": 300, "cached": 100})
     assert found["cache_mib"] == 2 * 2 * 2 * 400 * 8 * 4 / 2**20
-    assert found["peak_mib"] >= -0.5  # the system counts pages roughly
+    # The system counts pages roughly; torch alone takes more than the upper bound.
+    assert -0.5 <= found["peak_mib"] < 64
 
 
 def test_ruler_is_scored_under_each_way(

@@ -692,11 +692,19 @@ class TestOptions:
             enable(llama, "extrapolate", k=112).disable()
             enable(llama, k=1000).disable()
 
-    def test_backend_arrives(self, llama: Any) -> None:
+    def test_backend_arrives(self, llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked, attend = [], tokenselect.attention
+
+        def attention(*given: Any, backend: str, **more: Any) -> Any:
+            asked.append(backend)
+            return attend(*given, backend=backend, **more)
+
+        monkeypatch.setattr(tokenselect, "attention", attention)
         with enable(llama, **SMALL):
             expected = llama(tokens(1)).logits
         with enable(llama, **SMALL, backend="reference"):
             assert_close(llama(tokens(1)).logits, expected)
+        assert asked == ["auto", "auto", "reference", "reference"]
 
 
 @pytest.mark.parametrize("how", [{}, {"positions": "contiguous", "score_at": "split"}])

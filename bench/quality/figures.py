@@ -44,9 +44,18 @@ class Against:
             "tokens": len(self.nll),
             "nll": mean(self.nll),
             "kl": mean(self.kl),
-            "kl_max": max(self.kl),
+            "kl_max": largest(self.kl),
             "agreement": mean(self.agree),
         }
+
+
+def largest(values: Iterable[float]) -> float:
+    """The largest, NaN if one is.
+
+    >>> largest([2.0, math.nan, 1.0])
+    nan
+    """
+    return float(torch.tensor(list(values), dtype=torch.float64).max())
 
 
 def wilson(right: int, tries: int, z: float = 1.959964) -> tuple[float, float]:
@@ -137,8 +146,8 @@ def against_dense(rows: Sequence[Row]) -> list[Row]:
         if not group:
             continue
         gaps = [r["nll"] - dense[_document(r)] for r in group]
-        gains = [r for r in group if r.get("dense_gains") or r.get("within_trained") is False]
-        has_window = any("dense_gains" in r for r in group)
+        beside = [r for r in group if "dense_gains" in r]
+        gains = [r for r in beside if r["dense_gains"] or r.get("within_trained") is False]
         rates = [r["hit_rate"] for r in group if "hit_rate" in r]
         found.append(
             dict(zip(names, values, strict=True))
@@ -151,10 +160,10 @@ def against_dense(rows: Sequence[Row]) -> list[Row]:
                 "worst": math.exp(max(gaps)) - 1,
                 "kl": mean(r["kl"] for r in group),
                 "kl_95": list(bootstrapped([r["kl"] for r in group])),
-                "kl_max": max(r["kl_max"] for r in group),
+                "kl_max": largest(r["kl_max"] for r in group),
                 "agreement": mean(r["agreement"] for r in group),
-                "gains": len(gains) if has_window else None,
-                "beats": sum(r["beats_window"] for r in gains) if has_window else None,
+                "gains": len(gains) if beside else None,
+                "beats": sum(r["beats_window"] for r in gains) if beside else None,
                 "hit_rate": mean(rates) if rates else None,
             }
         )

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from statistics import mean
 from typing import Any
 
 import torch
@@ -96,7 +97,7 @@ def summary(rows: Sequence[Row]) -> list[Row]:
             | {"mass": _mean(mass), "mass_of_layers": rounded(mass.mean(1))}
             | {"least_of_a_head": rounded(mass.flatten()[mass.flatten().argmin()])}
             | {"by_step": _mean(by_step), "by_step_of_layers": rounded(by_step)}
-            | {"neighbours": _mean(neighbours), "voted": group[0]["voted"]}
+            | {"neighbours": _mean(neighbours), "voted": mean(r["voted"] for r in group)}
         )
     return found
 

@@ -175,7 +175,7 @@ class RoomyLayer(DynamicLayer):
     def _take(self, rows: Tensor) -> None:
         n = self.get_seq_length()
         with torch.inference_mode(False):
-            order = rows.clone().to(self.device)
+            order = rows.to(self.device)
             self._buffers = [buffer.index_select(0, order) for buffer in self._buffers]
         self._show(n)
         self.selections.clear()

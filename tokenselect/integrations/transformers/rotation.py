@@ -57,12 +57,11 @@ class RawLayer:
 
     def __init__(self) -> None:
         self.rope: Rope | None = None
-        self.is_on = True
 
     @torch.compiler.disable
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # Another attention_implementation, set while this is on, rotates as ever.
-        if not self.is_on or module.config._attn_implementation != NAME:
+        if module.config._attn_implementation != NAME:
             return None
         match kwargs.get("position_embeddings"):
             case (Tensor() as cos, Tensor() as sin):
@@ -186,7 +185,6 @@ class RawLayers:
         for handle in self._handles:
             handle.remove()
         for module, layer in self._layers.items():
-            layer.is_on = False  # for what was compiled with it
             if raw_layer_of(module) is layer:
                 delattr(module, _LAYER)
         self._handles, self._layers = [], {}
