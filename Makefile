@@ -73,7 +73,7 @@ check: $(VENV)/.stamp-dev
 	@echo "→ import arrows"
 	@$(VENV)/bin/lint-imports --no-logo
 	@echo "→ examples in docstrings"
-	@$(PY) -m pytest -q --doctest-modules tokenselect \
+	@$(PY) -m pytest -q --doctest-modules tokenselect bench/quality \
 		--ignore=tokenselect/demo --ignore=tokenselect/integrations
 
 # The kernels under other versions of triton than the pinned one: the oldest and the newest.
