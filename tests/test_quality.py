@@ -422,19 +422,23 @@ def test_cells_of_other_settings_are_left_out(
 
 
 def test_a_bad_line_in_the_middle_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "cells.jsonl").write_text('{"sha": "a"}\n{"sh\n{"sha": "b"}\n')
+    (tmp_path / "cells.jsonl").write_text(
+        '{"ran": {}, "sha": "a"}\n{"sh\n{"ran": {}, "sha": "b"}\n'
+    )
     with pytest.raises(InvalidProblem, match=r"cells.jsonl, line 2"):
         store.read(tmp_path)
 
 
-@pytest.mark.parametrize("torn", ['{"sha": "b"', '{"sha": "b"}', '{"sha\n', "\x00\x00\n"])
+@pytest.mark.parametrize(
+    "torn", ['{"ran": {}, "sha": "b"', '{"ran": {}, "sha": "b"}', '{"sha\n', "\x00\x00\n"]
+)
 def test_a_torn_last_line_is_dropped(tmp_path: Path, torn: str) -> None:
     path = tmp_path / "cells.jsonl"
-    path.write_text('{"sha": "a"}\n' + torn)
+    path.write_text('{"ran": {}, "sha": "a"}\n' + torn)
     assert list(store.read(tmp_path)) == ["a"]
     with store.appending(path) as file:
-        store.append(file, {"sha": "c"})
-    assert path.read_text() == '{"sha": "a"}\n{"sha": "c"}\n'
+        store.append(file, {"ran": {}, "sha": "c"})
+    assert path.read_text() == '{"ran": {}, "sha": "a"}\n{"ran": {}, "sha": "c"}\n'
 
 
 def test_two_runs_do_not_write_one_file(tmp_path: Path) -> None:
@@ -573,6 +577,14 @@ def test_a_summary_says_what_its_rows_say() -> None:
         (True, True),
         (False, False),
     ]
+
+
+def test_closer_than_the_first_way() -> None:
+    several = two_documents()
+    first = [r for r in several if r["way"] == "it"]
+    other = [{**r, "way": "other", "kl": kl} for r, kl in zip(first, (0.11, 0.25), strict=True)]
+    found = {r["way"]: r["closer"] for r in figures.against_dense(several + other)}
+    assert (found["it"], found["other"], found["dense"]) == (0, 1, None)
 
 
 @pytest.mark.parametrize("order", [1, -1])
@@ -1198,6 +1210,9 @@ def test_what_a_result_says_of_itself(result: dict[str, Any], lab: Lab, out: Pat
     assert result["model"]["sha256"] == lab.fingerprint
     assert result["settings"]["split"] == "choose"
     (ran,) = result["ran"]
-    assert ran == provenance.conditions() | {"cells": ran["cells"]}
-    assert ran["cells"] == len(set(map(json.dumps, store.read(out))))
+    now = provenance.conditions()
+    assert ran.keys() == now.keys() | {"cells"}
+    assert all(ran[name] == now[name] for name in ("cpu", "threads", "versions"))
+    assert ran["commit"].rstrip("+") == now["commit"].rstrip("+")
+    assert ran["cells"] == len(store.read(out))
     assert set(ran["versions"]) >= {"torch", "transformers"}

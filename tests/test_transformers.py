@@ -484,6 +484,19 @@ class TestReuse:
                 )
             assert torch.equal(a, b)
 
+    @pytest.mark.parametrize("padding", ["left", "holes"])
+    def test_a_crop_keeps_the_counts(self, llama: Any, padding: str) -> None:
+        mask = PADDINGS[padding]
+        assert mask is not None
+        ids, cache = tokens(len(mask)), TokenSelectCache(llama)
+        with enable(llama, **SMALL, theta=-1.0):
+            for start, end in ((0, 18), (18, 19), (19, 20)):
+                llama(ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache)
+        before = cache.hits, cache.misses
+        assert min(before) > 0
+        cache.crop(-1)
+        assert (cache.hits, cache.misses) == before
+
     def test_what_forgets(self, llama: Any) -> None:
         ids, cache = tokens(2), TokenSelectCache(llama)
         layer = cache.layers[0]
@@ -685,12 +698,15 @@ class TestOptions:
 
     def test_contiguous_positions_past_those_that_were_trained_warn(self, llama: Any) -> None:
         assert llama.config.max_position_embeddings == 256
-        with pytest.warns(UserWarning, match=r"16 \+ 113 \+ 128 = 257 .*embeddings=256"):
+        told = r"16 \+ 113 \+ 128 = 257 tokens, in a model for 256"
+        with pytest.warns(UserWarning, match=told):
             enable(llama, "extrapolate", k=113).disable()
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             enable(llama, "extrapolate", k=112).disable()
             enable(llama, k=1000).disable()
+            scaled = model_of("llama_yarn", max_position_embeddings=16)
+            enable(scaled, "extrapolate", k=40, n_sink=4, n_local=16).disable()
 
     def test_backend_arrives(self, llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         asked, attend = [], tokenselect.attention
@@ -800,6 +816,13 @@ def test_options_stand_in_any_config() -> None:
     config = BartConfig(tokenselect={"k": 3})
     assert BartConfig.from_dict(config.to_dict()).tokenselect == {"k": 3}
     assert BartConfig().tokenselect is None
+
+
+def test_options_are_kept_where_no_part_generates_text() -> None:
+    """get_text_config() returns a new copy at each call there."""
+    config = transformers.DetrConfig()
+    config.tokenselect = {"k": 3}
+    assert config.tokenselect == config.to_dict()["tokenselect"] == {"k": 3}
 
 
 def test_only_the_part_of_a_model_that_generates_text_changes() -> None:

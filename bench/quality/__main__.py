@@ -74,6 +74,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         asked.part = (int(i), int(n))
         if asked.save:
             parser.error("--save with --part: run the parts, then collect --save")
+    if asked.verb in ("run", "collect") and asked.partial and not asked.save:
+        parser.error("--partial without --save: it is about what --save may leave out")
+    if asked.verb in ("run", "collect") and asked.save and asked.changes:
+        parser.error(
+            "--save with --set: what is saved is what its file of settings says; edit that"
+        )
     if asked.verb in ("run", "collect") and asked.save and asked.only:
         parser.error(
             "--save with --only: what is saved has every entry; run with --only, then collect "

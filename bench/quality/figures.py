@@ -134,6 +134,7 @@ def against_dense(rows: Sequence[Row]) -> list[Row]:
     worst         the largest such ratio of one document, minus 1
     kl, agreement means over documents; kl_max the largest of a token
     loss_95, kl_95  intervals of both means: see `bootstrapped`
+    closer        documents with a lower KL than that of the first way of this budget that selects
     gains, beats  documents where dense gains from what the window lacks (all of them beyond the
                   trained length, where dense is no measure), and those among them where the way
                   beats the best window of its size; None without such a window
@@ -141,6 +142,10 @@ def against_dense(rows: Sequence[Row]) -> list[Row]:
     dense = {_document(r): r["nll"] for r in rows if r["way"] == "dense"}
     found: list[Row] = []
     names = ("context", "way", "budget", "theta")
+    first: dict[tuple[Any, ...], float] = {}
+    for r in rows:
+        if r["kind"] == "select":
+            first.setdefault((*_document(r), r["budget"]), r["kl"])
     for values, group in grouped(beside_window(rows), names).items():
         group = [r for r in group if _document(r) in dense]
         if not group:
@@ -157,9 +162,12 @@ def against_dense(rows: Sequence[Row]) -> list[Row]:
                 "perplexity": math.exp(mean(r["nll"] for r in group)),
                 "loss": math.exp(mean(gaps)) - 1,
                 "loss_95": [math.exp(end) - 1 for end in bootstrapped(gaps)],
-                "worst": math.exp(max(gaps)) - 1,
+                "worst": math.exp(largest(gaps)) - 1,
                 "kl": mean(r["kl"] for r in group),
                 "kl_95": list(bootstrapped([r["kl"] for r in group])),
+                "closer": sum(r["kl"] < first[(*_document(r), r["budget"])] for r in group)
+                if group[0]["kind"] == "select"
+                else None,
                 "kl_max": largest(r["kl_max"] for r in group),
                 "agreement": mean(r["agreement"] for r in group),
                 "gains": len(gains) if beside else None,

@@ -19,7 +19,8 @@ has the commands.
 (`pydoc`) and source code of its standard library (`source`), each cut into stretches of 80,000
 characters. A document is the first tokens of a stretch. Settings are chosen on the even stretches
 and seeds, and reported from the odd ones: *choose* and *report* below share no document and no
-number to be found. (*choose-long* was measured before repetitions were left out of `pydoc`.)
+number to be found. (*choose-long* was measured before repetitions were left out of `pydoc`, and its
+needles all hide one number.)
 
 **Ways.** *dense* is transformers' `sdpa`. A *window* is the first and the newest tokens alone, as
 many together as the others of its budget; *window-contiguous* closes the gap between them, so that
@@ -29,27 +30,29 @@ A budget of 10 % is that share of the context: sink, votes and window together.
 **Figures.** *Perplexity* is over the tokens that are counted, of all documents. *Over dense* is its
 ratio to dense attention's, less 1, which a few hundred tokens may well leave below 0; *worst* that
 of the worst document. *KL* is that of the next token's distribution from dense attention's, in
-nats: its mean, and the largest of a token. *Agreement* is the share of tokens with the same
-likeliest next one. Intervals are of 95 %: Wilson's for shares, and for means those of samples drawn
-from the documents themselves, which come out too narrow where documents are few.
+nats: its mean, and the largest of a token. *Closer* counts the documents on which that mean is
+lower than the first way's of the table. *Agreement* is the share of tokens with the same likeliest
+next one. Intervals are of 95 %: Wilson's for shares, and for means those of samples drawn from the
+documents themselves, which come out too narrow where documents are few.
 
 **Choices.** What the *choose* tables below say, judged by KL, and what came of it.
 
 - The soft vote is closer to dense attention than the hard vote and summed logits: it is the
   default, as in the paper.
-- `normalize="candidates"`, another `select_scale`, `scope="group"` and pooling come out no closer,
-  by differences that these documents cannot tell from none: the defaults stay visible
-  normalisation, the attention's own scale (for which retained mass is known), one selection a
-  layer, no pooling.
-- At one budget 128 first tokens are a little worse than 16, and 4 as good; a window of 64 to 512
-  tokens makes no difference, since what matters of it gets votes anyway. So the defaults are 16
-  and 128, not the paper's 128 and 512: a smaller selection that is as close.
-- A `theta` of 0.9 costs little and reuses little; below, KL grows faster than reuse. There is no
-  reuse unless it is asked for.
+- `normalize="candidates"` and a sharper `select_scale` are a little farther on every document. A
+  duller one, `scope="group"` and pooling cannot be told from the defaults by these few: the
+  defaults stay visible normalisation, the attention's own scale (for which retained mass is
+  known), one selection a layer, no pooling.
+- At one budget 128 first tokens are a little worse than 16 on every document, and 4 as good; a
+  window of 64 to 512 tokens makes no difference, since what matters of it gets votes anyway. So the
+  defaults are 16 and 128, not the paper's 128 and 512: of one budget, more is left to votes.
+- A `theta` of 0.9 costs little and reuses little; 0.85 and 0.8 cost much more for two and four
+  times as much. There is no reuse unless it is asked for.
 - A prompt that is read sparsely is much farther from dense attention than one whose decoding is
-  sparse, and nearer to a window: the queries of a chunk share one selection. More means of them
-  (`n_query_means`) come a little closer and cost time; the default stays one. Where the first
-  answer has to be right, read the prompt densely.
+  sparse, and nearer to a window. The queries of a chunk share one selection there, but smaller
+  chunks came no closer in these trials. More means of the queries (`n_query_means`) came a little
+  closer on each of three documents, and cost time; the default stays one. Where the first answer
+  has to be right, read the prompt densely.
 - Past the trained length only *split* scoring found every number in filler; the few needles tried
   do not tell its shares apart, and a quarter of the votes stays.
 
@@ -141,7 +144,7 @@ def _documents(entry: dict[str, Any]) -> list[str]:
     has_reuse = any(row["hit_rate"] is not None for row in rows)
     has_window = entry["task"] == "sparse" and any(row["gains"] is not None for row in rows)
     head = ["context", "way", "budget", "documents", "perplexity", "over dense", "95 %", "worst"]
-    head += ["KL", "95 %", "KL, largest", "agreement"]
+    head += ["KL", "95 %", "KL, largest", "closer", "agreement"]
     head[3:3] = ["theta", "hits"] * has_reuse
     head += ["beats"] * has_window
     body = []
@@ -150,7 +153,9 @@ def _documents(entry: dict[str, Any]) -> list[str]:
         is_dense = row["way"] == "dense"
         loss, kl = ["" if is_dense else _interval(row[n], f) for n, f in _INTERVALS]
         cells += [f"{row['perplexity']:.3f}", f"{row['loss']:+.2%}", loss, f"{row['worst']:+.2%}"]
-        cells += [f"{row['kl']:.4f}", kl, f"{row['kl_max']:.2f}", f"{row['agreement']:.1%}"]
+        cells += [f"{row['kl']:.4f}", kl, f"{row['kl_max']:.2f}"]
+        cells += ["" if row["closer"] is None else f"{row['closer']} of {row['documents']}"]
+        cells += [f"{row['agreement']:.1%}"]
         if has_reuse:
             theta, hits = row["theta"], row["hit_rate"]
             cells[3:3] = [

@@ -50,7 +50,8 @@ def git(*arguments: str) -> str:
 
 
 def _changed(*folders: str) -> str:
-    return "+" if git("status", "--porcelain", "--", *folders) else ""
+    changes = git("status", "--porcelain", "--untracked-files=no", "--", *folders)
+    return "+" if changes not in ("", "unknown") else ""
 
 
 def _installed() -> list[tuple[str, str]]:

@@ -38,7 +38,7 @@ def _cell(line: bytes) -> dict[str, Any] | None:
         record = json.loads(line)
     except ValueError:
         return None
-    return record if isinstance(record, dict) and "sha" in record else None
+    return record if isinstance(record, dict) and {"sha", "ran"} <= record.keys() else None
 
 
 def _whole(path: Path, content: bytes) -> int:

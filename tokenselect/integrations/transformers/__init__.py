@@ -143,12 +143,18 @@ def _warn_of_length(config: Any, options: Options) -> None:
     """Warn of contiguous positions whose distances the model has not seen."""
     trained = getattr(config, "max_position_embeddings", None)
     select = options.select
-    length = select.n_sink + select.k + select.n_local
-    if select.positions == "contiguous" and isinstance(trained, int) and length > trained:
+    sizes = (select.n_sink, select.k, select.n_local)
+    if select.positions != "contiguous" or not isinstance(trained, int):
+        return
+    rope = getattr(config, "rope_parameters", None) or {}
+    if "original_max_position_embeddings" in rope:
+        scaled = rope["original_max_position_embeddings"] * rope.get("factor", 1)
+        trained = max(trained, int(scaled))
+    if sum(sizes) > trained:
         warnings.warn(
-            f"a selection of {select.n_sink} + {select.k} + {select.n_local} = {length} tokens, of "
-            f"a model with max_position_embeddings={trained}: contiguous positions keep distances "
-            "below the size of the selection, so choose a smaller k",
+            f"n_sink + k + n_local = {' + '.join(map(str, sizes))} = {sum(sizes)} tokens, in a "
+            f"model for {trained}: contiguous positions keep distances below the size of the "
+            "selection, so choose a smaller k",
             stacklevel=4,
         )
 

@@ -52,10 +52,10 @@ class Selections:
         What comes next may be read densely, and would not tell. With holes, how many tokens a run
         has left is not known here, so nothing of it is kept.
         """
-        for key in self._with_holes:
-            self._caches.pop(key, None)
-        for (_, start, stop, first), cache in self._caches.items():
-            cache.crop(torch.full((stop - start,), max(0, slots - first), device=device))
+        for key, cache in self._caches.items():
+            _, start, stop, first = key
+            left = 0 if key in self._with_holes else max(0, slots - first)
+            cache.crop(torch.full((stop - start,), left, device=device))
 
     def reorder(self, order: Tensor) -> None:
         """Row b becomes what row order[b] was. Drops what crosses from one run to another."""

@@ -68,9 +68,9 @@ class OptionsOfTheText:
 
 def _text_config(config: Any) -> Any:
     """That of the part that generates text, which may be all of it."""
-    if config.is_encoder_decoder and not config.sub_configs:
-        return config  # get_text_config() would return a copy
-    return config.get_text_config(decoder=True)
+    found = config.get_text_config(decoder=True)
+    # It returns a copy where there is no such part.
+    return found if any(part is found for part in vars(config).values()) else config
 
 
 def parse(given: object) -> Options:
