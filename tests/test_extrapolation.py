@@ -250,14 +250,14 @@ class TestRotation:
 
     def test_yarn_has_its_factor(self) -> None:
         model = model_of("llama_yarn")
-        with enable(model, "extrapolate"):
+        with enable(model, "extrapolate", k=100):
             factors = [rope.scaling for rope in ropes(model)]
         assert factors == [model.model.rotary_emb.attention_scaling] * 2
         assert factors[0] > 1.1
 
     def test_a_global_layer_has_the_global_rope(self) -> None:
         model = model_of("gemma3")
-        with enable(model, "extrapolate"):
+        with enable(model, "extrapolate", k=100):
             (rope,) = ropes(model)
         rotary = model.model.rotary_emb
         assert torch.equal(rope.inv_freq, rotary.full_attention_inv_freq)
@@ -267,9 +267,9 @@ class TestRotation:
     @pytest.mark.parametrize("family", ["llama_yarn", "gemma3", "gpt_oss"])
     def test_in_any_dtype(self, family: str, dtype: torch.dtype) -> None:
         model = model_of(family)
-        with enable(model, "extrapolate"):
+        with enable(model, "extrapolate", k=100):
             expected = ropes(model)
-        with enable(model.to(dtype), "extrapolate"):
+        with enable(model.to(dtype), "extrapolate", k=100):
             for rope, other in zip(ropes(model), expected, strict=True):
                 assert (rope.interleaved, rope.scaling) == (other.interleaved, other.scaling)
 
@@ -307,7 +307,7 @@ class TestRotation:
         else:
             rotary.register_buffer("other_inv_freq", rotary.inv_freq * (1 + 1e-7))
         with pytest.raises(UnsupportedProblem, match=f"LlamaAttention, layer 0\\n.*{told}"):
-            enable(llama, "extrapolate")
+            enable(llama, "extrapolate", k=100)
         assert llama.config.tokenselect is None
         assert llama.config._attn_implementation == "eager"
         assert ropes(llama) == []
@@ -465,7 +465,7 @@ class TestFarOut:
     def test_raw_keys_at_a_million_are_exact(self) -> None:
         """As the tokens of such a length stand: the angles of slots up to 2**20."""
         model = model_of("llama_yarn", head_dim=32)
-        with enable(model, "extrapolate"):
+        with enable(model, "extrapolate", k=100):
             rope = ropes(model)[0]
         at = 2**20 - torch.arange(1000)
         x = torch.randn(1000, rope.rotary_dim)
@@ -735,7 +735,7 @@ class TestRefusals:
             transformers.LlamaConfig(**SIZES, rope_parameters=rope), attn_implementation="eager"
         )
         with pytest.raises(UnsupportedProblem, match=f"llama.*\n.*rope_type='{kind}'"):
-            enable(model, "extrapolate")
+            enable(model, "extrapolate", k=100)
         with enable(model.eval(), **SMALL):
             model(tokens(1))
 
@@ -756,10 +756,10 @@ class TestRefusals:
             config, attn_implementation="eager"
         ).eval()
         with pytest.raises(UnsupportedProblem, match=r"qwen2_vl.*\n.*M-RoPE"):
-            enable(model, "extrapolate")
+            enable(model, "extrapolate", k=100)
         del config.text_config.rope_parameters["mrope_section"]
         with pytest.raises(UnsupportedProblem, match=r"layer 0\n.*3 dimensions \(M-RoPE\)"):
-            enable(model, "extrapolate")
+            enable(model, "extrapolate", k=100)
 
     def test_llama_4(self) -> None:
         """Its rotation is complex, too; its chunks are met first."""
@@ -768,7 +768,7 @@ class TestRefusals:
         )
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
         with pytest.raises(UnsupportedProblem, match="chunked attention"):
-            enable(model, "extrapolate")
+            enable(model, "extrapolate", k=100)
 
     def test_no_rotary(self) -> None:
         config = transformers.GPT2Config(
@@ -776,7 +776,7 @@ class TestRefusals:
         )
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
         with pytest.raises(UnsupportedProblem, match=r"GPT2Attention.*\n.*\(cos, sin\)"):
-            enable(model, "extrapolate")
+            enable(model, "extrapolate", k=100)
 
     def test_a_model_that_cannot_be_run_to_look_at_it(self) -> None:
         """Whisper's decoder has learned positions, 448 of them."""
@@ -790,7 +790,7 @@ class TestRefusals:
         )
         model = transformers.WhisperForCausalLM._from_config(config, attn_implementation="eager")
         with pytest.raises(UnsupportedProblem, match=r"whisper.*\n.*0 to 960.*IndexError"):
-            enable(model.eval(), "extrapolate")
+            enable(model.eval(), "extrapolate", k=100)
         assert model.config._attn_implementation == "eager"
 
     def test_checkpointed_gradients(self, llama: Any) -> None:
@@ -798,7 +798,7 @@ class TestRefusals:
         llama.activation_checkpointing_enable()
         llama.train()
         with pytest.raises(UnsupportedProblem, match=r"layer 0\n.*gradients are checkpointed"):
-            enable(llama, "extrapolate")
+            enable(llama, "extrapolate", k=100)
         ids, dense = tokens(1), llama(tokens(1)).logits
         with enable(llama.eval(), "extrapolate", **EVERYTHING):
             assert_close(llama.train()(ids).logits, dense)
@@ -807,7 +807,7 @@ class TestRefusals:
         for module in (layer.self_attn for layer in llama.model.layers):
             module.register_forward_pre_hook(hide, with_kwargs=True)
         with pytest.raises(UnsupportedProblem, match="hands its keys to a cache"):
-            enable(llama, "extrapolate")
+            enable(llama, "extrapolate", k=100)
 
     def test_a_cache_where_keys_arrive_elsewhere(self) -> None:
         """Zamba 2 shares a layer among several places, so the layer does not know its own."""
@@ -826,7 +826,7 @@ class TestRefusals:
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
         told = r"Zamba2Attention, layer -1\n.*hands its keys to a cache"
         with pytest.raises(UnsupportedProblem, match=told):
-            enable(model, "extrapolate")
+            enable(model, "extrapolate", k=100)
 
     def test_a_layer_that_is_called_by_itself(self, llama: Any) -> None:
         from tokenselect.integrations.transformers.masks import token_mask
@@ -834,7 +834,7 @@ class TestRefusals:
         hidden = torch.zeros(1, 4, 32)
         cos, sin = llama.model.rotary_emb(hidden, torch.arange(4)[None])
         layer = llama.model.layers[0].self_attn
-        with enable(llama, "extrapolate"):
+        with enable(llama, "extrapolate", k=100):
             for given, told in (
                 ({"position_embeddings": (cos, sin)}, "unknown positions"),
                 ({"position_embeddings": None}, r"\(cos, sin\)"),
@@ -853,7 +853,7 @@ class TestRefusals:
 
     def test_keys_that_came_past_the_hook(self, llama: Any) -> None:
         """As from code that was compiled without it."""
-        with enable(llama, "extrapolate"):
+        with enable(llama, "extrapolate", k=100):
             llama.model.layers[1].self_attn._forward_pre_hooks.clear()
             with pytest.raises(UnsupportedProblem, match=r"layer 1\n.*rotated.*before enable\(\)"):
                 llama(tokens(1))

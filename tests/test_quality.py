@@ -948,7 +948,7 @@ def test_a_model_without_sdpa_says_so(folder: Path, tmp_path: Path) -> None:
 def test_shipped_settings_are_read(path: Path) -> None:
     read = plan.read(plan.load(path))
     assert read.name == path.stem
-    assert read.split == ("report" if path.stem.startswith("report") else "choose")
+    assert read.split == ("report" if path.stem.startswith(("report", "ruler")) else "choose")
     for entry in plan.entries(read):
         for context in getattr(entry.settings, "contexts", getattr(entry.settings, "lengths", ())):
             resolve_all(entry.settings.ways, read.ways, entry.settings.budgets, context)

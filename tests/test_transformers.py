@@ -758,7 +758,7 @@ def test_a_model_that_cuts_its_masks_to_the_newest_queries(padding: str) -> None
             assert generated(model, ids, attention_mask=mask).equal(expected)
     told = r"layer 3\n.*cos and sin are not those"  # it cuts those as well
     with pytest.raises(UnsupportedProblem, match=told):
-        enable(model, "extrapolate")
+        enable(model, "extrapolate", k=100)
 
 
 def seeing(attention: str) -> Any:
