@@ -1175,6 +1175,40 @@ def test_the_page_is_the_committed_results() -> None:
     assert committed == page.page(), "run: python -m bench.quality page > docs/quality.md"
 
 
+def test_the_readme_says_what_is_reported() -> None:
+    readme = " ".join((fresh.ROOT / "README.md").read_text("utf-8").split())
+    results = {
+        name: json.loads((page.RESULTS / f"quality-{name}.json").read_text("utf-8"))["entries"]
+        for name in ("report", "report-long")
+    }
+
+    def row(report: str, entry: str, **what: Any) -> dict[str, Any]:
+        (found,) = [r for r in results[report][entry]["summary"] if what.items() <= r.items()]
+        return found
+
+    for way, said in (("faithful", "selected"), ("window", "the first and newest tokens alone")):
+        r = row("report", "decode", way=way, budget="10 %", context=8064)
+        assert r["documents"] == 8
+        assert f"| {said}" in readme
+        assert f"| {r['loss']:+.2%} | {r['kl']:.4f} |" in readme
+    selected, window = (
+        row("report-long", "sparse", way=way, budget="10 %") for way in ("faithful", "window")
+    )
+    assert f"is {selected['loss']:+.1%} over dense against {window['loss']:+.1%}" in readme
+    assert f"better on {selected['beats']} of {selected['documents']} texts" in readme
+    copying, other = "of sdpa, DynamicCache", "of sdpa, TokenSelectCache"
+    for context, said in (
+        (32_768, "takes {:.2f} of the time that stock `sdpa` takes, {:.2f} of what it takes over"),
+        (8_192, "with 8,192, {:.2f} and {:.2f}"),
+    ):
+        sides = row("report", "speed", context=context)["sides"]
+        (side,) = [side for side in sides if side["name"] == "faithful 10 %"]
+        assert said.format(side[copying], side[other]) in readme
+    for entry, length in (("needles-beyond", "16,384"), ("needles-32k", "32,768")):
+        r = row("report-long", entry, depth=None)
+        assert f"{r['right']} of {r['tries']} times in {length} tokens" in readme
+
+
 def test_the_page_shows_every_entry(
     folder: Path, out: Path, result: dict[str, Any], tmp_path: Path
 ) -> None:
