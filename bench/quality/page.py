@@ -55,8 +55,9 @@ documents themselves, which come out too narrow where documents are few.
   has to be right, read the prompt densely.
 - Past the trained length only *split* scoring found every number in filler; the few needles tried
   do not tell its shares apart, and a quarter of the votes stays. What it is good for is what stands
-  far back: to go on with a text, *window-contiguous* does as well (*sparse-beyond*). Fixed scoring
-  alone finds more with the votes of the released code (*released*) than with those of the defaults.
+  far back: going on with a text, *window-contiguous* was better (*sparse-beyond*, one document).
+  Fixed scoring alone with the votes of the released code (*released*) found one number of two, and
+  none with those of the defaults.
 
 `k=2048` and chunks of 512 are the paper's. On a model of yours, begin with `k` at a tenth of the
 context and the other defaults, and look at KL with `make quality`.
