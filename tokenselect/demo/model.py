@@ -55,12 +55,12 @@ def find_gguf(folder: Path, named: str | None) -> str | None:
     return names[0]
 
 
-def load(path: Path, gguf_file: str | None, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+def load(path: Path, gguf_file: str | None) -> tuple[Any, Any]:
     """Load model and tokenizer on the CPU, without transformers' own progress bars."""
     options = {} if gguf_file is None else {"gguf_file": gguf_file}
     with redirect_stderr(StringIO()):
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options)
     kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"}:
         raise UnsupportedModel(
