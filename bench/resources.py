@@ -250,15 +250,15 @@ def name_of(kernel: Any) -> str:
     return f"{module}.{kernel.fn.__name__.lstrip('_')}"
 
 
-def specialised(launch: Any, target: GPUTarget) -> tuple[ASTSource, Any]:
+def specialised(launch: Any, target: str) -> tuple[ASTSource, Any]:
     """What Triton would compile at this launch, and with which options.
 
     By Triton's own code, up to where it would ask for a device: which integers are 1, which
     arguments are divisible by 16 and which take 64 bits is decided there and differs by version.
     """
-    backend = make_backend(target)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    options |= {"debug": False, "enable_fp_fusion": True}  # as `launch.run` asks
+    backend = make_backend(TARGETS[target].gpu)
+    of_backend = import_module("tokenselect.kernels.triton.launch")
+    options = {"debug": False, **of_backend.options(launch, target)}
     kernel = launch.kernel
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, _ = bind(**launch.args, **launch.constants, **options)
@@ -431,7 +431,7 @@ def _outcome(
 ) -> Resources | str:
     """The launch's resources, or why it does not compile. Looks in `known` first."""
     try:
-        source, options = specialised(launch, TARGETS[target].gpu)
+        source, options = specialised(launch, target)
     except Exception as error:
         return _told(error)
     key = (target, source.hash(), options.hash())

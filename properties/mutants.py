@@ -67,8 +67,8 @@ MUTANTS = (
     Mutant(
         "counts-the-third-digit-of-others",
         "select",
-        "is_listed & (key >> 10 == (first << 11 | second))",
-        "is_listed & (key >> 10 >= (first << 11 | second))",
+        "is_listed & (key >> 11 == digits)",
+        "is_listed & (key >> 11 >= digits)",
         "select",
     ),
     Mutant(

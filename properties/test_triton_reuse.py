@@ -346,7 +346,8 @@ def test_nothing_is_written_where_there_is_nothing_to_do(triton: Backend, name: 
     from tokenselect.kernels.triton.configs import TABLE
 
     problem = on(device_of(triton), replace(PLANNED[name], spare=300).problem())
-    block = TABLE[launch.arch(problem.q.device)].vote_block
+    config = TABLE[launch.arch(problem.q.device)]
+    block = max(config.tile, config.pool_block)
     with mock.patch.object(launch, "empty", Guard(1).empty):
         votes = BACKEND.planned.score(problem).votes
     for b, n in enumerate(problem.cache_seqlens.tolist()):

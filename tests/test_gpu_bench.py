@@ -21,6 +21,7 @@ from bench.gpu import (
     gate,
     graphs,
     measure,
+    model,
     page,
     parent,
     plan,
@@ -291,11 +292,15 @@ def here(task: Task, take: Callable[[str, dict[str, Any]], None], _: Any) -> Non
     worker.work(task, say)
 
 
-def run_here(folder: Path, *more: str, run_gate: Any = green_gate) -> tuple[int, dict[str, Any]]:
+def run_here(
+    folder: Path, *more: str, run_gate: Any = green_gate, found: dict[str, Any] | None = None
+) -> tuple[int, dict[str, Any]]:
+    """A dry run in this process, with what the measurement of a whole model found."""
+    found = found or {"error": "left out"}
     arguments = ["--dry-run", "--seconds", "100", "--out", str(folder), *more]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command, "facts", lambda _: Cpu().facts() | host())
-        code = command.main(arguments, run_gate=run_gate, measure=here)
+        code = command.main(arguments, run_gate=run_gate, measure=here, model=lambda *_: found)
     (path,) = folder.glob("*-gpu*.json")
     assert path.name.endswith("-red.json") is (code != 0)
     return code, json.loads(path.read_text("utf-8"))
@@ -1318,6 +1323,54 @@ def made_up(**changes: Any) -> dict[str, Any]:
         cell["ratios"] += [{"of": "short", **to, "median": 0.8, "p10": 0.7, "p90": 0.9}]
     found["targets"] = report.held(found)
     return found
+
+
+def test_a_whole_model_is_measured_and_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    assert model.main(["--dry-run", "--backend", "cpu"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [side["name"] for side in found["sides"]][:2] == [model.STOCK, model.DENSE]
+    assert len(found["sides"]) == 4
+    assert len(found["ratios"]) == 5
+    text = "\n".join(page._model(found))
+    for side in found["sides"]:
+        assert f"| {side['name']} | {side['median_ms']:.2f}" in text
+    assert "Not measured: no transformers" in "\n".join(page._model({"error": "no transformers"}))
+
+
+@pytest.mark.parametrize("stage", ["attend", "reuse"])
+def test_a_model_whose_plans_are_wrong_is_not_shown_as_measured(
+    stage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("transformers")
+
+    def attend(p: Problem, selection: Selection, out: Any) -> Any:
+        out, lse = CPU.planned.attend(p, selection, out)
+        return out.mul_(-1.0), lse
+
+    def decide(p: Problem, memory: Any, theta: Any) -> Any:
+        nobody = torch.zeros(p.B, dtype=torch.bool)
+        found = reference.decide(p, memory, theta)
+        return found._replace(reused=nobody, cache_seqlens=p.cache_seqlens)
+
+    wrong = {
+        "attend": {"planned": CPU.planned._replace(attend=attend)},
+        "reuse": {"reuse": Reuse(decide, reference.keep)},
+    }
+    name = f"model-{stage}"
+    register(name, replace(CPU, name=name, **wrong[stage]))
+    assert model.main(["--dry-run", "--backend", name]) == 1
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    expected = {"attend": "far from those of attention", "reuse": "did not reuse"}
+    assert expected[stage] in found["not_equivalent"]
+
+
+@pytest.mark.usefixtures("two_cells")
+def test_a_wrong_model_turns_the_run_red(tmp_path: Path) -> None:
+    code, found = run_here(tmp_path, found={"not_equivalent": "far away"})
+    assert code == 1
+    assert found["wrong"] == [{"cell": "a whole model", "why": "far away"}]
+    assert found["cells"][0]["ratios"] == []
 
 
 def test_targets_are_judged_on_the_device_they_are_for() -> None:

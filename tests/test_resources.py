@@ -167,20 +167,20 @@ class Launch(NamedTuple):
 
 
 @triton.jit
-def _well(x, odd, n, one, many, scale, BLOCK: tl.constexpr):
+def _well(x, odd, n, one, many, scale, BLOCK: tl.constexpr, PDL: tl.constexpr = False):
     i = tl.arange(0, BLOCK)
     tl.store(odd + i, tl.load(x + i, mask=i < n) * scale + one + many)
 
 
 @triton.jit
-def _spills(x, BLOCK: tl.constexpr):
+def _spills(x, BLOCK: tl.constexpr, PDL: tl.constexpr = False):
     i = tl.arange(0, BLOCK)
     row = tl.load(x + i)
     tl.store(x + i, row - tl.sum(row, 0))
 
 
 @triton.jit
-def _large(x, n, SIDE: tl.constexpr):
+def _large(x, n, SIDE: tl.constexpr, PDL: tl.constexpr = False):
     i = tl.arange(0, SIDE)
     at = x + i[:, None] * SIDE + i[None, :]
     total = tl.zeros([SIDE, SIDE], tl.float32)
@@ -190,7 +190,7 @@ def _large(x, n, SIDE: tl.constexpr):
 
 
 @triton.jit
-def _broken(x, BLOCK: tl.constexpr):
+def _broken(x, BLOCK: tl.constexpr, PDL: tl.constexpr = False):
     tl.store(x + tl.arange(0, BLOCK), not_a_name)
 
 
@@ -212,9 +212,10 @@ def plan(problem, arch):
 def signature():
     well = plan(resources.PROBLEMS["decode-128k"].build(), "gfx942")[0]
     for target in ("sm_90", "gfx942"):
-        source, _ = resources.specialised(well, resources.TARGETS[target].gpu)
+        source, _ = resources.specialised(well, target)
         arguments = list(source.signature)
-        assert source.constants == {(3,): 1, (6,): 512}, source.constants
+        overlaps = target == "sm_90"
+        assert source.constants == {(3,): 1, (6,): 512, (7,): overlaps}, source.constants
         attributes = {arguments[i]: [a for a, _ in of] for (i,), of in source.attrs.items() if of}
         print(json.dumps([source.signature, attributes]))
 """

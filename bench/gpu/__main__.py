@@ -28,6 +28,7 @@ from bench.gpu.report import (
     Report,
     best_copy_rate,
     cell_table,
+    model_table,
     overview,
     reuse_table,
     target_table,
@@ -40,6 +41,7 @@ from bench.run import _commit
 FULL, QUICK, DRY = 480.0, 120.0, 60.0  # seconds in all
 _FOR_CHECKS = 0.44  # of them, at most
 _TO_END = 8.0  # kept back for the last writing
+_FOR_MODEL = 40.0  # and for a whole model, at most
 
 
 def say(text: str) -> None:
@@ -79,8 +81,9 @@ def main(
     *,
     run_gate: Callable[..., list[dict[str, Any]]] = gate.run,
     measure: Callable[..., None] = supervise,
+    model: Callable[[argparse.Namespace, float], dict[str, Any]] | None = None,
 ) -> int:
-    begun = time.time()
+    begun, model = time.time(), model or whole_model
     asked = arguments(argv)
     if not asked.dry_run:
         os.environ.pop("TRITON_INTERPRET", None)
@@ -112,7 +115,7 @@ def main(
     if asked.checks_only:
         return _ended(report, begun, 0 if content["green"] else 1)
 
-    ends_at = begun + asked.seconds - min(_TO_END, 0.1 * asked.seconds)
+    ends_at = begun + asked.seconds - min(_TO_END + _FOR_MODEL, 0.3 * asked.seconds)
     task = Task(
         asked.backend, ends_at, asked.dry_run, asked.quick, measure_anyway=asked.measure_anyway
     )
@@ -124,6 +127,11 @@ def main(
     for cell in worker.cells(quick=asked.quick, dry=asked.dry_run):
         if cell.name not in told:
             take("left out", {"cell": cell.name, "why": "the run ended before it"})
+    if content["green"]:
+        say("→ a whole model")
+        content["model"] = found = model(asked, begun + asked.seconds - time.time())
+        if "not_equivalent" in found:
+            take("wrong", {"cell": "a whole model", "why": found["not_equivalent"]})
     content["finished"] = True
     report.write()
     return _ended(report, begun, _summed_up(report, asked))
@@ -151,6 +159,7 @@ def _empty(asked: argparse.Namespace, machine: dict[str, Any], command: str) -> 
         "cells": [],
         "wrong": [],
         "left_out": [],
+        "model": None,
     }
     also = [Path(os.environ["OUT"])] if os.environ.get("OUT") else []
     return Report(content, [asked.out, *also])
@@ -204,6 +213,8 @@ def _summed_up(report: Report, asked: argparse.Namespace) -> int:
         say(overview(content["cells"], ratios=content["green"]))
         if planned := reuse_table(content["cells"], ratios=content["green"]):
             say(planned)
+    if content["model"]:
+        say(model_table(content["model"], ratios=content["green"]))
     if content["left_out"]:
         say(f"left out: {'; '.join(cell['cell'] for cell in content['left_out'])}")
     if content["wrong"]:
@@ -232,6 +243,22 @@ def facts(dry: bool) -> dict[str, Any] | str:
         if isinstance(error, subprocess.TimeoutExpired):
             return "asking for it took more than 2 minutes"
         return (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+
+
+def whole_model(asked: argparse.Namespace, seconds: float) -> dict[str, Any]:
+    """What `bench.gpu.model` reports, or why it did not."""
+    command = [sys.executable, "-m", "bench.gpu.model", "--backend", asked.backend]
+    command += ["--dry-run"] if asked.dry_run else []
+    settings: dict[str, Any] = {"capture_output": True, "encoding": "utf-8", "cwd": gate.ROOT}
+    more = gate.INTERPRETED if asked.dry_run else {}
+    try:
+        limit = max(20.0, seconds)
+        done = subprocess.run(command, timeout=limit, env=gate.environment() | more, **settings)
+        return dict(json.loads(done.stdout.splitlines()[-1]))
+    except subprocess.TimeoutExpired:
+        return {"error": f"it did not end in {limit:.0f} s"}
+    except (IndexError, ValueError):
+        return {"error": (done.stderr.strip().splitlines() or ["it said nothing"])[-1]}
 
 
 def _as_interrupt(*_: object) -> None:

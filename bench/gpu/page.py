@@ -91,6 +91,7 @@ def device(report: dict[str, Any]) -> str:
     for cell in cells:
         if cell["is_headline"]:
             lines += ["", f"#### {cell['name']}", "", _cell_facts(cell), "", *_details(cell)]
+    lines += ["", *_model(report.get("model"))]
     lines += ["", "#### Not measured", "", *_absent(report), "", *_failed(cells)]
     return "\n".join(lines).rstrip("\n") + "\n"
 
@@ -168,6 +169,31 @@ def _planned(cells: Iterable[dict[str, Any]]) -> list[str]:
             rows.append((cell["name"], *found, *map(_ratio, ahead)))
     head = ("planned, µs a call, graph", *PLANNED, "short, own capacity")
     return table((*head, "hit over dense", "miss", "mixed"), rows) if rows else []
+
+
+def _model(model: dict[str, Any] | None) -> list[str]:
+    """A whole model's times of a token."""
+    if model is None:
+        return []
+    title = ["#### A whole model", ""]
+    if "sides" not in model:
+        return [*title, f"Not measured: {_plain(', '.join(model.values()))}"]
+    config = ", ".join(f"{name} {value}" for name, value in model["config"].items())
+    told = (
+        f"A Llama of {model['layers']} layers with random weights (hidden size {model['hidden']}, "
+        f"intermediate size {model['intermediate']}, heads {model['heads']}), in transformers "
+        f"{model['transformers']}: one token after {model['n'] - 1} cached ones, {config}; medians "
+        f"of {model['rounds']}. *Captured*: the whole step is one graph. *Reused*: every layer "
+        "reuses its selection. The logits of the selected ways are those of `attention` bit for "
+        "bit."
+    )
+    names = list(dict.fromkeys(ratio["over"] for ratio in model["ratios"]))
+    rows = []
+    for side in model["sides"]:
+        ratios = {r["over"]: r for r in model["ratios"] if r["of"] == side["name"]}
+        times = f"{side['median_ms']:.2f} ({side['p10_ms']:.2f}–{side['p90_ms']:.2f})"
+        rows.append((side["name"], times, *(_ratio(ratios.get(name)) for name in names)))
+    return [*title, told, "", *table(("", "ms a token", *(f"over {n}" for n in names)), rows)]
 
 
 def _failed(cells: Iterable[dict[str, Any]]) -> list[str]:

@@ -230,6 +230,20 @@ def reuse_table(cells: Iterable[dict[str, Any]], *, ratios: bool) -> str:
     return "\n".join(lines)
 
 
+def model_table(model: dict[str, Any], *, ratios: bool) -> str:
+    """A line for each way a whole model attends: milliseconds a token."""
+    if "sides" not in model:
+        return f"  a whole model was not measured: {', '.join(model.values())}"
+    lines = [f"  a model of {model['layers']} layers, {model['n']} tokens cached, ms a token:"]
+    for side in model["sides"]:
+        line = f"  {side['name']:44} {side['median_ms']:8.2f}"
+        for ratio in model["ratios"] if ratios else ():
+            if ratio["of"] == side["name"]:
+                line += f"  {ratio['median']:.2f} x {ratio['over']}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
 def _fresh(cell: dict[str, Any], mode: str) -> dict[str, Any] | None:
     return ratio_of(cell, "fresh", mode, "dense")
 

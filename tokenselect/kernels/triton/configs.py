@@ -11,19 +11,27 @@ class Config(NamedTuple):
     tile                tokens that `score` multiplies at once, at a head dim of up to 128
     segment             tiles whose sums of weights are kept together
     voters              the most voters that one read of the keys serves
+    fewest_voters       what their number is padded to, at least, in the cache's dtype
+    columns             parts of queries that `logits` multiplies side by side, at most
     warps               of `logits`
+    few_warps           of `logits` for a decode's voters, where the head dim is a power of two
     float32_warps       of `logits`, where it multiplies in float32
     stages              tiles whose keys `logits` has on the way, in the cache's dtype
     mean_stages         likewise for mean queries, which take three times the room of others
     pairs               pairs of dims that `logits` turns at once
     queries             queries that `voters` adds up at once
-    vote_block          candidates per program of `vote`
+    normalize_block     segments that `normalize` adds up at once
+    vote_programs       programs of `vote` per multiprocessor
+    vote_voters         voters whose weights `vote` adds up at once
+    pool_block          candidates per program of `pool`
     select_block        candidates per program of `select`
     gather              selected tokens that `attend` multiplies at once, for 16 query rows
     gather_pairs        pairs of dims that `attend` turns at once
     query_rows          query rows that a program of `attend` takes of a chunk
     float32             how a matrix unit multiplies float32: "ieee", or "tf32x3": 22 bits
     split, long_split   selected tokens per program of `attend`, for few query rows and for more
+    chunk_stages        tiles of rows that `attend` has on the way for a chunk, in the cache's dtype
+    dependent_launch    whether a kernel may be launched while the previous one runs
     """
 
     multiprocessors: int
@@ -31,19 +39,27 @@ class Config(NamedTuple):
     tile: int = 128
     segment: int = 8
     voters: int = 64
+    fewest_voters: int = 8
+    columns: int = 32
     warps: int = 8
+    few_warps: int = 8
     float32_warps: int = 8
     stages: int = 3
     mean_stages: int = 3
     pairs: int = 16
     queries: int = 16
-    vote_block: int = 256
+    normalize_block: int = 128
+    vote_programs: int = 8
+    vote_voters: int = 32
+    pool_block: int = 256
     select_block: int = 2048
     gather: int = 128
     gather_pairs: int = 64
     query_rows: int = 64
     split: int = 128
     long_split: int = 512
+    chunk_stages: int = 1
+    dependent_launch: bool = False
     float32: str = "tf32x3"
 
 
@@ -51,14 +67,32 @@ TABLE = {
     "sm_80": Config(multiprocessors=108, voters=32),
     # 99 KiB of shared memory a block.
     "sm_86": Config(multiprocessors=84, voters=32, stages=2, mean_stages=1, gather_pairs=32),
-    "sm_90": Config(multiprocessors=132),
-    "sm_100": Config(multiprocessors=148, voters=32, stages=2, mean_stages=1, pairs=32, queries=8),
+    "sm_90": Config(
+        multiprocessors=132,
+        few_warps=4,
+        queries=32,
+        normalize_block=1024,
+        chunk_stages=3,
+        dependent_launch=True,
+    ),
+    "sm_100": Config(
+        multiprocessors=148,
+        voters=32,
+        stages=2,
+        mean_stages=1,
+        pairs=32,
+        queries=8,
+        dependent_launch=True,
+    ),
     # Each load under its own mask takes two scalar registers: few places a thread, no pipelining.
     "gfx942": Config(
         multiprocessors=304,
         tile=64,
         voters=16,
+        fewest_voters=16,
+        columns=16,
         warps=16,
+        few_warps=16,
         float32_warps=16,
         stages=1,
         mean_stages=1,
@@ -72,7 +106,9 @@ TABLE = {
         multiprocessors=1,
         tile=32,
         segment=2,
-        vote_block=64,
+        vote_programs=3,
+        vote_voters=4,
+        pool_block=64,
         select_block=64,
         gather=64,
         gather_pairs=16,

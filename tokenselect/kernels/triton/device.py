@@ -2,9 +2,22 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def after_previous(PDL: tl.constexpr):
+    """Wait until the previous kernel is complete: the first statement of every kernel.
+
+    With programmatic dependent launch this kernel may have been launched while that one still ran.
+    Nothing may be loaded or stored before; the next kernel may be launched from here on.
+    """
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 @triton.jit

@@ -1,6 +1,7 @@
 """What the three stages share on the host: memory, launches, and which machine this is."""
 
 from collections.abc import Iterable
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy
@@ -12,6 +13,7 @@ from torch import Tensor
 from tokenselect import workspace
 from tokenselect.contract import Problem
 from tokenselect.errors import InvalidProblem
+from tokenselect.kernels.triton.configs import TABLE
 
 # In Triton's interpreter (TRITON_INTERPRET=1 when triton was imported) kernels run on the CPU.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -36,22 +38,26 @@ def run(launches: Iterable[Launch], device: torch.device) -> None:
     """Run the launches in order, on the tensors' device. Waits for nothing."""
     # The interpreter's numpy would warn of every inf and NaN that is meant.
     quiet = numpy.errstate(all="ignore" if INTERPRETED else None)
+    on = arch(device)
     with quiet, torch.cuda.device(device if device.type == "cuda" else -1):
-        for kernel, grid, args, constants, num_warps, num_stages in launches:
-            # Fusion is said, since triton's default for it is about to change.
-            kernel[grid](
-                **args,
-                **constants,
-                num_warps=num_warps,
-                num_stages=num_stages,
-                enable_fp_fusion=True,
-            )
+        for one in launches:
+            one.kernel[one.grid](**one.args, **one.constants, **options(one, on))
+
+
+def options(one: Launch, arch: str) -> dict[str, Any]:
+    """What a launch is given besides arguments and constants, on an architecture of `TABLE`."""
+    # Fusion is specified, since triton's default for it is about to change.
+    chosen = {"num_warps": one.num_warps, "num_stages": one.num_stages, "enable_fp_fusion": True}
+    if TABLE[arch].dependent_launch:
+        chosen |= {"PDL": True, "launch_pdl": True}
+    return chosen
 
 
 # All memory that the kernels write to comes from here, uninitialised.
 empty = workspace.empty
 
 
+@cache
 def arch(device: torch.device) -> str:
     """The architecture whose configurations fit this device: a name in `configs.TABLE`."""
     if INTERPRETED:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tokenselect.contract import Decision, Memory, Problem, Selection
 from tokenselect.kernels.triton import launch
-from tokenselect.kernels.triton.device import length
+from tokenselect.kernels.triton.device import after_previous, length
 from tokenselect.kernels.triton.launch import Launch
 
 # As in the reference: queries that are added up side by side, and products of a cosine that are.
@@ -70,8 +70,10 @@ def _mean(
     stride_qi,
     stride_qd,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
     """The mean of all queries of a request, a block of its N columns."""
+    after_previous(PDL)
     pid = tl.program_id(0)
     block, b = pid % n_blocks, pid // n_blocks
     column = block * BLOCK + tl.arange(0, BLOCK)
@@ -117,50 +119,57 @@ def _decide(
     HAS_THETA: tl.constexpr,
     CHUNKS: tl.constexpr,
     SELECTIONS: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
     """Who reuses its selection, a request a program; COPIES the one query of a decode too.
 
     theta_bits are those of theta * |theta|: cos >= theta is compared without a root or a division.
     """
+    after_previous(PDL)
     b = tl.program_id(0).to(tl.int64)
     row_ptr = q_ptr + b * stride_qb
-    if COPIES:
-        for start in range(0, N, CHUNKS * _COLUMNS):
-            column = start + tl.arange(0, CHUNKS * _COLUMNS)
-            x = _columns(row_ptr, column, D, N, stride_qh, stride_qd)
-            tl.store(query_ptr + b * N + column, x, mask=column < N)
-    reused = tl.zeros([], tl.int1)
+    given = tl.load(seqlens_ptr + b)
     if HAS_THETA:
-        product = tl.zeros([_COLUMNS], tl.float64)
-        power = tl.zeros([_COLUMNS], tl.float64)
-        stored = tl.zeros([_COLUMNS], tl.float64)
-        for start in range(0, N, CHUNKS * _COLUMNS):
-            # Loads of several chunks are on the way at once; chunks past N add nothing.
-            for chunk in tl.static_range(CHUNKS):
-                column = start + chunk * _COLUMNS + tl.arange(0, _COLUMNS)
-                x = _columns(row_ptr, column, D, N, stride_qh, stride_qd).to(tl.float64)
-                at = stored_query_ptr + b * stride_stored_query_b
-                at = at + column.to(tl.int64) * stride_stored_query_column
-                y = tl.load(at, mask=column < N, other=0.0).to(tl.float64)
-                product += x * y
-                power += x * x
-                stored += y * y
-        product = tl.sum(_halved(tl.reshape(product, [_COLUMNS, 1]), 9), 0)
-        power = tl.sum(_halved(tl.reshape(power, [_COLUMNS, 1]), 9), 0)
-        stored = tl.sum(_halved(tl.reshape(stored, [_COLUMNS, 1]), 9), 0)
-        both = power * stored
-        is_alike = (both > 0) & (both < float("inf"))
-        is_alike = is_alike & (product * tl.abs(product) >= both * _float64(theta_bits))
-
+        # What decides besides the cosine, loaded before it is computed.
         seen = tl.load(seen_ptr + b * stride_seen)
         appended = length(seqlens_ptr, b, Lk) - seen
         s = tl.arange(0, SELECTIONS)
         at = stored_count_ptr + b * stride_stored_count_b + s.to(tl.int64) * stride_stored_count_s
         count = tl.max(tl.load(at, mask=s < S, other=-2147483648), 0)
-        is_new = (seen > 0) & (appended >= Lq) & (appended <= max_reuse)
-        reused = is_alike & is_new & (count + appended <= K)
+        is_new = (seen > 0) & (appended >= Lq) & (appended <= max_reuse) & (count + appended <= K)
+    product = tl.zeros([_COLUMNS], tl.float64)
+    power = tl.zeros([_COLUMNS], tl.float64)
+    stored = tl.zeros([_COLUMNS], tl.float64)
+    for start in range(0, N, CHUNKS * _COLUMNS):
+        # Loads of several chunks are on the way at once; chunks past N add nothing.
+        for chunk in tl.static_range(CHUNKS):
+            column = start + chunk * _COLUMNS + tl.arange(0, _COLUMNS)
+            x = _columns(row_ptr, column, D, N, stride_qh, stride_qd)
+            if COPIES:
+                tl.store(query_ptr + b * N + column, x, mask=column < N)
+            if HAS_THETA:
+                y_at = stored_query_ptr + b * stride_stored_query_b
+                y_at = y_at + column.to(tl.int64) * stride_stored_query_column
+                y = tl.load(y_at, mask=column < N, other=0.0).to(tl.float64)
+                x = x.to(tl.float64)
+                product += x * y
+                power += x * x
+                stored += y * y
+    reused = tl.zeros([], tl.int1)
+    if HAS_THETA:
+        # All three side by side.
+        sums = tl.join(tl.join(product, power), tl.join(stored, stored))
+        sums = _halved(tl.reshape(sums, [_COLUMNS, 4]), 9)
+        side = tl.arange(0, 4)
+        product = tl.sum(tl.where(side == 0, sums, 0.0), 0)
+        stored = tl.sum(tl.where(side == 1, sums, 0.0), 0)
+        power = tl.sum(tl.where(side == 2, sums, 0.0), 0)
+        both = power * stored
+        is_alike = (both > 0) & (both < float("inf"))
+        is_alike = is_alike & (product * tl.abs(product) >= both * _float64(theta_bits))
+        reused = is_alike & is_new
     tl.store(reused_ptr + b, reused)
-    tl.store(lengths_ptr + b, tl.where(reused, 0, tl.load(seqlens_ptr + b)))
+    tl.store(lengths_ptr + b, tl.where(reused, 0, given))
 
 
 @triton.jit
@@ -204,12 +213,14 @@ def _keep(
     stride_hits,
     stride_misses,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
     """A block of places of one selection, and a share of what its request stores.
 
     A request that reuses its selection reads what is stored and writes what is fresh, another the
     other way round: no program reads what one beside it writes.
     """
+    after_previous(PDL)
     pid = tl.program_id(0)
     block, row = pid % n_blocks, pid // n_blocks
     s, b = (row % S).to(tl.int64), (row // S).to(tl.int64)
@@ -314,10 +325,10 @@ def decide_launches(
             dict(
                 COPIES=p.Lq == 1,
                 HAS_THETA=theta is not None,
-                CHUNKS=4,
+                CHUNKS=8,
                 SELECTIONS=triton.next_power_of_2(p.S),
             ),
-            4,
+            8,
             1,
         )
     )

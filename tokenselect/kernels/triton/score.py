@@ -25,6 +25,7 @@ from tokenselect.kernels.triton.configs import TABLE, Config
 from tokenselect.kernels.triton.device import (
     LN2,
     LOG2E,
+    after_previous,
     angles,
     capped,
     length,
@@ -88,11 +89,13 @@ def _voters(
     REST: tl.constexpr,
     QUERIES: tl.constexpr,
     LOW_ROWS: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
     """One mean query, as given or turned to AT ("true" or "fixed"), in PARTS that add up to it.
 
     The first `means` of a head are those of its runs of queries; one more is that of all.
     """
+    after_previous(PDL)
     pid = tl.program_id(0)
     v = pid % n_voters
     b = pid // n_voters // Hkv
@@ -234,17 +237,21 @@ def _logits(
     VOTERS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     CHUNKED: tl.constexpr,
+    SIDES: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
     LOW_ROWS: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
     """Logits of one KV head's voters over a share of the tiles; the keys are read once.
 
     PLAIN is the ballot scored with keys as they lie, MOVED the one with keys turned by SIGN times
     their position, -1 for none. If none are turned, they are multiplied in the cache's dtype by
-    PARTS of the queries; else both ballots are scored in float32, from one read.
+    PARTS of the queries; else both ballots are scored in float32, from one read. SIDES: so many
+    parts lie side by side, for one product with each tile; 0 if there is no room for that.
     """
+    after_previous(PDL)
     # KV heads fastest: of token-major pages, neighbours read neighbouring rows.
     pid = tl.program_id(0)
     n_blocks = tl.cdiv(n_voters, VOTERS)
@@ -284,6 +291,12 @@ def _logits(
     if MOVED >= 0:
         moved_factor = tl.load(moved_factor_ptr + query_row, mask=is_voter, other=0.0)
 
+    if SIDES > 0:
+        queries = _queries(
+            q_ptr + b.to(tl.int64) * stride_qb + g.to(tl.int64) * stride_qg,
+            block * VOTERS, n_voters, dims, D,
+            stride_qv, stride_qpart, stride_qd, PARTS, SIDES, VOTERS, DOT,
+        )  # fmt: skip
     plain_max = tl.full([VOTERS], float("-inf"), tl.float32)
     plain_sum = tl.zeros([VOTERS], tl.float32)
     plain_cmax = plain_max
@@ -311,17 +324,21 @@ def _logits(
         is_end = ((tile + 1) % SEGMENT == 0) | (tile + 1 == last_tile)
         segment = tile // SEGMENT
         s = tl.zeros([TILE, VOTERS], tl.float32)
-        if MOVED < 0:
-            if CHUNKED:
-                for first_d in range(0, D, BLOCK_D):
-                    d = first_d + dims
-                    s = _product(
-                        s, head_ptr + offset, is_token, q_row, is_voter, d,
-                        D, stride_d, stride_qd, stride_qpart, PARTS, DOT, PRECISION,
-                    )  # fmt: skip
-            else:
+        if SIDES > 0:
+            keys = _keys(head_ptr + offset, is_token, dims, D, stride_d, DOT)
+            s = tl.dot(keys, queries, input_precision=PRECISION)
+            if SIDES > 1:
+                s = tl.sum(tl.reshape(s, [TILE, SIDES, VOTERS]), 1)
+        elif MOVED < 0 and not CHUNKED:
+            s = _product(
+                s, head_ptr + offset, is_token, q_row, is_voter, dims,
+                D, stride_d, stride_qd, stride_qpart, PARTS, DOT, PRECISION,
+            )  # fmt: skip
+        elif MOVED < 0:
+            for first_d in range(0, D, BLOCK_D):
+                d = first_d + dims
                 s = _product(
-                    s, head_ptr + offset, is_token, q_row, is_voter, dims,
+                    s, head_ptr + offset, is_token, q_row, is_voter, d,
                     D, stride_d, stride_qd, stride_qpart, PARTS, DOT, PRECISION,
                 )  # fmt: skip
         else:
@@ -421,12 +438,7 @@ def _product(
     PRECISION: tl.constexpr,
 ):
     """s (TILE, VOTERS) and the products of dims d of the keys and of each part of the queries."""
-    keys = tl.load(
-        key_row[:, None] + d[None, :] * stride_d,
-        mask=is_token[:, None] & (d < D)[None, :],
-        other=0.0,
-        eviction_policy="evict_first",
-    ).to(DOT)
+    keys = _keys(key_row, is_token, d, D, stride_d, DOT)
     is_query = is_voter[None, :] & (d < D)[:, None]
     for part in tl.static_range(PARTS):
         # The smallest part first.
@@ -434,6 +446,41 @@ def _product(
         queries = tl.load(at, mask=is_query, other=0.0).to(DOT)
         s = tl.dot(keys, queries, s, input_precision=PRECISION)
     return s
+
+
+@triton.jit
+def _keys(key_row, is_token, d, D, stride_d, DOT: tl.constexpr):
+    """Dims d of a tile's keys (TILE, d); they are read once."""
+    return tl.load(
+        key_row[:, None] + d[None, :] * stride_d,
+        mask=is_token[:, None] & (d < D)[None, :],
+        other=0.0,
+        eviction_policy="evict_first",
+    ).to(DOT)
+
+
+@triton.jit
+def _queries(
+    head_ptr,
+    first_voter,
+    n_voters,
+    d,
+    D,
+    stride_qv,
+    stride_qpart,
+    stride_qd,
+    PARTS: tl.constexpr,
+    SIDES: tl.constexpr,
+    VOTERS: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """Dims d of VOTERS queries (d, SIDES * VOTERS): the first part of each, the second, ..."""
+    column = tl.arange(0, SIDES * VOTERS)
+    part, voter = column // VOTERS, first_voter + column % VOTERS
+    at = head_ptr + voter.to(tl.int64) * stride_qv + part.to(tl.int64) * stride_qpart
+    is_query = (voter < n_voters) & (part < PARTS)
+    is_query = is_query[None, :] & (d < D)[:, None]
+    return tl.load(at[None, :] + d[:, None] * stride_qd, mask=is_query, other=0.0).to(DOT)
 
 
 @triton.jit
@@ -505,11 +552,13 @@ def _normalize(
     CANDIDATES: tl.constexpr,
     SEGMENT_TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
     """Add up one voter's segments, in order. norm, in powers of two, is what its softmax takes.
 
     lse (B, Hq), natural, is that of the mean of all queries on the last ballot.
     """
+    after_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     v, group = row % n_voters, row // n_voters
     g, r, b = group % Hkv, group // Hkv % R, group // Hkv // R
@@ -566,51 +615,51 @@ def _vote(
     n_voters,
     n_voting,
     n_tiles,
-    n_blocks,
+    n_programs,
     R: tl.constexpr,
     S: tl.constexpr,
     TILE: tl.constexpr,
     VOTERS: tl.constexpr,
-    BLOCK: tl.constexpr,
     FILLS: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
-    """Votes of a block of candidates: the softmax weights of all voters, KV head by KV head.
+    """Votes of every n_programs-th tile: the softmax weights of all voters, KV head by KV head.
 
-    FILLS: blocks without candidates are filled too.
+    FILLS: tiles without candidates are filled too.
     """
+    after_previous(PDL)
     pid = tl.program_id(0)
-    block, row = pid % n_blocks, pid // n_blocks
+    program, row = pid % n_programs, pid // n_programs
     s, r, b = row % S, row // S % R, row // S // R
     n = length(seqlens_ptr, b, Lk)
     sink_end, local_start = regions(n, Lq, n_sink, n_local)
-    has_candidates = _has_candidates(block, sink_end, local_start, BLOCK)
-    if not FILLS:  # noqa: SIM102  # decided when compiling
-        if not has_candidates:
-            return
-    position = block * BLOCK + tl.arange(0, BLOCK)
-    is_candidate = (position >= sink_end) & (position < local_start)
-    votes = tl.zeros([BLOCK], tl.float32)
-    if has_candidates:
-        many = Hkv // S * n_voting
-        for start in range(0, many, VOTERS):
+    many = Hkv // S * n_voting
+    first_tile, last_tile = sink_end // TILE, tl.cdiv(local_start, TILE)
+    if FILLS:
+        first_tile, last_tile = 0, n_tiles
+    for tile in range(first_tile + program, last_tile, n_programs):
+        place = tl.arange(0, TILE)
+        position = tile * TILE + place
+        is_candidate = (position >= sink_end) & (position < local_start)
+        votes = tl.zeros([TILE], tl.float32)
+        # No voter has kept anything of a tile without candidates.
+        has_candidates = _has_candidates(tile, sink_end, local_start, TILE)
+        for start in range(0, tl.where(has_candidates, many, 0), VOTERS):
             u = start + tl.arange(0, VOTERS)
             is_voter = u < many
             head = (b * R + r) * Hkv + s * (Hkv // S) + u // n_voting
             voter = head.to(tl.int64) * n_voters + u % n_voting
-            # Whole tiles are loaded, so that loads are wide; what is no candidate's is dropped.
-            is_kept = is_voter[:, None] & (position // TILE < n_tiles)[None, :]
-            is_vote = is_kept & is_candidate[None, :]
-            at_tile = voter[:, None] * n_tiles + (position // TILE)[None, :]
-            at = at_tile * TILE + (position % TILE)[None, :]
-            code = tl.load(code_ptr + at, mask=is_kept, other=0).to(tl.int32) << 8
-            code += tl.load(fine_ptr + at, mask=is_kept, other=0).to(tl.int32)
-            top = tl.load(top_ptr + at_tile, mask=is_kept, other=0.0)
-            step = tl.load(step_ptr + at_tile, mask=is_kept, other=0.0)
-            norm = tl.load(norm_ptr + voter, mask=is_voter, other=0.0)[:, None]
-            weight = tl.exp2(top - norm - code.to(tl.float32) * step)
-            votes += tl.sum(tl.where(is_vote & (code != _NONE), weight, 0.0), 0)
-    votes = tl.where(is_candidate, votes, float("-inf"))
-    tl.store(votes_ptr + row.to(tl.int64) * Lk + position, votes, mask=position < Lk)
+            at_tile = voter * n_tiles + tile
+            at = at_tile[:, None] * TILE + place[None, :]
+            code = tl.load(code_ptr + at, mask=is_voter[:, None], other=0).to(tl.int32) << 8
+            code += tl.load(fine_ptr + at, mask=is_voter[:, None], other=0).to(tl.int32)
+            top = tl.load(top_ptr + at_tile, mask=is_voter, other=0.0)
+            step = tl.load(step_ptr + at_tile, mask=is_voter, other=0.0)
+            norm = tl.load(norm_ptr + voter, mask=is_voter, other=float("inf"))
+            weight = tl.exp2((top - norm)[:, None] - code.to(tl.float32) * step[:, None])
+            votes += tl.sum(tl.where(code != _NONE, weight, 0.0), 0)
+        votes = tl.where(is_candidate, votes, float("-inf"))
+        tl.store(votes_ptr + row.to(tl.int64) * Lk + position, votes, mask=position < Lk)
 
 
 @triton.jit
@@ -627,8 +676,10 @@ def _pool(
     n_blocks,
     BLOCK: tl.constexpr,
     FILLS: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
     """The maximum over the candidates at most `reach` away; FILLS as in `_vote`."""
+    after_previous(PDL)
     pid = tl.program_id(0)
     block, row = pid % n_blocks, pid // n_blocks
     n = length(seqlens_ptr, row // rows_per_request, Lk)
@@ -721,7 +772,7 @@ def launches(problem: Problem, arch: str, fills: bool = True) -> tuple[Scores, l
                     QUERIES=min(config.queries, triton.next_power_of_2(p.Lq)),
                     LOW_ROWS=LOW,
                 ),
-                4,
+                8,
                 1,
             )
         )
@@ -741,14 +792,17 @@ def launches(problem: Problem, arch: str, fills: bool = True) -> tuple[Scores, l
     if moved >= 0:
         moved_q, moved_factor = queries(moved, torch.float32, 1)
 
-    block = _voters_at_once(config, moved, n_voters)
+    block = _voters_at_once(config, p, moved, n_voters)
     shared = B * Hkv * math.ceil(n_voters / block)
     n_programs = max(1, config.multiprocessors * config.programs // shared)
     n_programs = min(n_programs, n_segments)
     candidates = p.config.normalize == "candidates"
     in_float32 = _in_float32(p, moved)
     block_d = config.pairs if moved >= 0 else 32 if in_float32 else padded(D)
+    sides = _sides(config, parts, block) if moved < 0 and block_d >= D else 0
     warps = config.float32_warps if in_float32 else config.warps
+    if 0 < sides * block <= 32 and block_d == D and not in_float32:
+        warps = config.few_warps
     stages = config.stages if parts == 1 else config.mean_stages
     stages = stages if block <= 16 else 1
     if in_float32:
@@ -807,6 +861,7 @@ def launches(problem: Problem, arch: str, fills: bool = True) -> tuple[Scores, l
                 VOTERS=block,
                 BLOCK_D=block_d,
                 CHUNKED=block_d < D,
+                SIDES=sides,
                 DOT=launch.dot_dtype(p.q.dtype),
                 PRECISION=config.float32,
                 WIDE=launch.is_wide(p.q, p.k_cache),
@@ -834,21 +889,26 @@ def launches(problem: Problem, arch: str, fills: bool = True) -> tuple[Scores, l
                 many_rows=voter_rows,
                 first_lse_voter=n_voters - G,
             ),
-            dict(R=R, CANDIDATES=candidates, SEGMENT_TOKENS=tile * config.segment, BLOCK=128),
-            1,
+            dict(
+                R=R,
+                CANDIDATES=candidates,
+                SEGMENT_TOKENS=tile * config.segment,
+                BLOCK=config.normalize_block,
+            ),
+            max(1, config.normalize_block // 256),
             1,
         )
     )
+    vote_programs = math.ceil(config.multiprocessors * config.vote_programs / (B * R * S))
+    vote_programs = min(vote_programs, n_tiles)
     pool = min(p.config.pool, 2 * Lk - 1)
     unpooled = votes if pool == 1 else empty(B, R, S, Lk)
-    n_blocks = math.ceil(Lk / config.vote_block)
-    grid = (n_blocks * B * R * S,)
-    lengths: dict[str, Any] = dict(seqlens_ptr=p.cache_seqlens, Lq=p.Lq, Lk=Lk, n_blocks=n_blocks)
+    lengths: dict[str, Any] = dict(seqlens_ptr=p.cache_seqlens, Lq=p.Lq, Lk=Lk)
     lengths |= dict(n_sink=n_sink, n_local=n_local)
     todo.append(
         Launch(
             _vote,
-            grid,
+            (vote_programs * B * R * S,),
             dict(
                 code_ptr=codes,
                 fine_ptr=fine,
@@ -860,26 +920,35 @@ def launches(problem: Problem, arch: str, fills: bool = True) -> tuple[Scores, l
                 n_voters=n_voters,
                 n_voting=n_voting,
                 n_tiles=n_tiles,
+                n_programs=vote_programs,
                 **lengths,
             ),
-            dict(R=R, S=S, TILE=tile, VOTERS=8, BLOCK=config.vote_block, FILLS=fills),
+            dict(
+                R=R,
+                S=S,
+                TILE=tile,
+                VOTERS=min(config.vote_voters, triton.next_power_of_2(Hkv // S * n_voting)),
+                FILLS=fills,
+            ),
             4,
             1,
         )
     )
     if pool > 1:
+        n_blocks = math.ceil(Lk / config.pool_block)
         todo.append(
             Launch(
                 _pool,
-                grid,
+                (n_blocks * B * R * S,),
                 dict(
                     votes_ptr=unpooled,
                     out_ptr=votes,
                     reach=pool // 2,
                     rows_per_request=R * S,
+                    n_blocks=n_blocks,
                     **lengths,
                 ),
-                dict(BLOCK=config.vote_block, FILLS=fills),
+                dict(BLOCK=config.pool_block, FILLS=fills),
                 4,
                 1,
             )
@@ -918,9 +987,17 @@ def _tile(config: Config, problem: Problem, moved: int) -> int:
     return max(16, tile // 2) if _in_float32(problem, moved) else tile
 
 
-def _voters_at_once(config: Config, moved: int, n_voters: int) -> int:
+def _voters_at_once(config: Config, problem: Problem, moved: int, n_voters: int) -> int:
     """Voters that one read of the keys serves: fewer where keys are turned."""
-    return min(16 if moved >= 0 else config.voters, padded(n_voters))
+    if _in_float32(problem, moved):
+        return min(16 if moved >= 0 else config.voters, padded(n_voters))
+    return min(config.voters, max(config.fewest_voters, int(triton.next_power_of_2(n_voters))))
+
+
+def _sides(config: Config, parts: int, voters: int) -> int:
+    """How many parts of the queries lie side by side: a power of two, or 0 if that is too wide."""
+    sides = int(triton.next_power_of_2(parts))
+    return sides if parts == 1 or sides * voters <= config.columns else 0
 
 
 def _in_float32(problem: Problem, moved: int) -> bool:
@@ -943,7 +1020,7 @@ def bytes_moved(problem: Problem, arch: str = "sm_90") -> dict[str, int]:
     n_tiles = math.ceil(p.Lk / tile)
     n_segments = math.ceil(n_tiles / config.segment)
     n_voters = voters // (p.B * p.R * p.Hkv)
-    reads = math.ceil(n_voters / _voters_at_once(config, moved, n_voters))
+    reads = math.ceil(n_voters / _voters_at_once(config, p, moved, n_voters))
     keys = p.B * p.Hkv * p.Lk * p.D * item * reads
     votes = 4 * p.B * p.R * p.S * p.Lk
     moved_bytes = {

@@ -8,7 +8,7 @@ narrow     histogram of the third digit
 tally      how many of each block are above the threshold, and how many on it
 collect    positions in ascending order, after the winners of all blocks before
 
-A key is a vote's bits, so turned that keys order as votes do; its digits have 11, 11 and 10 bits.
+A key is a vote's bits, so turned that keys order as votes do; its digits have 10, 11 and 11 bits.
 A block's shortlist has room for the whole block: votes may tie in any number. The second ballot of
 a split ranks what the first one chose above everything.
 """
@@ -24,13 +24,15 @@ from torch import Tensor
 from tokenselect.contract import Problem, Selection
 from tokenselect.kernels.triton import launch
 from tokenselect.kernels.triton.configs import TABLE
-from tokenselect.kernels.triton.device import length, regions
+from tokenselect.kernels.triton.device import after_previous, length, regions
 from tokenselect.kernels.triton.launch import Launch
 
 # Bins of a row's three histograms, one after the other.
+_FIRST_BINS = tl.constexpr(1024)
 _BINS = tl.constexpr(2048)
-_LAST_BINS = tl.constexpr(1024)
-_ALL_BINS = tl.constexpr(2048 + 2048 + 1024)
+_ALL_BINS = tl.constexpr(1024 + 2048 + 2048)
+# What a kernel tells the next one of a row: twice digits and a number, and once the last key.
+_FOUND = tl.constexpr(6)
 
 
 def select(votes: Tensor, problem: Problem) -> Selection:
@@ -41,7 +43,8 @@ def select(votes: Tensor, problem: Problem) -> Selection:
 
 
 @triton.jit
-def _clear(ptr, size, BLOCK: tl.constexpr):
+def _clear(ptr, size, BLOCK: tl.constexpr, PDL: tl.constexpr = False):
+    after_previous(PDL)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     tl.store(ptr + at, tl.zeros([BLOCK], ptr.dtype.element_ty), mask=at < size)
 
@@ -70,6 +73,16 @@ def _add_counts(histogram_ptr, digit, is_counted, BINS: tl.constexpr):
 
 
 @triton.jit
+def _add_few(histogram_ptr, digit, is_counted, BLOCK: tl.constexpr):
+    """The same of digits that few of a block have: one by one, but for blocks of ties."""
+    if tl.sum(is_counted.to(tl.int32), 0) > BLOCK // 8:
+        _add_counts(histogram_ptr, digit, is_counted, _BINS)
+    else:
+        one = tl.full(digit.shape, 1, tl.int32)
+        tl.atomic_add(histogram_ptr + digit.to(tl.int32), one, mask=is_counted, sem="relaxed")
+
+
+@triton.jit
 def _threshold(histogram_ptr, need, BINS: tl.constexpr):
     """The digit of the need-th largest, and how many of that digit are still needed."""
     bins = tl.arange(0, BINS)
@@ -78,6 +91,20 @@ def _threshold(histogram_ptr, need, BINS: tl.constexpr):
     digit = tl.max(tl.where(reaching >= need, bins, 0), 0)
     above = tl.sum(tl.where(bins > digit, counts, 0), 0)
     return digit.to(tl.uint32), need - above
+
+
+@triton.jit
+def _hand_on(found_ptr, block, digits, need):
+    """Tell the next kernel what each block has found: leading digits of the last winner's key,
+    and how many of those that begin with them win.
+    """
+    tl.store(found_ptr, digits.to(tl.int32, bitcast=True), mask=block == 0)
+    tl.store(found_ptr + 1, need, mask=block == 0)
+
+
+@triton.jit
+def _handed(found_ptr):
+    return tl.load(found_ptr).to(tl.uint32, bitcast=True), tl.load(found_ptr + 1)
 
 
 @triton.jit
@@ -106,8 +133,10 @@ def _count(
     TAKEN: tl.constexpr,
     UNTAKES: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
     """UNTAKES: before the first of several ballots, no candidate is taken."""
+    after_previous(PDL)
     pid = tl.program_id(0)
     block, row = pid % n_blocks, pid // n_blocks
     sink_end, local_start, _ = _row(row, seqlens_ptr, S, Lq, Lk, n_sink, n_local, share)
@@ -117,7 +146,7 @@ def _count(
     is_candidate = (position >= sink_end) & (position < local_start)
     votes_ptr += (row // S).to(tl.int64) * stride_b + (row % S).to(tl.int64) * stride_s
     key = _keys(votes_ptr, taken_ptr, row, position, is_candidate, Lk, stride_j, TAKEN)
-    _add_counts(histogram_ptr + row * _ALL_BINS, key >> 21, is_candidate, _BINS)
+    _add_counts(histogram_ptr + row * _ALL_BINS, key >> 22, is_candidate, _FIRST_BINS)
     if UNTAKES:
         at = taken_ptr + row.to(tl.int64) * Lk + position
         tl.store(at, tl.zeros([BLOCK], tl.int8), mask=is_candidate)
@@ -128,6 +157,7 @@ def _shortlist(
     votes_ptr,
     taken_ptr,
     histogram_ptr,
+    found_ptr,
     keys_ptr,
     positions_ptr,
     sizes_ptr,
@@ -144,26 +174,29 @@ def _shortlist(
     stride_j,
     TAKEN: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
+    after_previous(PDL)
     pid = tl.program_id(0)
     block, row = pid % n_blocks, pid // n_blocks
     sink_end, local_start, need = _row(row, seqlens_ptr, S, Lq, Lk, n_sink, n_local, share)
     if block * BLOCK >= local_start:
         return
     histogram_ptr += row * _ALL_BINS
-    first, _ = _threshold(histogram_ptr, need, _BINS)
+    first, need = _threshold(histogram_ptr, need, _FIRST_BINS)
+    _hand_on(found_ptr + row * _FOUND, block, first, need)
     position = block * BLOCK + tl.arange(0, BLOCK)
     is_candidate = (position >= sink_end) & (position < local_start)
     votes_ptr += (row // S).to(tl.int64) * stride_b + (row % S).to(tl.int64) * stride_s
     key = _keys(votes_ptr, taken_ptr, row, position, is_candidate, Lk, stride_j, TAKEN)
-    is_listed = is_candidate & (key >> 21 >= first)
+    is_listed = is_candidate & (key >> 22 >= first)
     place = tl.cumsum(is_listed.to(tl.int32), 0) - 1
     at = (row.to(tl.int64) * n_blocks + block) * BLOCK + place
     tl.store(keys_ptr + at, key.to(tl.int32, bitcast=True), mask=is_listed)
     tl.store(positions_ptr + at, position, mask=is_listed)
     tl.store(sizes_ptr + row * n_blocks + block, tl.sum(is_listed.to(tl.int32), 0))
-    is_second = is_listed & (key >> 21 == first)
-    _add_counts(histogram_ptr + _BINS, key >> 10 & 2047, is_second, _BINS)
+    is_second = is_listed & (key >> 22 == first)
+    _add_few(histogram_ptr + _FIRST_BINS, key >> 11 & 2047, is_second, BLOCK)
 
 
 @triton.jit
@@ -179,6 +212,7 @@ def _listed(keys_ptr, sizes_ptr, row, block, n_blocks, BLOCK: tl.constexpr):
 @triton.jit
 def _narrow(
     histogram_ptr,
+    found_ptr,
     keys_ptr,
     sizes_ptr,
     seqlens_ptr,
@@ -190,32 +224,29 @@ def _narrow(
     share,
     n_blocks,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
+    after_previous(PDL)
     pid = tl.program_id(0)
     block, row = pid % n_blocks, pid // n_blocks
-    _, local_start, need = _row(row, seqlens_ptr, S, Lq, Lk, n_sink, n_local, share)
+    _, local_start, _ = _row(row, seqlens_ptr, S, Lq, Lk, n_sink, n_local, share)
     if block * BLOCK >= local_start:
         return
     histogram_ptr += row * _ALL_BINS
-    first, need = _threshold(histogram_ptr, need, _BINS)
-    second, need = _threshold(histogram_ptr + _BINS, need, _BINS)
+    found_ptr += row * _FOUND
+    first, need = _handed(found_ptr)
+    second, need = _threshold(histogram_ptr + _FIRST_BINS, need, _BINS)
+    digits = first << 11 | second
+    _hand_on(found_ptr + 2, block, digits, need)
     key, is_listed = _listed(keys_ptr, sizes_ptr, row, block, n_blocks, BLOCK)
-    is_third = is_listed & (key >> 10 == (first << 11 | second))
-    _add_counts(histogram_ptr + 2 * _BINS, key & 1023, is_third, _LAST_BINS)
-
-
-@triton.jit
-def _last_key(histogram_ptr, need):
-    """The key of the last winner, and how many of that very key win."""
-    first, need = _threshold(histogram_ptr, need, _BINS)
-    second, need = _threshold(histogram_ptr + _BINS, need, _BINS)
-    third, need = _threshold(histogram_ptr + 2 * _BINS, need, _LAST_BINS)
-    return first << 21 | second << 10 | third, need
+    is_third = is_listed & (key >> 11 == digits)
+    _add_few(histogram_ptr + _FIRST_BINS + _BINS, key & 2047, is_third, BLOCK)
 
 
 @triton.jit
 def _tally(
     histogram_ptr,
+    found_ptr,
     keys_ptr,
     sizes_ptr,
     above_ptr,
@@ -229,13 +260,19 @@ def _tally(
     share,
     n_blocks,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
+    after_previous(PDL)
     pid = tl.program_id(0)
     block, row = pid % n_blocks, pid // n_blocks
-    _, local_start, need = _row(row, seqlens_ptr, S, Lq, Lk, n_sink, n_local, share)
+    _, local_start, _ = _row(row, seqlens_ptr, S, Lq, Lk, n_sink, n_local, share)
     if block * BLOCK >= local_start:
         return
-    last, need = _last_key(histogram_ptr + row * _ALL_BINS, need)
+    found_ptr += row * _FOUND
+    digits, need = _handed(found_ptr + 2)
+    third, need = _threshold(histogram_ptr + row * _ALL_BINS + _FIRST_BINS + _BINS, need, _BINS)
+    last = digits << 11 | third
+    _hand_on(found_ptr + 4, block, last, need)
     key, is_listed = _listed(keys_ptr, sizes_ptr, row, block, n_blocks, BLOCK)
     at = row * n_blocks + block
     tl.store(above_ptr + at, tl.sum((is_listed & (key > last)).to(tl.int32), 0))
@@ -244,7 +281,7 @@ def _tally(
 
 @triton.jit
 def _collect(
-    histogram_ptr,
+    found_ptr,
     keys_ptr,
     positions_ptr,
     sizes_ptr,
@@ -264,17 +301,19 @@ def _collect(
     n_blocks,
     MARK: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
     """Write the winners of one block, and a share of the sink, the local window and the padding.
 
     Or, before a further ballot, MARK the winners as taken.
     """
+    after_previous(PDL)
     pid = tl.program_id(0)
     block, row = pid % n_blocks, pid // n_blocks
     sink_end, local_start, need = _row(row, seqlens_ptr, S, Lq, Lk, n_sink, n_local, share)
     won = need
     if block * BLOCK < local_start:
-        last, need = _last_key(histogram_ptr + row * _ALL_BINS, need)
+        last, need = _handed(found_ptr + row * _FOUND + 4)
         above = tl.zeros([BLOCK], tl.int32)
         tied = tl.zeros([BLOCK], tl.int32)
         for start in range(0, block, BLOCK):
@@ -323,6 +362,7 @@ def launches(votes: Tensor, problem: Problem, arch: str) -> tuple[Selection, lis
     keys, places = empty(n_rows, n_blocks, block), empty(n_rows, n_blocks, block)
     sizes, above, tied = (empty(n_rows, n_blocks) for _ in range(3))
     histograms = empty(p.R, n_rows, _ALL_BINS.value)
+    found = empty(n_rows, _FOUND.value)
     taken = histograms
     todo = [_cleared(histograms)]
     if p.R > 1:
@@ -350,7 +390,7 @@ def launches(votes: Tensor, problem: Problem, arch: str) -> tuple[Selection, lis
             "stride_j": votes.stride(3),
         }
         counted: dict[str, Any] = {"histogram_ptr": histograms[ballot]}
-        listed: dict[str, Any] = {"keys_ptr": keys, "sizes_ptr": sizes}
+        listed: dict[str, Any] = {"found_ptr": found, "keys_ptr": keys, "sizes_ptr": sizes}
         tallied: dict[str, Any] = {"above_ptr": above, "tied_ptr": tied}
         results: dict[str, Any] = {
             "positions_ptr": places,
@@ -366,7 +406,7 @@ def launches(votes: Tensor, problem: Problem, arch: str) -> tuple[Selection, lis
                 grid,
                 where | voted | counted,
                 ranked | {"UNTAKES": ballot == 0 and not is_last},
-                4,
+                8,
                 1,
             ),
             Launch(
@@ -377,12 +417,12 @@ def launches(votes: Tensor, problem: Problem, arch: str) -> tuple[Selection, lis
                 8,
                 1,
             ),
-            Launch(_narrow, grid, where | counted | listed, sized, 4, 1),
+            Launch(_narrow, grid, where | counted | listed, sized, 8, 1),
             Launch(_tally, grid, where | counted | listed | tallied, sized, 4, 1),
             Launch(
                 _collect,
                 grid,
-                where | counted | listed | tallied | results,
+                where | listed | tallied | results,
                 sized | {"MARK": not is_last},
                 4,
                 1,
@@ -408,13 +448,15 @@ def bytes_moved(problem: Problem) -> dict[str, int]:
     n_rows = p.B * p.S
     votes = 4 * n_rows * p.Lk
     listed = n_rows * min(p.Lk, max(2 * p.config.k, p.Lk // 30))
-    bins, all_bins = 4 * n_rows * _BINS.value, 4 * n_rows * _ALL_BINS.value
+    first_bins, bins, all_bins = (
+        4 * n_rows * size.value for size in (_FIRST_BINS, _BINS, _ALL_BINS)
+    )
     per_ballot = {
-        "count": votes + bins,
-        "shortlist": votes + 8 * listed + 2 * bins,
-        "narrow": 4 * listed + all_bins,
-        "tally": 4 * listed + all_bins,
-        "collect": 8 * listed + all_bins + 4 * n_rows * p.K,
+        "count": votes + first_bins,
+        "shortlist": votes + 8 * listed + first_bins,
+        "narrow": 4 * listed + bins,
+        "tally": 4 * listed + bins,
+        "collect": 8 * listed + 4 * n_rows * p.K,
     }
     moved = {name: size * p.R for name, size in per_ballot.items()}
     return {"clear": p.R * all_bins} | moved
