@@ -192,7 +192,8 @@ def _attend(
     for walk in tl.static_range(2):
         begin = first_place if walk == 0 else clean_place
         end = clean_place if walk == 0 else last_place
-        if walk == 0 or not ONE_QUERY or tl.float16 == DOT:  # decided when compiling
+        # Decided when compiling: float16 has the second alone, a decode of other dtypes the first.
+        if tl.float16 != DOT if walk == 0 else not ONE_QUERY or tl.float16 == DOT:
             for start in tl.range(begin, end, TILE, num_stages=STAGES if walk == 0 else 1):
                 place = start + tl.arange(0, TILE)
                 is_token = place < last_place
@@ -286,18 +287,16 @@ def _attend(
                 largest = new
 
                 if walk == 1:
-                    # Values that are not finite are taken out, and added to the rows that see them
-                    # token by token.
-                    is_finite = _is_finite(values, DOT)
-                    is_odd = tl.max(is_finite.to(tl.int32) ^ 1, 1)
-                    values = tl.where(is_finite, values, 0.0)
+                    # Tokens with values that are not finite are taken out, and added to the rows
+                    # that see them one by one.
+                    is_odd = tl.max(_is_finite(values, DOT).to(tl.int32) ^ 1, 1)
+                    values = tl.where(is_odd[:, None] > 0, 0.0, values)
                     n_odd = tl.sum(is_odd, 0)
                     order = tl.cumsum(is_odd, 0) * is_odd
                     for odd in range(1, n_odd + 1):
                         is_this = order == odd
                         value = tl.sum(tl.where(is_this, v_offset, 0), 0) + dv * v_stride_d
                         value = tl.load(v_head_ptr + value, mask=dv < Dv, other=0.0).to(tl.float32)
-                        value = tl.where(tl.abs(value) < float("inf"), 0.0, value)
                         weight = tl.sum(tl.where(is_this[None, :], weights, 0.0), 1)
                         is_met = tl.sum(tl.where(is_this, position, 0), 0) <= query_position
                         met = weight[:, None] * value[None, :]
@@ -661,7 +660,8 @@ def _tile(config: Config, problem: Problem, moves: bool) -> tuple[int, int, int]
     if (is_wide and in_float32) or moves:
         rows_ = 16
     places = places // 2 if is_wide and in_float32 else places
-    return max(16, rows_), max(16, places), 8
+    warps = 8 if is_wide or in_float32 or rows_ > 16 else 4
+    return max(16, rows_), max(16, places), warps
 
 
 def bytes_moved(problem: Problem, arch: str = "sm_90") -> dict[str, int]:

@@ -64,9 +64,16 @@ class Config(NamedTuple):
 
 
 TABLE = {
-    "sm_80": Config(multiprocessors=108, voters=32),
+    "sm_80": Config(multiprocessors=108, voters=32, vote_voters=16),
     # 99 KiB of shared memory a block.
-    "sm_86": Config(multiprocessors=84, voters=32, stages=2, mean_stages=1, gather_pairs=32),
+    "sm_86": Config(
+        multiprocessors=84,
+        voters=32,
+        stages=2,
+        mean_stages=1,
+        vote_voters=16,
+        gather_pairs=32,
+    ),
     "sm_90": Config(
         multiprocessors=132,
         few_warps=4,
