@@ -76,10 +76,10 @@ TABLE = {
     ),
     "sm_90": Config(
         multiprocessors=132,
+        fewest_voters=16,
         few_warps=4,
         queries=32,
         normalize_block=1024,
-        chunk_stages=3,
         dependent_launch=True,
     ),
     "sm_100": Config(
