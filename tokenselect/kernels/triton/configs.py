@@ -11,7 +11,6 @@ class Config(NamedTuple):
     tile                tokens that `score` multiplies at once, at a head dim of up to 128
     segment             tiles whose sums of weights are kept together
     voters              the most voters that one read of the keys serves
-    fewest_voters       what their number is padded to, at least, in the cache's dtype
     columns             parts of queries that `logits` multiplies side by side, at most
     warps               of `logits`
     few_warps           of `logits` for a decode's voters, where the head dim is a power of two
@@ -30,7 +29,6 @@ class Config(NamedTuple):
     query_rows          query rows that a program of `attend` takes of a chunk
     float32             how a matrix unit multiplies float32: "ieee", or "tf32x3": 22 bits
     split, long_split   selected tokens per program of `attend`, for few query rows and for more
-    chunk_stages        tiles of rows that `attend` has on the way for a chunk, in the cache's dtype
     dependent_launch    whether a kernel may be launched while the previous one runs
     """
 
@@ -39,7 +37,6 @@ class Config(NamedTuple):
     tile: int = 128
     segment: int = 8
     voters: int = 64
-    fewest_voters: int = 8
     columns: int = 32
     warps: int = 8
     few_warps: int = 8
@@ -58,7 +55,6 @@ class Config(NamedTuple):
     query_rows: int = 64
     split: int = 128
     long_split: int = 512
-    chunk_stages: int = 1
     dependent_launch: bool = False
     float32: str = "tf32x3"
 
@@ -76,7 +72,6 @@ TABLE = {
     ),
     "sm_90": Config(
         multiprocessors=132,
-        fewest_voters=16,
         few_warps=4,
         queries=32,
         normalize_block=1024,
@@ -96,7 +91,6 @@ TABLE = {
         multiprocessors=304,
         tile=64,
         voters=16,
-        fewest_voters=16,
         columns=16,
         warps=16,
         few_warps=16,

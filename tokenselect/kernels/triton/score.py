@@ -785,21 +785,20 @@ def launches(problem: Problem, arch: str, fills: bool = True) -> tuple[Scores, l
     needs_voters = plain >= 0 and (p.Lq > 1 or p.moves(p.config.ballots[plain][0]))
     if needs_voters:
         dtype = torch.float32 if moved >= 0 else p.q.dtype
-        parts = 1 if dtype == torch.float32 else 3
+        parts = _parts(p)
         plain_q, plain_factor = queries(plain, dtype, parts)
         strides = {"qb": plain_q.stride(0), "qg": plain_q.stride(1), "qv": plain_q.stride(2)}
         strides |= {"qpart": D, "qd": 1}
     if moved >= 0:
         moved_q, moved_factor = queries(moved, torch.float32, 1)
 
-    block = _voters_at_once(config, p, moved, n_voters)
+    block, sides = _columns(config, p, n_voters)
     shared = B * Hkv * math.ceil(n_voters / block)
     n_programs = max(1, config.multiprocessors * config.programs // shared)
     n_programs = min(n_programs, n_segments)
     candidates = p.config.normalize == "candidates"
     in_float32 = _in_float32(p, moved)
     block_d = config.pairs if moved >= 0 else 32 if in_float32 else padded(D)
-    sides = _sides(config, parts, block) if moved < 0 and block_d >= D else 0
     warps = config.float32_warps if in_float32 else config.warps
     if 0 < sides * block <= 32 and block_d == D and not in_float32:
         warps = config.few_warps
@@ -861,7 +860,7 @@ def launches(problem: Problem, arch: str, fills: bool = True) -> tuple[Scores, l
                 VOTERS=block,
                 BLOCK_D=block_d,
                 CHUNKED=block_d < D,
-                SIDES=sides,
+                SIDES=sides if block_d >= D else 0,
                 DOT=launch.dot_dtype(p.q.dtype),
                 PRECISION=config.float32,
                 WIDE=launch.is_wide(p.q, p.k_cache),
@@ -987,17 +986,27 @@ def _tile(config: Config, problem: Problem, moved: int) -> int:
     return max(16, tile // 2) if _in_float32(problem, moved) else tile
 
 
-def _voters_at_once(config: Config, problem: Problem, moved: int, n_voters: int) -> int:
-    """Voters that one read of the keys serves: fewer where keys are turned."""
-    if _in_float32(problem, moved):
-        return min(16 if moved >= 0 else config.voters, padded(n_voters))
-    return min(config.voters, max(config.fewest_voters, int(triton.next_power_of_2(n_voters))))
+def _columns(config: Config, problem: Problem, n_voters: int) -> tuple[int, int]:
+    """Voters that one read of the keys serves, and how many of their parts lie side by side.
 
-
-def _sides(config: Config, parts: int, voters: int) -> int:
-    """How many parts of the queries lie side by side: a power of two, or 0 if that is too wide."""
+    0 parts do where the product would be too wide: then each takes a product of its own.
+    """
+    _, moved, _ = _ballots(problem)
+    if moved >= 0:  # turned keys take more room
+        return min(16, padded(n_voters)), 0
+    parts = _parts(problem)
     sides = int(triton.next_power_of_2(parts))
-    return sides if parts == 1 or sides * voters <= config.columns else 0
+    narrow = max(8, int(triton.next_power_of_2(n_voters)))
+    if parts > 1 and sides * narrow <= config.columns:
+        return narrow, sides
+    return min(config.voters, padded(n_voters)), 1 if parts == 1 else 0
+
+
+def _parts(problem: Problem) -> int:
+    """Numbers of the cache's dtype that add up to one of a query that is scored."""
+    plain, moved, _ = _ballots(problem)
+    is_given = problem.Lq == 1 and not problem.moves(problem.config.ballots[plain][0])
+    return 1 if is_given or _in_float32(problem, moved) else 3
 
 
 def _in_float32(problem: Problem, moved: int) -> bool:
@@ -1020,7 +1029,7 @@ def bytes_moved(problem: Problem, arch: str = "sm_90") -> dict[str, int]:
     n_tiles = math.ceil(p.Lk / tile)
     n_segments = math.ceil(n_tiles / config.segment)
     n_voters = voters // (p.B * p.R * p.Hkv)
-    reads = math.ceil(n_voters / _voters_at_once(config, p, moved, n_voters))
+    reads = math.ceil(n_voters / _columns(config, p, n_voters)[0])
     keys = p.B * p.Hkv * p.Lk * p.D * item * reads
     votes = 4 * p.B * p.R * p.S * p.Lk
     moved_bytes = {
