@@ -102,7 +102,7 @@ def poison(problem, cache: torch.Tensor, selection: Selection, value: float) -> 
     Chosen(Case(lengths=(40, 7), Lq=5), 1.0, 0),
     Chosen(Case(lengths=(40,), Lq=2, page_size=2, G=3), 1.0, 1),
 )
-def a_query_sees_nothing_after_itself(backend: Backend, drawn: Chosen) -> None:
+def the_newest_value_leaves_earlier_queries_as_they_were(backend: Backend, drawn: Chosen) -> None:
     """NaN and inf in the newest token's value leave the call's earlier queries as they were."""
     problem, *selection = drawn.make()
     able(backend, problem)

@@ -1329,9 +1329,11 @@ def test_a_whole_model_is_measured_and_shown(capsys: pytest.CaptureFixture[str])
     pytest.importorskip("transformers")
     assert model.main(["--dry-run", "--backend", "cpu"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert [side["name"] for side in found["sides"]][:2] == [model.STOCK, model.DENSE]
-    assert len(found["sides"]) == 4
-    assert len(found["ratios"]) == 5
+    assert [side["name"] for side in found["sides"]][:3] == [model.STOCK, *model.DENSE]
+    assert len(found["sides"]) == 5
+    fastest = {ratio["over"] for ratio in found["ratios"]} - {model.STOCK}
+    assert len(fastest) == 1
+    assert fastest < set(model.DENSE)
     text = "\n".join(page._model(found))
     for side in found["sides"]:
         assert f"| {side['name']} | {side['median_ms']:.2f}" in text
