@@ -35,9 +35,9 @@ lower than the first way's of the table. *Agreement* is the share of tokens with
 next one. Intervals are of 95 %: Wilson's for shares, and for means those of samples drawn from the
 documents themselves, which come out too narrow where documents are few.
 
-**What is causal.** Queries of a chunk choose together what all of them attend to, so in a prompt that
-is read sparsely the logits of a token depend on later tokens of its chunk: *sparse* figures, whose
-counted tokens are such, are not those of a causal model, and neither is a log-likelihood taken from
+**What is causal.** Queries of a chunk choose together what all of them attend to, so in a prompt
+that is read sparsely the logits of a token depend on later tokens of its chunk. *Sparse* figures
+count such tokens: they are not those of a causal model, and neither is a log-likelihood taken from
 such a prompt. Tokens that are fed one by one are causal: *decode*, *reuse* and *mass*, after a
 dense prefill, and the answers of *needles* once the prompt has been read.
 
