@@ -4,6 +4,7 @@ On a GPU it runs there, else in Triton's interpreter (see conftest.py). The laws
 hold for it in test_laws.py.
 """
 
+import ast
 import contextlib
 import faulthandler
 import os
@@ -156,6 +157,23 @@ def test_frequencies_changed_in_place_are_not_remembered(triton: Backend) -> Non
     expected = stages(BACKEND, fresh)
     for name, result in stages(BACKEND, problem).items():
         same(BACKEND, name, expected[name], result)
+
+
+def test_every_kernel_waits_for_the_one_before_it() -> None:
+    """With programmatic dependent launch, nothing may be loaded or stored before; see `PDL`."""
+    from tokenselect.kernels import triton as package
+
+    waiting, called = set(), set()
+    for path in Path(package.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "Launch":
+                called.add(ast.unparse(node.args[0]))
+            if isinstance(node, ast.FunctionDef) and "PDL" in [arg.arg for arg in node.args.args]:
+                first = node.body[bool(ast.get_docstring(node))]
+                if ast.unparse(first) == "after_previous(PDL)":
+                    waiting.add(node.name)
+    assert len(called) > 10
+    assert called == waiting
 
 
 # --- addresses --------------------------------------------------------------------------------

@@ -296,7 +296,7 @@ def run_here(
     folder: Path, *more: str, run_gate: Any = green_gate, found: dict[str, Any] | None = None
 ) -> tuple[int, dict[str, Any]]:
     """A dry run in this process, with what the measurement of a whole model found."""
-    found = found or {"error": "left out"}
+    found = found or {"left_out": "by this test"}
     arguments = ["--dry-run", "--seconds", "100", "--out", str(folder), *more]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command, "facts", lambda _: Cpu().facts() | host())
@@ -1337,7 +1337,32 @@ def test_a_whole_model_is_measured_and_shown(capsys: pytest.CaptureFixture[str])
     text = "\n".join(page._model(found))
     for side in found["sides"]:
         assert f"| {side['name']} | {side['median_ms']:.2f}" in text
-    assert "Not measured: no transformers" in "\n".join(page._model({"error": "no transformers"}))
+        assert f"  {side['name']:44} {side['median_ms']:8.2f}" in report.model_table(
+            found, ratios=True
+        )
+    assert "Not measured: no room" in "\n".join(page._model({"left_out": "no room"}))
+
+
+def test_a_model_is_measured_in_a_process_whose_end_is_not_overlooked() -> None:
+    pytest.importorskip("transformers")
+    asked = command.arguments(["--dry-run"])
+    assert "sides" in command.whole_model(asked, 100.0)
+    asked.backend = "no_such_module:BACKEND"
+    assert "No module named 'no_such_module'" in command.whole_model(asked, 100.0)["wrong"]
+
+
+def test_a_dense_attention_that_is_wrong_in_a_deep_layer_is_found(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("transformers")
+    dense = model._dense
+
+    def wrong(kind: Any) -> Any:
+        return lambda layer, q, k, v: dense(kind)(layer, q, k, v) * (1 - layer)
+
+    monkeypatch.setattr(model, "_dense", wrong)
+    assert model.main(["--dry-run", "--backend", "cpu"]) == 1
+    assert "layer 1 is" in json.loads(capsys.readouterr().out.splitlines()[-1])["wrong"]
 
 
 @pytest.mark.parametrize("stage", ["attend", "reuse"])
@@ -1364,12 +1389,12 @@ def test_a_model_whose_plans_are_wrong_is_not_shown_as_measured(
     assert model.main(["--dry-run", "--backend", name]) == 1
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     expected = {"attend": "far from those of attention", "reuse": "did not reuse"}
-    assert expected[stage] in found["not_equivalent"]
+    assert expected[stage] in found["wrong"]
 
 
 @pytest.mark.usefixtures("two_cells")
 def test_a_wrong_model_turns_the_run_red(tmp_path: Path) -> None:
-    code, found = run_here(tmp_path, found={"not_equivalent": "far away"})
+    code, found = run_here(tmp_path, found={"wrong": "far away"})
     assert code == 1
     assert found["wrong"] == [{"cell": "a whole model", "why": "far away"}]
     assert found["cells"][0]["ratios"] == []

@@ -183,9 +183,10 @@ def _model(model: dict[str, Any] | None) -> list[str]:
         f"A Llama of {model['layers']} layers with random weights (hidden size {model['hidden']}, "
         f"intermediate size {model['intermediate']}, heads {model['heads']}), in transformers "
         f"{model['transformers']}: one token after {model['n'] - 1} cached ones, {config}; medians "
-        f"of {model['rounds']}. *Captured*: the whole step is one graph. *Reused*: every layer "
-        "reuses its selection. The logits of the selected ways are those of `attention` bit for "
-        "bit."
+        f"of {model['rounds']}. *Captured*: the whole step is one graph, launched while the device "
+        "is busy. *Stock*: called from Python on an idle device, over a cache that is copied for "
+        "every token. *Reused*: every layer reuses its selection. On a GPU the logits of the "
+        "selected ways are those of `attention` bit for bit."
     )
     names = list(dict.fromkeys(ratio["over"] for ratio in model["ratios"]))
     rows = []

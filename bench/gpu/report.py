@@ -234,7 +234,7 @@ def model_table(model: dict[str, Any], *, ratios: bool) -> str:
     """A line for each way a whole model attends: milliseconds a token."""
     if "sides" not in model:
         return f"  a whole model was not measured: {', '.join(model.values())}"
-    lines = [f"  a model of {model['layers']} layers, {model['n']} tokens cached, ms a token:"]
+    lines = [f"  a model of {model['layers']} layers, {model['n']} tokens attended to, ms a token:"]
     for side in model["sides"]:
         line = f"  {side['name']:44} {side['median_ms']:8.2f}"
         for ratio in model["ratios"] if ratios else ():

@@ -11,9 +11,8 @@ class Config(NamedTuple):
     tile                tokens that `score` multiplies at once, at a head dim of up to 128
     segment             tiles whose sums of weights are kept together
     voters              the most voters that one read of the keys serves
-    columns             parts of queries that `logits` multiplies side by side, at most
     warps               of `logits`
-    few_warps           of `logits` for a decode's voters, where the head dim is a power of two
+    few_warps           of `logits` for up to 32 voters of a decode, if D is a power of two
     float32_warps       of `logits`, where it multiplies in float32
     stages              tiles whose keys `logits` has on the way, in the cache's dtype
     mean_stages         likewise for mean queries, which take three times the room of others
@@ -37,7 +36,6 @@ class Config(NamedTuple):
     tile: int = 128
     segment: int = 8
     voters: int = 64
-    columns: int = 32
     warps: int = 8
     few_warps: int = 8
     float32_warps: int = 8
@@ -91,7 +89,6 @@ TABLE = {
         multiprocessors=304,
         tile=64,
         voters=16,
-        columns=16,
         warps=16,
         few_warps=16,
         float32_warps=16,

@@ -237,7 +237,7 @@ def _logits(
     VOTERS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     CHUNKED: tl.constexpr,
-    SIDES: tl.constexpr,
+    HOISTED: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
@@ -248,8 +248,8 @@ def _logits(
 
     PLAIN is the ballot scored with keys as they lie, MOVED the one with keys turned by SIGN times
     their position, -1 for none. If none are turned, they are multiplied in the cache's dtype by
-    PARTS of the queries; else both ballots are scored in float32, from one read. SIDES: so many
-    parts lie side by side, for one product with each tile; 0 if there is no room for that.
+    PARTS of the queries; else both ballots are scored in float32, from one read. HOISTED: one part
+    of all dims, loaded once for all tiles.
     """
     after_previous(PDL)
     # KV heads fastest: of token-major pages, neighbours read neighbouring rows.
@@ -291,12 +291,9 @@ def _logits(
     if MOVED >= 0:
         moved_factor = tl.load(moved_factor_ptr + query_row, mask=is_voter, other=0.0)
 
-    if SIDES > 0:
-        queries = _queries(
-            q_ptr + b.to(tl.int64) * stride_qb + g.to(tl.int64) * stride_qg,
-            block * VOTERS, n_voters, dims, D,
-            stride_qv, stride_qpart, stride_qd, PARTS, SIDES, VOTERS, DOT,
-        )  # fmt: skip
+    if HOISTED:
+        at = q_row[None, :] + dims[:, None] * stride_qd
+        queries = tl.load(at, mask=is_voter[None, :] & (dims < D)[:, None], other=0.0).to(DOT)
     plain_max = tl.full([VOTERS], float("-inf"), tl.float32)
     plain_sum = tl.zeros([VOTERS], tl.float32)
     plain_cmax = plain_max
@@ -324,11 +321,9 @@ def _logits(
         is_end = ((tile + 1) % SEGMENT == 0) | (tile + 1 == last_tile)
         segment = tile // SEGMENT
         s = tl.zeros([TILE, VOTERS], tl.float32)
-        if SIDES > 0:
+        if HOISTED:
             keys = _keys(head_ptr + offset, is_token, dims, D, stride_d, DOT)
-            s = tl.dot(keys, queries, input_precision=PRECISION)
-            if SIDES > 1:
-                s = tl.sum(tl.reshape(s, [TILE, SIDES, VOTERS]), 1)
+            s = tl.dot(keys, queries, s, input_precision=PRECISION)
         elif MOVED < 0 and not CHUNKED:
             s = _product(
                 s, head_ptr + offset, is_token, q_row, is_voter, dims,
@@ -457,30 +452,6 @@ def _keys(key_row, is_token, d, D, stride_d, DOT: tl.constexpr):
         other=0.0,
         eviction_policy="evict_first",
     ).to(DOT)
-
-
-@triton.jit
-def _queries(
-    head_ptr,
-    first_voter,
-    n_voters,
-    d,
-    D,
-    stride_qv,
-    stride_qpart,
-    stride_qd,
-    PARTS: tl.constexpr,
-    SIDES: tl.constexpr,
-    VOTERS: tl.constexpr,
-    DOT: tl.constexpr,
-):
-    """Dims d of VOTERS queries (d, SIDES * VOTERS): the first part of each, the second, ..."""
-    column = tl.arange(0, SIDES * VOTERS)
-    part, voter = column // VOTERS, first_voter + column % VOTERS
-    at = head_ptr + voter.to(tl.int64) * stride_qv + part.to(tl.int64) * stride_qpart
-    is_query = (voter < n_voters) & (part < PARTS)
-    is_query = is_query[None, :] & (d < D)[:, None]
-    return tl.load(at[None, :] + d[:, None] * stride_qd, mask=is_query, other=0.0).to(DOT)
 
 
 @triton.jit
@@ -785,14 +756,14 @@ def launches(problem: Problem, arch: str, fills: bool = True) -> tuple[Scores, l
     needs_voters = plain >= 0 and (p.Lq > 1 or p.moves(p.config.ballots[plain][0]))
     if needs_voters:
         dtype = torch.float32 if moved >= 0 else p.q.dtype
-        parts = _parts(p)
+        parts = 1 if dtype == torch.float32 else 3
         plain_q, plain_factor = queries(plain, dtype, parts)
         strides = {"qb": plain_q.stride(0), "qg": plain_q.stride(1), "qv": plain_q.stride(2)}
         strides |= {"qpart": D, "qd": 1}
     if moved >= 0:
         moved_q, moved_factor = queries(moved, torch.float32, 1)
 
-    block, sides = _columns(config, p, n_voters)
+    block = _voters_at_once(config, moved, n_voters)
     shared = B * Hkv * math.ceil(n_voters / block)
     n_programs = max(1, config.multiprocessors * config.programs // shared)
     n_programs = min(n_programs, n_segments)
@@ -800,7 +771,8 @@ def launches(problem: Problem, arch: str, fills: bool = True) -> tuple[Scores, l
     in_float32 = _in_float32(p, moved)
     block_d = config.pairs if moved >= 0 else 32 if in_float32 else padded(D)
     warps = config.float32_warps if in_float32 else config.warps
-    if 0 < sides * block <= 32 and block_d == D and not in_float32:
+    is_hoisted = moved < 0 and parts == 1 and D <= block_d <= 128
+    if is_hoisted and block <= 32 and block_d == D and not in_float32:
         warps = config.few_warps
     stages = config.stages if parts == 1 else config.mean_stages
     stages = stages if block <= 16 else 1
@@ -860,7 +832,7 @@ def launches(problem: Problem, arch: str, fills: bool = True) -> tuple[Scores, l
                 VOTERS=block,
                 BLOCK_D=block_d,
                 CHUNKED=block_d < D,
-                SIDES=sides if block_d >= D else 0,
+                HOISTED=is_hoisted,
                 DOT=launch.dot_dtype(p.q.dtype),
                 PRECISION=config.float32,
                 WIDE=launch.is_wide(p.q, p.k_cache),
@@ -986,27 +958,9 @@ def _tile(config: Config, problem: Problem, moved: int) -> int:
     return max(16, tile // 2) if _in_float32(problem, moved) else tile
 
 
-def _columns(config: Config, problem: Problem, n_voters: int) -> tuple[int, int]:
-    """Voters that one read of the keys serves, and how many of their parts lie side by side.
-
-    0 parts do where the product would be too wide: then each takes a product of its own.
-    """
-    _, moved, _ = _ballots(problem)
-    if moved >= 0:  # turned keys take more room
-        return min(16, padded(n_voters)), 0
-    parts = _parts(problem)
-    sides = int(triton.next_power_of_2(parts))
-    narrow = max(8, int(triton.next_power_of_2(n_voters)))
-    if parts > 1 and sides * narrow <= config.columns:
-        return narrow, sides
-    return min(config.voters, padded(n_voters)), 1 if parts == 1 else 0
-
-
-def _parts(problem: Problem) -> int:
-    """Numbers of the cache's dtype that add up to one of a query that is scored."""
-    plain, moved, _ = _ballots(problem)
-    is_given = problem.Lq == 1 and not problem.moves(problem.config.ballots[plain][0])
-    return 1 if is_given or _in_float32(problem, moved) else 3
+def _voters_at_once(config: Config, moved: int, n_voters: int) -> int:
+    """Voters that one read of the keys serves: fewer where keys are turned."""
+    return min(16 if moved >= 0 else config.voters, padded(n_voters))
 
 
 def _in_float32(problem: Problem, moved: int) -> bool:
@@ -1029,7 +983,7 @@ def bytes_moved(problem: Problem, arch: str = "sm_90") -> dict[str, int]:
     n_tiles = math.ceil(p.Lk / tile)
     n_segments = math.ceil(n_tiles / config.segment)
     n_voters = voters // (p.B * p.R * p.Hkv)
-    reads = math.ceil(n_voters / _columns(config, p, n_voters)[0])
+    reads = math.ceil(n_voters / _voters_at_once(config, moved, n_voters))
     keys = p.B * p.Hkv * p.Lk * p.D * item * reads
     votes = 4 * p.B * p.R * p.S * p.Lk
     moved_bytes = {
