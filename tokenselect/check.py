@@ -109,16 +109,16 @@ def draw(kind: str, seed: int) -> Problem:
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(given["dtype"])
+        return torch.randn(*shape, generator=generator, device="cpu").to(given["dtype"])
 
     B, Hkv, Lk, D = (given[name] for name in ("B", "Hkv", "Lk", "D"))
     q = 2 * normal(B, given["Hq"], given["Lq"], D)
     caches = [normal(B, Hkv, Lk, width) for width in (D, given["Dv"])]
     if given.get("ties"):  # whole numbers, and the same seven keys over and over
-        q, caches[0] = q.round(), caches[0].round()[:, :, torch.arange(Lk) % 7]
-    drawn = torch.randint(Lk // 2, Lk + 1, (B,), generator=generator)
-    n = torch.tensor(given["lengths"]) if "lengths" in given else drawn
-    absent = torch.arange(Lk) >= n[:, None]  # (B, Lk)
+        q, caches[0] = q.round(), caches[0].round()[:, :, torch.arange(Lk, device="cpu") % 7]
+    drawn = torch.randint(Lk // 2, Lk + 1, (B,), generator=generator, device="cpu")
+    n = torch.tensor(given["lengths"], device="cpu") if "lengths" in given else drawn
+    absent = torch.arange(Lk, device="cpu") >= n[:, None]  # (B, Lk)
     caches = [x.masked_fill(absent[:, None, :, None], torch.nan) for x in caches]
     block_table = None
     if "page_size" in given:
@@ -126,7 +126,8 @@ def draw(kind: str, seed: int) -> Problem:
     sink_logits = normal(given["Hq"]) if given.get("sinks") else None
     rope = None
     if "rope" in given:
-        rope = Rope(1e4 ** (-torch.arange(0, D, 2).double() / D), cached=given["rope"])
+        pair = torch.arange(0, D, 2, device="cpu").double()
+        rope = Rope(1e4 ** (-pair / D), cached=given["rope"])
     return Problem.build(
         q,
         caches[0],
@@ -147,7 +148,8 @@ def _paged(
     B, _, Lk, _ = caches[0].shape
     max_pages = Lk // page_size
     n_pages = B * max_pages + 2
-    block_table = torch.randperm(n_pages, generator=generator)[:-2].view(B, max_pages)
+    pages = torch.randperm(n_pages, generator=generator, device="cpu")
+    block_table = pages[:-2].view(B, max_pages)
     pools = []
     for x in caches:
         pool = x.new_full((n_pages, page_size, x.shape[1], x.shape[3]), torch.nan)
@@ -159,13 +161,13 @@ def _paged(
 def poisoned(problem: Problem, selection: Selection) -> Problem:
     """The same problem with NaN in every row that is not selected."""
     rows = problem.v_cache.shape[0] * problem.page_size  # of a paged cache, or B * Lk
-    b = torch.arange(problem.B)[:, None, None].expand_as(selection.positions)
+    b = torch.arange(problem.B, device="cpu")[:, None, None].expand_as(selection.positions)
     chosen = selection.positions >= 0
     b, position = b[chosen], selection.positions[chosen].long()
     page = b
     if problem.block_table is not None:
         page = problem.block_table[b, position // problem.page_size].long()
-    kept = torch.zeros(rows, dtype=torch.bool)
+    kept = torch.zeros(rows, dtype=torch.bool, device="cpu")
     kept[page * problem.page_size + position % problem.page_size] = True
     shape = (-1, 1, problem.Lk, 1) if problem.block_table is None else (-1, problem.page_size, 1, 1)
     return replace(
