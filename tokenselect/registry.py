@@ -125,6 +125,33 @@ def _refusal(name: object) -> tuple[str, str, str] | None:
 load._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def named(asked: str) -> str:
+    """The name of a backend that is asked for by it, or as "package.module:ATTRIBUTE".
+
+    That is imported, and registered if it is not. Raises InvalidProblem if it is no Backend, or
+    another one has its name.
+    """
+    if ":" not in asked or asked in backends():
+        return asked
+    module, _, attribute = asked.partition(":")
+    backend = getattr(importlib.import_module(module), attribute)
+    if not isinstance(backend, Backend):
+        raise InvalidProblem(
+            f"{asked} is a {type(backend).__name__}",
+            "what is asked for as package.module:ATTRIBUTE is a tokenselect.Backend",
+            "name the module's Backend",
+        )
+    if backend.name not in _targets:
+        register(backend.name, backend)
+    elif resolved(backend) != load(backend.name):
+        raise InvalidProblem(
+            f"{asked} has the name {backend.name!r}",
+            "another backend is registered under that name",
+            "give it a name of its own",
+        )
+    return backend.name
+
+
 def _import(name: str, target: str | Backend) -> Backend:
     if isinstance(target, str):
         module, _, attribute = target.partition(":")
