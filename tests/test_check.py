@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tests import fresh
-from tokenselect import check, registry
+from tokenselect import Backend, Capability, check, registry
+from tokenselect.budgets import Finding
 
 PLANTED = """
 import dataclasses, sys
@@ -89,9 +90,73 @@ def test_all_is_right_here() -> None:
         found = section(done.stdout, backend)
         assert list(found) == list(check.KINDS)
         assert all(re.fullmatch(r"ok +0\.\d{3}( +\w+)?", what) for what in found.values()), found
+    if not torch.cuda.is_available():
+        *found, more = section(done.stdout, "triton")
+        assert found == list(check.INTERPRETED)
+        assert more == f"{len(check.KINDS) - len(found)} other kinds"
     last = done.stdout.splitlines()[-1]
     assert last.startswith("all right: ")
     assert f"cpu {len(check.KINDS)} problems" in last
+
+
+@pytest.mark.parametrize("thorough", [True, False])
+def test_an_interpreter_gets_few_problems_or_all(
+    thorough: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+    monkeypatch.setattr(check, "is_interpreted", lambda _: True)
+    monkeypatch.setattr(
+        check,
+        "judge",
+        lambda name, kind, *_: ran.append(kind) or check.Outcome("", Finding(0.0, "")),
+    )
+    assert check.main(["--backend", "cpu", *["--thorough"] * thorough]) == 0
+    assert ran == list(check.KINDS if thorough else check.INTERPRETED)
+
+
+def test_what_uses_triton_on_the_cpu_is_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    stages = "triton", "triton", "triton"
+    borrower = registry.resolved(Backend("borrower", Capability(), *stages))
+    assert check.is_interpreted(borrower)
+    assert check.where(borrower) == "cpu, interpreted"
+    assert not check.is_interpreted(registry.load("cpu"))
+
+
+def test_a_module_s_attribute(tmp_path: Path) -> None:
+    (tmp_path / "theirs.py").write_text(
+        "from tokenselect import Backend, Capability\n"
+        "MINE = Backend('mine', Capability(), 'cpu', 'cpu', 'cpu')\n"
+        "CPU = Backend('cpu', Capability(), 'reference', 'reference', 'reference')\n"
+        "NUMBER = 3\n"
+    )
+    targets = (
+        "theirs:MINE",
+        "tokenselect.kernels.cpu:BACKEND",
+        "theirs:CPU",
+        "theirs:NUMBER",
+        "no:B",
+    )
+    named = [x for target in targets for x in ("--backend", target)]
+    done = fresh.run(
+        "import sys\n"
+        "from tokenselect import check\n"
+        "check.KINDS = {'decode': {}}\n"
+        f"sys.exit(check.main({named!r}))\n",
+        tmp_path,
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    for name in ("mine", "cpu"):
+        assert section(done.stdout, name)["decode"].startswith("ok")
+    for why in (
+        "theirs:CPU  not available: InvalidProblem: theirs:CPU has the name 'cpu'",
+        "theirs:NUMBER not available: InvalidProblem: theirs:NUMBER is a int",
+        "no:B        not available: ModuleNotFoundError: No module named 'no'",
+    ):
+        assert why in done.stdout
+    assert done.stdout.splitlines()[-1].startswith(
+        "WRONG: theirs:CPU is not available; theirs:NUMBER is not available; no:B is not available"
+    )
 
 
 def test_one_backend_other_seeds() -> None:

@@ -1,10 +1,14 @@
 """The arithmetic of the contract: regions, ballots, capacity, presets, and what Problem derives."""
 
 import dataclasses
+from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from tests.problems import SMALL, lengths, paged, problem, rope, tensors
 from tokenselect import (
@@ -13,6 +17,7 @@ from tokenselect import (
     InvalidProblem,
     Problem,
     SelectConfig,
+    SelectionCache,
     attention,
     reasons,
     score,
@@ -196,6 +201,42 @@ def test_scales() -> None:
     assert (p.scale, p.select_scale) == (2.0, 1.0)
     assert isinstance(p.scale, float)
     assert isinstance(p.select_scale, float)
+
+
+@pytest.mark.parametrize("integer", [np.int64, np.uint8, np.array, torch.tensor])
+@pytest.mark.parametrize("number", [np.float64, np.float32, np.array, torch.tensor])
+def test_numbers_of_numpy_and_tensors_without_a_dimension_are_numbers(
+    integer: Callable[[int], Any], number: Callable[[float], Any]
+) -> None:
+    integers = {"k": 5, "n_sink": 2, "n_local": 4, "pool": 3, "n_query_means": 1}
+    numbers = {"select_scale": 0.5, "fixed_share": 0.25}
+    config = {name: integer(value) for name, value in integers.items()}
+    config |= {name: number(value) for name, value in numbers.items()}
+    expected = SelectConfig(**(integers | numbers))
+    assert SelectConfig(**config) == expected
+    assert {type(SelectConfig(**config)[name]) for name in config} == {int, float}
+
+    p = problem(config=config, scale=number(0.5), softcap=number(2.0), max_reuse=integer(3))
+    assert (p.scale, p.softcap, p.max_reuse, p.config) == (0.5, 2.0, 3, expected)
+    assert repr(problem(scale=integer(2)).scale) == "2.0"
+    assert repr(rope(scaling=number(1.5)).scaling) == "1.5"
+    cache = SelectionCache(theta=number(0.5), max_reuse=integer(3))
+    assert repr(cache) == "SelectionCache(theta=0.5, max_reuse=3; not used yet)"
+
+    def call(cache: SelectionCache, **factors: Any) -> Tensor:
+        given = {"cache": cache, "rope": rope(scaling=factors.pop("scaling"))} | factors
+        return attention(*tensors(), **given)
+
+    got = call(cache, **config, scale=number(0.5), softcap=number(2.0), scaling=number(1.5))
+    plain = {"scale": 0.5, "softcap": 2.0, "scaling": 1.5}
+    assert torch.equal(got, call(SelectionCache(0.5, 3), **integers, **numbers, **plain))
+    cache.reset(integer(1))
+    assert cache.misses.tolist() == [1, 0]
+
+
+def test_a_scale_with_a_gradient_is_a_number_where_none_is_recorded() -> None:
+    with torch.no_grad():
+        assert problem(scale=torch.tensor(0.5, requires_grad=True)).scale == 0.5
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -309,10 +310,17 @@ CASES: dict[str, Case] = {
     "k_negative": Case(lambda: call(k=-1), ("k=-1",)),
     "k_float": Case(lambda: call(k=2.0), ("k=2.0",)),
     "k_bool": Case(lambda: call(k=True), ("k=True",)),
+    "k_numpy_float": Case(lambda: call(k=np.float64(2.0)), ("k=2.0",)),
+    "k_numpy_bool": Case(lambda: call(k=np.bool_(True)), ("k=True",)),
+    "k_tensor_of_a_float": Case(lambda: call(k=torch.tensor(2.0)), ("k=2.0",)),
+    "k_tensor_of_a_bool": Case(lambda: call(k=torch.tensor(True)), ("k=True",)),
+    "k_tensor_elsewhere": Case(
+        lambda: call(k=torch.tensor(4, device=META)), ("k=tensor(", "device='meta'")
+    ),
     "k_string": Case(lambda: call(k="4"), ("k='4'",)),
     "k_none": Case(lambda: call(k=None), ("k=None",)),
     "k_nan": Case(lambda: call(k=math.nan), ("k=nan",)),
-    "k_tensor": Case(lambda: call(k=torch.tensor(4)), ("k=tensor(4)",)),
+    "k_tensor": Case(lambda: call(k=torch.tensor([4])), ("k=tensor([4])",)),
     "n_sink_negative": Case(lambda: call(n_sink=-1), ("n_sink=-1",)),
     "n_sink_float": Case(lambda: call(n_sink=0.5), ("n_sink=0.5",)),
     "n_local_zero": Case(lambda: call(n_local=0), ("n_local=0",)),
@@ -334,7 +342,11 @@ CASES: dict[str, Case] = {
     "scale_too_large_for_a_float": Case(lambda: call(scale=10**400), ("scale=1000000",)),
     "scale_string": Case(lambda: call(scale="0.5"), ("scale='0.5'",)),
     "scale_bool": Case(lambda: call(scale=True), ("scale=True",)),
-    "scale_tensor": Case(lambda: call(scale=torch.tensor(0.5)), ("scale=tensor(0.5000)",)),
+    "scale_tensor": Case(lambda: call(scale=torch.tensor([0.5])), ("scale=tensor([0.5000])",)),
+    "scale_numpy_nan": Case(lambda: call(scale=np.float32("nan")), ("scale=nan",)),
+    "scale_tensor_requires_grad": Case(
+        lambda: call(scale=torch.tensor(0.5, requires_grad=True)), ("scale=", "requires_grad=True")
+    ),
     "softcap_negative": Case(lambda: call(softcap=-30.0), ("softcap=-30.0",)),
     "softcap_zero": Case(lambda: call(softcap=0.0), ("softcap=0.0",)),
     "softcap_nan": Case(lambda: call(softcap=math.nan), ("softcap=nan",)),
@@ -369,6 +381,7 @@ CASES: dict[str, Case] = {
     "rope_cached_unknown": Case(lambda: rope(cached="unrotated"), ("cached='unrotated'",)),
     "rope_scaling_nan": Case(lambda: rope(scaling=math.nan), ("scaling=nan",)),
     "rope_scaling_zero": Case(lambda: rope(scaling=0.0), ("scaling=0.0",)),
+    "rope_scaling_bool": Case(lambda: rope(scaling=True), ("scaling=True",)),
     "rope_scaling_string": Case(lambda: rope(scaling="2"), ("scaling='2'",)),
     # the Selection Cache
     "theta_above_one": Case(lambda: SelectionCache(theta=1.01), ("theta=1.01",)),
@@ -376,6 +389,7 @@ CASES: dict[str, Case] = {
     "theta_nan": Case(lambda: SelectionCache(theta=math.nan), ("theta=nan",)),
     "theta_string": Case(lambda: SelectionCache(theta="0.9"), ("theta='0.9'",)),
     "theta_bool": Case(lambda: SelectionCache(theta=True), ("theta=True",)),
+    "theta_numpy_bool": Case(lambda: SelectionCache(theta=np.True_), ("theta=True",)),
     "max_reuse_negative": Case(lambda: SelectionCache(max_reuse=-1), ("max_reuse=-1",)),
     "max_reuse_float": Case(lambda: SelectionCache(max_reuse=64.0), ("max_reuse=64.0",)),
     "max_reuse_none": Case(lambda: SelectionCache(max_reuse=None), ("max_reuse=None",)),
@@ -401,6 +415,7 @@ CASES: dict[str, Case] = {
     ),
     "cache_not_used_yet": Case(lambda: SelectionCache().hits, ("SelectionCache", "not been used")),
     "reset_outside_batch": Case(lambda: used_cache().reset(2), ("b=2", "B=2")),
+    "reset_numpy_outside_batch": Case(lambda: used_cache().reset(np.int64(2)), ("b=2", "B=2")),
     "reset_float": Case(lambda: used_cache().reset(1.5), ("b=1.5",)),
     "reset_mask_of_another_batch": Case(
         lambda: used_cache().reset(torch.ones(3, dtype=torch.bool)), ("b", "(3,)", "B=2")
@@ -505,6 +520,7 @@ CASES: dict[str, Case] = {
     ),
     "planned_reset_cache_of_another_batch": Case(reset_and_used_again, ("B=2", "B=3")),
     "setting_max_reuse": Case(lambda: problem(max_reuse=-5), ("max_reuse=-5",)),
+    "setting_max_reuse_bool": Case(lambda: problem(max_reuse=True), ("max_reuse=True",)),
     "config_is_a_dict": Case(
         lambda: Problem.build(Q, K_CACHE, V_CACHE, {"k": 3}), ("config", "dict")
     ),
@@ -553,6 +569,9 @@ CASES: dict[str, Case] = {
         ("no tensor",),
     ),
     "capture_batches": Case(lambda: capture(torch.neg, batches=(1, 0)), ("batches=(1, 0)",)),
+    "capture_batches_numpy_bool": Case(
+        lambda: capture(torch.neg, batches=np.array([True])), ("batches=(True,)",)
+    ),
     "capture_beyond_batches": Case(
         lambda: captured(torch.neg, Q, batches=(1,)), ("batch of 2", "batches=(1,)")
     ),

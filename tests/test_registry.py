@@ -1,5 +1,6 @@
 """Names of backends: who may register, when they load, who runs what, and what `auto` says."""
 
+import re
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -167,21 +168,76 @@ def test_an_entry_point_is_found_by_name_alone(distribution: Path) -> None:
     assert printed == "speedy scores\n"
 
 
-def test_an_entry_point_cannot_take_a_name(distribution: Path) -> None:
+def test_an_entry_point_cannot_take_a_built_in_name(distribution: Path) -> None:
+    """The built-in backend keeps its name, and explain tells of the one that did not get it."""
     entry = distribution / "speedy-1.0.dist-info" / "entry_points.txt"
-    entry.write_text("[tokenselect.backends]\ncpu = speedy:BACKEND\n")
-    done = fresh.run(CALL + "tokenselect.backends()\n", distribution)
-    assert done.returncode == 1
-    assert "InvalidProblem: register('cpu', 'speedy:BACKEND')" in done.stderr
-    # And not only at the first look: what is wrong stays wrong.
-    again = CALL + textwrap.dedent("""
-        for _ in range(2):
+    entry.write_text("[tokenselect.backends]\ncpu = speedy:BACKEND\nauto = speedy:BACKEND\n")
+    printed = fresh.output(
+        CALL
+        + textwrap.dedent("""
+        print(tokenselect.backends().count("cpu"), "auto" in tokenselect.backends())
+        print(tokenselect.attention(q, cache, cache, **small, return_info=True)[1].backend)
+        print(tokenselect.explain(q, cache, cache, **small))
+        """),
+        distribution,
+    ).splitlines()
+    assert printed[:2] == ["1 False", "cpu"]
+    assert "chosen:  cpu" in printed
+    for name in ("cpu", "auto"):
+        came = f"refused {name}: speedy declares '{name}' = 'speedy:BACKEND'; "
+        assert any(line.startswith(came) for line in printed), printed
+
+
+@pytest.fixture
+def rivals(distribution: Path) -> Path:
+    """Another installed distribution, which declares the same name."""
+    info = distribution / "hasty-2.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: hasty\nVersion: 2.0\n")
+    (info / "entry_points.txt").write_text("[tokenselect.backends]\nspeedy = hasty:BACKEND\n")
+    return distribution
+
+
+def test_a_name_that_two_packages_declare_harms_only_those_who_ask_for_it(rivals: Path) -> None:
+    printed = fresh.output(
+        CALL
+        + textwrap.dedent("""
+        print(tokenselect.attention(q, cache, cache, **small, return_info=True)[1].backend)
+        print("speedy" in tokenselect.backends())
+        print(tokenselect.explain(q, cache, cache, **small))
+        print(tokenselect.explain(q, cache, cache, **small, backend="speedy"))
+        for _ in range(2):  # and not only at the first look
             try:
-                tokenselect.backends()
-            except tokenselect.InvalidProblem:
-                print("refused")
-        """)
-    assert fresh.output(again, distribution).split() == ["refused", "refused"]
+                tokenselect.attention(q, cache, cache, **small, backend="speedy")
+            except tokenselect.InvalidProblem as error:
+                print(error)
+        """),
+        rivals,
+    )
+    assert printed.startswith("cpu\nTrue\n")
+    rule = "a backend's name is declared by one installed package"
+    came = re.search(r"refused speedy: (.*); " + rule, printed)
+    assert came is not None, printed
+    claims = (
+        "speedy declares 'speedy' = 'speedy:BACKEND'",
+        "hasty declares 'speedy' = 'hasty:BACKEND'",
+    )
+    assert sorted(came[1].split("; ")) == sorted(claims)
+    assert f"passed over speedy: {came[1]}; {rule}; uninstall the others, or choose" in printed
+    assert printed.count(f"{came[1]}\n  rule: {rule}\n  do:   uninstall") == 2
+
+
+def test_one_of_the_packages_that_declare_a_name_can_be_chosen(rivals: Path) -> None:
+    printed = fresh.output(
+        CALL
+        + textwrap.dedent("""
+        tokenselect.register("speedy", "speedy:BACKEND")
+        tokenselect.attention(q, cache, cache, **small, backend="speedy")
+        print("refused" in str(tokenselect.explain(q, cache, cache, **small)))
+        """),
+        rivals,
+    )
+    assert printed.splitlines() == ["speedy scores", "False"]
 
 
 def test_a_broken_entry_point_harms_only_those_who_ask_for_it(distribution: Path) -> None:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.problems import SMALL, lengths, rope, tensors
-from tokenselect import SelectionCache, attention
+from tests.problems import SMALL, lengths, paged, problem, rope, tensors
+from tokenselect import SelectionCache, attention, check, plan, registry
 
 ROPE = rope()
 
@@ -69,6 +69,71 @@ def test_a_call_is_the_same_bit_for_bit(surroundings: str, backend: str) -> None
     for mine, theirs in zip(got, expected, strict=True):
         assert (mine.dtype, mine.device) == (theirs.dtype, theirs.device)
         assert torch.equal(mine, theirs)
+
+
+def call_plan(inputs: tuple[Tensor, ...], n: Tensor, table: Tensor | None) -> tuple[Any, ...]:
+    config = {"positions": "contiguous", "score_at": "split"}
+    settings = {"config": config, "rope": ROPE, "softcap": 5.0, "max_reuse": 3}
+    planned = plan(problem(*inputs, block_table=table, **settings), "cpu")
+    cache = SelectionCache(max_reuse=3)
+    planned.prepare(cache)
+    given = {"block_table": table, "cache": cache, "return_info": True}
+    out, info = planned(*inputs, n, **given)
+    planned(*inputs, n, **given)
+    return out, info.lse, *info.selection, info.reused, cache.hits, cache.misses
+
+
+@pytest.mark.parametrize("is_paged", [True, False])
+@pytest.mark.parametrize("surroundings", SURROUNDINGS)
+def test_a_plan_is_the_same_bit_for_bit(surroundings: str, is_paged: bool) -> None:
+    (q, *caches), n, table = tensors(Lq=3), lengths(40, 33), None
+    if is_paged:
+        *caches, table = paged(*caches)
+    expected = call_plan((q, *caches), n, table)
+    with SURROUNDINGS[surroundings]():
+        got = call_plan((q, *caches), n, table)
+    for mine, theirs in zip(got, expected, strict=True):
+        assert (mine.dtype, mine.device) == (theirs.dtype, theirs.device)
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("is_paged", [True, False])
+def test_no_stage_makes_tensors_on_the_default_device(backend: str, is_paged: bool) -> None:
+    """Stages called by hand: what an operator of torch runs does not see the default device."""
+    (q, *caches), table = tensors(Lq=3), None
+    if is_paged:
+        *caches, table = paged(*caches)
+    p = problem(
+        *(q, *caches),
+        config={"positions": "contiguous", "score_at": "split", "n_query_means": 2},
+        rope=ROPE,
+        block_table=table,
+    )
+    stages = registry.load(backend)
+
+    def run() -> tuple[Tensor, ...]:
+        scores = stages.score(p)
+        selection = stages.select(scores.votes, p)
+        return *scores, *selection, *stages.attend(p, selection)
+
+    expected = run()
+    with torch.device("meta"):
+        got = run()
+    for mine, theirs in zip(got, expected, strict=True):
+        assert mine.device == theirs.device
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("kind", ["votes that tie", "extrapolate, paged chunk", "reuse, paged"])
+def test_a_check_is_the_same_under_another_default_device(kind: str) -> None:
+    check.draw.cache_clear()
+    check.truth.cache_clear()
+    with torch.device("meta"):
+        got = check.judge("cpu", kind, 0, "cpu")
+    check.draw.cache_clear()
+    check.truth.cache_clear()
+    assert got == check.judge("cpu", kind, 0, "cpu")
 
 
 @pytest.mark.parametrize("first", [True, False])

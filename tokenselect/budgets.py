@@ -311,7 +311,7 @@ def choice_finding(problem: Problem, selection: Selection, budget: Budget) -> Fi
             head, tail = row[:count].long(), row[count:]
             if count != expected or (tail != -1).any() or (head.diff() <= 0).any():
                 return Finding(math.inf, f"{where}: count {count}, expected {expected}: {row}")
-            chosen = torch.zeros(n, dtype=torch.bool)
+            chosen = row.new_zeros(n, dtype=torch.bool)
             if count > 0 and not (int(head[0]) >= 0 and int(head[-1]) < n):
                 return Finding(math.inf, f"{where} leaves the request: {row}")
             chosen[head] = True

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tokenselect.errors import InvalidProblem
 from tokenselect.rope import Rope
+from tokenselect.scalars import is_integer, is_number, plain
 
 Vote = Literal["soft", "logit", "hard"]
 Normalize = Literal["visible", "candidates"]
@@ -43,6 +44,8 @@ class SelectConfig:
     score_at       score candidates at their "true" distance, at one "fixed" distance of n_local,
                    or "split": part of k by fixed votes, then the rest by true ones
     fixed_share    that part, in [0, 1]; ceil(fixed_share * k) tokens
+
+    Numbers may be numpy's, or tensors without a dimension on the CPU: they are kept as Python's.
     """
 
     k: int = 2048
@@ -57,6 +60,13 @@ class SelectConfig:
     positions: Positions = "original"
     score_at: ScoreAt = "true"
     fixed_share: float = 0.25
+
+    def __post_init__(self) -> None:
+        for name in _NUMBERS:
+            given = getattr(self, name)
+            value = plain(given)
+            if value is not given:
+                object.__setattr__(self, name, value)
 
     @classmethod
     def faithful(cls, **changes: Any) -> Self:
@@ -94,6 +104,7 @@ class SelectConfig:
 
 
 CONFIG_NAMES = tuple(field.name for field in fields(SelectConfig))
+_NUMBERS = "k", "n_sink", "n_local", "select_scale", "pool", "n_query_means", "fixed_share"
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,11 +157,11 @@ class Problem:
             v_cache=v_cache,
             cache_seqlens=cache_seqlens,  # type: ignore[arg-type]  # filled in below
             block_table=block_table,
-            scale=scale,  # type: ignore[arg-type]  # filled in below
-            softcap=softcap,
+            scale=plain(scale),  # filled in below
+            softcap=plain(softcap),
             sink_logits=sink_logits,
             rope=rope,
-            max_reuse=max_reuse,
+            max_reuse=plain(max_reuse),
             config=config,
         )
         for rule in _RULES:
@@ -161,8 +172,8 @@ class Problem:
             cache_seqlens = torch.full((problem.B,), problem.Lk, dtype=torch.int32, device=q.device)
         # Kernels read them one after the other.
         cache_seqlens = cache_seqlens.contiguous()
-        scale = problem.D**-0.5 if scale is None else float(scale)
-        return replace(problem, cache_seqlens=cache_seqlens, scale=scale)
+        factor = problem.D**-0.5 if scale is None else float(problem.scale)
+        return replace(problem, cache_seqlens=cache_seqlens, scale=factor)
 
     @property
     def B(self) -> int:
@@ -533,15 +544,10 @@ def _choice(name: str, options: object) -> _Rule:
 def _integer(name: str, low: int) -> _Rule:
     def broken(p: Problem) -> str | None:
         value = p.config[name]
-        is_integer = isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
-        return None if is_integer and low <= value < 2**31 else f"{name}={value!r}"
+        return None if is_integer(value) and low <= value < 2**31 else f"{name}={value!r}"
 
     rule = f"{name} is an integer, {low} <= {name} < 2**31"
     return _Rule(broken, rule, f"pass an int of {low} or more")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 _LARGEST = torch.finfo(torch.float32).max
@@ -550,7 +556,7 @@ _LARGEST = torch.finfo(torch.float32).max
 def _factor(name: str, value: Callable[[Problem], object]) -> _Rule:
     def broken(p: Problem) -> str | None:
         got: Any = value(p)
-        holds = got is None or (_is_number(got) and 0 < got <= _LARGEST)
+        holds = got is None or (is_number(got) and 0 < got <= _LARGEST)
         return None if holds else f"{name}={got!r}"
 
     return _Rule(
@@ -562,7 +568,7 @@ def _factor(name: str, value: Callable[[Problem], object]) -> _Rule:
 
 def _wrong_share(p: Problem) -> str | None:
     share = p.config.fixed_share
-    return None if _is_number(share) and 0 <= share <= 1 else f"fixed_share={share!r}"
+    return None if is_number(share) and 0 <= share <= 1 else f"fixed_share={share!r}"
 
 
 _RULES: tuple[_Rule, ...] = (
@@ -576,7 +582,7 @@ _RULES: tuple[_Rule, ...] = (
     _Rule(
         lambda p: (
             None
-            if isinstance(p.max_reuse, int) and 0 <= p.max_reuse < 2**31
+            if is_integer(p.max_reuse) and 0 <= p.max_reuse < 2**31
             else f"max_reuse={p.max_reuse!r}"
         ),
         "max_reuse is an integer, 0 <= max_reuse < 2**31",

@@ -25,6 +25,7 @@ from tokenselect.contract import Backend, Problem, Scores, Selection
 from tokenselect.errors import InvalidProblem, NotCapturable
 from tokenselect.graph_safety import graph_safe
 from tokenselect.reuse import is_tried, undone
+from tokenselect.scalars import is_integer, plain
 from tokenselect.workspace import InOrder, turns_taken
 
 
@@ -348,9 +349,10 @@ def capture(
 
 def _maker(batches: Iterable[int], limit: int, interface: Interface | None) -> Callable[[], Graphs]:
     """Makes Graphs that share one pool of memory."""
-    batches, used = tuple(batches), Cuda() if interface is None else interface
+    batches, limit = tuple(map(plain, batches)), plain(limit)
+    used = Cuda() if interface is None else interface
     for size in (*batches, limit):
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        if not is_integer(size) or size < 1:
             raise InvalidProblem(
                 f"batches={batches}, limit={limit!r}",
                 "batches are integers of 1 or more, and so is limit",

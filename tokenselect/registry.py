@@ -22,30 +22,34 @@ _targets: dict[str, str | Backend] = {
 # Packages without which one of them is not there, instead of broken.
 _PACKAGES = {"triton": "triton", "cuda_graph": "triton"}
 _loaded: dict[str, Backend] = {}
+# Names that installed packages declare and do not get: what came, the rule, what to do.
+_refused: dict[str, tuple[str, str, str]] = {}
 _scanned = False
 
 
 def register(name: str, target: str | Backend) -> None:
     """Add a backend: a `Backend`, or "package.module:ATTRIBUTE", imported when first asked for.
 
-    Packages can do the same by an entry point of the group "tokenselect.backends".
+    Packages can do the same by an entry point of the group "tokenselect.backends". Of several that
+    declare one name, none gets it: `register` it for the one that is to have it.
     Raises InvalidProblem if the name is taken, is "auto" or no name, or the target is neither of
     the two, or a Backend of another name.
     """
     _scan()
-    _add(name, target)
+    _add(name, target, f"register({name!r}, {target!r})")
+    _refused.pop(name, None)
 
 
-def _add(name: str, target: str | Backend) -> None:
+def _add(name: str, target: str | Backend, came: str) -> None:
     if not isinstance(name, str) or name in ("", "auto", *_targets):
         raise InvalidProblem(
-            f"register({name!r}, {target!r})",
+            came,
             f"a backend's name is a new string; taken: {', '.join(['auto', *_targets])}",
             "choose another name",
         )
     if not (isinstance(target, Backend) or (isinstance(target, str) and ":" in target)):
         raise InvalidProblem(
-            f"register({name!r}, {target!r})",
+            came,
             'the target is a Backend or a string "package.module:ATTRIBUTE"',
             "point it at the module's Backend",
         )
@@ -57,34 +61,95 @@ def _add(name: str, target: str | Backend) -> None:
 def _scan() -> None:
     global _scanned
     if not _scanned:
+        declared: dict[str, dict[str, str]] = {}
         for entry in entry_points(group=ENTRY_POINTS):
-            # A scan that raised is repeated, and finds what it had added.
-            if _targets.get(entry.name) != entry.value:
-                _add(entry.name, entry.value)
+            package = "a package" if entry.dist is None else entry.dist.name
+            declared.setdefault(entry.name, {})[entry.value] = package
+        for name, packages in declared.items():
+            _declare(name, packages)
         _scanned = True
 
 
+def _declare(name: str, packages: dict[str, str]) -> None:
+    """Add a name that installed packages declare, for a target each, or note why it cannot be."""
+    claims = [f"{package} declares {name!r} = {target!r}" for target, package in packages.items()]
+    target = next(iter(packages))
+    if len(packages) > 1:
+        _refused[name] = (
+            "; ".join(claims),
+            "a backend's name is declared by one installed package",
+            f"uninstall the others, or choose one: register({name!r}, {target!r})",
+        )
+    elif _targets.get(name) != target:  # a scan in another thread adds the same
+        try:
+            _add(name, target, claims[0])
+        except InvalidProblem as error:
+            _refused[name] = error.args
+
+
 def backends() -> tuple[str, ...]:
-    """The names that `backend=` takes, besides "auto"."""
+    """The names that `backend=` takes, besides "auto".
+
+    Those too that cannot be used, because a package is missing or broken, or several declare the
+    name: `explain` and the error say why.
+    """
     _scan()
-    return tuple(_targets)
+    return tuple(dict.fromkeys([*_targets, *(name for name in _refused if name != "auto")]))
 
 
 def load(name: str, borrowers: tuple[str, ...] = ()) -> Backend:
     """The backend of that name, imported now if it has not been; for `borrowers`, if for any.
 
-    Raises UnknownBackend; an installed backend that fails to import raises its own error.
+    Raises UnknownBackend, or InvalidProblem for a name that installed packages declare and do not
+    get; an installed backend that fails to import raises its own error.
     """
     if not isinstance(name, str) or name not in _loaded:
         _scan()
+        refused = _refusal(name)
+        if refused is not None:
+            raise InvalidProblem(*refused)
         if not isinstance(name, str) or name not in _targets:
             raise UnknownBackend(name, [*_targets, "auto"])
         _loaded[name] = resolved(_import(name, _targets[name]), borrowers)
     return _loaded[name]
 
 
+def _refusal(name: object) -> tuple[str, str, str] | None:
+    """Why the name, declared by installed packages, is nobody's; None if it is somebody's."""
+    if not isinstance(name, str) or name in ("auto", *_targets):
+        return None
+    return _refused.get(name)
+
+
 # What torch.compiler.assume_constant_result does; calling it would import the whole compiler.
 load._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def named(asked: str) -> str:
+    """The name of a backend that is asked for by it, or as "package.module:ATTRIBUTE".
+
+    That is imported, and registered if it is not. Raises InvalidProblem if it is no Backend, or
+    another one has its name.
+    """
+    if ":" not in asked or asked in backends():
+        return asked
+    module, _, attribute = asked.partition(":")
+    backend = getattr(importlib.import_module(module), attribute)
+    if not isinstance(backend, Backend):
+        raise InvalidProblem(
+            f"{asked} is a {type(backend).__name__}",
+            "what is asked for as package.module:ATTRIBUTE is a tokenselect.Backend",
+            "name the module's Backend",
+        )
+    if backend.name not in _targets:
+        register(backend.name, backend)
+    elif resolved(backend) != load(backend.name):
+        raise InvalidProblem(
+            f"{asked} has the name {backend.name!r}",
+            "another backend is registered under that name",
+            "give it a name of its own",
+        )
+    return backend.name
 
 
 def _import(name: str, target: str | Backend) -> Backend:
@@ -169,7 +234,11 @@ class Explanation(NamedTuple):
         lines = [f"problem: {self.problem}", f"chosen:  {self.chosen or 'none'}"]
         for name, whys in self.passed_over.items():
             lines += [f"passed over {name}: {why}" for why in whys]
-        for name in backends():
+        _scan()
+        for name, (came, rule, _) in _refused.items():
+            if name not in self.passed_over:
+                lines.append(f"refused {name}: {came}; {rule}")
+        for name in _targets:
             if name not in (self.chosen, *self.passed_over):
                 is_later = self.asked == "auto" and name in AUTO
                 why = f"{self.chosen} comes first and can" if is_later else "not asked for"
@@ -179,6 +248,11 @@ class Explanation(NamedTuple):
 
 def explain(name: str, problem: Problem) -> Explanation:
     """What backend=`name` means for `problem`, without raising for what cannot run."""
+    _scan()
+    refused = _refusal(name)
+    if refused is not None:
+        came, rule, fix = refused
+        return Explanation(None, {name: [f"{came}; {rule}; {fix}"]}, problem.describe(), name)
     return Explanation(*_choose(name, problem), problem.describe(), name)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tokenselect.contract import CONFIG_NAMES, Memory, Problem
 from tokenselect.errors import InvalidProblem, NotCapturable
+from tokenselect.scalars import is_integer, is_number, plain
 
 
 class SelectionCache:
@@ -35,15 +36,14 @@ class SelectionCache:
     """
 
     def __init__(self, theta: float | None = 0.9, max_reuse: int = 64) -> None:
-        is_number = isinstance(theta, (int, float)) and not isinstance(theta, bool)
-        if theta is not None and not (is_number and -1 <= theta <= 1):
+        theta, max_reuse = plain(theta), plain(max_reuse)
+        if theta is not None and not (is_number(theta) and -1 <= theta <= 1):
             raise InvalidProblem(
                 f"theta={theta!r}",
                 "theta is a cosine in [-1, 1], or None for no reuse",
                 "pass the paper's 0.9",
             )
-        is_integer = isinstance(max_reuse, int) and not isinstance(max_reuse, bool)
-        if not (is_integer and 0 <= max_reuse < 2**31):
+        if not (is_integer(max_reuse) and 0 <= max_reuse < 2**31):
             raise InvalidProblem(
                 f"max_reuse={max_reuse!r}",
                 "max_reuse is an integer, 0 <= max_reuse < 2**31",
@@ -128,6 +128,7 @@ class SelectionCache:
         """
         if b is None and not self._stays and not is_tried():
             self._geometry, self._memory = None, None
+        b = plain(b)
         if self._memory is not None:
             if b is not None:
                 _check_request(b, self._memory.seen)
@@ -271,8 +272,7 @@ def _check_request(b: int | Tensor, rows: Tensor) -> None:
     if isinstance(b, Tensor):
         holds, came = b.shape == (B,) and b.dtype == torch.bool, _shape_of(b)
     else:
-        is_integer = isinstance(b, int) and not isinstance(b, bool)
-        holds, came = is_integer and 0 <= b < B, f"={b!r}"
+        holds, came = is_integer(b) and 0 <= b < B, f"={b!r}"
     if not holds:
         raise InvalidProblem(
             f"reset: b{came}, the cache holds B={B} requests",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tokenselect.errors import InvalidProblem
+from tokenselect.scalars import is_number, plain
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,9 +51,11 @@ class Rope:
                 "cached is 'rotated' or 'raw'",
                 "say how q and k_cache arrive",
             )
-        if not isinstance(self.scaling, (int, float)) or not 0 < self.scaling < math.inf:
+        scaling = plain(self.scaling)
+        object.__setattr__(self, "scaling", scaling)
+        if not is_number(scaling) or not 0 < scaling < math.inf:
             raise InvalidProblem(
-                f"Rope: scaling={self.scaling!r}",
+                f"Rope: scaling={scaling!r}",
                 "scaling is a finite number > 0",
                 "pass the model's attention factor, or leave scaling out for 1.0",
             )

@@ -41,7 +41,7 @@ def rules(backend: str, part: int, parts: int) -> int:
     for i, kind in enumerate(list(check.KINDS)):
         if i % parts != part - 1:
             del check.KINDS[kind]
-    return check.main(["--backend", backend])
+    return check.main(["--backend", backend, "--thorough"])
 
 
 def _stages(problem: Problem, backend: str) -> Iterator[tuple[str, Tensor]]:

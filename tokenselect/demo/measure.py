@@ -87,7 +87,9 @@ class Branch:
             self.attention.seconds = 0.0
             start = perf_counter()
             logits = model(
-                input_ids=torch.tensor([[token]]), past_key_values=self.cache, use_cache=True
+                input_ids=torch.tensor([[token]], device=model.device),
+                past_key_values=self.cache,
+                use_cache=True,
             ).logits[0, -1]
             return logits, perf_counter() - start
 
@@ -99,7 +101,7 @@ def prefill(model: Any, cache: PreallocatedCache, tokens: Sequence[int], tick: T
     for start in range(0, len(tokens), n_chunk):
         chunk = tokens[start : start + n_chunk]
         model(
-            input_ids=torch.tensor([chunk]),
+            input_ids=torch.tensor([chunk], device=model.device),
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,

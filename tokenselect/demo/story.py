@@ -90,7 +90,7 @@ def tell(options: argparse.Namespace) -> None:
 
 def _check_budget(options: argparse.Namespace) -> None:
     """Let tokenselect refuse the budget or the backend now, and not after the prefill."""
-    q = k_cache = torch.zeros(1, 1, 1, 64)
+    q = k_cache = torch.zeros(1, 1, 1, 64, device="cpu")
     tokenselect.explain(
         q,
         k_cache,

@@ -60,7 +60,7 @@ def keep(problem: Problem, memory: Memory, decision: Decision, fresh: Selection)
     rows, places = (p.B, p.S), (p.B, p.S, K)
     reused, query = decision.reused, decision.query
     n = torch.clamp(p.cache_seqlens, 0, p.Lk, out=empty((p.B,), torch.int32, device))
-    place = torch.arange(K, out=empty((K,), torch.int32, device))
+    place = torch.arange(K, out=empty((K,), torch.int32, device), device=device)
     stored = memory.positions[:, :, :K]
     # Place r holds the stored position r, or, from count on, seen, seen + 1, ..., n - 1.
     ahead = torch.sub(memory.seen[:, None], memory.count, out=empty(rows, torch.int32, device))

@@ -37,8 +37,8 @@ def score(problem: Problem) -> Scores:
     In two where the logits of all tokens would take too much memory; hard votes, which rank them,
     then take a pass for each block of query rows.
     """
-    votes = _full((problem.B, problem.R, problem.S, problem.Lk))
-    lse = _full((problem.B, problem.Hq))
+    votes = _full(problem, (problem.B, problem.R, problem.S, problem.Lk))
+    lse = _full(problem, (problem.B, problem.Hq))
     for b, n in enumerate(problem.cache_seqlens.tolist()):
         if n > 0:
             for ballot, (score_at, _) in enumerate(problem.config.ballots):
@@ -46,8 +46,8 @@ def score(problem: Problem) -> Scores:
     return Scores(votes, lse)
 
 
-def _full(shape: Sequence[int]) -> Tensor:
-    return torch.full(shape, -math.inf, dtype=torch.float32)
+def _full(problem: Problem, shape: Sequence[int]) -> Tensor:
+    return problem.q.new_full(shape, -math.inf, dtype=torch.float32)
 
 
 def _score_request(
@@ -131,7 +131,7 @@ def _queries(problem: Problem, b: int, n: int, where: str) -> Tensor:
     queries = problem.q[b].to(_compute_dtype(problem))
     if problem.rope is None or not problem.moves(where):
         return queries
-    position = torch.arange(n - problem.Lq, n)
+    position = torch.arange(n - problem.Lq, n, device=queries.device)
     at = torch.full_like(position, problem.config.n_local) if where == "fixed" else position
     return problem.rope.place(queries, position, at)
 
@@ -152,15 +152,16 @@ def _logit_chunks(
     dtype = queries.dtype
     queries = queries * problem.select_scale
     step = min(_chunk(problem, n), n)
-    buffer = torch.empty(problem.Hkv, step, problem.D, dtype=dtype)
+    buffer = queries.new_empty(problem.Hkv, step, problem.D)
     turner = None
     if problem.rope is not None and problem.moves(where):
-        starts = torch.arange(tokens.start, tokens.stop, step)
+        starts = torch.arange(tokens.start, tokens.stop, step, device=buffer.device)
         turner = _Turner(problem.rope, where, starts, torch.empty_like(buffer))
     for start in range(tokens.start, tokens.stop, step):
         stop = min(start + step, tokens.stop)
         if problem.is_paged:
-            chunk = _gather(problem, problem.k_cache, b, torch.arange(start, stop)[None])
+            positions = torch.arange(start, stop, device=buffer.device)
+            chunk = _gather(problem, problem.k_cache, b, positions[None])
         else:
             chunk = problem.k_cache[b, :, start:stop]
         keys = chunk if chunk.dtype == dtype else buffer[:, : stop - start].copy_(chunk)
@@ -192,7 +193,8 @@ class _Turner:
         factor = rope.scaling if is_raw else 1.0
         self.to_start = zip(*rope.wave(-self.sign * starts, keys.dtype, factor), strict=True)
         if self.sign != 0:
-            cos, self.sin = rope.wave(self.sign * torch.arange(keys.shape[1]), keys.dtype)
+            by = self.sign * torch.arange(keys.shape[1], device=keys.device)
+            cos, self.sin = rope.wave(by, keys.dtype)
             self.cos = torch.ones_like(keys[0])
             for dims in rope.pairs(self.cos):
                 dims.copy_(cos)
@@ -274,13 +276,13 @@ def _compute_dtype(problem: Problem) -> torch.dtype:
 def select(votes: Tensor, problem: Problem) -> Selection:
     """See `tokenselect.reference.select`: bit-exact, by threshold instead of a full sort."""
     c, S = problem.config, problem.S
-    positions = torch.full((problem.B, S, problem.K), -1, dtype=torch.int32)
-    count = torch.zeros((problem.B, S), dtype=torch.int32)
+    positions = votes.new_full((problem.B, S, problem.K), -1, dtype=torch.int32)
+    count = votes.new_zeros((problem.B, S), dtype=torch.int32)
     for b, n in enumerate(problem.cache_seqlens.tolist()):
         if n == 0:
             continue
         sink_end, local_start = c.regions(n, problem.Lq)
-        chosen = torch.ones(S, n, dtype=torch.bool)
+        chosen = votes.new_ones(S, n, dtype=torch.bool)
         chosen[:, sink_end:local_start] = _elect(votes[b, :, :, sink_end:local_start], problem)
         selected = chosen.nonzero()[:, 1].view(S, -1)
         positions[b, :, : selected.shape[1]] = selected
@@ -337,8 +339,8 @@ def _kth_largest(votes: Tensor, k: int, taken: Tensor | None) -> Tensor:
 
 def attend(problem: Problem, selection: Selection) -> Attended:
     """See `tokenselect.reference.attend`: gathers the selected rows, then attends to them."""
-    out = torch.zeros(*problem.q.shape[:3], problem.Dv, dtype=problem.q.dtype)
-    lse = _full(problem.q.shape[:3])
+    out = problem.q.new_zeros(*problem.q.shape[:3], problem.Dv)
+    lse = _full(problem, problem.q.shape[:3])
     largest = selection.count.amax(1).tolist()
     for b, n in enumerate(problem.cache_seqlens.tolist()):
         if n > 0 and largest[b] > 0:
@@ -362,7 +364,7 @@ def _attend_request(
     step = max(1, _BLOCK_BYTES // (problem.Hq * m * queries.dtype.itemsize))
     for start in range(0, Lq, step):
         block = slice(start, min(start + step, Lq))
-        query_position = torch.arange(n - Lq, n)[block, None]
+        query_position = torch.arange(n - Lq, n, device=positions.device)[block, None]
         visible = (positions >= 0)[:, None] & (positions[:, None] <= query_position)
         rows = queries[:, :, block].flatten(1, 2)
         parts = [
@@ -374,7 +376,7 @@ def _attend_request(
             logits.div_(problem.softcap).tanh_().mul_(problem.softcap)
         logits.masked_fill_(~visible[:, None], -math.inf)
         weights, lse[:, :, block] = _softmax_(logits, problem.sink_logits, visible)
-        total = torch.zeros(*weights.shape[:3], problem.Dv, dtype=weights.dtype)
+        total = weights.new_zeros(*weights.shape[:3], problem.Dv)
         for c in chunks:
             values = _selected_values(problem, b, positions[:, c])
             total += _weigh(weights[..., c], values, visible[..., c])
@@ -386,11 +388,13 @@ def _placed_to_attend(problem: Problem, b: int, n: int, positions: Tensor) -> tu
     Lq, at = problem.Lq, positions
     queries = problem.q[b].to(_compute_dtype(problem))
     if problem.rope is not None and problem.moves(problem.config.positions):
-        query_position = torch.arange(n - Lq, n)
+        device = positions.device
+        query_position = torch.arange(n - Lq, n, device=device)
         query_at = query_position.expand(problem.S, Lq)
         if problem.config.positions == "contiguous":
-            at = torch.arange(positions.shape[1]).expand_as(positions)
-            query_at = (positions >= 0).sum(1, keepdim=True) + torch.arange(-Lq, 0)
+            at = torch.arange(positions.shape[1], device=device).expand_as(positions)
+            newest = torch.arange(-Lq, 0, device=device)
+            query_at = (positions >= 0).sum(1, keepdim=True) + newest
         per_selection = queries.reshape(problem.S, -1, Lq, problem.D)
         queries = problem.rope.place(per_selection, query_position, query_at[:, None])
     return queries.reshape(problem.Hkv, problem.G, Lq, problem.D) * problem.scale, at
@@ -469,7 +473,7 @@ def _gather(problem: Problem, cache: Tensor, b: int, positions: Tensor) -> Tenso
 
     One gather for every layout, and no other row is read.
     """
-    head = torch.arange(problem.Hkv)[:, None]
+    head = torch.arange(problem.Hkv, device=positions.device)[:, None]
     index: tuple[Tensor, ...]
     if problem.block_table is None:
         cache = cache[b]

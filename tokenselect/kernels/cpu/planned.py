@@ -57,7 +57,7 @@ def _regions(problem: Problem) -> _Regions:
     local_start, sink_end = (empty((p.B,), torch.int64, device) for _ in range(2))
     torch.sub(n, number(p.Lq - 1 + c.n_local, n), out=local_start).clamp_(min=0)
     torch.clamp(local_start, max=c.n_sink, out=sink_end)
-    position = torch.arange(p.Lk, out=empty((p.Lk,), torch.int64, device))
+    position = torch.arange(p.Lk, out=empty((p.Lk,), torch.int64, device), device=device)
     absent, outside, local = (empty((p.B, p.Lk), torch.bool, device) for _ in range(3))
     torch.ge(position, n[:, None], out=absent)
     torch.lt(position, sink_end[:, None], out=outside)
@@ -79,7 +79,7 @@ def _query_positions(problem: Problem, n: Tensor) -> Tensor:
 
 def _newest(problem: Problem) -> Tensor:
     newest = empty((problem.Lq,), torch.int64, problem.q.device)
-    return torch.arange(-problem.Lq, 0, out=newest)
+    return torch.arange(-problem.Lq, 0, out=newest, device=newest.device)
 
 
 def _queries(problem: Problem, where: str, position: Tensor, at: Tensor) -> Tensor:
@@ -119,7 +119,9 @@ def _fill_logits(
     moving = turner(p, where, tokens, tokens * p.Hkv)
     memory = empty((tokens * p.Hkv * n_rows,), voters.dtype, voters.device)
     infinite = empty((tokens * p.Hkv * n_rows,), torch.bool, voters.device)
-    position = torch.arange(p.Lk, out=empty((p.Lk,), torch.int64, voters.device))
+    position = torch.arange(
+        p.Lk, out=empty((p.Lk,), torch.int64, voters.device), device=voters.device
+    )
     zero, softcap = number(0, position), number(p.softcap or 0.0, voters)
     for chunk in slices(p.Lk, width):
         keys = reader.run(position, chunk)
@@ -221,7 +223,7 @@ def select(votes: Tensor, problem: Problem) -> Selection:
     chosen = barred.logical_and_(torch.logical_not(absent, out=absent)[:, None])
     rank = empty(shape, torch.int32, device).copy_(chosen).cumsum_(-1)
     places = empty((p.B, p.S, p.K), torch.int32, device)
-    places.copy_(torch.arange(1, p.K + 1, out=empty((p.K,), torch.int32, device)))
+    places.copy_(torch.arange(1, p.K + 1, out=empty((p.K,), torch.int32, device), device=device))
     positions = empty((p.B, p.S, p.K), torch.int32, device)
     torch.searchsorted(rank, places, out_int32=True, out=positions)
     padding = empty((p.B, p.S, p.K), torch.bool, device)
@@ -283,7 +285,9 @@ class _Attention:
         self.place, self.row = _places(p, selection)
         self.key_at, query_at = self.row, self.position
         if p.config.positions == "contiguous":
-            self.key_at = torch.arange(M, out=empty((M,), torch.int64, device)).expand_as(self.row)
+            self.key_at = torch.arange(
+                M, out=empty((M,), torch.int64, device), device=device
+            ).expand_as(self.row)
             count = empty((p.B, p.S, 1), torch.int64, device).copy_(selection.count[..., None])
             query_at = empty((p.B, p.S, p.Lq), torch.int64, device)
             torch.add(count, _newest(p), out=query_at)

@@ -48,14 +48,14 @@ class Reader:
             self.as_cached = empty((tokens * p.Hkv * width,), cache.dtype, device)
         self.row = empty((tokens * p.Hkv,), torch.int64, device)
         self.start, self.slot = (empty((tokens * lists,), torch.int64, device) for _ in range(2))
-        self.head = torch.arange(p.Hkv, out=empty((p.Hkv,), torch.int64, device))
+        self.head = torch.arange(p.Hkv, out=empty((p.Hkv,), torch.int64, device), device=device)
         if p.is_paged:
             self.page = empty((tokens * lists,), torch.int32, device)
             self.size, self.outer = number(p.page_size, self.row), number(outer, self.row)
             self.head.mul_(number(inner, self.row))
             self.middle = middle
         else:
-            request = torch.arange(p.B, out=empty((p.B,), torch.int64, device))
+            request = torch.arange(p.B, out=empty((p.B,), torch.int64, device), device=device)
             self.request = request.mul_(number(outer, self.row))[:, None, None]
             self.head.mul_(number(middle, self.row))
             self.inner = number(inner, self.row)

@@ -1,0 +1,35 @@
+"""Numbers as users have them: Python's own, numpy's, and tensors without a dimension."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def plain(value: Any) -> Any:
+    """Python's own number for one of numpy, or for a tensor without a dimension; else `value`.
+
+    A tensor is read only where that waits for nothing, on the CPU, and only if no gradient would
+    be lost.
+
+    >>> plain(torch.tensor(5)), plain(0.5), plain("5")
+    (5, 0.5, '5')
+    """
+    # What torch.compile traces, a SymInt too, is one of these.
+    if isinstance(value, (int, torch.SymInt)) or type(value) is float:
+        return value
+    if isinstance(value, Tensor):
+        waits = value.device.type != "cpu"
+        loses = value.requires_grad and torch.is_grad_enabled()
+        return value if value.dim() > 0 or waits or loses else value.item()
+    return value.item() if getattr(value, "shape", None) == () else value
+
+
+def is_integer(value: object) -> bool:
+    """Whether `value`, made `plain`, is an integer. A bool is none."""
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """Whether `value`, made `plain`, is an integer or a float. A bool is none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
