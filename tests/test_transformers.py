@@ -522,9 +522,9 @@ class TestReuse:
         selections = TokenSelectCache(model_of("llama")).layers[0].selections
         run = token_mask(1, 4, 4).runs[0]
         settings = options.parse({"theta": 0.5})
-        first = selections.of(0, run, settings)
-        assert selections.of(0, run, settings) is first
-        assert selections.of(1, run, settings) is not first
+        first = selections.of(0, run, settings, torch.float32)
+        assert selections.of(0, run, settings, torch.float32) is first
+        assert selections.of(1, run, settings, torch.float32) is not first
 
     def test_theta_without_our_cache_is_an_error(self, llama: Any) -> None:
         with enable(llama, theta=0.9):
@@ -533,6 +533,86 @@ class TestReuse:
                     llama(tokens(1), past_key_values=cache)
             with pytest.raises(InvalidProblem, match=r"theta=0\.9"):
                 generated(llama, tokens(1))
+
+
+class TestAutocast:
+    """Queries and rotated keys are float32 there, values bfloat16; sdpa reads all in bfloat16."""
+
+    STEPS = ((0, 12), (12, 13), (13, 14), (14, 15), (15, 20))
+    # Whether each of the steps is within torch.autocast.
+    WITHIN = (True, True, True, True, True)
+    THEN_OUTSIDE = (True, True, False, False, True)
+    THEN_WITHIN = (False, False, True, True, False)
+
+    def read(self, model: Any, cache: Any, within: tuple[bool, ...]) -> Tensor:
+        parts = []
+        for (start, end), on in zip(self.STEPS, within, strict=True):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=on):
+                part = model(tokens(2)[:, start:end], past_key_values=cache).logits
+            parts.append(part.double())
+        return torch.cat(parts, 1)
+
+    def assert_as_close(self, actual: Tensor, stock: Tensor, truth: Tensor) -> None:
+        assert actual.dtype == stock.dtype
+        assert (stock - truth).abs().max() > 0
+        assert (actual - truth).abs().max() <= 2 * (stock - truth).abs().max()
+
+    @pytest.mark.parametrize("family", ["llama", "qwen2_sliding", "qwen3"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    @pytest.mark.parametrize("how", ["none", "dynamic", "ours", "ours_with_room"])
+    def test_as_close_to_float32_as_sdpa(self, family: str, dtype: torch.dtype, how: str) -> None:
+        model, ids = model_of(family), tokens(2)
+        truth = model(ids).logits
+        model.to(dtype).set_attn_implementation("sdpa")
+
+        def read() -> Tensor:
+            more = {"use_cache": False}
+            if how != "none":
+                more = {"past_key_values": caches(model)[how]()}
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return model(ids, **more).logits
+
+        stock = read()
+        for chunk in (512, 4):
+            with enable(model, **EVERYTHING, chunk=chunk):
+                self.assert_as_close(read(), stock, truth)
+
+    @pytest.mark.parametrize("within", [WITHIN, THEN_OUTSIDE, THEN_WITHIN])
+    @pytest.mark.parametrize("theta", [None, -1.0])
+    @pytest.mark.parametrize("family", ["llama", "qwen2_sliding"])
+    def test_a_cache_goes_in_and_out_of_it(
+        self, family: str, within: tuple[bool, ...], theta: float | None
+    ) -> None:
+        model = model_of(family)
+        model.set_attn_implementation("sdpa")
+        truth = model(tokens(2)).logits
+        stock = self.read(model, DynamicCache(), within)
+        for cache in (TokenSelectCache(model), TokenSelectCache(model, max_length=L)):
+            with enable(model, **EVERYTHING, theta=theta):
+                self.assert_as_close(self.read(model, cache, within), stock, truth)
+            assert theta is None or cache.hits > 0
+
+    @pytest.mark.parametrize("within", [THEN_OUTSIDE, THEN_WITHIN])
+    def test_nothing_is_rounded_in_the_cache(self, llama: Any, within: tuple[bool, ...]) -> None:
+        cache, stock = TokenSelectCache(llama), DynamicCache()
+        for each in (cache, stock):
+            self.read(llama, each, within)
+        for mine, theirs in zip(cache.layers, stock.layers, strict=True):
+            assert mine.dtype == torch.float32
+            assert torch.equal(mine.keys, theirs.keys)
+            assert torch.equal(mine.values, theirs.values)
+
+    def test_moved_keys(self, llama: Any) -> None:
+        """Raw keys are looked at, cached and gone on with likewise, wherever enable() is called."""
+        how = self.THEN_OUTSIDE
+        llama.set_attn_implementation("sdpa")
+        truth, stock = llama(tokens(2)).logits, self.read(llama, DynamicCache(), how)
+        moving = {"positions": "contiguous", "score_at": "split"}
+        for on in (False, True):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=on):
+                handle = enable(llama, **EVERYTHING, **moving)
+            with handle:
+                self.assert_as_close(self.read(llama, TokenSelectCache(llama), how), stock, truth)
 
 
 class TestCache:

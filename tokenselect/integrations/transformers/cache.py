@@ -12,8 +12,8 @@ from tokenselect.integrations.transformers.masks import Run
 from tokenselect.integrations.transformers.options import Options
 from tokenselect.reuse import SelectionCache
 
-# Layer, first row, one past the last row, first slot.
-_Key = tuple[int, int, int, int]
+# Layer, first row, one past the last row, first slot, dtype of the queries.
+_Key = tuple[int, int, int, int, torch.dtype]
 
 # The attribute of a layer's keys that leads from them to the layer's `Selections`.
 _ATTRIBUTE = "_tokenselect_selections"
@@ -23,6 +23,7 @@ class Selections:
     """What one layer of a cache remembers: a SelectionCache for each `Run` of requests.
 
     A run is known by the layer that asks, its rows and its first slot: rows padded alike share one.
+    Within torch.autocast there is another one than outside, since selections have a dtype.
     """
 
     def __init__(self) -> None:
@@ -31,12 +32,12 @@ class Selections:
         # Those that were asked for with holes among their tokens.
         self._with_holes: set[_Key] = set()
 
-    def of(self, layer: int, run: Run, options: Options) -> SelectionCache:
+    def of(self, layer: int, run: Run, options: Options, dtype: torch.dtype) -> SelectionCache:
         """The SelectionCache for this run; what was selected under other options is dropped."""
         if options != self._options:
             self.clear()
             self._options = options
-        key = (layer, run.rows.start, run.rows.stop, run.first)
+        key = (layer, run.rows.start, run.rows.stop, run.first, dtype)
         if not isinstance(run.slots, slice):
             self._with_holes.add(key)
         if key not in self._caches:
@@ -53,14 +54,14 @@ class Selections:
         has left is not known here, so nothing of it is kept.
         """
         for key, cache in self._caches.items():
-            _, start, stop, first = key
+            _, start, stop, first, _ = key
             left = 0 if key in self._with_holes else max(0, slots - first)
             cache.crop(torch.full((stop - start,), left, device=device))
 
     def reorder(self, order: Tensor) -> None:
         """Row b becomes what row order[b] was. Drops what crosses from one run to another."""
         for key, cache in list(self._caches.items()):
-            _, start, stop, _ = key
+            _, start, stop, *_ = key
             inside = order[start:stop] - start
             if stop - start == len(order) or bool(((inside >= 0) & (inside < stop - start)).all()):
                 cache.reorder(inside)
@@ -129,7 +130,7 @@ class RoomyLayer(DynamicLayer):
                 )
         n = self.get_seq_length()
         end = n + key_states.shape[2]
-        self._make_room(n, end)
+        self._make_room(n, end, (key_states.dtype, value_states.dtype))
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
             buffer[:, :, n:end] = states
         self._show(end)
@@ -180,22 +181,28 @@ class RoomyLayer(DynamicLayer):
         self._show(n)
         self.selections.clear()
 
-    def _make_room(self, n: int, end: int) -> None:
-        capacity = self._buffers[0].shape[2]
-        if end <= capacity:
-            return
-        if self.max_length is not None:
-            raise InvalidProblem(
-                f"{end} tokens in a TokenSelectCache of max_length={self.max_length}",
-                "max_length counts the prompt and all new tokens",
-                "make it larger, or leave it out: the cache then grows",
-            )
-        with torch.inference_mode(False):
-            for i, old in enumerate(self._buffers):
-                self._buffers[i] = old.new_empty(
-                    *old.shape[:2], max(end, 2 * capacity), old.shape[3]
+    def _make_room(self, n: int, end: int, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+        """Let the buffers hold `end` tokens of these dtypes; wider ones than theirs make them wide.
+
+        Within torch.autocast values, and unrotated keys, come in another dtype than outside.
+        """
+        room = capacity = self._buffers[0].shape[2]
+        if end > capacity:
+            if self.max_length is not None:
+                raise InvalidProblem(
+                    f"{end} tokens in a TokenSelectCache of max_length={self.max_length}",
+                    "max_length counts the prompt and all new tokens",
+                    "make it larger, or leave it out: the cache then grows",
                 )
-                self._buffers[i][:, :, :n] = old[:, :, :n]
+            room = max(end, 2 * capacity)
+        with torch.inference_mode(False):
+            for i, (old, new) in enumerate(zip(self._buffers, dtypes, strict=True)):
+                dtype = torch.promote_types(old.dtype, new)
+                if (room, dtype) != (capacity, old.dtype):
+                    shape = (*old.shape[:2], room, old.shape[3])
+                    self._buffers[i] = old.new_empty(shape, dtype=dtype)
+                    self._buffers[i][:, :, :n] = old[:, :, :n]
+        self.dtype = self._buffers[0].dtype
 
     def _show(self, n: int) -> None:
         self.keys, self.values = (buffer[:, :, :n] for buffer in self._buffers)
