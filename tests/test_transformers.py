@@ -918,6 +918,33 @@ def test_only_the_part_of_a_model_that_generates_text_changes() -> None:
     assert torch.equal(model(tokens(2)).logits, expected)
 
 
+# Sizes of models that never look attn_implementation up, or in a table of their own.
+BY_THEMSELVES: dict[str, dict[str, Any]] = {
+    "Bloom": {"hidden_size": 32, "n_layer": 1, "n_head": 4},
+    "CpmAnt": {"hidden_size": 32, "num_attention_heads": 4, "dim_head": 8, "num_hidden_layers": 1},
+    "Falcon": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4},
+    "GPTJ": {"n_embd": 32, "n_layer": 1, "n_head": 4, "rotary_dim": 4},
+    "GPTNeo": {
+        "hidden_size": 32,
+        "num_layers": 1,
+        "num_heads": 4,
+        "attention_types": [[["global"], 1]],
+    },
+    "Mvp": {"d_model": 32, "decoder_layers": 1, "encoder_layers": 1},
+    "OpenAIGPT": {"n_embd": 32, "n_layer": 1, "n_head": 4},
+    "Reformer": {
+        "hidden_size": 32,
+        "is_decoder": True,
+        "attn_layers": ["local"],
+        "axial_pos_embds": False,
+    },
+    "TrOCR": {"d_model": 32, "decoder_layers": 1},
+    "XGLM": {"d_model": 32, "ffn_dim": 48, "num_layers": 1, "attention_heads": 4},
+    "XLM": {"emb_dim": 32, "n_layers": 1, "n_heads": 4},
+    "XLNet": {"d_model": 32, "n_layer": 1, "n_head": 4, "d_inner": 48},
+}
+
+
 class TestRefusals:
     @pytest.fixture
     def on(self, llama: Any) -> Any:
@@ -1009,18 +1036,51 @@ class TestRefusals:
         with pytest.raises(UnsupportedProblem, match=r"deepseek_v3.*\n.*latent"):
             model(tokens(1))
 
-    def test_a_model_that_attends_by_itself(self) -> None:
-        """transformers takes any attn_implementation for it; its own code would use our mask."""
-        from transformers import BloomConfig
-
-        config = BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=1, n_head=4)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="tokenselect")
-        with pytest.raises(UnsupportedProblem, match="AttentionInterface"):
-            model(tokens(1))
+    @pytest.mark.parametrize("kind", BY_THEMSELVES)
+    def test_a_model_that_attends_by_itself(self, kind: str) -> None:
+        """transformers takes any attn_implementation for it; some look none up, and run densely."""
+        config = getattr(transformers, f"{kind}Config")(
+            vocab_size=VOCABULARY, **BY_THEMSELVES[kind]
+        )
+        told = rf"a {kind}\w+\n.*AttentionInterface.*of its own\n.*text_config"
+        with pytest.raises(UnsupportedProblem, match=told):
+            AutoModelForCausalLM.from_config(config, attn_implementation="tokenselect")
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-        with pytest.raises(UnsupportedProblem, match=r"BloomForCausalLM.*\n.*of its own"):
+        with pytest.raises(UnsupportedProblem, match=told):
             enable(model)
         assert model.config.tokenselect is None
+
+    def test_a_part_that_attends_by_itself(self) -> None:
+        """Only the part that generates text has to attend through the interface."""
+        from transformers import LlavaConfig, LlavaForConditionalGeneration, Swinv2Config
+
+        vision = Swinv2Config(image_size=16, patch_size=4, embed_dim=8, depths=[1], num_heads=[2])
+        config = LlavaConfig(
+            text_config=FAMILIES["llama"](), vision_config=vision, vision_feature_layer=-1
+        )
+        make = LlavaForConditionalGeneration._from_config
+        with pytest.raises(UnsupportedProblem, match=r"a Swinv2Model\n(?s:.*)'text_config'"):
+            make(copy.deepcopy(config), attn_implementation="tokenselect")
+        model = make(config, attn_implementation={"text_config": "tokenselect"}).eval()
+        model.config.tokenselect = EVERYTHING
+        actual = model(tokens(2)).logits
+        model.set_attn_implementation("eager")
+        assert_close(actual, model(tokens(2)).logits)
+
+    @pytest.mark.parametrize("kind", ["Bart", "T5"])
+    def test_an_encoder_and_a_decoder(self, kind: str) -> None:
+        sizes = {"d_model": 32, "decoder_start_token_id": 0, "num_layers": 1, "encoder_layers": 1}
+        config = getattr(transformers, f"{kind}Config")(
+            vocab_size=VOCABULARY, decoder_layers=1, **sizes
+        )
+        make = getattr(transformers, f"{kind}ForConditionalGeneration")._from_config
+        model = make(config, attn_implementation="eager")
+        told = rf"a {kind}ForConditionalGeneration\n.*an encoder and a decoder.*both directions"
+        with pytest.raises(UnsupportedProblem, match=told):
+            enable(model)
+        model = make(config, attn_implementation="tokenselect").eval()
+        with pytest.raises(UnsupportedProblem, match="bidirectional"):
+            model(tokens(1), decoder_input_ids=tokens(1))
 
     @pytest.mark.parametrize("kind", ["Mamba", "FalconMamba"])
     def test_a_model_that_does_not_attend(self, kind: str) -> None:
