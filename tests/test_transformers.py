@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
@@ -655,6 +656,34 @@ class TestCache:
                 cache.reorder_cache(torch.tensor([1, 0]))
                 out = llama(ids[:, 12:], past_key_values=cache).logits
         assert_close(out, llama(ids).logits[:, 12:])
+
+    @pytest.mark.parametrize(
+        "rows",
+        [
+            torch.tensor([2, 0, 0]),
+            torch.tensor([True, False, True]),
+            [1],
+            [-1, 0],
+            [False, True, True],
+            numpy.array([2, 1]),
+            range(1, 3),
+            slice(0, 2),
+            slice(None, None, 2),
+        ],
+        ids=str,
+    )
+    @pytest.mark.parametrize("preset", ["faithful", "extrapolate"])
+    def test_rows_are_picked_as_from_a_stock_cache(
+        self, llama: Any, rows: Any, preset: str
+    ) -> None:
+        ids = tokens(3)
+        logits = []
+        for cache in (TokenSelectCache(llama), DynamicCache(config=llama.config)):
+            with enable(llama, preset, **EVERYTHING):
+                llama(ids[:, :12], past_key_values=cache)
+                cache.batch_select_indices(rows)
+                logits.append(llama(ids[rows, 12:], past_key_values=cache).logits)
+        assert torch.equal(*logits)
 
     def test_sliding_layers_stay_those_of_transformers(self) -> None:
         model = model_of("gemma2")

@@ -168,10 +168,10 @@ class RoomyLayer(DynamicLayer):
         if self.is_initialized:
             self._take(torch.arange(len(self.keys)).repeat_interleave(repeats))
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows; drops the selections."""
+    def batch_select_indices(self, indices: Any) -> None:
+        """Keep these rows, any index of a dimension; drops the selections."""
         if self.is_initialized:
-            self._take(torch.arange(len(self.keys))[indices.cpu()])
+            self._take(_picked(torch.arange(len(self.keys)), indices))
 
     def _take(self, rows: Tensor) -> None:
         n = self.get_seq_length()
@@ -262,14 +262,19 @@ class RawKeys(Cache):
         if self.starts is not None:
             self.starts = self.starts.repeat_interleave(repeats)
 
-    def batch_select_indices(self, indices: Tensor) -> None:
+    def batch_select_indices(self, indices: Any) -> None:
         """Keep these rows."""
         super().batch_select_indices(indices)
         self._take_starts(indices)
 
-    def _take_starts(self, rows: Tensor) -> None:
+    def _take_starts(self, rows: Any) -> None:
         if self.starts is not None:
-            self.starts = self.starts[rows.cpu()]
+            self.starts = _picked(self.starts, rows)
+
+
+def _picked(x: Tensor, rows: Any) -> Tensor:
+    """Those rows of x, which is on the CPU: a tensor anywhere, a list, an array or a slice."""
+    return x[rows.cpu() if isinstance(rows, Tensor) else rows]
 
 
 @functools.cache
