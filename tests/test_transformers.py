@@ -349,6 +349,36 @@ def sharing_keys() -> Any:
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
 
 
+def hybrid(kind: str) -> Any:
+    """A model with layers that attend and hold a state space model."""
+    torch.manual_seed(1)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 2}
+    more: dict[str, Any] = {
+        "FalconH1": {
+            "mamba_n_heads": 8,
+            "mamba_d_head": 8,
+            "mamba_d_ssm": 64,
+            "mamba_d_state": 8,
+            "mamba_n_groups": 1,
+            "mamba_chunk_size": 4,
+        },
+        "Zamba2": {
+            "n_mamba_heads": 8,
+            "mamba_headdim": 8,
+            "mamba_d_state": 8,
+            "mamba_ngroups": 1,
+            "chunk_size": 4,
+            "layers_block_type": ["mamba", "hybrid"],
+            "num_mem_blocks": 1,
+            "use_mem_rope": True,
+            "adapter_rank": 4,
+        },
+    }
+    sizes = {name: size for name, size in SIZES.items() if kind != "Zamba2" or name != "head_dim"}
+    config = getattr(transformers, f"{kind}Config")(**sizes | heads | more[kind])
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+
+
 class TestReuse:
     def steps(self, model: Any, cache: Any, ids: Tensor, n: int = 8) -> Tensor:
         """Logits of n single tokens after a prompt."""
@@ -526,6 +556,48 @@ class TestReuse:
         first = selections.of(0, run, settings, torch.float32)
         assert selections.of(0, run, settings, torch.float32) is first
         assert selections.of(1, run, settings, torch.float32) is not first
+
+    @pytest.mark.parametrize("kind", ["FalconH1", "Zamba2"])
+    @pytest.mark.parametrize("mode", ["greedy", "beams"])
+    @pytest.mark.parametrize("max_length", [None, L + 8])
+    def test_layers_with_a_state_beside_their_keys(
+        self, kind: str, mode: str, max_length: int | None
+    ) -> None:
+        model, mask = hybrid(kind), mask_of("20#", "5. 15#")
+        ids = tokens(2).where(mask.bool(), 0)
+        expected = generated(model, ids, attention_mask=mask, **MODES[mode])
+        cache = TokenSelectCache(model, max_length)
+        assert cache.get_max_length() == (max_length or -1)
+        for again in (False, True):
+            if again:
+                cache.reset()
+            with enable(model, **EVERYTHING, theta=-1.0):
+                actual = generated(
+                    model, ids, attention_mask=mask, past_key_values=cache, **MODES[mode]
+                )
+            assert actual.tolist() == expected.tolist()
+            assert cache.hits > 0
+
+    def test_the_state_of_a_hybrid_layer_follows_its_rows(self) -> None:
+        model, ids = hybrid("FalconH1"), tokens(2)
+        ends = []
+        for cache in (TokenSelectCache(model), DynamicCache(config=model.config)):
+            model(ids[:, :12], past_key_values=cache)
+            cache.reorder_cache(torch.tensor([1, 0]))
+            ends.append(model(ids.flip(0)[:, 12:13], past_key_values=cache).logits)
+        assert_close(*ends)
+
+    def test_keys_changed_after_they_were_cached_are_told(self, llama: Any) -> None:
+        """The advice to pass the cache that was passed would not help."""
+
+        class Changing(TokenSelectCache):
+            def update(self, *args: Any, **kwargs: Any) -> Any:
+                keys, values = super().update(*args, **kwargs)
+                return keys.clone(), values
+
+        told = r"in LlamaAttention, layer 0\n(?s:.*)changes its keys.*leave theta out"
+        with enable(llama, theta=0.9), pytest.raises(InvalidProblem, match=told):
+            llama(tokens(1), past_key_values=Changing(llama))
 
     def test_theta_without_our_cache_is_an_error(self, llama: Any) -> None:
         with enable(llama, theta=0.9):

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import cache_utils
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from tokenselect.errors import InvalidProblem
@@ -209,6 +210,38 @@ class RoomyLayer(DynamicLayer):
         setattr(self.keys, _ATTRIBUTE, self.selections)
 
 
+# What stands in for which layer of transformers; all others stay.
+_ROOMY: dict[Any, type[RoomyLayer]] = {DynamicLayer: RoomyLayer}
+
+if hasattr(cache_utils, "LinearAttentionAndFullAttentionLayer"):  # not in transformers 5.4
+    _Linear: Any = cache_utils.LinearAttentionLayer
+    _Hybrid: Any = cache_utils.LinearAttentionAndFullAttentionLayer
+
+    class RoomyHybridLayer(RoomyLayer, _Hybrid):
+        """That of a layer with a state space model beside its full attention, as in Falcon-H1."""
+
+        def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+            # transformers hands keys and values by place, the state by name.
+            kind = RoomyLayer if args else _Linear
+            kind.lazy_initialization(self, *args, **kwargs)
+
+        def reorder_cache(self, beam_idx: Tensor) -> None:
+            """Row b becomes what row beam_idx[b] was."""
+            _Linear.reorder_cache(self, beam_idx)
+            RoomyLayer.reorder_cache(self, beam_idx)
+
+    _ROOMY[_Hybrid] = RoomyHybridLayer
+
+
+def _roomy(stock: Any, max_length: int | None) -> Any:
+    """The layer that stands in for an unused one of transformers, which may be that itself."""
+    if type(stock) not in _ROOMY:
+        return stock
+    made = _ROOMY[type(stock)](max_length)
+    made.__dict__.update(vars(stock))
+    return made
+
+
 class RawKeys(Cache):
     """What a cache is made to be by `expect_raw_keys`: it knows which of its layers hold raw keys.
 
@@ -321,11 +354,7 @@ class TokenSelectCache(Cache):
                 "pass an int, or leave it out: the cache then grows",
             )
         stock = DynamicCache(config=config).layers
-        super().__init__(
-            layers=[
-                RoomyLayer(max_length) if type(layer) is DynamicLayer else layer for layer in stock
-            ]
-        )
+        super().__init__(layers=[_roomy(layer, max_length) for layer in stock])
 
     @property
     def hits(self) -> int:

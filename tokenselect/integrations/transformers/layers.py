@@ -12,7 +12,7 @@ from tokenselect.errors import InvalidProblem
 from tokenselect.integrations.transformers.cache import Selections, selections_of
 from tokenselect.integrations.transformers.masks import Run, TokenMask
 from tokenselect.integrations.transformers.options import Options, parse
-from tokenselect.integrations.transformers.refusals import refuse_layer, refuse_mla
+from tokenselect.integrations.transformers.refusals import layer_name, refuse_layer, refuse_mla
 from tokenselect.integrations.transformers.rotation import Probe, raw_layer_of
 from tokenselect.rope import Rope
 
@@ -68,7 +68,7 @@ def attention_forward(
         return given.attend(module, query, key, value, mask)
     options = parse(given)
     rope = _rope(module, query, mask, options)
-    selections = None if mask.window is not None else _selections(options, key)
+    selections = None if mask.window is not None else _selections(module, options, key)
     dtype, its_own_dtypes = _autocast(query.device)
     with its_own_dtypes:
         q, k, v = (x if dtype is None else _lowered(x, dtype) for x in (query, key, value))
@@ -217,17 +217,19 @@ def _weights(
     return weights.masked_fill(~visible.any(-1, keepdim=True), 0.0)
 
 
-def _selections(options: Options, key: Tensor) -> Selections | None:
+def _selections(module: Any, options: Options, key: Tensor) -> Selections | None:
     """The state of this layer in the cache, if selections are to be reused."""
     if options.theta is None:
         return None
     found = selections_of(key)
     if found is None:
         raise InvalidProblem(
-            f"theta={options.theta}, and keys that a TokenSelectCache did not hand out",
+            f"theta={options.theta}, and keys that a TokenSelectCache did not hand out, in "
+            f"{layer_name(module)}",
             "selections that are reused live with the KV cache, so that they are cropped, "
             "reordered and reset with it",
-            "pass past_key_values=TokenSelectCache(model), or leave theta out",
+            "pass past_key_values=TokenSelectCache(model); if you did, this layer changes its keys "
+            "after they were cached, or caches them in a way of its own: leave theta out",
         )
     return found
 
