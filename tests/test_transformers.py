@@ -4,6 +4,7 @@ import copy
 import importlib.util
 import io
 import os
+import tomllib
 import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -1217,6 +1218,14 @@ class TestRefusals:
         with pytest.raises(UnsupportedProblem, match="cache: continuous batching"):
             on(tokens(1), cache=object())
 
+    def test_a_cache_by_the_name_that_5_24_gives_it(self, on: Any) -> None:
+        """It was read before attention: handed on, it changes nothing."""
+        ids = tokens(1)
+        expected = on(ids, past_key_values=DynamicCache()).logits
+        for cache in (DynamicCache(), TokenSelectCache(on), None):
+            actual = on(ids, past_key_values=cache, cache=cache).logits
+            assert torch.equal(actual, expected)
+
     @pytest.mark.parametrize("name", ["position_bias", "some_new_argument"])
     def test_arguments_that_may_change_the_result(self, on: Any, name: str) -> None:
         with pytest.raises(UnsupportedProblem, match=name):
@@ -1265,6 +1274,22 @@ class TestRefusals:
         on(tokens(1), past_key_values=cache)
         with pytest.raises(UnsupportedProblem, match="begins at token 15"):
             on(tokens(1)[:, :1], past_key_values=cache)
+
+
+@pytest.mark.parametrize("version", ["4.57.1", "5.3.0", "5.3.1.dev0"])
+def test_an_older_transformers_is_told(tmp_path: Any, version: str) -> None:
+    """By its version, before a name that it lacks is asked for."""
+    (tmp_path / "transformers").mkdir()
+    (tmp_path / "transformers" / "__init__.py").write_text(f"__version__ = {version!r}")
+    done = fresh.run("import tokenselect.integrations.transformers", tmp_path)
+    assert f"ImportError: transformers {version} is installed" in done.stderr
+    assert "do:   pip install 'transformers>=5.4'" in done.stderr
+
+
+def test_the_oldest_version_is_that_of_the_extra() -> None:
+    project = tomllib.loads((fresh.ROOT / "pyproject.toml").read_text())["project"]
+    oldest = ".".join(map(str, tokenselect.integrations.transformers._OLDEST))
+    assert project["optional-dependencies"]["transformers"] == [f"transformers>={oldest}"]
 
 
 class TestMask:

@@ -1,4 +1,4 @@
-"""attn_implementation="tokenselect" for models of the package transformers, 5 or newer.
+"""attn_implementation="tokenselect" for models of the package transformers, 5.4 or newer.
 
 Importing this registers the attention function and its mask function under that name, gives
 configs an attribute of it, and lets models refuse the name if they attend in code of their own.
@@ -10,6 +10,18 @@ docs/tutorials/transformers.md shows all of it.
 import warnings
 from types import TracebackType
 from typing import Any, Self
+
+import transformers
+
+_OLDEST = (5, 4)  # as in pyproject.toml
+
+if tuple(map(int, transformers.__version__.split(".")[:2])) < _OLDEST:
+    needed = ".".join(map(str, _OLDEST))
+    raise ImportError(
+        f"transformers {transformers.__version__} is installed\n"
+        f"  rule: tokenselect.integrations.transformers needs transformers {needed} or newer\n"
+        f"  do:   pip install 'transformers>={needed}'"
+    )
 
 from transformers import (
     AttentionInterface,

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 import tokenselect
 from tokenselect.errors import InvalidProblem
@@ -27,7 +28,6 @@ _HARMLESS = frozenset(
         "num_items_in_batch",
         "output_hidden_states",
         "output_router_logits",
-        "past_key_values",
         "position_embeddings",
         "position_ids",
         "return_dict",
@@ -279,10 +279,12 @@ def _refuse(module: Any, dropout: float, others: dict[str, Any]) -> None:
     config = module.config
     if getattr(config, "kv_lora_rank", None) is not None:
         raise refuse_mla(config)
+    # A cache that the layer has read may come along under any name; that of continuous batching,
+    # which attention would have to read, is of another class.
     asked = [
         name
         for name, v in others.items()
-        if v is not None and v is not False and name not in _HARMLESS
+        if v is not None and v is not False and name not in _HARMLESS and not isinstance(v, Cache)
     ]
     if getattr(config, "output_attentions", False) and "output_attentions" not in asked:
         asked.append("output_attentions")
