@@ -459,7 +459,7 @@ class TestReuse:
             assert torch.equal(swapped[0], plain[0])
             assert swapped[2] == swapped[1] + 4
         else:
-            assert swapped[2] == 0
+            assert swapped[2] == swapped[1]  # and none after it
 
     def test_a_beam_that_wins_everywhere(self, llama: Any) -> None:
         """Both rows go on from row 1: they get what row 1 would have got."""
@@ -473,6 +473,45 @@ class TestReuse:
             one = llama(ids[:, 18:19], past_key_values=twin).logits[1]
         torch.testing.assert_close(both[0], one)
         torch.testing.assert_close(both[1], one)
+
+    @pytest.mark.parametrize("order", [[0, 0], [1, 1], [1, 0]])
+    @pytest.mark.parametrize("mask", [None, mask_of("5. 15#", "20#")])
+    def test_counts_are_of_reuses_not_of_rows(
+        self, llama: Any, order: list[int], mask: Tensor | None
+    ) -> None:
+        ids, cache = tokens(2), TokenSelectCache(llama)
+        with enable(llama, **SMALL, theta=0.0):
+            for end in range(12, 18):
+                begin = 0 if end == 12 else end - 1
+                seen = None if mask is None else mask[:, :end]
+                llama(ids[:, begin:end], attention_mask=seen, past_key_values=cache)
+            layers = [layer.selections._caches.values() for layer in cache.layers]
+            rows = [torch.cat([c.hits for c in caches]).tolist() for caches in layers]
+            assert all(a != b for a, b in rows)  # a row that counts twice would show
+            before = cache.hits, cache.misses
+            assert sum(before) == 2 * 2 * 6  # layers, requests, calls
+            cache.reorder_cache(torch.tensor(order))
+            assert (cache.hits, cache.misses) == before
+            seen = None if mask is None else mask[order, :18]
+            llama(ids[order, 17:18], attention_mask=seen, past_key_values=cache)
+            assert cache.hits + cache.misses == sum(before) + 2 * 2
+
+    def test_counts_after_a_call_that_failed(
+        self, llama: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Nothing was selected yet, so nothing is counted."""
+
+        def fails(*given: Any, **more: Any) -> Any:
+            raise MemoryError
+
+        cache = TokenSelectCache(llama)
+        with enable(llama, **SMALL, theta=0.5):
+            monkeypatch.setattr(tokenselect, "attention", fails)
+            with pytest.raises(MemoryError):
+                llama(tokens(2), past_key_values=cache)
+            assert (cache.hits, cache.misses) == (0, 0)
+            cache.reorder_cache(torch.tensor([1, 0]))
+            assert (cache.hits, cache.misses) == (0, 0)
 
     def test_crop_drops_what_saw_cropped_tokens(self, llama: Any) -> None:
         ids, cache = tokens(1), TokenSelectCache(llama)

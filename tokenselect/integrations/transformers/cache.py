@@ -1,6 +1,7 @@
 """A KV cache that grows without copying all of itself at each step, and remembers selections."""
 
 import functools
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -32,6 +33,9 @@ class Selections:
         self._caches: dict[_Key, SelectionCache] = {}
         # Those that were asked for with holes among their tokens.
         self._with_holes: set[_Key] = set()
+        # What rows that were reordered away had counted, less what their successors counted twice:
+        # hits and misses.
+        self._moved: tuple[Any, Any] = (0, 0)
 
     def of(self, layer: int, run: Run, options: Options, dtype: torch.dtype) -> SelectionCache:
         """The SelectionCache for this run; what was selected under other options is dropped."""
@@ -46,7 +50,7 @@ class Selections:
         return self._caches[key]
 
     def clear(self) -> None:
-        self._caches, self._with_holes = {}, set()
+        self._caches, self._with_holes, self._moved = {}, set(), (0, 0)
 
     def crop(self, slots: int, device: Any) -> None:
         """The layer, on that device, was cut back to that many slots: drop what saw more.
@@ -60,7 +64,11 @@ class Selections:
             cache.crop(torch.full((stop - start,), left, device=device))
 
     def reorder(self, order: Tensor) -> None:
-        """Row b becomes what row order[b] was. Drops what crosses from one run to another."""
+        """Row b becomes what row order[b] was. Drops what crosses from one run to another.
+
+        Rows take their counts along, so that a row which goes on as two would count double.
+        """
+        before = self._counted()
         for key, cache in list(self._caches.items()):
             _, start, stop, *_ = key
             inside = order[start:stop] - start
@@ -68,11 +76,22 @@ class Selections:
                 cache.reorder(inside)
             else:
                 del self._caches[key]
+        hits, misses = (was - now for was, now in zip(before, self._counted(), strict=True))
+        self._moved = (self._moved[0] + hits, self._moved[1] + misses)
 
     def counts(self) -> tuple[int, int]:
-        """(hits, misses), summed over requests."""
-        caches = self._caches.values()
-        return sum(int(c.hits.sum()) for c in caches), sum(int(c.misses.sum()) for c in caches)
+        """(hits, misses), summed over requests: how often a selection was reused, or made."""
+        hits, misses = self._counted()
+        return int(hits + self._moved[0]), int(misses + self._moved[1])
+
+    def _counted(self) -> tuple[Any, Any]:
+        """What the rows have counted; not read off the device."""
+        hits: Any = 0
+        misses: Any = 0
+        for cache in self._caches.values():
+            with suppress(InvalidProblem):  # the call that it was made for failed
+                hits, misses = hits + cache.hits.sum(), misses + cache.misses.sum()
+        return hits, misses
 
 
 def selections_of(keys: Tensor) -> Selections | None:
@@ -358,12 +377,15 @@ class TokenSelectCache(Cache):
 
     @property
     def hits(self) -> int:
-        """How often a layer reused a request's selection; waits for the device."""
+        """How often a layer reused a request's selection; waits for the device.
+
+        A beam is a request. Counted anew after `reset()`, other options or a change of the batch.
+        """
         return self._counts()[0]
 
     @property
     def misses(self) -> int:
-        """How often a layer selected afresh for a request; waits for the device."""
+        """How often a layer selected afresh for a request: counted, and read, as `hits` is."""
         return self._counts()[1]
 
     def _counts(self) -> tuple[int, int]:
