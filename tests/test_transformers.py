@@ -957,8 +957,21 @@ def test_a_model_whose_layers_all_slide(how: dict[str, Any], mode: str) -> None:
     mask = mask_of("20#", "5. 15#")
     ids = tokens(2).where(mask.bool(), 0)
     expected = generated(model, ids, attention_mask=mask, **MODES[mode])
-    with enable(model, **SMALL, **how):
+    with pytest.warns(
+        UserWarning, match="this MinistralForCausalLM .* nothing is selected"
+    ) as told:
+        handle = enable(model, **SMALL, **how)
+    assert [warning.filename for warning in told] == [__file__]
+    with handle:
         assert generated(model, ids, attention_mask=mask, **MODES[mode]).equal(expected)
+
+
+@pytest.mark.parametrize("make", [lambda: hybrid("FalconH1"), lambda: model_of("gemma2")])
+def test_a_model_with_a_layer_that_sees_everything_warns_of_nothing(make: Any) -> None:
+    model = make()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        enable(model, **SMALL).disable()
 
 
 @pytest.mark.parametrize("padding", ["none", "left", "right", "holes"])

@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from tokenselect.errors import InvalidProblem
-from tokenselect.integrations.transformers.cache import TokenSelectCache
+from tokenselect.integrations.transformers.cache import TokenSelectCache, slides_everywhere
 from tokenselect.integrations.transformers.interface import not_through_it, text_part, watch
 from tokenselect.integrations.transformers.layers import attention_forward
 from tokenselect.integrations.transformers.masks import token_mask
@@ -76,6 +76,12 @@ class Enabled:
         check(parsed)
         _warn_of_length(config, parsed)
         self._part, self._config = text_part(model, config), config
+        if slides_everywhere(config):
+            warnings.warn(
+                f"all layers of this {type(model).__name__} that attend slide: they stay dense "
+                "within their window, so that nothing is selected and the options change nothing",
+                stacklevel=3,
+            )
         self._implementation = config._attn_implementation
         self._part.set_attn_implementation(NAME)
         if config._attn_implementation != NAME:
@@ -182,6 +188,7 @@ def enable(model: Any, preset: str | None = None, **options: Any) -> Enabled:
 
     Raises InvalidProblem for an unknown option or a bad value, UnknownBackend, and
     UnsupportedProblem for a model that cannot work. What `backend` can run shows with the first
-    call. Warns where contiguous positions come out longer than max_position_embeddings.
+    call. Warns where contiguous positions come out longer than max_position_embeddings, and of a
+    model whose layers all slide.
     """
     return Enabled(model, preset_options(preset) | options)

@@ -347,6 +347,12 @@ def expect_raw_keys(cache: Any, layer_idx: int) -> None:
     cache._expected = layer_idx
 
 
+def slides_everywhere(config: Any) -> bool:
+    """Whether a model has layers that attend within a window, and none that sees further back."""
+    attending = [one for one in DynamicCache(config=config).layers if isinstance(one, DynamicLayer)]
+    return len(attending) > 0 and all(one.is_sliding for one in attending)
+
+
 class TokenSelectCache(Cache):
     """A KV cache for a model that attends with tokenselect; pass it as past_key_values.
 
