@@ -4,11 +4,13 @@ import copy
 import importlib.util
 import io
 import os
+import tomllib
 import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
@@ -348,6 +350,36 @@ def sharing_keys() -> Any:
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
 
 
+def hybrid(kind: str) -> Any:
+    """A model with layers that attend and hold a state space model."""
+    torch.manual_seed(1)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 2}
+    more: dict[str, Any] = {
+        "FalconH1": {
+            "mamba_n_heads": 8,
+            "mamba_d_head": 8,
+            "mamba_d_ssm": 64,
+            "mamba_d_state": 8,
+            "mamba_n_groups": 1,
+            "mamba_chunk_size": 4,
+        },
+        "Zamba2": {
+            "n_mamba_heads": 8,
+            "mamba_headdim": 8,
+            "mamba_d_state": 8,
+            "mamba_ngroups": 1,
+            "chunk_size": 4,
+            "layers_block_type": ["mamba", "hybrid"],
+            "num_mem_blocks": 1,
+            "use_mem_rope": True,
+            "adapter_rank": 4,
+        },
+    }
+    sizes = {name: size for name, size in SIZES.items() if kind != "Zamba2" or name != "head_dim"}
+    config = getattr(transformers, f"{kind}Config")(**sizes | heads | more[kind])
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+
+
 class TestReuse:
     def steps(self, model: Any, cache: Any, ids: Tensor, n: int = 8) -> Tensor:
         """Logits of n single tokens after a prompt."""
@@ -427,7 +459,7 @@ class TestReuse:
             assert torch.equal(swapped[0], plain[0])
             assert swapped[2] == swapped[1] + 4
         else:
-            assert swapped[2] == 0
+            assert swapped[2] == swapped[1]  # and none after it
 
     def test_a_beam_that_wins_everywhere(self, llama: Any) -> None:
         """Both rows go on from row 1: they get what row 1 would have got."""
@@ -441,6 +473,45 @@ class TestReuse:
             one = llama(ids[:, 18:19], past_key_values=twin).logits[1]
         torch.testing.assert_close(both[0], one)
         torch.testing.assert_close(both[1], one)
+
+    @pytest.mark.parametrize("order", [[0, 0], [1, 1], [1, 0]])
+    @pytest.mark.parametrize("mask", [None, mask_of("5. 15#", "20#")])
+    def test_counts_are_of_reuses_not_of_rows(
+        self, llama: Any, order: list[int], mask: Tensor | None
+    ) -> None:
+        ids, cache = tokens(2), TokenSelectCache(llama)
+        with enable(llama, **SMALL, theta=0.0):
+            for end in range(12, 18):
+                begin = 0 if end == 12 else end - 1
+                seen = None if mask is None else mask[:, :end]
+                llama(ids[:, begin:end], attention_mask=seen, past_key_values=cache)
+            layers = [layer.selections._caches.values() for layer in cache.layers]
+            rows = [torch.cat([c.hits for c in caches]).tolist() for caches in layers]
+            assert all(a != b for a, b in rows)  # a row that counts twice would show
+            before = cache.hits, cache.misses
+            assert sum(before) == 2 * 2 * 6  # layers, requests, calls
+            cache.reorder_cache(torch.tensor(order))
+            assert (cache.hits, cache.misses) == before
+            seen = None if mask is None else mask[order, :18]
+            llama(ids[order, 17:18], attention_mask=seen, past_key_values=cache)
+            assert cache.hits + cache.misses == sum(before) + 2 * 2
+
+    def test_counts_after_a_call_that_failed(
+        self, llama: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Nothing was selected yet, so nothing is counted."""
+
+        def fails(*given: Any, **more: Any) -> Any:
+            raise MemoryError
+
+        cache = TokenSelectCache(llama)
+        with enable(llama, **SMALL, theta=0.5):
+            monkeypatch.setattr(tokenselect, "attention", fails)
+            with pytest.raises(MemoryError):
+                llama(tokens(2), past_key_values=cache)
+            assert (cache.hits, cache.misses) == (0, 0)
+            cache.reorder_cache(torch.tensor([1, 0]))
+            assert (cache.hits, cache.misses) == (0, 0)
 
     def test_crop_drops_what_saw_cropped_tokens(self, llama: Any) -> None:
         ids, cache = tokens(1), TokenSelectCache(llama)
@@ -522,9 +593,51 @@ class TestReuse:
         selections = TokenSelectCache(model_of("llama")).layers[0].selections
         run = token_mask(1, 4, 4).runs[0]
         settings = options.parse({"theta": 0.5})
-        first = selections.of(0, run, settings)
-        assert selections.of(0, run, settings) is first
-        assert selections.of(1, run, settings) is not first
+        first = selections.of(0, run, settings, torch.float32)
+        assert selections.of(0, run, settings, torch.float32) is first
+        assert selections.of(1, run, settings, torch.float32) is not first
+
+    @pytest.mark.parametrize("kind", ["FalconH1", "Zamba2"])
+    @pytest.mark.parametrize("mode", ["greedy", "beams"])
+    @pytest.mark.parametrize("max_length", [None, L + 8])
+    def test_layers_with_a_state_beside_their_keys(
+        self, kind: str, mode: str, max_length: int | None
+    ) -> None:
+        model, mask = hybrid(kind), mask_of("20#", "5. 15#")
+        ids = tokens(2).where(mask.bool(), 0)
+        expected = generated(model, ids, attention_mask=mask, **MODES[mode])
+        cache = TokenSelectCache(model, max_length)
+        assert cache.get_max_length() == (max_length or -1)
+        for again in (False, True):
+            if again:
+                cache.reset()
+            with enable(model, **EVERYTHING, theta=-1.0):
+                actual = generated(
+                    model, ids, attention_mask=mask, past_key_values=cache, **MODES[mode]
+                )
+            assert actual.tolist() == expected.tolist()
+            assert cache.hits > 0
+
+    def test_the_state_of_a_hybrid_layer_follows_its_rows(self) -> None:
+        model, ids = hybrid("FalconH1"), tokens(2)
+        ends = []
+        for cache in (TokenSelectCache(model), DynamicCache(config=model.config)):
+            model(ids[:, :12], past_key_values=cache)
+            cache.reorder_cache(torch.tensor([1, 0]))
+            ends.append(model(ids.flip(0)[:, 12:13], past_key_values=cache).logits)
+        assert_close(*ends)
+
+    def test_keys_changed_after_they_were_cached_are_told(self, llama: Any) -> None:
+        """The advice to pass the cache that was passed would not help."""
+
+        class Changing(TokenSelectCache):
+            def update(self, *args: Any, **kwargs: Any) -> Any:
+                keys, values = super().update(*args, **kwargs)
+                return keys.clone(), values
+
+        told = r"in LlamaAttention, layer 0\n(?s:.*)changes its keys.*leave theta out"
+        with enable(llama, theta=0.9), pytest.raises(InvalidProblem, match=told):
+            llama(tokens(1), past_key_values=Changing(llama))
 
     def test_theta_without_our_cache_is_an_error(self, llama: Any) -> None:
         with enable(llama, theta=0.9):
@@ -533,6 +646,86 @@ class TestReuse:
                     llama(tokens(1), past_key_values=cache)
             with pytest.raises(InvalidProblem, match=r"theta=0\.9"):
                 generated(llama, tokens(1))
+
+
+class TestAutocast:
+    """Queries and rotated keys are float32 there, values bfloat16; sdpa reads all in bfloat16."""
+
+    STEPS = ((0, 12), (12, 13), (13, 14), (14, 15), (15, 20))
+    # Whether each of the steps is within torch.autocast.
+    WITHIN = (True, True, True, True, True)
+    THEN_OUTSIDE = (True, True, False, False, True)
+    THEN_WITHIN = (False, False, True, True, False)
+
+    def read(self, model: Any, cache: Any, within: tuple[bool, ...]) -> Tensor:
+        parts = []
+        for (start, end), on in zip(self.STEPS, within, strict=True):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=on):
+                part = model(tokens(2)[:, start:end], past_key_values=cache).logits
+            parts.append(part.double())
+        return torch.cat(parts, 1)
+
+    def assert_as_close(self, actual: Tensor, stock: Tensor, truth: Tensor) -> None:
+        assert actual.dtype == stock.dtype
+        assert (stock - truth).abs().max() > 0
+        assert (actual - truth).abs().max() <= 2 * (stock - truth).abs().max()
+
+    @pytest.mark.parametrize("family", ["llama", "qwen2_sliding", "qwen3"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    @pytest.mark.parametrize("how", ["none", "dynamic", "ours", "ours_with_room"])
+    def test_as_close_to_float32_as_sdpa(self, family: str, dtype: torch.dtype, how: str) -> None:
+        model, ids = model_of(family), tokens(2)
+        truth = model(ids).logits
+        model.to(dtype).set_attn_implementation("sdpa")
+
+        def read() -> Tensor:
+            more = {"use_cache": False}
+            if how != "none":
+                more = {"past_key_values": caches(model)[how]()}
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return model(ids, **more).logits
+
+        stock = read()
+        for chunk in (512, 4):
+            with enable(model, **EVERYTHING, chunk=chunk):
+                self.assert_as_close(read(), stock, truth)
+
+    @pytest.mark.parametrize("within", [WITHIN, THEN_OUTSIDE, THEN_WITHIN])
+    @pytest.mark.parametrize("theta", [None, -1.0])
+    @pytest.mark.parametrize("family", ["llama", "qwen2_sliding"])
+    def test_a_cache_goes_in_and_out_of_it(
+        self, family: str, within: tuple[bool, ...], theta: float | None
+    ) -> None:
+        model = model_of(family)
+        model.set_attn_implementation("sdpa")
+        truth = model(tokens(2)).logits
+        stock = self.read(model, DynamicCache(), within)
+        for cache in (TokenSelectCache(model), TokenSelectCache(model, max_length=L)):
+            with enable(model, **EVERYTHING, theta=theta):
+                self.assert_as_close(self.read(model, cache, within), stock, truth)
+            assert theta is None or cache.hits > 0
+
+    @pytest.mark.parametrize("within", [THEN_OUTSIDE, THEN_WITHIN])
+    def test_nothing_is_rounded_in_the_cache(self, llama: Any, within: tuple[bool, ...]) -> None:
+        cache, stock = TokenSelectCache(llama), DynamicCache()
+        for each in (cache, stock):
+            self.read(llama, each, within)
+        for mine, theirs in zip(cache.layers, stock.layers, strict=True):
+            assert mine.dtype == torch.float32
+            assert torch.equal(mine.keys, theirs.keys)
+            assert torch.equal(mine.values, theirs.values)
+
+    def test_moved_keys(self, llama: Any) -> None:
+        """Raw keys are looked at, cached and gone on with likewise, wherever enable() is called."""
+        how = self.THEN_OUTSIDE
+        llama.set_attn_implementation("sdpa")
+        truth, stock = llama(tokens(2)).logits, self.read(llama, DynamicCache(), how)
+        moving = {"positions": "contiguous", "score_at": "split"}
+        for on in (False, True):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=on):
+                handle = enable(llama, **EVERYTHING, **moving)
+            with handle:
+                self.assert_as_close(self.read(llama, TokenSelectCache(llama), how), stock, truth)
 
 
 class TestCache:
@@ -575,6 +768,34 @@ class TestCache:
                 cache.reorder_cache(torch.tensor([1, 0]))
                 out = llama(ids[:, 12:], past_key_values=cache).logits
         assert_close(out, llama(ids).logits[:, 12:])
+
+    @pytest.mark.parametrize(
+        "rows",
+        [
+            torch.tensor([2, 0, 0]),
+            torch.tensor([True, False, True]),
+            [1],
+            [-1, 0],
+            [False, True, True],
+            numpy.array([2, 1]),
+            range(1, 3),
+            slice(0, 2),
+            slice(None, None, 2),
+        ],
+        ids=str,
+    )
+    @pytest.mark.parametrize("preset", ["faithful", "extrapolate"])
+    def test_rows_are_picked_as_from_a_stock_cache(
+        self, llama: Any, rows: Any, preset: str
+    ) -> None:
+        ids = tokens(3)
+        logits = []
+        for cache in (TokenSelectCache(llama), DynamicCache(config=llama.config)):
+            with enable(llama, preset, **EVERYTHING):
+                llama(ids[:, :12], past_key_values=cache)
+                cache.batch_select_indices(rows)
+                logits.append(llama(ids[rows, 12:], past_key_values=cache).logits)
+        assert torch.equal(*logits)
 
     def test_sliding_layers_stay_those_of_transformers(self) -> None:
         model = model_of("gemma2")
@@ -736,8 +957,21 @@ def test_a_model_whose_layers_all_slide(how: dict[str, Any], mode: str) -> None:
     mask = mask_of("20#", "5. 15#")
     ids = tokens(2).where(mask.bool(), 0)
     expected = generated(model, ids, attention_mask=mask, **MODES[mode])
-    with enable(model, **SMALL, **how):
+    with pytest.warns(
+        UserWarning, match="this MinistralForCausalLM .* nothing is selected"
+    ) as told:
+        handle = enable(model, **SMALL, **how)
+    assert [warning.filename for warning in told] == [__file__]
+    with handle:
         assert generated(model, ids, attention_mask=mask, **MODES[mode]).equal(expected)
+
+
+@pytest.mark.parametrize("make", [lambda: hybrid("FalconH1"), lambda: model_of("gemma2")])
+def test_a_model_with_a_layer_that_sees_everything_warns_of_nothing(make: Any) -> None:
+    model = make()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        enable(model, **SMALL).disable()
 
 
 @pytest.mark.parametrize("padding", ["none", "left", "right", "holes"])
@@ -838,6 +1072,33 @@ def test_only_the_part_of_a_model_that_generates_text_changes() -> None:
     assert torch.equal(model(tokens(2)).logits, expected)
 
 
+# Sizes of models that never look attn_implementation up, or in a table of their own.
+BY_THEMSELVES: dict[str, dict[str, Any]] = {
+    "Bloom": {"hidden_size": 32, "n_layer": 1, "n_head": 4},
+    "CpmAnt": {"hidden_size": 32, "num_attention_heads": 4, "dim_head": 8, "num_hidden_layers": 1},
+    "Falcon": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4},
+    "GPTJ": {"n_embd": 32, "n_layer": 1, "n_head": 4, "rotary_dim": 4},
+    "GPTNeo": {
+        "hidden_size": 32,
+        "num_layers": 1,
+        "num_heads": 4,
+        "attention_types": [[["global"], 1]],
+    },
+    "Mvp": {"d_model": 32, "decoder_layers": 1, "encoder_layers": 1},
+    "OpenAIGPT": {"n_embd": 32, "n_layer": 1, "n_head": 4},
+    "Reformer": {
+        "hidden_size": 32,
+        "is_decoder": True,
+        "attn_layers": ["local"],
+        "axial_pos_embds": False,
+    },
+    "TrOCR": {"d_model": 32, "decoder_layers": 1},
+    "XGLM": {"d_model": 32, "ffn_dim": 48, "num_layers": 1, "attention_heads": 4},
+    "XLM": {"emb_dim": 32, "n_layers": 1, "n_heads": 4},
+    "XLNet": {"d_model": 32, "n_layer": 1, "n_head": 4, "d_inner": 48},
+}
+
+
 class TestRefusals:
     @pytest.fixture
     def on(self, llama: Any) -> Any:
@@ -929,18 +1190,51 @@ class TestRefusals:
         with pytest.raises(UnsupportedProblem, match=r"deepseek_v3.*\n.*latent"):
             model(tokens(1))
 
-    def test_a_model_that_attends_by_itself(self) -> None:
-        """transformers takes any attn_implementation for it; its own code would use our mask."""
-        from transformers import BloomConfig
-
-        config = BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=1, n_head=4)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="tokenselect")
-        with pytest.raises(UnsupportedProblem, match="AttentionInterface"):
-            model(tokens(1))
+    @pytest.mark.parametrize("kind", BY_THEMSELVES)
+    def test_a_model_that_attends_by_itself(self, kind: str) -> None:
+        """transformers takes any attn_implementation for it; some look none up, and run densely."""
+        config = getattr(transformers, f"{kind}Config")(
+            vocab_size=VOCABULARY, **BY_THEMSELVES[kind]
+        )
+        told = rf"a {kind}\w+\n.*AttentionInterface.*of its own\n.*text_config"
+        with pytest.raises(UnsupportedProblem, match=told):
+            AutoModelForCausalLM.from_config(config, attn_implementation="tokenselect")
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-        with pytest.raises(UnsupportedProblem, match=r"BloomForCausalLM.*\n.*of its own"):
+        with pytest.raises(UnsupportedProblem, match=told):
             enable(model)
         assert model.config.tokenselect is None
+
+    def test_a_part_that_attends_by_itself(self) -> None:
+        """Only the part that generates text has to attend through the interface."""
+        from transformers import LlavaConfig, LlavaForConditionalGeneration, Swinv2Config
+
+        vision = Swinv2Config(image_size=16, patch_size=4, embed_dim=8, depths=[1], num_heads=[2])
+        config = LlavaConfig(
+            text_config=FAMILIES["llama"](), vision_config=vision, vision_feature_layer=-1
+        )
+        make = LlavaForConditionalGeneration._from_config
+        with pytest.raises(UnsupportedProblem, match=r"a Swinv2Model\n(?s:.*)'text_config'"):
+            make(copy.deepcopy(config), attn_implementation="tokenselect")
+        model = make(config, attn_implementation={"text_config": "tokenselect"}).eval()
+        model.config.tokenselect = EVERYTHING
+        actual = model(tokens(2)).logits
+        model.set_attn_implementation("eager")
+        assert_close(actual, model(tokens(2)).logits)
+
+    @pytest.mark.parametrize("kind", ["Bart", "T5"])
+    def test_an_encoder_and_a_decoder(self, kind: str) -> None:
+        sizes = {"d_model": 32, "decoder_start_token_id": 0, "num_layers": 1, "encoder_layers": 1}
+        config = getattr(transformers, f"{kind}Config")(
+            vocab_size=VOCABULARY, decoder_layers=1, **sizes
+        )
+        make = getattr(transformers, f"{kind}ForConditionalGeneration")._from_config
+        model = make(config, attn_implementation="eager")
+        told = rf"a {kind}ForConditionalGeneration\n.*an encoder and a decoder.*both directions"
+        with pytest.raises(UnsupportedProblem, match=told):
+            enable(model)
+        model = make(config, attn_implementation="tokenselect").eval()
+        with pytest.raises(UnsupportedProblem, match="bidirectional"):
+            model(tokens(1), decoder_input_ids=tokens(1))
 
     @pytest.mark.parametrize("kind", ["Mamba", "FalconMamba"])
     def test_a_model_that_does_not_attend(self, kind: str) -> None:
@@ -975,6 +1269,14 @@ class TestRefusals:
             on.generate_batch([[1, 2, 3]])
         with pytest.raises(UnsupportedProblem, match="cache: continuous batching"):
             on(tokens(1), cache=object())
+
+    def test_a_cache_by_the_name_that_5_24_gives_it(self, on: Any) -> None:
+        """It was read before attention: handed on, it changes nothing."""
+        ids = tokens(1)
+        expected = on(ids, past_key_values=DynamicCache()).logits
+        for cache in (DynamicCache(), TokenSelectCache(on), None):
+            actual = on(ids, past_key_values=cache, cache=cache).logits
+            assert torch.equal(actual, expected)
 
     @pytest.mark.parametrize("name", ["position_bias", "some_new_argument"])
     def test_arguments_that_may_change_the_result(self, on: Any, name: str) -> None:
@@ -1024,6 +1326,22 @@ class TestRefusals:
         on(tokens(1), past_key_values=cache)
         with pytest.raises(UnsupportedProblem, match="begins at token 15"):
             on(tokens(1)[:, :1], past_key_values=cache)
+
+
+@pytest.mark.parametrize("version", ["4.57.1", "5.3.0", "5.3.1.dev0"])
+def test_an_older_transformers_is_told(tmp_path: Any, version: str) -> None:
+    """By its version, before a name that it lacks is asked for."""
+    (tmp_path / "transformers").mkdir()
+    (tmp_path / "transformers" / "__init__.py").write_text(f"__version__ = {version!r}")
+    done = fresh.run("import tokenselect.integrations.transformers", tmp_path)
+    assert f"ImportError: transformers {version} is installed" in done.stderr
+    assert "do:   pip install 'transformers>=5.4'" in done.stderr
+
+
+def test_the_oldest_version_is_that_of_the_extra() -> None:
+    project = tomllib.loads((fresh.ROOT / "pyproject.toml").read_text())["project"]
+    oldest = ".".join(map(str, tokenselect.integrations.transformers._OLDEST))
+    assert project["optional-dependencies"]["transformers"] == [f"transformers>={oldest}"]
 
 
 class TestMask:

@@ -1,25 +1,37 @@
-"""attn_implementation="tokenselect" for models of the package transformers, 5 or newer.
+"""attn_implementation="tokenselect" for models of the package transformers, 5.4 or newer.
 
-Importing this registers the attention function and its mask function under that name, and gives
-configs an attribute of it. Options are `model.config.tokenselect = {"k": 1024, ...}`, or
-`enable(model, k=1024, ...)`, which `disable()` on what it returns takes back.
+Importing this registers the attention function and its mask function under that name, gives
+configs an attribute of it, and lets models refuse the name if they attend in code of their own.
+Options are `model.config.tokenselect = {"k": 1024, ...}`, or `enable(model, k=1024, ...)`, which
+`disable()` on what it returns takes back.
 docs/tutorials/transformers.md shows all of it.
 """
 
-import sys
 import warnings
 from types import TracebackType
 from typing import Any, Self
+
+import transformers
+
+_OLDEST = (5, 4)  # as in pyproject.toml
+
+if tuple(map(int, transformers.__version__.split(".")[:2])) < _OLDEST:
+    needed = ".".join(map(str, _OLDEST))
+    raise ImportError(
+        f"transformers {transformers.__version__} is installed\n"
+        f"  rule: tokenselect.integrations.transformers needs transformers {needed} or newer\n"
+        f"  do:   pip install 'transformers>={needed}'"
+    )
 
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
     PreTrainedConfig,
-    PreTrainedModel,
 )
 
 from tokenselect.errors import InvalidProblem
-from tokenselect.integrations.transformers.cache import TokenSelectCache
+from tokenselect.integrations.transformers.cache import TokenSelectCache, slides_everywhere
+from tokenselect.integrations.transformers.interface import not_through_it, text_part, watch
 from tokenselect.integrations.transformers.layers import attention_forward
 from tokenselect.integrations.transformers.masks import token_mask
 from tokenselect.integrations.transformers.options import (
@@ -30,7 +42,7 @@ from tokenselect.integrations.transformers.options import (
     parse,
     preset_options,
 )
-from tokenselect.integrations.transformers.refusals import Refusal, refuse_mla
+from tokenselect.integrations.transformers.refusals import refuse_mla
 from tokenselect.integrations.transformers.rotation import RawLayers, is_raw
 
 __all__ = ["NAME", "Enabled", "Options", "TokenSelectCache", "enable"]
@@ -38,6 +50,7 @@ __all__ = ["NAME", "Enabled", "Options", "TokenSelectCache", "enable"]
 AttentionInterface.register(NAME, attention_forward)
 AttentionMaskInterface.register(NAME, token_mask)
 setattr(PreTrainedConfig, NAME, OptionsOfTheText())
+watch()
 
 # The attribute of a model that leads to the `Enabled` in force, the last of those that are nested.
 _INNERMOST = "_tokenselect_enabled"
@@ -62,13 +75,17 @@ class Enabled:
         parsed = parse(options)
         check(parsed)
         _warn_of_length(config, parsed)
-        self._part, self._config = _text_part(model, config), config
-        if not _has_attention(self._part):
-            raise _not_through_the_interface(model)
+        self._part, self._config = text_part(model, config), config
+        if slides_everywhere(config):
+            warnings.warn(
+                f"all layers of this {type(model).__name__} that attend slide: they stay dense "
+                "within their window, so that nothing is selected and the options change nothing",
+                stacklevel=3,
+            )
         self._implementation = config._attn_implementation
         self._part.set_attn_implementation(NAME)
         if config._attn_implementation != NAME:
-            raise _not_through_the_interface(model)
+            raise not_through_it(model)
         self._options = vars(config).get(NAME)
         config.tokenselect = self._given = options
         self.inner: Enabled | None = None
@@ -159,30 +176,6 @@ def _warn_of_length(config: Any, options: Options) -> None:
         )
 
 
-def _text_part(model: Any, config: Any) -> Any:
-    """The part of a model that generates text: all of it, but for models that also see or hear."""
-    for part in model.modules():
-        if isinstance(part, PreTrainedModel) and part.config is config:
-            return part
-    raise _not_through_the_interface(model)
-
-
-def _has_attention(part: Any) -> bool:
-    """Whether the code of a module in it knows the interface; a state space model's does not."""
-    names = {type(module).__module__ for module in part.modules()} & sys.modules.keys()
-    known = (one for name in names for one in vars(sys.modules[name]).values())
-    return any(isinstance(one, AttentionInterface) for one in known)
-
-
-def _not_through_the_interface(model: Any) -> Refusal:
-    return Refusal(
-        f"a {type(model).__name__}",
-        "none of its layers calls transformers' AttentionInterface: it has no attention, or "
-        "attends in code of its own",
-        "use a model whose attention goes through transformers' AttentionInterface",
-    )
-
-
 def enable(model: Any, preset: str | None = None, **options: Any) -> Enabled:
     """Let a model attend with tokenselect, until `.disable()` or the end of a `with` block.
 
@@ -195,6 +188,7 @@ def enable(model: Any, preset: str | None = None, **options: Any) -> Enabled:
 
     Raises InvalidProblem for an unknown option or a bad value, UnknownBackend, and
     UnsupportedProblem for a model that cannot work. What `backend` can run shows with the first
-    call. Warns where contiguous positions come out longer than max_position_embeddings.
+    call. Warns where contiguous positions come out longer than max_position_embeddings, and of a
+    model whose layers all slide.
     """
     return Enabled(model, preset_options(preset) | options)

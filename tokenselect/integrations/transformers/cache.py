@@ -1,10 +1,12 @@
 """A KV cache that grows without copying all of itself at each step, and remembers selections."""
 
 import functools
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import cache_utils
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from tokenselect.errors import InvalidProblem
@@ -12,8 +14,8 @@ from tokenselect.integrations.transformers.masks import Run
 from tokenselect.integrations.transformers.options import Options
 from tokenselect.reuse import SelectionCache
 
-# Layer, first row, one past the last row, first slot.
-_Key = tuple[int, int, int, int]
+# Layer, first row, one past the last row, first slot, dtype of the queries.
+_Key = tuple[int, int, int, int, torch.dtype]
 
 # The attribute of a layer's keys that leads from them to the layer's `Selections`.
 _ATTRIBUTE = "_tokenselect_selections"
@@ -23,6 +25,7 @@ class Selections:
     """What one layer of a cache remembers: a SelectionCache for each `Run` of requests.
 
     A run is known by the layer that asks, its rows and its first slot: rows padded alike share one.
+    Within torch.autocast there is another one than outside, since selections have a dtype.
     """
 
     def __init__(self) -> None:
@@ -30,13 +33,16 @@ class Selections:
         self._caches: dict[_Key, SelectionCache] = {}
         # Those that were asked for with holes among their tokens.
         self._with_holes: set[_Key] = set()
+        # What rows that were reordered away had counted, less what their successors counted twice:
+        # hits and misses.
+        self._moved: tuple[Any, Any] = (0, 0)
 
-    def of(self, layer: int, run: Run, options: Options) -> SelectionCache:
+    def of(self, layer: int, run: Run, options: Options, dtype: torch.dtype) -> SelectionCache:
         """The SelectionCache for this run; what was selected under other options is dropped."""
         if options != self._options:
             self.clear()
             self._options = options
-        key = (layer, run.rows.start, run.rows.stop, run.first)
+        key = (layer, run.rows.start, run.rows.stop, run.first, dtype)
         if not isinstance(run.slots, slice):
             self._with_holes.add(key)
         if key not in self._caches:
@@ -44,7 +50,7 @@ class Selections:
         return self._caches[key]
 
     def clear(self) -> None:
-        self._caches, self._with_holes = {}, set()
+        self._caches, self._with_holes, self._moved = {}, set(), (0, 0)
 
     def crop(self, slots: int, device: Any) -> None:
         """The layer, on that device, was cut back to that many slots: drop what saw more.
@@ -53,24 +59,39 @@ class Selections:
         has left is not known here, so nothing of it is kept.
         """
         for key, cache in self._caches.items():
-            _, start, stop, first = key
+            _, start, stop, first, _ = key
             left = 0 if key in self._with_holes else max(0, slots - first)
             cache.crop(torch.full((stop - start,), left, device=device))
 
     def reorder(self, order: Tensor) -> None:
-        """Row b becomes what row order[b] was. Drops what crosses from one run to another."""
+        """Row b becomes what row order[b] was. Drops what crosses from one run to another.
+
+        Rows take their counts along, so that a row which goes on as two would count double.
+        """
+        before = self._counted()
         for key, cache in list(self._caches.items()):
-            _, start, stop, _ = key
+            _, start, stop, *_ = key
             inside = order[start:stop] - start
             if stop - start == len(order) or bool(((inside >= 0) & (inside < stop - start)).all()):
                 cache.reorder(inside)
             else:
                 del self._caches[key]
+        hits, misses = (was - now for was, now in zip(before, self._counted(), strict=True))
+        self._moved = (self._moved[0] + hits, self._moved[1] + misses)
 
     def counts(self) -> tuple[int, int]:
-        """(hits, misses), summed over requests."""
-        caches = self._caches.values()
-        return sum(int(c.hits.sum()) for c in caches), sum(int(c.misses.sum()) for c in caches)
+        """(hits, misses), summed over requests: how often a selection was reused, or made."""
+        hits, misses = self._counted()
+        return int(hits + self._moved[0]), int(misses + self._moved[1])
+
+    def _counted(self) -> tuple[Any, Any]:
+        """What the rows have counted; not read off the device."""
+        hits: Any = 0
+        misses: Any = 0
+        for cache in self._caches.values():
+            with suppress(InvalidProblem):  # the call that it was made for failed
+                hits, misses = hits + cache.hits.sum(), misses + cache.misses.sum()
+        return hits, misses
 
 
 def selections_of(keys: Tensor) -> Selections | None:
@@ -129,7 +150,7 @@ class RoomyLayer(DynamicLayer):
                 )
         n = self.get_seq_length()
         end = n + key_states.shape[2]
-        self._make_room(n, end)
+        self._make_room(n, end, (key_states.dtype, value_states.dtype))
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
             buffer[:, :, n:end] = states
         self._show(end)
@@ -167,10 +188,10 @@ class RoomyLayer(DynamicLayer):
         if self.is_initialized:
             self._take(torch.arange(len(self.keys)).repeat_interleave(repeats))
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows; drops the selections."""
+    def batch_select_indices(self, indices: Any) -> None:
+        """Keep these rows, any index of a dimension; drops the selections."""
         if self.is_initialized:
-            self._take(torch.arange(len(self.keys))[indices.cpu()])
+            self._take(_picked(torch.arange(len(self.keys)), indices))
 
     def _take(self, rows: Tensor) -> None:
         n = self.get_seq_length()
@@ -180,26 +201,64 @@ class RoomyLayer(DynamicLayer):
         self._show(n)
         self.selections.clear()
 
-    def _make_room(self, n: int, end: int) -> None:
-        capacity = self._buffers[0].shape[2]
-        if end <= capacity:
-            return
-        if self.max_length is not None:
-            raise InvalidProblem(
-                f"{end} tokens in a TokenSelectCache of max_length={self.max_length}",
-                "max_length counts the prompt and all new tokens",
-                "make it larger, or leave it out: the cache then grows",
-            )
-        with torch.inference_mode(False):
-            for i, old in enumerate(self._buffers):
-                self._buffers[i] = old.new_empty(
-                    *old.shape[:2], max(end, 2 * capacity), old.shape[3]
+    def _make_room(self, n: int, end: int, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+        """Let the buffers hold `end` tokens of these dtypes; wider ones than theirs make them wide.
+
+        Within torch.autocast values, and unrotated keys, come in another dtype than outside.
+        """
+        room = capacity = self._buffers[0].shape[2]
+        if end > capacity:
+            if self.max_length is not None:
+                raise InvalidProblem(
+                    f"{end} tokens in a TokenSelectCache of max_length={self.max_length}",
+                    "max_length counts the prompt and all new tokens",
+                    "make it larger, or leave it out: the cache then grows",
                 )
-                self._buffers[i][:, :, :n] = old[:, :, :n]
+            room = max(end, 2 * capacity)
+        with torch.inference_mode(False):
+            for i, (old, new) in enumerate(zip(self._buffers, dtypes, strict=True)):
+                dtype = torch.promote_types(old.dtype, new)
+                if (room, dtype) != (capacity, old.dtype):
+                    shape = (*old.shape[:2], room, old.shape[3])
+                    self._buffers[i] = old.new_empty(shape, dtype=dtype)
+                    self._buffers[i][:, :, :n] = old[:, :, :n]
+        self.dtype = self._buffers[0].dtype
 
     def _show(self, n: int) -> None:
         self.keys, self.values = (buffer[:, :, :n] for buffer in self._buffers)
         setattr(self.keys, _ATTRIBUTE, self.selections)
+
+
+# What stands in for which layer of transformers; all others stay.
+_ROOMY: dict[Any, type[RoomyLayer]] = {DynamicLayer: RoomyLayer}
+
+if hasattr(cache_utils, "LinearAttentionAndFullAttentionLayer"):  # not in transformers 5.4
+    _Linear: Any = cache_utils.LinearAttentionLayer
+    _Hybrid: Any = cache_utils.LinearAttentionAndFullAttentionLayer
+
+    class RoomyHybridLayer(RoomyLayer, _Hybrid):
+        """That of a layer with a state space model beside its full attention, as in Falcon-H1."""
+
+        def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+            # transformers hands keys and values by place, the state by name.
+            kind = RoomyLayer if args else _Linear
+            kind.lazy_initialization(self, *args, **kwargs)
+
+        def reorder_cache(self, beam_idx: Tensor) -> None:
+            """Row b becomes what row beam_idx[b] was."""
+            _Linear.reorder_cache(self, beam_idx)
+            RoomyLayer.reorder_cache(self, beam_idx)
+
+    _ROOMY[_Hybrid] = RoomyHybridLayer
+
+
+def _roomy(stock: Any, max_length: int | None) -> Any:
+    """The layer that stands in for an unused one of transformers, which may be that itself."""
+    if type(stock) not in _ROOMY:
+        return stock
+    made = _ROOMY[type(stock)](max_length)
+    made.__dict__.update(vars(stock))
+    return made
 
 
 class RawKeys(Cache):
@@ -255,14 +314,19 @@ class RawKeys(Cache):
         if self.starts is not None:
             self.starts = self.starts.repeat_interleave(repeats)
 
-    def batch_select_indices(self, indices: Tensor) -> None:
+    def batch_select_indices(self, indices: Any) -> None:
         """Keep these rows."""
         super().batch_select_indices(indices)
         self._take_starts(indices)
 
-    def _take_starts(self, rows: Tensor) -> None:
+    def _take_starts(self, rows: Any) -> None:
         if self.starts is not None:
-            self.starts = self.starts[rows.cpu()]
+            self.starts = _picked(self.starts, rows)
+
+
+def _picked(x: Tensor, rows: Any) -> Tensor:
+    """Those rows of x, which is on the CPU: a tensor anywhere, a list, an array or a slice."""
+    return x[rows.cpu() if isinstance(rows, Tensor) else rows]
 
 
 @functools.cache
@@ -281,6 +345,12 @@ def expect_raw_keys(cache: Any, layer_idx: int) -> None:
         kind: Any = type(cache)
         cache.__class__ = _with_raw_keys(kind)
     cache._expected = layer_idx
+
+
+def slides_everywhere(config: Any) -> bool:
+    """Whether a model has layers that attend within a window, and none that sees further back."""
+    attending = [one for one in DynamicCache(config=config).layers if isinstance(one, DynamicLayer)]
+    return len(attending) > 0 and all(one.is_sliding for one in attending)
 
 
 class TokenSelectCache(Cache):
@@ -309,20 +379,19 @@ class TokenSelectCache(Cache):
                 "pass an int, or leave it out: the cache then grows",
             )
         stock = DynamicCache(config=config).layers
-        super().__init__(
-            layers=[
-                RoomyLayer(max_length) if type(layer) is DynamicLayer else layer for layer in stock
-            ]
-        )
+        super().__init__(layers=[_roomy(layer, max_length) for layer in stock])
 
     @property
     def hits(self) -> int:
-        """How often a layer reused a request's selection; waits for the device."""
+        """How often a layer reused a request's selection; waits for the device.
+
+        A beam is a request. Counted anew after `reset()`, other options or a change of the batch.
+        """
         return self._counts()[0]
 
     @property
     def misses(self) -> int:
-        """How often a layer selected afresh for a request; waits for the device."""
+        """How often a layer selected afresh for a request: counted, and read, as `hits` is."""
         return self._counts()[1]
 
     def _counts(self) -> tuple[int, int]:

@@ -1,17 +1,19 @@
 """One layer's attention: selected over the whole cache, or dense within a sliding window."""
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 import tokenselect
 from tokenselect.errors import InvalidProblem
 from tokenselect.integrations.transformers.cache import Selections, selections_of
 from tokenselect.integrations.transformers.masks import Run, TokenMask
 from tokenselect.integrations.transformers.options import Options, parse
-from tokenselect.integrations.transformers.refusals import refuse_layer, refuse_mla
+from tokenselect.integrations.transformers.refusals import layer_name, refuse_layer, refuse_mla
 from tokenselect.integrations.transformers.rotation import Probe, raw_layer_of
 from tokenselect.rope import Rope
 
@@ -26,7 +28,6 @@ _HARMLESS = frozenset(
         "num_items_in_batch",
         "output_hidden_states",
         "output_router_logits",
-        "past_key_values",
         "position_embeddings",
         "position_ids",
         "return_dict",
@@ -56,7 +57,8 @@ def attention_forward(
 
     query (B, Hq, Lq, D); key and value (B, Hkv, slots, D and Dv); attention_mask a `TokenMask`;
     s_aux (Hq,), one more logit a head in the softmax. Returns (B, Lq, Hq, Dv), zeros where a query
-    is padding. Raises UnsupportedProblem for what cannot be computed rightly.
+    is padding. Within torch.autocast all three are read in its dtype, and so is what returns.
+    Raises UnsupportedProblem for what cannot be computed rightly.
     """
     others |= {"is_causal=False": is_causal is False or not getattr(module, "is_causal", True)}
     _refuse(module, dropout, others)
@@ -66,14 +68,32 @@ def attention_forward(
         return given.attend(module, query, key, value, mask)
     options = parse(given)
     rope = _rope(module, query, mask, options)
-    scale = query.shape[3] ** -0.5 if scaling is None else scaling
-    if mask.window is not None:
-        return windowed(query, key, value, mask, scale, softcap, s_aux, options.chunk), None
-    more: dict[str, Any] = {"scale": scale, "softcap": softcap, "sink_logits": s_aux, "rope": rope}
-    layer, selections = getattr(module, "layer_idx", 0), _selections(options, key)
+    selections = None if mask.window is not None else _selections(module, options, key)
+    dtype, its_own_dtypes = _autocast(query.device)
+    with its_own_dtypes:
+        q, k, v = (x if dtype is None else _lowered(x, dtype) for x in (query, key, value))
+        scale = q.shape[3] ** -0.5 if scaling is None else scaling
+        if mask.window is not None:
+            return windowed(q, k, v, mask, scale, softcap, s_aux, options.chunk), None
+        more = {"scale": scale, "softcap": softcap, "sink_logits": s_aux, "rope": rope}
+        layer = getattr(module, "layer_idx", 0)
+        return _selected(q, k, v, mask, options, layer, selections, more), None
+
+
+def _selected(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: TokenMask,
+    options: Options,
+    layer: int,
+    selections: Selections | None,
+    more: dict[str, Any],
+) -> Tensor:
+    """Attention over what is selected; shapes as in `attention_forward`."""
     out = query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
     for run in mask.runs:
-        cache = None if selections is None else selections.of(layer, run, options)
+        cache = None if selections is None else selections.of(layer, run, options, query.dtype)
         for queries, n in run.chunks(options.chunk):
             attended = tokenselect.attention(
                 query[run.rows][:, :, queries],
@@ -84,7 +104,23 @@ def attention_forward(
                 backend=options.backend,
             )
             out[run.rows, queries] = attended.transpose(1, 2)
-    return out, None
+    return out
+
+
+def _autocast(device: torch.device) -> tuple[torch.dtype | None, AbstractContextManager[Any]]:
+    """The dtype that torch.autocast sets for a device, None if it is off; and a block without it.
+
+    Inside it would round what attention computes in float32 on purpose.
+    """
+    kind = device.type
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        return None, nullcontext()
+    return torch.get_autocast_dtype(kind), torch.autocast(kind, enabled=False)
+
+
+def _lowered(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """What torch.autocast makes of an argument of torch's own attention: it leaves float64."""
+    return x if x.dtype == torch.float64 else x.to(dtype)
 
 
 def _rope(module: Any, query: Tensor, mask: TokenMask, options: Options) -> Rope | None:
@@ -181,17 +217,19 @@ def _weights(
     return weights.masked_fill(~visible.any(-1, keepdim=True), 0.0)
 
 
-def _selections(options: Options, key: Tensor) -> Selections | None:
+def _selections(module: Any, options: Options, key: Tensor) -> Selections | None:
     """The state of this layer in the cache, if selections are to be reused."""
     if options.theta is None:
         return None
     found = selections_of(key)
     if found is None:
         raise InvalidProblem(
-            f"theta={options.theta}, and keys that a TokenSelectCache did not hand out",
+            f"theta={options.theta}, and keys that a TokenSelectCache did not hand out, in "
+            f"{layer_name(module)}",
             "selections that are reused live with the KV cache, so that they are cropped, "
             "reordered and reset with it",
-            "pass past_key_values=TokenSelectCache(model), or leave theta out",
+            "pass past_key_values=TokenSelectCache(model); if you did, this layer changes its keys "
+            "after they were cached, or caches them in a way of its own: leave theta out",
         )
     return found
 
@@ -241,10 +279,12 @@ def _refuse(module: Any, dropout: float, others: dict[str, Any]) -> None:
     config = module.config
     if getattr(config, "kv_lora_rank", None) is not None:
         raise refuse_mla(config)
+    # A cache that the layer has read may come along under any name; that of continuous batching,
+    # which attention would have to read, is of another class.
     asked = [
         name
         for name, v in others.items()
-        if v is not None and v is not False and name not in _HARMLESS
+        if v is not None and v is not False and name not in _HARMLESS and not isinstance(v, Cache)
     ]
     if getattr(config, "output_attentions", False) and "output_attentions" not in asked:
         asked.append("output_attentions")

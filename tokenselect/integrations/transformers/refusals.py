@@ -24,9 +24,13 @@ class Refusal(UnsupportedProblem):
 
 def refuse_layer(module: Any, why: str | list[str], fix: str) -> Refusal:
     """The error that names the layer."""
+    return Refusal(layer_name(module), why, fix)
+
+
+def layer_name(module: Any) -> str:
+    """The class of an attention module, and the number of its layer if it has one."""
     layer = getattr(module, "layer_idx", None)
-    name = type(module).__name__ + ("" if layer is None else f", layer {layer}")
-    return Refusal(name, why, fix)
+    return type(module).__name__ + ("" if layer is None else f", layer {layer}")
 
 
 def refuse_mla(config: Any) -> Refusal:

@@ -1,0 +1,96 @@
+"""Which models attend through transformers' AttentionInterface; the others cannot be changed by it.
+
+transformers takes any attn_implementation that is registered for a model whose code never looks it
+up, and the model then attends as ever. So what it takes is looked at here too.
+"""
+
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from tokenselect.integrations.transformers.options import NAME
+from tokenselect.integrations.transformers.refusals import Refusal
+
+
+def text_part(model: Any, config: Any) -> Any:
+    """The part of a model that generates text: all of it, but for models that also see or hear.
+
+    Raises UnsupportedProblem if it cannot attend with tokenselect.
+    """
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise Refusal(
+            f"a {type(model).__name__}",
+            "it is an encoder and a decoder: the encoder attends in both directions, and the "
+            "decoder to all that the encoder made; neither has a cache to select from",
+            "run it densely: attn_implementation='sdpa' or 'eager'",
+        )
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and part.config is config:
+            if not _looks_it_up({type(module).__module__ for module in part.modules()}):
+                break
+            return part
+    raise not_through_it(model)
+
+
+def not_through_it(model: Any) -> Refusal:
+    """The error for a model that attends in code of its own, or not at all."""
+    return Refusal(
+        f"a {type(model).__name__}",
+        "none of its layers calls transformers' AttentionInterface: it has no attention, or "
+        "attends in code of its own",
+        "use a model whose attention goes through transformers' AttentionInterface; where this is "
+        "a part that sees or hears, attn_implementation={'text_config': 'tokenselect'}",
+    )
+
+
+def watch() -> None:
+    """Let models that attend in code of their own refuse attn_implementation="tokenselect"."""
+    check = PreTrainedModel.get_correct_attn_implementation
+    if not hasattr(check, "_tokenselect"):
+        PreTrainedModel.get_correct_attn_implementation = _refusing(check)
+
+
+def _refusing(check: Callable[..., str]) -> Callable[..., str]:
+    """What transformers calls for a new model, and for a model that is to attend otherwise."""
+
+    @functools.wraps(check)
+    def get_correct_attn_implementation(self: Any, *args: Any, **kwargs: Any) -> str:
+        found = check(self, *args, **kwargs)
+        if found == NAME and _attends_by_itself(type(self)):
+            raise not_through_it(self)
+        return found
+
+    get_correct_attn_implementation._tokenselect = True  # type: ignore[attr-defined]
+    return get_correct_attn_implementation
+
+
+def _attends_by_itself(kind: type) -> bool:
+    """Whether the code of a class of models has attention, and not the interface to it.
+
+    The code is that of the modules that it and its bases stand in. One without attention, such as
+    that of a state space model, or of a model made of others, has nothing to look up.
+    """
+    bases = [base for base in kind.__mro__ if issubclass(base, PreTrainedModel)]
+    modules = {base.__module__ for base in bases if base is not PreTrainedModel}
+    has_attention = any(
+        isinstance(one, type)
+        and issubclass(one, nn.Module)
+        and "Attention" in one.__name__
+        and one.__module__ in modules
+        for one in _names_of(modules)
+    )
+    return has_attention and not _looks_it_up(modules)
+
+
+def _looks_it_up(modules: set[str]) -> bool:
+    """Whether the code of one of these modules knows the interface."""
+    return any(isinstance(one, AttentionInterface) for one in _names_of(modules))
+
+
+def _names_of(modules: set[str]) -> Iterator[Any]:
+    for module in modules & sys.modules.keys():
+        yield from vars(sys.modules[module]).values()
