@@ -186,12 +186,14 @@ class RoomyLayer(DynamicLayer):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row `repeats` times; drops the selections."""
         if self.is_initialized:
-            self._take(torch.arange(len(self.keys)).repeat_interleave(repeats))
+            rows = torch.arange(len(self.keys), device=self.device)
+            self._take(rows.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Any) -> None:
         """Keep these rows, any index of a dimension; drops the selections."""
         if self.is_initialized:
-            self._take(_picked(torch.arange(len(self.keys)), indices))
+            rows = torch.arange(len(self.keys), device=self.device)
+            self._take(_picked(rows, indices))
 
     def _take(self, rows: Tensor) -> None:
         n = self.get_seq_length()

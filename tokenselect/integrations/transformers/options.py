@@ -108,8 +108,8 @@ def check(options: Options) -> None:
     options.selection_cache()
     if options.backend != "auto":
         registry.load(options.backend)
-    token = torch.zeros(1, 1, 1, 2)
-    Problem.build(token, token, token, options.select, rope=Rope(torch.zeros(1)))
+    token = torch.zeros(1, 1, 1, 2, device="cpu")
+    Problem.build(token, token, token, options.select, rope=Rope(token.new_zeros(1)))
 
 
 def preset_options(preset: str | None) -> dict[str, Any]:

@@ -125,7 +125,7 @@ class Probe:
     def __init__(self, config: Any) -> None:
         self.seen: list[Seen] = []
         furthest = getattr(config, "max_position_embeddings", None) or 1024
-        self.position = torch.arange(16) * max(1, min(64, furthest // 16))
+        self.position = torch.arange(16, device="cpu") * max(1, min(64, furthest // 16))
 
     def attend(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: TokenMask
@@ -330,13 +330,17 @@ def _check_positions(module: Any, call: _Call, mask: TokenMask) -> None:
     B = mask.shape[0]
     known = cache.starts if isinstance(cache, RawKeys) else None
     are_known = known is not None and len(known) == B
-    starts = known.clone() if known is not None and are_known else torch.full((B,), -1)
+    starts = (
+        known.clone() if known is not None and are_known else torch.full((B,), -1, device="cpu")
+    )
     for run in mask.runs:
         ids = made.position_ids.long().expand(B, -1)[run.rows][:, run.queries]
         first = run.n - run.m
         if first == 0 or not are_known:
             starts[run.rows] = ids[:, 0] - first
-        if not torch.equal(ids, starts[run.rows, None] + torch.arange(first, run.n)):
+        if not torch.equal(
+            ids, starts[run.rows, None] + torch.arange(first, run.n, device=ids.device)
+        ):
             raise refuse_layer(
                 module,
                 f"position_ids that are not consecutive: tokens {first} to {run.n - 1} of a "
