@@ -326,9 +326,9 @@ def test_arguments_are_specialised_as_a_launch_would(planted: Path) -> None:
     assert done.returncode == 0, done.stderr
     for target, line in zip(("sm_90", "gfx942"), done.stdout.splitlines(), strict=True):
         signature, attributes = json.loads(line)
-        types = ["*bf16", "*bf16", "i32", "constexpr", "i64", "fp32", "constexpr"]
+        types = ["*bf16", "*bf16", "i32", "constexpr", "i64", "fp32", "constexpr", "constexpr"]
         assert signature == dict(zip(signature, types, strict=True))
-        assert list(signature) == ["x", "odd", "n", "one", "many", "scale", "BLOCK"]
+        assert list(signature) == ["x", "odd", "n", "one", "many", "scale", "BLOCK", "PDL"]
         near = ["tt.pointer_range"] if target == "gfx942" else []
         wanted = {"x": ["tt.divisibility", *near], "n": ["tt.divisibility"]}
         wanted |= {"odd": near} if near else {}
