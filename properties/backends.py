@@ -1,13 +1,12 @@
 """Which backends a run is about."""
 
 import functools
-import importlib
 
 import pytest
 import torch
 
-from tokenselect import Backend, UnknownBackend, backends, register
-from tokenselect.registry import load, resolved
+from tokenselect import InvalidProblem, UnknownBackend, backends
+from tokenselect.registry import load, named
 
 
 @functools.cache
@@ -15,18 +14,10 @@ def chosen(config: pytest.Config) -> tuple[str, ...]:
     """The backends to run. One that was named and cannot be loaded is an error, not a skip."""
     names = []
     for asked in config.getoption("--backend") or [name for name in backends() if is_here(name)]:
-        name = asked
-        if ":" in asked:
-            module, _, attribute = asked.partition(":")
-            backend: Backend = getattr(importlib.import_module(module), attribute)
-            name = backend.name
-            if name not in backends():
-                register(name, backend)
-            elif resolved(backend) != load(name):
-                raise pytest.UsageError(f"--backend={asked}: another backend is named {name!r}")
         try:
+            name = named(asked)
             load(name)
-        except UnknownBackend as error:
+        except (InvalidProblem, UnknownBackend) as error:
             raise pytest.UsageError(f"--backend={asked}: {error}") from None
         names.append(name)
     return tuple(names)

@@ -80,7 +80,7 @@ def _guarded(monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> No
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     counted = {name for name, _ in (*law.RAN, *law.UNABLE)}
-    names = sorted(name for name in counted if not name.startswith("planted-"))
+    names = sorted(name for name in counted if not name.startswith(("planted-", "narrow-")))
     if names:
         terminalreporter.section("problems run per backend")
     for name in names:

@@ -2,14 +2,15 @@
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hypothesis import example, given, note, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from properties.strategies import fitted
-from tokenselect import Backend, Problem, reasons
+from properties.strategies import CannotRun, fitted
+from tokenselect import Attended, Backend, Capability, Problem, Scores, Selection, reasons
 
 # How many problems each law really ran on each backend, and how many the backend cannot run.
 RAN: Counter[tuple[str, str]] = Counter()
@@ -19,16 +20,19 @@ LAWS: list["Law"] = []
 SHARES: dict[str, float] = {}
 
 
-class CannotRun(Exception):
-    """The backend declares that it cannot run this problem: not a failure, but counted."""
-
-
 @dataclass(frozen=True)
 class Law:
+    """What `holds` of every backend, for the problems that it is `about`.
+
+    Those that it is tried on are bent to what a backend declares. A stage that is then given
+    another, say one that the law made of it, ends the example with CannotRun.
+    """
+
     name: str
     holds: Callable[[Backend, Any], None]
     drawn: st.SearchStrategy[Any]
     examples: tuple[Any, ...]
+    about: Capability
 
     @property
     def small(self) -> list[Any]:
@@ -41,11 +45,13 @@ class Law:
         Raises AssertionError.
         """
 
+        asked = asked_first(backend)
+
         def try_one(case: Any) -> None:
-            case = fitted(case, backend)
-            note(f"tried as {case}")
             try:
-                self.holds(backend, case)
+                case = fitted(case, backend, self.about)
+                note(f"tried as {case}")
+                self.holds(asked, case)
             except CannotRun:
                 UNABLE[backend.name, self.name] += 1
             else:
@@ -63,19 +69,38 @@ class Law:
         run()
 
 
-def law(drawn: st.SearchStrategy[Any], *examples: Any) -> Callable[[Any], Any]:
-    """Register a function (backend, case) -> None as a law over what `drawn` draws."""
+def law(drawn: st.SearchStrategy[Any], *examples: Any, **about: Any) -> Callable[[Any], Any]:
+    """Register a function (backend, case) -> None as a law over what `drawn` draws.
+
+    `about`: limits of a `Capability` that the law has of its own. Cases are bent to them too, the
+    examples as well.
+    """
 
     def add(holds: Callable[[Backend, Any], None]) -> Callable[[Backend, Any], None]:
-        LAWS.append(Law(holds.__name__, holds, drawn, examples))
+        LAWS.append(Law(holds.__name__, holds, drawn, examples, Capability(**about)))
         return holds
 
     return add
 
 
 def able(backend: Backend, problem: Problem) -> Problem:
-    """`problem`, if the backend can run it."""
+    """`problem`, if the backend declares that it can run it. Raises CannotRun."""
     why_not = reasons(backend, problem)
     if why_not:
         raise CannotRun(why_not)
     return problem
+
+
+def asked_first(backend: Backend) -> Backend:
+    """`backend` with stages that are given only what it declares, and raise CannotRun else."""
+
+    def score(problem: Problem) -> Scores:
+        return backend.score(able(backend, problem))
+
+    def select(votes: Tensor, problem: Problem) -> Selection:
+        return backend.select(votes, able(backend, problem))
+
+    def attend(problem: Problem, selection: Selection) -> Attended:
+        return backend.attend(able(backend, problem), selection)
+
+    return replace(backend, score=score, select=select, attend=attend)

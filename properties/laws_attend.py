@@ -5,9 +5,9 @@ from dataclasses import replace
 import torch
 from hypothesis import strategies as st
 
-from properties.law import CannotRun, able, law
-from properties.strategies import FAR, FILL, NAMED, Case, Chosen, chosen
-from tokenselect import Backend, SelectConfig, Selection
+from properties.law import law
+from properties.strategies import FAR, FILL, NAMED, Case, Chosen, at, by_token, chosen
+from tokenselect import Backend, Problem, SelectConfig, Selection
 from tokenselect.budgets import attend_budget
 
 ATTENDED = (
@@ -59,7 +59,6 @@ ATTENDED = (
 @law(chosen(), *ATTENDED)
 def out_and_lse_are_within_budget(backend: Backend, drawn: Chosen) -> None:
     problem, *selection = drawn.make()
-    able(backend, problem)
     selection = Selection(*selection)
     finding = attend_budget(problem, selection).compare(backend.attend(problem, selection))
     assert finding.holds, finding
@@ -69,7 +68,6 @@ def out_and_lse_are_within_budget(backend: Backend, drawn: Chosen) -> None:
 def rows_that_are_not_selected_have_no_influence(backend: Backend, drawn: Chosen) -> None:
     """Keys and values, with NaN or inf in them or without: not a bit changes."""
     problem, *selection = drawn.make()
-    able(backend, problem)
     selection = Selection(*selection)
     if problem.S > 1:  # one list for all heads, so that a row is selected or not
         first = [x[:, :1].expand_as(x).contiguous() for x in selection]
@@ -84,16 +82,12 @@ def rows_that_are_not_selected_have_no_influence(backend: Backend, drawn: Chosen
         assert torch.equal(before.isnan(), after.isnan()), f"{name}: NaN came or went"
 
 
-def poison(problem, cache: torch.Tensor, selection: Selection, value: float) -> None:
+def poison(problem: Problem, cache: torch.Tensor, selection: Selection, value: float) -> None:
     """Overwrite every row of `cache` that no request selects."""
     spared = torch.zeros_like(cache, dtype=torch.bool)
     for b in range(problem.B):
-        positions = selection.positions[b, 0][: int(selection.count[b, 0])].long()
-        if problem.is_paged:
-            pages = problem.block_table[b][positions // problem.page_size].long()
-            spared[pages, positions % problem.page_size] = True
-        else:
-            spared[b, :, positions] = True
+        positions = selection.positions[b, 0][: int(selection.count[b, 0])]
+        by_token(problem, spared)[at(problem, b, positions)] = True
     cache[~spared] = value
 
 
@@ -101,25 +95,18 @@ def poison(problem, cache: torch.Tensor, selection: Selection, value: float) -> 
     chosen(Lq=3),
     Chosen(Case(lengths=(40, 7), Lq=5), 1.0, 0),
     Chosen(Case(lengths=(40,), Lq=2, page_size=2, G=3), 1.0, 1),
+    query_lengths=range(2, 2**31),
 )
 def the_newest_value_leaves_earlier_queries_as_they_were(backend: Backend, drawn: Chosen) -> None:
     """NaN and inf in the newest token's value leave the call's earlier queries as they were."""
     problem, *selection = drawn.make()
-    able(backend, problem)
-    if problem.Lq == 1:
-        raise CannotRun("more than one query")
     selection = Selection(*selection)
     v_cache = problem.v_cache.clone()
-    for b, n in enumerate(problem.cache_seqlens.tolist()):
-        if n == 0:
-            continue
-        if problem.is_paged:
-            page = int(problem.block_table[b, (n - 1) // problem.page_size])
-            newest = v_cache[page, (n - 1) % problem.page_size]
-        else:
-            newest = v_cache[b, :, n - 1]
-        newest[:] = torch.nan
-        newest[:, 0] = torch.inf
+    newest = torch.full((problem.Dv,), torch.nan, dtype=v_cache.dtype)
+    newest[0] = torch.inf
+    for b, n in enumerate(problem.cache_seqlens):
+        if n > 0:
+            by_token(problem, v_cache)[at(problem, b, n[None] - 1)] = newest
     spoiled = backend.attend(replace(problem, v_cache=v_cache), selection)
     budget = attend_budget(problem, selection).out
     finding = budget.compare("out", replace_rows(budget.truth, spoiled.out.double()))
@@ -131,56 +118,69 @@ def replace_rows(truth: torch.Tensor, got: torch.Tensor) -> torch.Tensor:
     return torch.cat((got[:, :, :-1], truth[:, :, -1:]), dim=2)
 
 
-@law(chosen(), Chosen(Case(lengths=(1, 30)), 1.0, 0), Chosen(Case(lengths=(30,), G=7), 1.0, 0))
+# Infinite keys that are moved are no longer infinite, nor are logits that are capped.
+UNMOVED_AND_UNCAPPED = {"ropes": ("none",), "softcaps": (False,)}
+
+
+@law(
+    chosen(),
+    Chosen(Case(lengths=(1, 30)), 1.0, 0),
+    Chosen(Case(lengths=(30,), G=7), 1.0, 0),
+    **UNMOVED_AND_UNCAPPED,
+)
 def logits_that_are_all_minus_infinity_give_what_dense_attention_gives(
     backend: Backend, drawn: Chosen
 ) -> None:
     """NaN: such a query sees tokens, and none of them has any weight. With a sink: zeros."""
     problem, *selection = drawn.make()
-    able(backend, problem)
     filled = replace(
         problem,
         q=torch.ones_like(problem.q),
         k_cache=torch.full_like(problem.k_cache, -torch.inf),
     )
-    if problem.rope is not None or problem.softcap is not None:
-        raise CannotRun("infinite keys that are moved, or capped to finite logits")
     selection = Selection(*selection)
     finding = attend_budget(filled, selection).compare(backend.attend(filled, selection))
     assert finding.holds, finding
 
 
-@law(st.just(Case(lengths=(20,), G=3, has_sink_logits=True)))
+def first(problem: Problem, count: int) -> Selection:
+    """So many positions from 0 on, for each request."""
+    places = torch.arange(problem.K, dtype=torch.int32)
+    shape = (problem.B, problem.S)
+    positions = torch.where(places < count, places, -1).expand(*shape, -1).contiguous()
+    return Selection(positions, torch.full(shape, count, dtype=torch.int32))
+
+
+@law(
+    st.just(Case(lengths=(20,), Hkv=6, G=3, has_sink_logits=True)),
+    **UNMOVED_AND_UNCAPPED,
+    sink_logits=(True,),
+)
 def a_sink_takes_all_where_no_logit_is_finite(backend: Backend, case: Case) -> None:
     """However small, or large, its own logit: zeros."""
-    problem = able(backend, case.problem())
+    problem = case.problem()
     problem.k_cache.fill_(-torch.inf)
     problem.q.fill_(1)
-    sinks = torch.tensor([-105.0, -3e38, 0.0, 3e38, -1e4, 105.0])
+    sinks = torch.tensor([-105.0, -3e38, 0.0, 3e38, -1e4, 105.0]).repeat(problem.G)
     problem = replace(problem, sink_logits=sinks)
-    positions = torch.arange(problem.K, dtype=torch.int32).where(torch.arange(problem.K) < 9, -1)
-    shape = (1, problem.S)
-    selection = Selection(
-        positions.expand(*shape, -1).contiguous(), torch.full(shape, 9, dtype=torch.int32)
-    )
-    assert (backend.attend(problem, selection).out == 0).all()
+    out = backend.attend(problem, first(problem, 9)).out
+    assert (out == 0).all(), f"{out[out != 0][0]} beside a sink that takes all"
 
 
-@law(st.just(Case(lengths=(12,), Hkv=1, G=1, Lq=2, D=8, Dv=3)))
+@law(st.just(Case(lengths=(12,), Hkv=1, G=1, Lq=2, D=8, Dv=3)), **UNMOVED_AND_UNCAPPED)
 def an_infinite_value_of_weight_zero_is_not_a_number(backend: Backend, case: Case) -> None:
     """As in dense attention: 0 * inf, for a value that is selected and seen."""
-    problem = able(backend, case.problem())
+    problem = case.problem()
     problem.q[:] = 20
-    problem.k_cache[:, :, :12] = 1
-    problem.k_cache[:, :, :3] = -100
-    problem.v_cache[:, :, 0] = torch.inf
-    places = torch.arange(problem.K, dtype=torch.int32)
-    positions = torch.where(places < 12, places, -1).expand(1, problem.S, -1).contiguous()
-    selection = Selection(positions, torch.full((1, problem.S), 12, dtype=torch.int32))
+    keys, values = by_token(problem, problem.k_cache), by_token(problem, problem.v_cache)
+    keys[at(problem, 0, torch.arange(12))] = 1
+    keys[at(problem, 0, torch.arange(3))] = -100
+    values[at(problem, 0, torch.arange(1))] = torch.inf
+    selection = first(problem, 12)
     attended = backend.attend(problem, selection)
     finding = attend_budget(problem, selection).compare(attended)
     assert finding.holds, finding
-    assert attended.out.isnan().all()
+    assert attended.out.isnan().all(), "0 * inf is NaN"
 
 
 @law(
@@ -199,7 +199,6 @@ def an_infinite_value_of_weight_zero_is_not_a_number(backend: Backend, case: Cas
 def keys_far_out_are_attended_to_exactly(backend: Backend, drawn: Chosen) -> None:
     """Moved all the way to the front, or raw and turned at where they are: as in scoring."""
     problem, *selection = drawn.make()
-    able(backend, problem)
     selection = Selection(*selection)
     finding = attend_budget(problem, selection).compare(backend.attend(problem, selection))
     assert finding.holds, finding

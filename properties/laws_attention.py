@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from properties.devices import back, device_of, on
 from properties.law import able, law
-from properties.strategies import NAMED, Case, cases, finest, with_config
+from properties.strategies import NAMED, Case, at, by_token, cases, with_config
 from tokenselect import Backend, Info, Problem, SelectConfig, Selection
 from tokenselect.api import attention
 from tokenselect.budgets import Budget, attend_budget, choice_finding, exact, score_budget
@@ -20,8 +20,12 @@ EVERYTHING = 10_000
 
 
 def run(backend: Backend, problem: Problem, **more) -> tuple[Tensor, Info]:
-    """`tokenselect.attention` on a problem that is already built, where the backend runs."""
-    problem = on(device_of(load(backend.name)), problem)
+    """`tokenselect.attention` on a problem that is already built, where the backend runs.
+
+    Raises CannotRun if it is beyond what the backend declares.
+    """
+    registered = load(backend.name)
+    problem = able(registered, on(device_of(registered), problem))
     out, info = attention(
         problem.q,
         problem.k_cache,
@@ -55,11 +59,19 @@ def everything(problem: Problem) -> Selection:
 
 def rows_of(problem: Problem, cache: Tensor, b: int) -> Tensor:
     """The first n rows of request b: (Hkv, n, width)."""
-    n = int(problem.cache_seqlens[b])
-    if problem.block_table is None:
-        return cache[b, :, :n]
-    pages = problem.block_table[b][: -(-n // problem.page_size)].long()
-    return cache[pages].flatten(0, 1)[:n].transpose(0, 1)
+    positions = torch.arange(int(problem.cache_seqlens[b]))
+    return by_token(problem, cache)[at(problem, b, positions)].transpose(0, 1)
+
+
+def in_place(problem: Problem, b: int) -> tuple[Tensor, Tensor]:
+    """Queries (Hq, Lq, D) and keys (Hq, n, D) of request b, in float64, turned to their places."""
+    truth, n = exact(problem), int(problem.cache_seqlens[b])
+    q, keys = truth.q[b], rows_of(truth, truth.k_cache, b).repeat_interleave(problem.G, 0)
+    if problem.rope is not None and problem.rope.cached == "raw":
+        positions = torch.arange(n)
+        keys = problem.rope.place(keys, positions, positions)
+        q = problem.rope.place(q, positions[-problem.Lq :], positions[-problem.Lq :])
+    return q, keys
 
 
 def torch_dense(problem: Problem) -> Tensor:
@@ -71,11 +83,8 @@ def torch_dense(problem: Problem) -> Tensor:
     for b, n in enumerate(problem.cache_seqlens.tolist()):
         if n == 0:
             continue
-        q = problem.q[b].double()
-        k, v = (
-            rows_of(problem, cache, b).double().repeat_interleave(problem.G, 0)
-            for cache in (problem.k_cache, problem.v_cache)
-        )
+        q, k = in_place(problem, b)
+        v = rows_of(problem, problem.v_cache, b).double().repeat_interleave(problem.G, 0)
         mask = torch.ones(problem.Lq, n, dtype=torch.bool).tril(n - problem.Lq)
         if problem.softcap is None and problem.sink_logits is None:
             out[b] = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=problem.scale)
@@ -92,7 +101,7 @@ def torch_dense(problem: Problem) -> Tensor:
 
 
 @law(
-    cases(config={"k": EVERYTHING}, rope=None, dtype=torch.float64),
+    cases(config={"k": EVERYTHING}, dtype=torch.float64),
     *(
         Case(
             lengths=(90, 7),
@@ -113,7 +122,7 @@ def torch_dense(problem: Problem) -> Tensor:
 )
 def with_every_candidate_it_is_dense_attention(backend: Backend, case: Case) -> None:
     """Whatever the layout, strides, lengths, votes and scope. To 1e-12 in float64."""
-    problem = able(backend, finest(case, backend).problem())
+    problem = case.problem()
     out, info = run(backend, problem)
     dense = torch_dense(problem)
     if problem.q.dtype == torch.float64:
@@ -122,7 +131,8 @@ def with_every_candidate_it_is_dense_attention(backend: Backend, case: Case) -> 
         slack = attend_budget(problem, everything(problem)).out.slack
     finding = Budget(dense, slack).compare("out", out)
     assert finding.holds, finding
-    assert (info.selection.count == problem.cache_seqlens[:, None]).all()
+    count = info.selection.count
+    assert (count == problem.cache_seqlens[:, None]).all(), f"{count.tolist()} selected of all"
 
 
 @law(
@@ -136,7 +146,7 @@ def with_every_candidate_it_is_dense_attention(backend: Backend, case: Case) -> 
 )
 def with_every_candidate_it_is_dense_attention_in_every_dtype(backend: Backend, case: Case) -> None:
     """Positions and scoring of any kind: where everything is selected, nothing moves."""
-    problem = able(backend, case.problem())
+    problem = case.problem()
     out, info = run(backend, problem)
     truth = with_config(problem, positions="original", score_at="true", scope="layer")
     budget = attend_budget(truth, everything(truth))
@@ -144,9 +154,10 @@ def with_every_candidate_it_is_dense_attention_in_every_dtype(backend: Backend, 
     assert finding.holds, finding
     finding = budget.lse.compare("lse", info.lse)
     assert finding.holds, finding
-    if problem.rope is None:
-        dense = torch_dense(problem)
-        assert torch.allclose(budget.out.truth, dense, rtol=1e-12, atol=1e-12)
+    off = (budget.out.truth - torch_dense(problem)).abs().max()
+    assert torch.allclose(budget.out.truth, torch_dense(problem), rtol=1e-12, atol=1e-12), (
+        f"the budget's truth is {off} off"
+    )
 
 
 @law(
@@ -157,10 +168,10 @@ def with_every_candidate_it_is_dense_attention_in_every_dtype(backend: Backend, 
     *NAMED,
 )
 def it_chooses_what_the_votes_allow_and_attends_to_that(backend: Backend, case: Case) -> None:
-    problem = able(backend, replace(case, max_reuse=0).problem())
+    problem = replace(case, max_reuse=0).problem()
     out, info = run(backend, problem)
-    assert info.backend == backend.name
-    assert not info.reused.any()
+    assert info.backend == backend.name, f"{info.backend} ran"
+    assert not info.reused.any(), "a selection is reused without a cache"
     finding = choice_finding(problem, info.selection, score_budget(problem).votes)
     assert finding.holds, finding
     budget = attend_budget(problem, info.selection)
@@ -184,15 +195,8 @@ def true_mass(problem: Problem, selection: Selection) -> Tensor:
 
 def dense_weights(problem: Problem, b: int) -> Tensor:
     """The dense softmax (Hq, n) of the one query of request b."""
-    truth = exact(problem)
-    keys = rows_of(truth, truth.k_cache, b).repeat_interleave(problem.G, 0)
-    queries = truth.q[b]
-    if problem.rope is not None and problem.rope.cached == "raw":
-        n = keys.shape[1]
-        positions = torch.arange(n)
-        keys = problem.rope.place(keys, positions, positions)
-        queries = problem.rope.place(queries, positions[-1:], positions[-1:])
-    logits = problem.scale * torch.einsum("hd,hnd->hn", queries[:, 0], keys)
+    q, keys = in_place(problem, b)
+    logits = problem.scale * torch.einsum("hd,hnd->hn", q[:, 0], keys)
     if problem.softcap is not None:
         logits = problem.softcap * torch.tanh(logits / problem.softcap)
     return torch.softmax(logits, -1)
@@ -211,10 +215,11 @@ def dense_weights(problem: Problem, b: int) -> Tensor:
     Case(lengths=(60,), rope="rotated", config=SelectConfig(4, 1, 2, positions="contiguous")),
     Case(lengths=(60,), rope="rotated", config=SelectConfig(4, 1, 2, score_at="fixed")),
     Case(lengths=(60,), rope="raw", config=SelectConfig(4, 1, 2, score_at="split")),
+    query_lengths=(1,),
 )
 def retained_mass_is_the_one_computed_densely(backend: Backend, case: Case) -> None:
     """Or NaN, where the two lse at hand are not of the same logits."""
-    problem = able(backend, replace(case, max_reuse=0).problem())
+    problem = replace(case, max_reuse=0).problem()
     _, info = run(backend, problem)
     c = problem.config
     is_known = (
@@ -223,26 +228,25 @@ def retained_mass_is_the_one_computed_densely(backend: Backend, case: Case) -> N
         and c.select_scale in (None, problem.scale)
     )
     if not is_known:
-        assert info.retained_mass.isnan().all()
+        assert info.retained_mass.isnan().all(), "a mass of two kinds of logits"
         return
     truth = true_mass(problem, info.selection)
     slack = score_budget(problem).lse.slack
     slack = slack + attend_budget(problem, info.selection).lse.slack[:, :, 0]
     finding = Budget(truth, truth * torch.expm1(slack) + 1e-6).compare("mass", info.retained_mass)
     assert finding.holds, finding
-    assert not (info.retained_mass > 1).any()
+    assert not (info.retained_mass > 1).any(), f"a mass of {info.retained_mass.max()}"
 
 
 @law(
-    cases(
-        Lq=1,
-        config={"vote": "soft", "normalize": "visible", "pool": 1, "select_scale": None},
-        rope=None,
-    )
+    cases(Lq=1, config={"select_scale": None}),
+    query_lengths=(1,),
+    sink_logits=(False,),
+    positions=("original",),
 )
 def what_is_left_out_bounds_the_error(backend: Backend, case: Case) -> None:
     """|out - dense| <= 2 (1 - mass) max |v|, head by head."""
-    problem = able(backend, replace(case, has_sink_logits=False).problem())
+    problem = case.problem()
     out, info = run(backend, problem)
     mass = true_mass(problem, info.selection).nan_to_num(1.0)
     largest = torch.stack(
@@ -256,48 +260,57 @@ def what_is_left_out_bounds_the_error(backend: Backend, case: Case) -> None:
     bound = (2 * (1 - mass) * largest)[:, :, None, None]
     rounding = attend_budget(problem, info.selection).out.slack
     error = (out.double() - torch_dense(problem)).abs()
-    assert (error <= bound + rounding + 1e-9).all()
+    beyond = error - (bound + rounding + 1e-9)
+    assert (beyond <= 0).all(), f"an error of {beyond.max()} more than is left out"
 
 
-DEFAULTS = {
-    "vote": "soft",
-    "normalize": "visible",
-    "scope": "layer",
-    "pool": 1,
-    "select_scale": None,
-    "n_query_means": 1,
+# One query's votes are the mass of a token: summed over the heads of a selection.
+VOTES_ARE_MASS = {
+    "query_lengths": (1,),
+    "votes": ("soft",),
+    "normalizes": ("visible",),
+    "pools": (1,),
+    "score_ats": ("true",),
 }
 
 
 @law(
     cases(
-        Lq=1, rope=None, config=DEFAULTS | {"k": 3, "n_sink": 1, "n_local": 2}, dtype=torch.float64
+        Lq=1,
+        config={"k": 3, "n_sink": 1, "n_local": 2, "select_scale": None},
+        dtype=torch.float64,
     ),
-    Case(lengths=(12,), G=7, config=SelectConfig(3, 1, 2)),
+    Case(lengths=(12,), G=7, dtype=torch.float64, config=SelectConfig(3, 1, 2)),
+    Case(lengths=(12,), G=3, dtype=torch.float64, config=SelectConfig(3, 1, 2, scope="group")),
+    **VOTES_ARE_MASS,
 )
 def no_other_set_of_k_candidates_retains_more_mass(backend: Backend, case: Case) -> None:
-    """Summed over heads, with the defaults, against every set there is."""
-    case = replace(finest(case, backend), lengths=tuple(min(n, 12) for n in case.lengths))
-    problem = able(backend, case.problem())
+    """Summed over the heads of a selection, against every set there is."""
+    problem = replace(case, lengths=tuple(min(n, 12) for n in case.lengths)).problem()
     _, info = run(backend, problem)
+    slack = score_budget(problem).votes.slack
     for b, n in enumerate(problem.cache_seqlens.tolist()):
         if n == 0:
             continue
-        p = dense_weights(problem, b).sum(0)
-        sink_end, local_start = problem.config.regions(n, 1)
-        candidates = range(sink_end, local_start)
-        best = max(
-            float(p[list(group)].sum())
-            for group in itertools.combinations(candidates, min(3, len(candidates)))
-        )
-        kept = [j for j in info.selection.positions[b, 0].tolist() if j in candidates]
-        slack = float(score_budget(problem).votes.slack[b].sum())
-        assert float(p[kept].sum()) >= best - slack - 1e-9
+        masses = dense_weights(problem, b).unflatten(0, (problem.S, -1)).sum(1)
+        candidates = range(*problem.config.regions(n, 1))
+        for s, p in enumerate(masses):
+            best = max(
+                float(p[list(group)].sum())
+                for group in itertools.combinations(candidates, min(3, len(candidates)))
+            )
+            kept = [j for j in info.selection.positions[b, s].tolist() if j in candidates]
+            room = float(slack[b].sum()) + 1e-9
+            assert float(p[kept].sum()) >= best - room, f"{kept} of request {b} is not the best"
 
 
-@law(cases(Lq=1, rope=None, config=DEFAULTS), Case(lengths=(90,), content="needles"))
+@law(
+    cases(Lq=1, config={"select_scale": None}),
+    Case(lengths=(90,), content="needles"),
+    **VOTES_ARE_MASS,
+)
 def retained_mass_never_falls_as_k_grows(backend: Backend, case: Case) -> None:
-    problem = able(backend, case.problem())
+    problem = case.problem()
     slack = score_budget(problem)
     before = torch.zeros(problem.B, dtype=torch.float64)
     for k in (0, 1, 2, 4, 8, 16, 64, EVERYTHING):
@@ -308,4 +321,5 @@ def retained_mass_never_falls_as_k_grows(backend: Backend, case: Case) -> None:
         assert (mass >= before - room).all(), f"k={k}: {mass} after {before}"
         before = mass
     present = problem.cache_seqlens > 0
-    assert torch.allclose(mass[present], torch.tensor(float(problem.Hq), dtype=torch.float64))
+    whole = torch.tensor(float(problem.Hq), dtype=torch.float64)
+    assert torch.allclose(mass[present], whole), f"{mass} of {whole} where all is selected"

@@ -6,9 +6,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from properties.law import CannotRun, able, law
+from properties.law import CannotRun, law
 from properties.laws_attention import rows_of, run
-from properties.strategies import FILL, Case, cases, finest, with_config
+from properties.strategies import FILL, Case, at, by_token, cases, with_config
 from tokenselect import Backend, Problem, Scores, SelectConfig
 from tokenselect.budgets import Budget, attend_budget, compare_selection, score_budget
 
@@ -31,9 +31,14 @@ def near_scores(one: Scores, other: Scores, problem: Problem) -> None:
     near("lse", one.lse, other.lse, budget.lse)
 
 
-@law(cases(), Case(lengths=(30, 9), page_size=2), Case(lengths=(30, 9), page_size=53))
+@law(
+    cases(),
+    Case(lengths=(30, 9), page_size=2),
+    Case(lengths=(30, 9), page_size=53),
+    layouts=("paged",),
+)
 def moving_pages_within_the_pool_changes_nothing(backend: Backend, case: Case) -> None:
-    problem = able(backend, replace(case, page_size=case.page_size or 2).problem())
+    problem = case.problem()
     n_pages = problem.k_cache.shape[0]
     order = torch.randperm(n_pages, generator=torch.Generator().manual_seed(case.seed))
     place = torch.empty_like(order)
@@ -54,11 +59,15 @@ def moving_pages_within_the_pool_changes_nothing(backend: Backend, case: Case) -
     same(backend, "lse", info.lse, moved_info.lse)
 
 
-@law(cases(), Case(lengths=(30, 9), page_size=2), Case(lengths=(30,), Lq=5, page_size=64))
+@law(
+    cases(),
+    Case(lengths=(30, 9), page_size=2),
+    Case(lengths=(30,), Lq=5, page_size=64),
+    layouts=("paged",),
+)
 def paging_changes_nothing(backend: Backend, case: Case) -> None:
     """Against the contiguous cache of the same tokens."""
-    paged = replace(case, page_size=case.page_size or 2, spare=0).problem()
-    able(backend, paged)
+    paged = replace(case, spare=0).problem()
     Lk = paged.Lk
     caches = []
     for cache in (paged.k_cache, paged.v_cache):
@@ -68,7 +77,6 @@ def paging_changes_nothing(backend: Backend, case: Case) -> None:
             whole[b, :, :n] = rows_of(paged, cache, b)
         caches.append(whole)
     flat = replace(paged, k_cache=caches[0], v_cache=caches[1], block_table=None)
-    able(backend, flat)
     scores = backend.score(paged)
     near_scores(scores, backend.score(flat), paged)
     selection = backend.select(scores.votes, paged)
@@ -82,7 +90,7 @@ def paging_changes_nothing(backend: Backend, case: Case) -> None:
 
 @law(cases(), Case(lengths=(40, 0, 9), G=3))
 def a_request_gets_the_same_alone(backend: Backend, case: Case) -> None:
-    problem = able(backend, case.problem())
+    problem = case.problem()
     scores = backend.score(problem)
     selection = backend.select(scores.votes, problem)
     attended = backend.attend(problem, selection)
@@ -112,7 +120,7 @@ def a_request_gets_the_same_alone(backend: Backend, case: Case) -> None:
 @law(cases(), Case(lengths=(40,), G=7, config=SelectConfig(4, 1, 2, scope="group")))
 def heads_of_a_group_may_be_permuted(backend: Backend, case: Case) -> None:
     """The same votes; the outputs permuted likewise."""
-    problem = able(backend, case.problem())
+    problem = case.problem()
     generator = torch.Generator().manual_seed(case.seed)
     order = torch.cat(
         [g * problem.G + torch.randperm(problem.G, generator=generator) for g in range(problem.Hkv)]
@@ -136,7 +144,7 @@ def heads_of_a_group_may_be_permuted(backend: Backend, case: Case) -> None:
 @law(cases(), Case(lengths=(40,), page_size=53), Case(lengths=(40, 0), filler="inf"))
 def what_lies_beyond_a_request_changes_nothing(backend: Backend, case: Case) -> None:
     """Rows past n, pages of nobody and unused table entries: not a bit, whatever they hold."""
-    clean = able(backend, replace(case, filler="zeros").problem())
+    clean = replace(case, filler="zeros").problem()
     dirty = replace(case, filler="nan" if case.filler == "zeros" else case.filler).problem()
     (out, info), (dirty_out, dirty_info) = run(backend, clean), run(backend, dirty)
     same(backend, "positions", info.selection.positions, dirty_info.selection.positions)
@@ -148,24 +156,26 @@ def what_lies_beyond_a_request_changes_nothing(backend: Backend, case: Case) -> 
 @law(cases(), Case(lengths=(40,), page_size=2), Case(lengths=(60,), Lq=5))
 def unselected_values_change_nothing(backend: Backend, case: Case) -> None:
     """NaN in every value that the call does not select."""
-    problem = able(backend, case.problem())
+    problem = case.problem()
     out, info = run(backend, problem)
     v_cache = problem.v_cache.clone()
     for b, n in enumerate(problem.cache_seqlens.tolist()):
-        kept = set(info.selection.positions[b].flatten().tolist())
-        for j in set(range(n)) - kept:
-            if problem.is_paged:
-                page = int(problem.block_table[b, j // problem.page_size])
-                v_cache[page, j % problem.page_size] = torch.nan
-            else:
-                v_cache[b, :, j] = torch.nan
+        left_out = torch.ones(n, dtype=torch.bool)
+        kept = info.selection.positions[b].flatten()
+        left_out[kept[kept >= 0].long()] = False
+        by_token(problem, v_cache)[at(problem, b, left_out.nonzero()[:, 0])] = torch.nan
     again, _ = run(backend, replace(problem, v_cache=v_cache))
     same(backend, "out", out, again)
 
 
-@law(cases(), Case(lengths=(40,), page_size=2), Case(lengths=(60,), Lq=5))
+@law(
+    cases(),
+    Case(lengths=(40,), page_size=2),
+    Case(lengths=(60,), Lq=5),
+    sink_logits=(False,),
+)
 def a_constant_added_to_all_values_moves_the_output_by_it(backend: Backend, case: Case) -> None:
-    problem = able(backend, replace(case, has_sink_logits=False, filler="zeros").problem())
+    problem = replace(case, filler="zeros").problem()
     constant = 4.0
     shifted = replace(problem, v_cache=problem.v_cache + constant)
     (out, info), (shifted_out, _) = run(backend, problem), run(backend, shifted)
@@ -179,7 +189,7 @@ def a_constant_added_to_all_values_moves_the_output_by_it(backend: Backend, case
 
 
 @law(
-    cases(dtype=torch.float64, content="normal", rope="rotated"),
+    cases(dtype=torch.float64, content="normal"),
     Case(
         lengths=(50,),
         rope="rotated",
@@ -189,30 +199,32 @@ def a_constant_added_to_all_values_moves_the_output_by_it(backend: Backend, case
         D=16,
         config=SelectConfig(5, 2, 3, positions="contiguous", score_at="split"),
     ),
+    ropes=("raw",),
+    dtypes=(torch.float64, torch.float32),
 )
 def keys_may_be_cached_rotated_or_raw(backend: Backend, case: Case) -> None:
     """Raw queries and keys, against the same rotated at their true positions beforehand."""
-    raw = able(
-        backend,
-        replace(finest(case, backend), rope="raw", page_size=None, filler="zeros").problem(),
-    )
+    raw = case.problem()
     rope, n = raw.rope, raw.cache_seqlens
-    places = torch.arange(raw.Lk)
     new = torch.arange(-raw.Lq, 0) + n[:, None]
+    k_cache = raw.k_cache.clone()
+    for b in range(raw.B):
+        places = torch.arange(int(n[b]))
+        turned = rope.place(rows_of(raw, raw.k_cache, b), places, places)
+        by_token(raw, k_cache)[at(raw, b, places)] = turned.transpose(0, 1)
     rotated = replace(
         raw,
-        k_cache=rope.place(raw.k_cache, places, places),
+        k_cache=k_cache,
         q=rope.place(raw.q, new[:, None], new[:, None]),
         rope=replace(rope, cached="rotated"),
     )
-    able(backend, rotated)
     one, other = backend.score(raw), backend.score(rotated)
     selection = backend.select(one.votes, raw)
     attended, moved = backend.attend(raw, selection), backend.attend(rotated, selection)
     if raw.q.dtype == torch.float64:
-        assert torch.allclose(one.votes, other.votes, rtol=1e-5, atol=1e-7)
-        assert torch.allclose(one.lse, other.lse, rtol=1e-5, atol=1e-6)
-        assert torch.allclose(attended.out, moved.out, rtol=1e-9, atol=1e-9)
+        assert torch.allclose(one.votes, other.votes, rtol=1e-5, atol=1e-7), "votes differ"
+        assert torch.allclose(one.lse, other.lse, rtol=1e-5, atol=1e-6), "lse differs"
+        assert torch.allclose(attended.out, moved.out, rtol=1e-9, atol=1e-9), "out differs"
         return
     # Rotating in float32 beforehand is two of the roundings that the budget has for a rotation.
     budget, room = score_budget(raw), 1.5
@@ -222,15 +234,16 @@ def keys_may_be_cached_rotated_or_raw(backend: Backend, case: Case) -> None:
     near("out", attended.out, moved.out, budget._replace(slack=room * budget.slack))
 
 
-@law(cases(rope="rotated"), Case(lengths=(9,), rope="raw", config=SelectConfig.extrapolate(k=4)))
+@law(
+    cases(),
+    Case(lengths=(9,), rope="raw", config=SelectConfig.extrapolate(k=4)),
+    ropes=("rotated", "raw"),
+)
 def what_fits_is_not_moved(backend: Backend, case: Case) -> None:
     """Contiguous positions of a selection of everything are the original ones."""
-    problem = able(backend, case.problem())
-    if problem.rope is None:
-        raise CannotRun("contiguous positions")
-    config = {"k": problem.Lk, "score_at": "true", "scope": "layer"}
-    original = with_config(problem, positions="original", **config)
-    contiguous = with_config(problem, positions="contiguous", **config)
+    problem = case.problem()
+    original = with_config(problem, positions="original", k=problem.Lk)
+    contiguous = with_config(problem, positions="contiguous", k=problem.Lk)
     (out, info), (moved, _) = run(backend, original), run(backend, contiguous)
     near("out", out, moved, attend_budget(original, info.selection).out)
 
@@ -253,7 +266,7 @@ def it_repeats_twenty_times_to_the_bit(backend: Backend, case: Case) -> None:
     """Few problems, often: what depends on which of two writes comes first shows now and then."""
     if not backend.capability.deterministic:
         raise CannotRun("deterministic")
-    problem = able(backend, case.problem())
+    problem = case.problem()
     scores = backend.score(problem)
     selection = backend.select(scores.votes, problem)
     attended = backend.attend(problem, selection)
@@ -273,7 +286,7 @@ def it_repeats_twenty_times_to_the_bit(backend: Backend, case: Case) -> None:
 def what_is_declared_deterministic_repeats_to_the_bit(backend: Backend, case: Case) -> None:
     if not backend.capability.deterministic:
         raise CannotRun("deterministic")
-    problem = able(backend, case.problem())
+    problem = case.problem()
     (out, info), (again, repeated) = run(backend, problem), run(backend, problem)
     same(backend, "positions", info.selection.positions, repeated.selection.positions)
     same(backend, "out", out, again)

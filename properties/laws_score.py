@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from hypothesis import strategies as st
 
-from properties.law import able, law
+from properties.law import law
 from properties.strategies import FAR, NAMED, Case, cases
 from tokenselect import Backend, SelectConfig
 from tokenselect.budgets import score_budget
@@ -39,7 +39,7 @@ from tokenselect.budgets import score_budget
     *NAMED,
 )
 def votes_and_lse_are_within_budget(backend: Backend, case: Case) -> None:
-    problem = able(backend, case.problem())
+    problem = case.problem()
     scores = backend.score(problem)
     assert not scores.votes.isnan().any(), "votes are never NaN"
     finding = score_budget(problem).compare(scores)
@@ -52,7 +52,7 @@ def votes_and_lse_are_within_budget(backend: Backend, case: Case) -> None:
 )
 def a_key_that_is_not_finite_gets_no_votes(backend: Backend, case: Case) -> None:
     """Inside a request too: such a key counts as -inf, and spoils no other candidate's votes."""
-    problem = able(backend, case.problem())
+    problem = case.problem()
     if problem.is_paged:
         problem.k_cache[::3, 0] = torch.nan
     else:
@@ -77,6 +77,6 @@ NEARER = replace(FAR, lengths=(2**13,))  # all of them are scored, and fewer sho
 )
 def keys_far_out_are_moved_exactly(backend: Backend, case: Case) -> None:
     """A float32 angle is off by a lot out there: angles are float64, or tables exact."""
-    problem = able(backend, case.problem())
+    problem = case.problem()
     finding = score_budget(problem).compare(backend.score(problem))
     assert finding.holds, finding

@@ -5,6 +5,7 @@ Hypothesis draws and shrinks are shapes, settings and the kind of content.
 """
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -323,36 +324,56 @@ def with_config(problem: Problem, **changes: Any) -> Problem:
     return replace(problem, config=replace(problem.config, **changes))
 
 
-def finest(case: Case, backend: Backend) -> Case:
-    """In float64, for laws that are sharpest there; in float32, if the backend does not take it."""
-    takes = [backend.capability.dtypes, *(lender.capability.dtypes for lender in backend.lenders)]
-    has_float64 = all(dtypes is None or torch.float64 in dtypes for dtypes in takes)
-    return replace(case, dtype=torch.float64 if has_float64 else torch.float32)
+def by_token(problem: Problem, cache: Tensor) -> Tensor:
+    """A view of a cache with a token's heads side by side, which `at` is an index of."""
+    return cache if problem.is_paged else cache.transpose(1, 2)
 
 
-# Where a case may be bent to what a backend takes: the capability, the field, what to try instead.
-# What stands there more than once is taken more often: a wide head costs time.
+def at(problem: Problem, b: int, positions: Tensor) -> tuple[Any, Tensor]:
+    """Where `by_token` has request b's positions, as (len(positions), Hkv, width)."""
+    positions = positions.long()
+    if problem.block_table is None:
+        return b, positions
+    pages = problem.block_table[b][positions // problem.page_size].long()
+    return pages, positions % problem.page_size
+
+
+class CannotRun(Exception):
+    """A problem is beyond what the backend declares: not a failure, but counted."""
+
+
+# Where a case may be bent to what a backend takes: the field, what to try instead, and what a value
+# needs of a capability. What stands there more than once is taken more often: a wide head costs
+# time. None is taken where nothing else can be.
+_Field = tuple[str, tuple[Any, ...], Callable[[Any], dict[str, Any]]]
 _HEAD_DIMS = (8, 16, 32, 32, 32, 64, 64, 80, 80, 96, 96, 40, 40, 128, 256)
-_PAGE_SIZES = (1, 2, 16, 53, 64, 256)
-_CASE_FIELDS = (
-    ("dtypes", "dtype", DTYPES),
-    ("head_dims", "D", _HEAD_DIMS),
-    ("head_dims", "Dv", _HEAD_DIMS),
-    ("group_sizes", "G", (1, 2, 3, 4, 7, 8, 12, 16, 32)),
-    ("query_lengths", "Lq", (1, 2, 5)),
-    ("page_sizes", "page_size", _PAGE_SIZES),
-    ("sink_logits", "has_sink_logits", (False, True)),
+_CASE_FIELDS: tuple[_Field, ...] = (
+    ("dtype", DTYPES, lambda x: {"dtypes": x}),
+    ("D", _HEAD_DIMS, lambda x: {"head_dims": x}),
+    ("Dv", _HEAD_DIMS, lambda x: {"head_dims": x}),
+    ("G", (1, 2, 3, 4, 7, 8, 12, 16, 32), lambda x: {"group_sizes": x}),
+    ("Lq", (1, 2, 5), lambda x: {"query_lengths": x}),
+    (
+        "page_size",
+        (1, 2, 16, 53, 64, 256, None),
+        lambda x: {"layouts": "paged", "page_sizes": x} if x else {"layouts": "contiguous"},
+    ),
+    ("softcap", (30.0, None), lambda x: {"softcaps": x is not None}),
+    ("has_sink_logits", (False, True), lambda x: {"sink_logits": x}),
 )
-_CONFIG_FIELDS = (
-    ("votes", "vote", ("soft", "logit", "hard")),
-    ("normalizes", "normalize", ("visible", "candidates")),
-    ("scopes", "scope", ("layer", "group")),
-    ("pools", "pool", (1, 3, 7)),
-    ("query_means", "n_query_means", (1, 2, 3)),
-    ("positions", "positions", ("original", "contiguous")),
-    ("score_ats", "score_at", ("true", "fixed", "split")),
+_ROPE: _Field = ("rope", ("rotated", "raw", None), lambda x: {"ropes": x or "none"})
+_CONFIG_FIELDS: tuple[_Field, ...] = (
+    ("vote", ("soft", "logit", "hard"), lambda x: {"votes": x}),
+    ("normalize", ("visible", "candidates"), lambda x: {"normalizes": x}),
+    ("scope", ("layer", "group"), lambda x: {"scopes": x}),
+    ("pool", (1, 3, 7), lambda x: {"pools": x}),
+    ("positions", ("original", "contiguous"), lambda x: {"positions": x}),
+    ("score_at", ("true", "fixed", "split"), lambda x: {"score_ats": x}),
 )
-
+_ANYTHING = Capability()
+# Keys move with a rope only.
+_UNMOVED = Capability(positions=("original",), score_ats=("true",))
+_MOVED = Capability(ropes=("rotated", "raw"))
 
 # Under the profile `device`: each combination of these is another kernel to compile.
 _ON_A_DEVICE = Capability(
@@ -370,52 +391,46 @@ def on_a_device() -> bool:
     return settings.get_current_profile_name() == "device"
 
 
-def fitted(drawn: Any, backend: Backend) -> Any:
+def fitted(drawn: Any, backend: Backend, about: Capability = _ANYTHING) -> Any:
     """`drawn`, bent to what the backend declares, so that a narrow one is tried as often.
 
-    Where there is nothing to bend it to, the problem stays beyond the backend, and is counted so.
+    And to what a law is `about`. Named workloads are not bent. Raises CannotRun if no value of some
+    field is both.
     """
     if not isinstance(drawn, Case):
-        return replace(drawn, case=fitted(drawn.case, backend))
-    case = drawn
-    if case.workload is not None:
-        return case
-    if on_a_device():
-        case = _fitted_once(case, _ON_A_DEVICE)
-    for takes in (backend.capability, *(lender.capability for lender in backend.lenders)):
-        case = _fitted_once(case, takes)
-    return case
+        return replace(drawn, case=fitted(drawn.case, backend, about))
+    if drawn.workload is not None:
+        return drawn
+    takes = [about, backend.capability, *(lender.capability for lender in backend.lenders)]
 
+    def is_taken(needs: dict[str, Any], wish: Capability = _ANYTHING) -> bool:
+        limits = (
+            (getattr(x, name), value) for x in (*takes, wish) for name, value in needs.items()
+        )
+        return all(allowed is None or value in allowed for allowed, value in limits)
 
-def _fitted_once(case: Case, takes: Capability) -> Case:
-    def one_of(name: str, field: str, now: Any, options: tuple[Any, ...]) -> Any:
-        allowed = getattr(takes, name)
-        able = [option for option in options if allowed is None or option in allowed]
-        # Each field on its own, so that D and Dv differ too.
-        return random.Random(f"{field} {case.seed} {case.lengths}").choice(able) if able else now
+    def bent(now: Any, field: str, options: tuple[Any, ...], needs: Callable) -> Any:
+        for wish in (_ON_A_DEVICE, _ANYTHING) if on_a_device() else (_ANYTHING,):
+            if is_taken(needs(now), wish):
+                return now
+            able = [option for option in options if is_taken(needs(option), wish)]
+            if able:
+                # Each field on its own, so that D and Dv differ too.
+                chance = random.Random(f"{field} {drawn.seed} {drawn.lengths}")
+                return chance.choice([option for option in able if option is not None] or able)
+        raise CannotRun(f"no {field} of {options} is for {backend.name} and the law")
 
-    def pick(name: str, field: str, now: Any, options: tuple[Any, ...]) -> Any:
-        allowed = getattr(takes, name)
-        as_it_is = allowed is None or now is None or now in allowed
-        return now if as_it_is else one_of(name, field, now, options)
-
-    changes = {field: pick(name, field, getattr(case, field), options)
-               for name, field, options in _CASE_FIELDS}  # fmt: skip
-    config = {field: pick(name, field, case.config[field], options)
-              for name, field, options in _CONFIG_FIELDS}  # fmt: skip
-    if case.rotary_dim >= case.D - 1:  # all of it was turned, and is
-        changes["rotary_dim"] = max(case.rotary_dim, changes["D"])
-    if takes.layouts is not None:
-        if case.page_size is not None and "paged" not in takes.layouts:
-            changes["page_size"] = None
-        if case.page_size is None and "contiguous" not in takes.layouts:
-            changes["page_size"] = one_of("page_sizes", "page_size", None, _PAGE_SIZES)
-    if takes.softcaps is not None and (case.softcap is not None) not in takes.softcaps:
-        changes["softcap"] = None if False in takes.softcaps else 30.0
-    if takes.ropes is not None and (case.rope or "none") not in takes.ropes:
-        changes["rope"] = next((kind for kind in ("rotated", "raw") if kind in takes.ropes), None)
-        if changes["rope"] is None:
-            config |= {"positions": "original", "score_at": "true"}
+    changes = {field[0]: bent(getattr(drawn, field[0]), *field) for field in _CASE_FIELDS}
     Lq = changes["Lq"]
-    changes["lengths"] = tuple(n and max(n, Lq) for n in case.lengths)
-    return replace(case, **changes, config=replace(case.config, **config))
+    if not any(is_taken({"ropes": kept}) for kept in ("rotated", "raw")):
+        takes.append(_UNMOVED)
+    config = {field[0]: bent(drawn.config[field[0]], *field) for field in _CONFIG_FIELDS}
+    means: _Field = ("n_query_means", (1, 2, 3), lambda x: {"query_means": min(x, Lq)})
+    config["n_query_means"] = bent(drawn.config.n_query_means, *means)
+    if (config["positions"], config["score_at"]) != ("original", "true"):
+        takes.append(_MOVED)
+    changes["rope"] = bent(drawn.rope, *_ROPE)
+    if drawn.rotary_dim >= drawn.D - 1:  # all of it was turned, and is
+        changes["rotary_dim"] = max(drawn.rotary_dim, changes["D"])
+    changes["lengths"] = tuple(n and max(n, Lq) for n in drawn.lengths)
+    return replace(drawn, **changes, config=replace(drawn.config, **config))

@@ -1,5 +1,9 @@
 """Every law on every backend."""
 
+import ast
+import inspect
+import sys
+
 import pytest
 
 from properties import (  # noqa: F401  # importing them registers their laws
@@ -24,3 +28,10 @@ def test_backend_was_really_tried(backend: Backend) -> None:
     """A backend that declares itself out of everything has not passed anything."""
     laws = {law for name, law in RAN if name == backend.name}
     assert len(laws) >= len(LAWS) / 2, f"{backend.name} ran problems of {len(laws)} laws only"
+
+
+@pytest.mark.parametrize("module", sorted({law.holds.__module__ for law in LAWS}))
+def test_asserts_say_what_was_wrong(module: str) -> None:
+    tree = ast.parse(inspect.getsource(sys.modules[module]))
+    silent = [x.lineno for x in ast.walk(tree) if isinstance(x, ast.Assert) and x.msg is None]
+    assert not silent, f"asserts without a message in lines {silent} of {module}"

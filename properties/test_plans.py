@@ -256,7 +256,15 @@ def test_hits_and_misses_alike_take_no_memory(plannable: str, hits: bool) -> Non
         n.add_(one)
         if not hits:
             problem.q.neg_()
-        planned(problem.q, problem.k_cache, problem.v_cache, n, cache=cache)
+        planned(
+            problem.q,
+            problem.k_cache,
+            problem.v_cache,
+            n,
+            block_table=problem.block_table,
+            sink_logits=problem.sink_logits,
+            cache=cache,
+        )
 
     call()
     check_safe(call, planned._workspace.blocks())

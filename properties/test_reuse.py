@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from properties import guard
-from properties.devices import back, device_of, on
+from properties.devices import back, device_of, for_the_cpu, on
 from properties.law import RAN, SHARES
 from properties.laws_attention import run
 from properties.planted import PLANTED_CACHES, PlantedCache
@@ -275,8 +275,8 @@ def steps(examples: int, count: int, backend: str = "cpu") -> settings:
 @pytest.fixture(autouse=True)
 def _able(request: pytest.FixtureRequest) -> None:
     """The machine's problems are of one kind: a backend that cannot run it is not hidden here."""
-    if "backend" in request.fixturenames:
-        backend = request.getfixturevalue("backend")
+    for name in {"backend_name", "plannable"}.intersection(request.fixturenames):
+        backend = for_the_cpu(load(request.getfixturevalue(name)))
         x = torch.ones(1, HKV * G, 1, head_dim(backend))
         problem = Problem.build(x, x[:, :HKV], x[:, :HKV], CONFIG)
         why_not = reasons(backend, problem)
