@@ -995,6 +995,39 @@ def test_a_model_that_cuts_its_masks_to_the_newest_queries(padding: str) -> None
         enable(model, "extrapolate", k=100)
 
 
+@pytest.mark.parametrize("padding", ["none", "left"])
+@pytest.mark.parametrize("kind", ["Bart", "Marian"])
+def test_a_decoder_without_its_encoder(kind: str, padding: str) -> None:
+    """It makes a mask for cross-attention, which no layer reads."""
+    torch.manual_seed(1)
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=VOCABULARY,
+        d_model=32,
+        decoder_layers=2,
+        decoder_attention_heads=4,
+        decoder_ffn_dim=48,
+        init_std=0.3,
+        pad_token_id=0,
+        decoder_start_token_id=1,
+        eos_token_id=None,
+        forced_eos_token_id=None,
+    )
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    mask = PADDINGS[padding]
+    ids = tokens(2) if mask is None else tokens(len(mask)).where(mask.bool(), 0)
+    dense, written = model(ids, attention_mask=mask).logits, generated(model, ids, attention_mask=mask)
+    with enable(model, **EVERYTHING, theta=0.5):
+        cache = TokenSelectCache(model)
+        assert_close(model(ids, attention_mask=mask, past_key_values=cache).logits, dense, mask)
+        cache = TokenSelectCache(model)
+        assert generated(model, ids, attention_mask=mask, past_key_values=cache).equal(written)
+    with enable(model, **SMALL, chunk=1):
+        selected = model(ids, attention_mask=mask).logits
+        assert (selected - dense).abs().max() > 0.01 * dense.abs().max()
+        with pytest.raises(UnsupportedProblem, match="bidirectional"):
+            model(ids, attention_mask=mask, encoder_hidden_states=torch.zeros(len(ids), 4, 32))
+
+
 def seeing(attention: str) -> Any:
     """A model of two parts, of which one sees."""
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration
@@ -1119,7 +1152,7 @@ class TestRefusals:
         with pytest.raises(UnsupportedProblem, match=r"attention_mask \(1, 20, 20\)"):
             on(ids, attention_mask=causal[0])
         on.config.is_causal = False
-        with pytest.raises(UnsupportedProblem, match="bidirectional attention"):
+        with pytest.raises(UnsupportedProblem, match="bidirectional"):
             on(ids)
 
     def test_is_causal_false(self, on: Any) -> None:
@@ -1154,8 +1187,11 @@ class TestRefusals:
         def everything(b: Any, h: Any, q: Any, k: Any) -> Any:
             return q >= 0
 
+        hidden = torch.zeros(1, 4, 32)
+        angles = on.model.rotary_emb(hidden, torch.arange(4)[None])
+        mask = make(on.config, hidden, None, None, **{which: everything})
         with pytest.raises(UnsupportedProblem, match=r"_masks\(.*everything"):
-            make(on.config, torch.zeros(1, 4, 1), None, None, **{which: everything})
+            on.model.layers[0].self_attn(hidden, angles, mask)
 
     def test_chunked_attention(self) -> None:
         from transformers import Llama4TextConfig

@@ -251,6 +251,8 @@ def _checked_mask(
             f"a custom mask {tuple(mask.shape)}",
             "pass the tokenizer's attention_mask (batch, tokens), or none",
         )
+    if mask.refusal is not None:
+        raise mask.refusal
     fits = mask.shape[0] == query.shape[0] == key.shape[0] and mask.shape[3] == key.shape[2]
     if not fits or mask.Lq != query.shape[2]:
         raise refuse_layer(
