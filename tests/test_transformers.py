@@ -1228,17 +1228,27 @@ class TestRefusals:
 
     @pytest.mark.parametrize("kind", BY_THEMSELVES)
     def test_a_model_that_attends_by_itself(self, kind: str) -> None:
-        """transformers takes any attn_implementation for it; some look none up, and run densely."""
+        """transformers takes any attn_implementation for it; most look none up, and run densely."""
         config = getattr(transformers, f"{kind}Config")(
             vocab_size=VOCABULARY, **BY_THEMSELVES[kind]
         )
         told = rf"a {kind}\w+\n.*AttentionInterface.*of its own\n.*text_config"
-        with pytest.raises(UnsupportedProblem, match=told):
-            AutoModelForCausalLM.from_config(config, attn_implementation="tokenselect")
+        if kind in ("Falcon", "GPTJ", "GPTNeo"):  # look it up when they are made
+            with pytest.raises(UnsupportedProblem, match=told):
+                AutoModelForCausalLM.from_config(config, attn_implementation="tokenselect")
+        else:
+            made = AutoModelForCausalLM.from_config(config, attn_implementation="tokenselect")
+            for part in (made, made.base_model):
+                for call in (part, part.forward):
+                    with pytest.raises(UnsupportedProblem, match=told):
+                        call(tokens(1))
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
         with pytest.raises(UnsupportedProblem, match=told):
             enable(model)
         assert model.config.tokenselect is None
+        model.config._attn_implementation = "tokenselect"  # past all checks
+        with pytest.raises(UnsupportedProblem, match=told):
+            model(tokens(1))
 
     def test_a_part_that_attends_by_itself(self) -> None:
         """Only the part that generates text has to attend through the interface."""
@@ -1249,12 +1259,12 @@ class TestRefusals:
             text_config=FAMILIES["llama"](), vision_config=vision, vision_feature_layer=-1
         )
         make = LlavaForConditionalGeneration._from_config
+        model = make(config, attn_implementation="tokenselect").eval()
         with pytest.raises(UnsupportedProblem, match=r"a Swinv2Model\n(?s:.*)'text_config'"):
-            make(copy.deepcopy(config), attn_implementation="tokenselect")
-        model = make(config, attn_implementation={"text_config": "tokenselect"}).eval()
+            model.get_image_features(torch.zeros(1, 3, 16, 16))
         model.config.tokenselect = EVERYTHING
         actual = model(tokens(2)).logits
-        model.set_attn_implementation("eager")
+        model.set_attn_implementation({"text_config": "eager"})
         assert_close(actual, model(tokens(2)).logits)
 
     @pytest.mark.parametrize("kind", ["Bart", "T5"])
