@@ -648,6 +648,84 @@ class TestReuse:
                 generated(llama, tokens(1))
 
 
+class TestCausality:
+    @pytest.fixture(autouse=True)
+    def _warnings(self) -> Iterator[None]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            yield
+
+    @pytest.mark.parametrize("theta", [None, 0.5])
+    def test_chunk_1_is_causal(self, llama: Any, theta: float | None) -> None:
+        """The last token of a prompt moves no logit before it; that of a chunk does."""
+        ids, other = tokens(2, 40), tokens(2, 40)
+        other[:, -1] = ids[:, -1] % (VOCABULARY - 1) + 1
+        for chunk in (1, 8):
+            logits, caches = [], [TokenSelectCache(llama), TokenSelectCache(llama)]
+            with enable(llama, **SMALL, chunk=chunk, theta=theta):
+                for x, cache in zip((ids, other), caches, strict=True):
+                    out = llama(x, past_key_values=cache, logits_to_keep=40)
+                    logits.append(out.logits[:, :-1])
+            assert torch.equal(*logits) == (chunk == 1)
+            assert theta is None or chunk > 1 or caches[0].hits > 0
+
+    TOLD = "logits of all positions of a {}, in which up to 8 queries chose together"
+
+    @pytest.mark.parametrize("by_config", [False, True])
+    @pytest.mark.parametrize("more", [{}, {"logits_to_keep": 0}, {"labels": tokens(1, 40)}])
+    def test_logits_of_all_positions_warn_once(
+        self, llama: Any, by_config: bool, more: dict[str, Any]
+    ) -> None:
+        options = {**SMALL, "chunk": 8}
+        if by_config:
+            llama.set_attn_implementation("tokenselect")
+            llama.config.tokenselect = options
+        with nullcontext() if by_config else enable(llama, **options):
+            with pytest.warns(UserWarning, match=self.TOLD.format("LlamaForCausalLM")) as told:
+                llama(tokens(1, 40), **more)
+            assert [warning.filename for warning in told] == [__file__]
+            llama(tokens(1, 40), **more)
+
+    def test_of_a_model_of_parts(self) -> None:
+        model = seeing("eager")
+        before = state(model)
+        told = self.TOLD.format("Gemma3ForConditionalGeneration")
+        with enable(model, **SMALL, chunk=8), enable(model, **SMALL, chunk=8):
+            with pytest.warns(UserWarning, match=told):
+                model(tokens(1, 40))
+            model(tokens(1, 40))
+        assert state(model) == before
+
+    @pytest.mark.parametrize(
+        "options", [SMALL, {**SMALL, "chunk": 1}, {**EVERYTHING, "chunk": 8}], ids=str
+    )
+    def test_causal_ones_do_not(self, llama: Any, options: dict[str, Any]) -> None:
+        with enable(llama, **options):
+            llama(tokens(1, 40))
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_generate_does_not(self, llama: Any, mode: str) -> None:
+        with enable(llama, **SMALL, chunk=8):
+            generated(llama, tokens(1, 40), **MODES[mode])
+
+    def test_drafts_do_not(self, llama: Any) -> None:
+        with enable(llama, **SMALL, chunk=8):
+            generated(llama, tokens(1, 40), prompt_lookup_num_tokens=3)
+
+    def test_a_prompt_without_logits_does_not(self, llama: Any) -> None:
+        cache = DynamicCache()
+        with enable(llama, **SMALL, chunk=8):
+            llama.model(tokens(1, 40), past_key_values=cache)
+            llama(tokens(1, 1), past_key_values=cache)
+            llama(tokens(1, 40), logits_to_keep=torch.tensor([39]))
+
+    def test_a_model_that_is_made_to_attend_otherwise_does_not(self, llama: Any) -> None:
+        before = state(llama)
+        llama.set_attn_implementation("tokenselect")
+        llama.set_attn_implementation("eager")
+        assert state(llama) == before
+
+
 class TestAutocast:
     """Queries and rotated keys are float32 there, values bfloat16; sdpa reads all in bfloat16."""
 
@@ -1015,7 +1093,10 @@ def test_a_decoder_without_its_encoder(kind: str, padding: str) -> None:
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     mask = PADDINGS[padding]
     ids = tokens(2) if mask is None else tokens(len(mask)).where(mask.bool(), 0)
-    dense, written = model(ids, attention_mask=mask).logits, generated(model, ids, attention_mask=mask)
+    dense, written = (
+        model(ids, attention_mask=mask).logits,
+        generated(model, ids, attention_mask=mask),
+    )
     with enable(model, **EVERYTHING, theta=0.5):
         cache = TokenSelectCache(model)
         assert_close(model(ids, attention_mask=mask, past_key_values=cache).logits, dense, mask)

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from tokenselect.integrations.transformers.causality import unwatch_logits, watch_logits
 from tokenselect.integrations.transformers.options import NAME
 from tokenselect.integrations.transformers.refusals import Refusal
 
@@ -61,7 +62,7 @@ def _refusing(check: Callable[..., str]) -> Callable[..., str]:
     """What transformers calls for a new model, and for a model that is to attend otherwise.
 
     A new one is refused when it is called, since it may be a part that never is; or now, if it
-    would fail on its own.
+    would fail on its own. Any other that is to attend with tokenselect will warn of its logits.
     """
 
     @functools.wraps(check)
@@ -74,6 +75,10 @@ def _refusing(check: Callable[..., str]) -> Callable[..., str]:
                 raise not_through_it(self)
             if not hasattr(kind.forward, _OURS):
                 kind.forward = _guarded(kind.forward)
+        elif found == NAME:
+            watch_logits(self)
+        else:
+            unwatch_logits(self)
         return found
 
     setattr(get_correct_attn_implementation, _OURS, True)

@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache
 import tokenselect
 from tokenselect.errors import InvalidProblem
 from tokenselect.integrations.transformers.cache import Selections, selections_of
+from tokenselect.integrations.transformers.causality import in_progress
 from tokenselect.integrations.transformers.masks import Run, TokenMask
 from tokenselect.integrations.transformers.options import Options, parse
 from tokenselect.integrations.transformers.refusals import layer_name, refuse_layer, refuse_mla
@@ -95,8 +96,9 @@ def _selected(
     for run in mask.runs:
         cache = None if selections is None else selections.of(layer, run, options, query.dtype)
         for queries, n in run.chunks(options.chunk):
+            q = query[run.rows][:, :, queries]
             attended = tokenselect.attention(
-                query[run.rows][:, :, queries],
+                q,
                 **_tokens(key, value, run, n),
                 **options.select,
                 **more,
@@ -104,6 +106,9 @@ def _selected(
                 backend=options.backend,
             )
             out[run.rows, queries] = attended.transpose(1, 2)
+            select, Lq = options.select, q.shape[2]
+            if n >= select.n_sink + select.k + select.n_local + Lq:  # else all was selected
+                in_progress.together = max(in_progress.together, Lq)
     return out
 
 

@@ -138,9 +138,9 @@ def token_mask(
     """Make the mask, as transformers asks a function in its AttentionMaskInterface to.
 
     attention_mask is None or (B, tokens so far) bool. Reads it, and offsets that are tensors, on
-    the host. Raises UnsupportedProblem for one that does not fit. For anything but causal attention,
-    within a window or not, the layer raises it that attends so: a decoder without its encoder makes
-    a mask for cross-attention that none reads.
+    the host. Raises UnsupportedProblem for one that does not fit. What is not causal attention,
+    within a window or not, is refused by the layer that attends so: a decoder without its encoder
+    makes a mask for cross-attention that none reads.
     """
     valid = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
     mask = valid[:, None, None].as_subclass(TokenMask)
