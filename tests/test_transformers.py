@@ -783,6 +783,18 @@ class TestAutocast:
                 self.assert_as_close(self.read(model, cache, within), stock, truth)
             assert theta is None or cache.hits > 0
 
+    @pytest.mark.parametrize("within", [WITHIN, THEN_OUTSIDE, THEN_WITHIN])
+    @pytest.mark.parametrize("family", ["llama", "gemma2"])
+    def test_a_static_cache(self, family: str, within: tuple[bool, ...]) -> None:
+        """transformers' own: of one dtype, so that only a model in that of autocast can fill it."""
+        model = model_of(family)
+        truth = model(tokens(2)).logits
+        model.to(torch.bfloat16)
+        stock = self.read(model, caches(model)["static"](), within)
+        with enable(model, **EVERYTHING):
+            actual = self.read(model, caches(model)["static"](), within)
+        self.assert_as_close(actual, stock, truth)
+
     @pytest.mark.parametrize("within", [THEN_OUTSIDE, THEN_WITHIN])
     def test_nothing_is_rounded_in_the_cache(self, llama: Any, within: tuple[bool, ...]) -> None:
         cache, stock = TokenSelectCache(llama), DynamicCache()
@@ -834,6 +846,10 @@ class TestCache:
     def test_room_is_a_number_of_tokens(self, llama: Any, given: Any) -> None:
         with pytest.raises(InvalidProblem, match=f"max_length={given!r}"):
             TokenSelectCache(llama, max_length=given)
+
+    @pytest.mark.parametrize("room", [numpy.int64(12), torch.tensor(12)])
+    def test_room_is_any_integer(self, llama: Any, room: Any) -> None:
+        assert type(TokenSelectCache(llama, max_length=room).get_max_length()) is int
 
     def test_made_in_inference_mode_and_used_outside(self, llama: Any) -> None:
         cache, ids = TokenSelectCache(llama), tokens(2)
@@ -950,6 +966,8 @@ class TestOptions:
             ({"theta": 2}, "theta=2"),
             ({"max_reuse": -1}, "max_reuse=-1"),
             ({"chunk": 0}, "chunk=0"),
+            ({"chunk": True}, "chunk=True"),
+            ({"chunk": numpy.float32(4)}, "chunk=4.0"),
             ({"preset": "fast"}, "preset='fast'.*enable\\(model, k=1024\\)"),
             ({"preset": "extrapolat"}, "did you mean 'extrapolate'"),
             ({"preset": 64}, "preset=64.*options by name"),
@@ -987,6 +1005,18 @@ class TestOptions:
         assert loaded.config.tokenselect == SMALL
         with enable(llama, **SMALL):
             assert torch.equal(loaded(tokens(1)).logits, llama(tokens(1)).logits)
+
+    def test_numbers_of_numpy_and_torch_are_numbers(self, llama: Any) -> None:
+        given = {"k": numpy.int64(3), "n_sink": torch.tensor(1), "n_local": 2}
+        given |= {"chunk": numpy.int32(4), "theta": numpy.float32(0.5), "max_reuse": numpy.int8(9)}
+        with enable(llama, **given):
+            repr(llama.config)  # is JSON
+            assert llama.config.tokenselect == given
+            expected = llama(tokens(1), past_key_values=TokenSelectCache(llama)).logits
+        llama.set_attn_implementation("tokenselect")
+        llama.config.tokenselect = given
+        actual = llama(tokens(1), past_key_values=TokenSelectCache(llama)).logits
+        assert torch.equal(actual, expected)
 
     def test_what_was_disabled_is_not_entered(self, llama: Any) -> None:
         handle = enable(llama, k=3)

@@ -45,6 +45,7 @@ from tokenselect.integrations.transformers.options import (
 )
 from tokenselect.integrations.transformers.refusals import refuse_mla
 from tokenselect.integrations.transformers.rotation import RawLayers, is_raw
+from tokenselect.scalars import plain
 
 __all__ = ["NAME", "Enabled", "Options", "TokenSelectCache", "enable"]
 
@@ -196,4 +197,6 @@ def enable(model: Any, preset: str | None = None, **options: Any) -> Enabled:
     call. Warns where contiguous positions come out longer than max_position_embeddings, and of a
     model whose layers all slide.
     """
-    return Enabled(model, preset_options(preset) | options)
+    # The config, which can be saved, takes Python's own numbers.
+    given = {name: plain(value) for name, value in options.items()}
+    return Enabled(model, preset_options(preset) | given)
