@@ -16,7 +16,7 @@ _ATTRIBUTE = "_tokenselect_logits"
 
 
 class _InProgress(threading.local):
-    """What the forward of a model that runs on this thread has come upon.
+    """What the forward of a model that runs on this thread has come upon, since it made its masks.
 
     together  how many queries, at the most, chose together less than there was
     """
@@ -28,25 +28,17 @@ in_progress = _InProgress()
 
 
 class _Logits:
-    """Forward hooks of one model that is asked for logits, until `remove()`."""
+    """A forward hook of one model that is asked for logits, until `remove()`."""
 
     def __init__(self, model: Any) -> None:
         self._told = False
-        self._handles = [
-            model.register_forward_pre_hook(self._before),
-            model.register_forward_hook(self._after, with_kwargs=True),
-        ]
+        self._handle = model.register_forward_hook(self, with_kwargs=True)
 
     def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
+        self._handle.remove()
 
     @torch.compiler.disable
-    def _before(self, model: Any, args: Any) -> None:
-        in_progress.together = 0
-
-    @torch.compiler.disable
-    def _after(self, model: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+    def __call__(self, model: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
         keep = kwargs.get("logits_to_keep", 0)
         if in_progress.together < 2 or self._told or not (isinstance(keep, int) and keep == 0):
             return

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import masking_utils
 
+from tokenselect.integrations.transformers.causality import in_progress
 from tokenselect.integrations.transformers.refusals import Refusal
 
 MaskFunction = Callable[..., Any]
@@ -142,6 +143,7 @@ def token_mask(
     within a window or not, is refused by the layer that attends so: a decoder without its encoder
     makes a mask for cross-attention that none reads.
     """
+    in_progress.together = 0
     valid = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
     mask = valid[:, None, None].as_subclass(TokenMask)
     mask.at, mask.Lq, mask.window, mask.begin = 0, q_length, None, 0
