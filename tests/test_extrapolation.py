@@ -438,6 +438,16 @@ class TestCalls:
         for actual, expected in zip(results, dense, strict=True):
             assert_close(actual, expected)
 
+    def test_weights_that_are_offloaded(self, llama: Any, moving: dict[str, Any]) -> None:
+        """They are on the device "meta", but for those of the module that runs."""
+        from accelerate import cpu_offload
+
+        expected = llama(tokens(2)).logits
+        cpu_offload(llama, torch.device("cpu"), offload_buffers=True)
+        assert llama.device.type == "meta"
+        with enable(llama, **EVERYTHING, **moving):
+            assert_close(llama(tokens(2)).logits, expected)
+
     def test_a_layer_that_attends_twice(self, moving: dict[str, Any]) -> None:
         config = transformers.DiffLlamaConfig(**SIZES)
         torch.manual_seed(1)

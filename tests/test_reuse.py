@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tests.problems import SMALL, lengths, problem, tensors
 from tokenselect import Info, SelectionCache, attention
+from tokenselect.errors import InvalidProblem
 from tokenselect.registry import load, reuse_of
 
 LK = 64
@@ -122,6 +123,16 @@ def test_the_cosine_is_one_over_all_heads() -> None:
 def test_the_length_of_the_query_does_not_matter() -> None:
     cache = SelectionCache(theta=0.99)
     assert reused(step(cache, query(1), 30), step(cache, 100 * query(1), 31)) == [False, True]
+
+
+@pytest.mark.parametrize(("name", "bad"), [("theta", 2), ("max_reuse", 1.5)])
+def test_what_is_set_later_is_checked_too(name: str, bad: float) -> None:
+    cache = SelectionCache(theta=0.99, max_reuse=3)
+    with pytest.raises(InvalidProblem, match=f"{name}={bad}"):
+        setattr(cache, name, bad)
+    assert (cache.theta, cache.max_reuse) == (0.99, 3)
+    cache.theta = None
+    assert reused(step(cache, query(1), 30), step(cache, query(1), 31)) == [False, False]
 
 
 @pytest.mark.parametrize("max_reuse", [0, 1, 3])

@@ -648,6 +648,84 @@ class TestReuse:
                 generated(llama, tokens(1))
 
 
+class TestCausality:
+    @pytest.fixture(autouse=True)
+    def _warnings(self) -> Iterator[None]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            yield
+
+    @pytest.mark.parametrize("theta", [None, 0.5])
+    def test_chunk_1_is_causal(self, llama: Any, theta: float | None) -> None:
+        """The last token of a prompt moves no logit before it; that of a chunk does."""
+        ids, other = tokens(2, 40), tokens(2, 40)
+        other[:, -1] = ids[:, -1] % (VOCABULARY - 1) + 1
+        for chunk in (1, 8):
+            logits, caches = [], [TokenSelectCache(llama), TokenSelectCache(llama)]
+            with enable(llama, **SMALL, chunk=chunk, theta=theta):
+                for x, cache in zip((ids, other), caches, strict=True):
+                    out = llama(x, past_key_values=cache, logits_to_keep=40)
+                    logits.append(out.logits[:, :-1])
+            assert torch.equal(*logits) == (chunk == 1)
+            assert theta is None or chunk > 1 or caches[0].hits > 0
+
+    TOLD = "logits of all positions of a {}, in which up to 8 queries chose together"
+
+    @pytest.mark.parametrize("by_config", [False, True])
+    @pytest.mark.parametrize("more", [{}, {"logits_to_keep": 0}, {"labels": tokens(1, 40)}])
+    def test_logits_of_all_positions_warn_once(
+        self, llama: Any, by_config: bool, more: dict[str, Any]
+    ) -> None:
+        options = {**SMALL, "chunk": 8}
+        if by_config:
+            llama.set_attn_implementation("tokenselect")
+            llama.config.tokenselect = options
+        with nullcontext() if by_config else enable(llama, **options):
+            with pytest.warns(UserWarning, match=self.TOLD.format("LlamaForCausalLM")) as told:
+                llama(tokens(1, 40), **more)
+            assert [warning.filename for warning in told] == [__file__]
+            llama(tokens(1, 40), **more)
+
+    def test_of_a_model_of_parts(self) -> None:
+        model = seeing("eager")
+        before = state(model)
+        told = self.TOLD.format("Gemma3ForConditionalGeneration")
+        with enable(model, **SMALL, chunk=8), enable(model, **SMALL, chunk=8):
+            with pytest.warns(UserWarning, match=told):
+                model(tokens(1, 40))
+            model(tokens(1, 40))
+        assert state(model) == before
+
+    @pytest.mark.parametrize(
+        "options", [SMALL, {**SMALL, "chunk": 1}, {**EVERYTHING, "chunk": 8}], ids=str
+    )
+    def test_causal_ones_do_not(self, llama: Any, options: dict[str, Any]) -> None:
+        with enable(llama, **options):
+            llama(tokens(1, 40))
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_generate_does_not(self, llama: Any, mode: str) -> None:
+        with enable(llama, **SMALL, chunk=8):
+            generated(llama, tokens(1, 40), **MODES[mode])
+
+    def test_drafts_do_not(self, llama: Any) -> None:
+        with enable(llama, **SMALL, chunk=8):
+            generated(llama, tokens(1, 40), prompt_lookup_num_tokens=3)
+
+    def test_a_prompt_without_logits_does_not(self, llama: Any) -> None:
+        cache = DynamicCache()
+        with enable(llama, **SMALL, chunk=8):
+            llama.model(tokens(1, 40), past_key_values=cache)
+            llama(tokens(1, 1), past_key_values=cache)
+            llama(tokens(1, 40), logits_to_keep=torch.tensor([39]))
+
+    def test_a_model_that_is_made_to_attend_otherwise_does_not(self, llama: Any) -> None:
+        before = state(llama)
+        llama.set_attn_implementation("tokenselect")
+        llama.set_attn_implementation("eager")
+        assert state(llama) == before
+
+
 class TestAutocast:
     """Queries and rotated keys are float32 there, values bfloat16; sdpa reads all in bfloat16."""
 
@@ -705,6 +783,18 @@ class TestAutocast:
                 self.assert_as_close(self.read(model, cache, within), stock, truth)
             assert theta is None or cache.hits > 0
 
+    @pytest.mark.parametrize("within", [WITHIN, THEN_OUTSIDE, THEN_WITHIN])
+    @pytest.mark.parametrize("family", ["llama", "gemma2"])
+    def test_a_static_cache(self, family: str, within: tuple[bool, ...]) -> None:
+        """transformers' own: of one dtype, so that only a model in that of autocast can fill it."""
+        model = model_of(family)
+        truth = model(tokens(2)).logits
+        model.to(torch.bfloat16)
+        stock = self.read(model, caches(model)["static"](), within)
+        with enable(model, **EVERYTHING):
+            actual = self.read(model, caches(model)["static"](), within)
+        self.assert_as_close(actual, stock, truth)
+
     @pytest.mark.parametrize("within", [THEN_OUTSIDE, THEN_WITHIN])
     def test_nothing_is_rounded_in_the_cache(self, llama: Any, within: tuple[bool, ...]) -> None:
         cache, stock = TokenSelectCache(llama), DynamicCache()
@@ -756,6 +846,10 @@ class TestCache:
     def test_room_is_a_number_of_tokens(self, llama: Any, given: Any) -> None:
         with pytest.raises(InvalidProblem, match=f"max_length={given!r}"):
             TokenSelectCache(llama, max_length=given)
+
+    @pytest.mark.parametrize("room", [numpy.int64(12), torch.tensor(12)])
+    def test_room_is_any_integer(self, llama: Any, room: Any) -> None:
+        assert type(TokenSelectCache(llama, max_length=room).get_max_length()) is int
 
     def test_made_in_inference_mode_and_used_outside(self, llama: Any) -> None:
         cache, ids = TokenSelectCache(llama), tokens(2)
@@ -872,6 +966,8 @@ class TestOptions:
             ({"theta": 2}, "theta=2"),
             ({"max_reuse": -1}, "max_reuse=-1"),
             ({"chunk": 0}, "chunk=0"),
+            ({"chunk": True}, "chunk=True"),
+            ({"chunk": numpy.float32(4)}, "chunk=4.0"),
             ({"preset": "fast"}, "preset='fast'.*enable\\(model, k=1024\\)"),
             ({"preset": "extrapolat"}, "did you mean 'extrapolate'"),
             ({"preset": 64}, "preset=64.*options by name"),
@@ -909,6 +1005,18 @@ class TestOptions:
         assert loaded.config.tokenselect == SMALL
         with enable(llama, **SMALL):
             assert torch.equal(loaded(tokens(1)).logits, llama(tokens(1)).logits)
+
+    def test_numbers_of_numpy_and_torch_are_numbers(self, llama: Any) -> None:
+        given = {"k": numpy.int64(3), "n_sink": torch.tensor(1), "n_local": 2}
+        given |= {"chunk": numpy.int32(4), "theta": numpy.float32(0.5), "max_reuse": numpy.int8(9)}
+        with enable(llama, **given):
+            repr(llama.config)  # is JSON
+            assert llama.config.tokenselect == given
+            expected = llama(tokens(1), past_key_values=TokenSelectCache(llama)).logits
+        llama.set_attn_implementation("tokenselect")
+        llama.config.tokenselect = given
+        actual = llama(tokens(1), past_key_values=TokenSelectCache(llama)).logits
+        assert torch.equal(actual, expected)
 
     def test_what_was_disabled_is_not_entered(self, llama: Any) -> None:
         handle = enable(llama, k=3)
@@ -993,6 +1101,42 @@ def test_a_model_that_cuts_its_masks_to_the_newest_queries(padding: str) -> None
     told = r"layer 3\n.*cos and sin are not those"  # it cuts those as well
     with pytest.raises(UnsupportedProblem, match=told):
         enable(model, "extrapolate", k=100)
+
+
+@pytest.mark.parametrize("padding", ["none", "left"])
+@pytest.mark.parametrize("kind", ["Bart", "Marian"])
+def test_a_decoder_without_its_encoder(kind: str, padding: str) -> None:
+    """It makes a mask for cross-attention, which no layer reads."""
+    torch.manual_seed(1)
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=VOCABULARY,
+        d_model=32,
+        decoder_layers=2,
+        decoder_attention_heads=4,
+        decoder_ffn_dim=48,
+        init_std=0.3,
+        pad_token_id=0,
+        decoder_start_token_id=1,
+        eos_token_id=None,
+        forced_eos_token_id=None,
+    )
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    mask = PADDINGS[padding]
+    ids = tokens(2) if mask is None else tokens(len(mask)).where(mask.bool(), 0)
+    dense, written = (
+        model(ids, attention_mask=mask).logits,
+        generated(model, ids, attention_mask=mask),
+    )
+    with enable(model, **EVERYTHING, theta=0.5):
+        cache = TokenSelectCache(model)
+        assert_close(model(ids, attention_mask=mask, past_key_values=cache).logits, dense, mask)
+        cache = TokenSelectCache(model)
+        assert generated(model, ids, attention_mask=mask, past_key_values=cache).equal(written)
+    with enable(model, **SMALL, chunk=1):
+        selected = model(ids, attention_mask=mask).logits
+        assert (selected - dense).abs().max() > 0.01 * dense.abs().max()
+        with pytest.raises(UnsupportedProblem, match="bidirectional"):
+            model(ids, attention_mask=mask, encoder_hidden_states=torch.zeros(len(ids), 4, 32))
 
 
 def seeing(attention: str) -> Any:
@@ -1119,7 +1263,7 @@ class TestRefusals:
         with pytest.raises(UnsupportedProblem, match=r"attention_mask \(1, 20, 20\)"):
             on(ids, attention_mask=causal[0])
         on.config.is_causal = False
-        with pytest.raises(UnsupportedProblem, match="bidirectional attention"):
+        with pytest.raises(UnsupportedProblem, match="bidirectional"):
             on(ids)
 
     def test_is_causal_false(self, on: Any) -> None:
@@ -1154,8 +1298,11 @@ class TestRefusals:
         def everything(b: Any, h: Any, q: Any, k: Any) -> Any:
             return q >= 0
 
+        hidden = torch.zeros(1, 4, 32)
+        angles = on.model.rotary_emb(hidden, torch.arange(4)[None])
+        mask = make(on.config, hidden, None, None, **{which: everything})
         with pytest.raises(UnsupportedProblem, match=r"_masks\(.*everything"):
-            make(on.config, torch.zeros(1, 4, 1), None, None, **{which: everything})
+            on.model.layers[0].self_attn(hidden, angles, mask)
 
     def test_chunked_attention(self) -> None:
         from transformers import Llama4TextConfig
@@ -1192,17 +1339,27 @@ class TestRefusals:
 
     @pytest.mark.parametrize("kind", BY_THEMSELVES)
     def test_a_model_that_attends_by_itself(self, kind: str) -> None:
-        """transformers takes any attn_implementation for it; some look none up, and run densely."""
+        """transformers takes any attn_implementation for it; most look none up, and run densely."""
         config = getattr(transformers, f"{kind}Config")(
             vocab_size=VOCABULARY, **BY_THEMSELVES[kind]
         )
         told = rf"a {kind}\w+\n.*AttentionInterface.*of its own\n.*text_config"
-        with pytest.raises(UnsupportedProblem, match=told):
-            AutoModelForCausalLM.from_config(config, attn_implementation="tokenselect")
+        if kind in ("Falcon", "GPTJ", "GPTNeo"):  # look it up when they are made
+            with pytest.raises(UnsupportedProblem, match=told):
+                AutoModelForCausalLM.from_config(config, attn_implementation="tokenselect")
+        else:
+            made = AutoModelForCausalLM.from_config(config, attn_implementation="tokenselect")
+            for part in (made, made.base_model):
+                for call in (part, part.forward):
+                    with pytest.raises(UnsupportedProblem, match=told):
+                        call(tokens(1))
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
         with pytest.raises(UnsupportedProblem, match=told):
             enable(model)
         assert model.config.tokenselect is None
+        model.config._attn_implementation = "tokenselect"  # past all checks
+        with pytest.raises(UnsupportedProblem, match=told):
+            model(tokens(1))
 
     def test_a_part_that_attends_by_itself(self) -> None:
         """Only the part that generates text has to attend through the interface."""
@@ -1213,12 +1370,12 @@ class TestRefusals:
             text_config=FAMILIES["llama"](), vision_config=vision, vision_feature_layer=-1
         )
         make = LlavaForConditionalGeneration._from_config
+        model = make(config, attn_implementation="tokenselect").eval()
         with pytest.raises(UnsupportedProblem, match=r"a Swinv2Model\n(?s:.*)'text_config'"):
-            make(copy.deepcopy(config), attn_implementation="tokenselect")
-        model = make(config, attn_implementation={"text_config": "tokenselect"}).eval()
+            model.get_image_features(torch.zeros(1, 3, 16, 16))
         model.config.tokenselect = EVERYTHING
         actual = model(tokens(2)).logits
-        model.set_attn_implementation("eager")
+        model.set_attn_implementation({"text_config": "eager"})
         assert_close(actual, model(tokens(2)).logits)
 
     @pytest.mark.parametrize("kind", ["Bart", "T5"])

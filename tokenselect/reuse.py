@@ -36,19 +36,6 @@ class SelectionCache:
     """
 
     def __init__(self, theta: float | None = 0.9, max_reuse: int = 64) -> None:
-        theta, max_reuse = plain(theta), plain(max_reuse)
-        if theta is not None and not (is_number(theta) and -1 <= theta <= 1):
-            raise InvalidProblem(
-                f"theta={theta!r}",
-                "theta is a cosine in [-1, 1], or None for no reuse",
-                "pass the paper's 0.9",
-            )
-        if not (is_integer(max_reuse) and 0 <= max_reuse < 2**31):
-            raise InvalidProblem(
-                f"max_reuse={max_reuse!r}",
-                "max_reuse is an integer, 0 <= max_reuse < 2**31",
-                "pass how many tokens may be appended before selecting afresh",
-            )
         self.theta = theta
         self.max_reuse = max_reuse
         self._geometry: dict[str, Any] | None = None
@@ -58,6 +45,38 @@ class SelectionCache:
     def __repr__(self) -> str:
         state = "not used yet" if self._memory is None else f"B={len(self._memory.seen)}"
         return f"SelectionCache(theta={self.theta}, max_reuse={self.max_reuse}; {state})"
+
+    @property
+    def theta(self) -> float | None:
+        """The least cosine at which a selection is reused; setting it checks it."""
+        return self._theta
+
+    @theta.setter
+    def theta(self, theta: float | None) -> None:
+        theta = plain(theta)
+        if theta is not None and not (is_number(theta) and -1 <= theta <= 1):
+            raise InvalidProblem(
+                f"theta={theta!r}",
+                "theta is a cosine in [-1, 1], or None for no reuse",
+                "pass the paper's 0.9",
+            )
+        self._theta = theta
+
+    @property
+    def max_reuse(self) -> int:
+        """How many tokens may have been appended at the most; setting it checks it."""
+        return self._max_reuse
+
+    @max_reuse.setter
+    def max_reuse(self, max_reuse: int) -> None:
+        max_reuse = plain(max_reuse)
+        if not (is_integer(max_reuse) and 0 <= max_reuse < 2**31):
+            raise InvalidProblem(
+                f"max_reuse={max_reuse!r}",
+                "max_reuse is an integer, 0 <= max_reuse < 2**31",
+                "pass how many tokens may be appended before selecting afresh",
+            )
+        self._max_reuse = max_reuse
 
     @property
     def hits(self) -> Tensor:

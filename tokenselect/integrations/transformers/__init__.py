@@ -31,6 +31,7 @@ from transformers import (
 
 from tokenselect.errors import InvalidProblem
 from tokenselect.integrations.transformers.cache import TokenSelectCache, slides_everywhere
+from tokenselect.integrations.transformers.causality import unwatch_logits, watch_logits
 from tokenselect.integrations.transformers.interface import not_through_it, text_part, watch
 from tokenselect.integrations.transformers.layers import attention_forward
 from tokenselect.integrations.transformers.masks import token_mask
@@ -44,6 +45,7 @@ from tokenselect.integrations.transformers.options import (
 )
 from tokenselect.integrations.transformers.refusals import refuse_mla
 from tokenselect.integrations.transformers.rotation import RawLayers, is_raw
+from tokenselect.scalars import plain
 
 __all__ = ["NAME", "Enabled", "Options", "TokenSelectCache", "enable"]
 
@@ -75,7 +77,7 @@ class Enabled:
         parsed = parse(options)
         check(parsed)
         _warn_of_length(config, parsed)
-        self._part, self._config = text_part(model, config), config
+        self._model, self._part, self._config = model, text_part(model, config), config
         if slides_everywhere(config):
             warnings.warn(
                 f"all layers of this {type(model).__name__} that attend slide: they stay dense "
@@ -86,6 +88,8 @@ class Enabled:
         self._part.set_attn_implementation(NAME)
         if config._attn_implementation != NAME:
             raise not_through_it(model)
+        # The part is watched by now; with others around it, logits come from the whole.
+        self._watches_the_whole = watch_logits(model)
         self._options = vars(config).get(NAME)
         config.tokenselect = self._given = options
         self.inner: Enabled | None = None
@@ -118,6 +122,8 @@ class Enabled:
         self._is_on = False
         if self._raw is not None:
             self._raw.remove()
+        if self._watches_the_whole:
+            unwatch_logits(self._model)
         self._part.set_attn_implementation(self._implementation)
         if vars(self._config).get(NAME) is self._given:
             if self._options is None:
@@ -191,4 +197,6 @@ def enable(model: Any, preset: str | None = None, **options: Any) -> Enabled:
     call. Warns where contiguous positions come out longer than max_position_embeddings, and of a
     model whose layers all slide.
     """
-    return Enabled(model, preset_options(preset) | options)
+    # The config, which can be saved, takes Python's own numbers.
+    given = {name: plain(value) for name, value in options.items()}
+    return Enabled(model, preset_options(preset) | given)

@@ -13,6 +13,7 @@ from tokenselect.errors import InvalidProblem
 from tokenselect.integrations.transformers.masks import Run
 from tokenselect.integrations.transformers.options import Options
 from tokenselect.reuse import SelectionCache
+from tokenselect.scalars import is_integer, plain
 
 # Layer, first row, one past the last row, first slot, dtype of the queries.
 _Key = tuple[int, int, int, int, torch.dtype]
@@ -374,7 +375,8 @@ class TokenSelectCache(Cache):
                 "a cache is made for a model: its layers tell which of them slide",
                 "pass the model, or model.config",
             )
-        if max_length is not None and (type(max_length) is not int or max_length < 1):
+        max_length = plain(max_length)
+        if max_length is not None and not (is_integer(max_length) and max_length >= 1):
             raise InvalidProblem(
                 f"max_length={max_length!r}",
                 "max_length is an integer >= 1, the tokens of the prompt and all new ones; or None",

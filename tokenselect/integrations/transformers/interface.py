@@ -12,8 +12,12 @@ from typing import Any
 from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from tokenselect.integrations.transformers.causality import unwatch_logits, watch_logits
 from tokenselect.integrations.transformers.options import NAME
 from tokenselect.integrations.transformers.refusals import Refusal
+
+# The attribute of what stands in for a function of transformers.
+_OURS = "_tokenselect"
 
 
 def text_part(model: Any, config: Any) -> Any:
@@ -50,22 +54,48 @@ def not_through_it(model: Any) -> Refusal:
 def watch() -> None:
     """Let models that attend in code of their own refuse attn_implementation="tokenselect"."""
     check = PreTrainedModel.get_correct_attn_implementation
-    if not hasattr(check, "_tokenselect"):
+    if not hasattr(check, _OURS):
         PreTrainedModel.get_correct_attn_implementation = _refusing(check)
 
 
 def _refusing(check: Callable[..., str]) -> Callable[..., str]:
-    """What transformers calls for a new model, and for a model that is to attend otherwise."""
+    """What transformers calls for a new model, and for a model that is to attend otherwise.
+
+    A new one is refused when it is called, since it may be a part that never is; or now, if it
+    would fail on its own. Any other that is to attend with tokenselect will warn of its logits.
+    """
 
     @functools.wraps(check)
-    def get_correct_attn_implementation(self: Any, *args: Any, **kwargs: Any) -> str:
-        found = check(self, *args, **kwargs)
-        if found == NAME and _attends_by_itself(type(self)):
-            raise not_through_it(self)
+    def get_correct_attn_implementation(
+        self: Any, requested_attention: str | None, is_init_check: bool = False
+    ) -> str:
+        found, kind = check(self, requested_attention, is_init_check), type(self)
+        if _attends_by_itself(kind):
+            if found == NAME and not (is_init_check and _can_be_made(kind)):
+                raise not_through_it(self)
+            if not hasattr(kind.forward, _OURS):
+                kind.forward = _guarded(kind.forward)
+        elif found == NAME:
+            watch_logits(self)
+        else:
+            unwatch_logits(self)
         return found
 
-    get_correct_attn_implementation._tokenselect = True  # type: ignore[attr-defined]
+    setattr(get_correct_attn_implementation, _OURS, True)
     return get_correct_attn_implementation
+
+
+def _guarded(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward of a class of models that attend in code of their own."""
+
+    @functools.wraps(forward)
+    def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.config._attn_implementation == NAME:
+            raise not_through_it(self)
+        return forward(self, *args, **kwargs)
+
+    setattr(guarded, _OURS, True)
+    return guarded
 
 
 def _attends_by_itself(kind: type) -> bool:
@@ -74,8 +104,7 @@ def _attends_by_itself(kind: type) -> bool:
     The code is that of the modules that it and its bases stand in. One without attention, such as
     that of a state space model, or of a model made of others, has nothing to look up.
     """
-    bases = [base for base in kind.__mro__ if issubclass(base, PreTrainedModel)]
-    modules = {base.__module__ for base in bases if base is not PreTrainedModel}
+    modules = _modules_of(kind)
     has_attention = any(
         isinstance(one, type)
         and issubclass(one, nn.Module)
@@ -84,6 +113,18 @@ def _attends_by_itself(kind: type) -> bool:
         for one in _names_of(modules)
     )
     return has_attention and not _looks_it_up(modules)
+
+
+def _can_be_made(kind: type) -> bool:
+    """Whether a model that attends by itself looks no name up in a table of its own."""
+    tables = (one for one in _names_of(_modules_of(kind)) if isinstance(one, dict))
+    return not any("eager" in table for table in tables)
+
+
+def _modules_of(kind: type) -> set[str]:
+    """Those that a class of models and its bases stand in."""
+    bases = [base for base in kind.__mro__ if issubclass(base, PreTrainedModel)]
+    return {base.__module__ for base in bases if base is not PreTrainedModel}
 
 
 def _looks_it_up(modules: set[str]) -> bool:

@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache
 import tokenselect
 from tokenselect.errors import InvalidProblem
 from tokenselect.integrations.transformers.cache import Selections, selections_of
+from tokenselect.integrations.transformers.causality import in_progress
 from tokenselect.integrations.transformers.masks import Run, TokenMask
 from tokenselect.integrations.transformers.options import Options, parse
 from tokenselect.integrations.transformers.refusals import layer_name, refuse_layer, refuse_mla
@@ -95,8 +96,9 @@ def _selected(
     for run in mask.runs:
         cache = None if selections is None else selections.of(layer, run, options, query.dtype)
         for queries, n in run.chunks(options.chunk):
+            q = query[run.rows][:, :, queries]
             attended = tokenselect.attention(
-                query[run.rows][:, :, queries],
+                q,
                 **_tokens(key, value, run, n),
                 **options.select,
                 **more,
@@ -104,6 +106,9 @@ def _selected(
                 backend=options.backend,
             )
             out[run.rows, queries] = attended.transpose(1, 2)
+            select, Lq = options.select, q.shape[2]
+            if n >= select.n_sink + select.k + select.n_local + Lq:  # else all was selected
+                in_progress.together = max(in_progress.together, Lq)
     return out
 
 
@@ -251,6 +256,8 @@ def _checked_mask(
             f"a custom mask {tuple(mask.shape)}",
             "pass the tokenizer's attention_mask (batch, tokens), or none",
         )
+    if mask.refusal is not None:
+        raise mask.refusal
     fits = mask.shape[0] == query.shape[0] == key.shape[0] and mask.shape[3] == key.shape[2]
     if not fits or mask.Lq != query.shape[2]:
         raise refuse_layer(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import masking_utils
 
+from tokenselect.integrations.transformers.causality import in_progress
 from tokenselect.integrations.transformers.refusals import Refusal
 
 MaskFunction = Callable[..., Any]
@@ -74,6 +75,7 @@ class TokenMask(Tensor):
     begin   the token in slot 0: above 0 where a cache that slides has dropped those before
     runs    the requests, gathered by `Run`; for windows none
     calls   what the modules of this call were called with, where `rotation` has to know
+    refusal the error for a layer that attends with it, as not causal, say; None where one may
     """
 
     at: int
@@ -82,6 +84,7 @@ class TokenMask(Tensor):
     begin: int
     runs: list[Run]
     calls: dict[Any, Any]
+    refusal: Refusal | None
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -136,10 +139,21 @@ def token_mask(
     """Make the mask, as transformers asks a function in its AttentionMaskInterface to.
 
     attention_mask is None or (B, tokens so far) bool. Reads it, and offsets that are tensors, on
-    the host. Raises UnsupportedProblem for anything but causal attention, within a window or not,
-    over such a mask.
+    the host. Raises UnsupportedProblem for one that does not fit. What is not causal attention,
+    within a window or not, is refused by the layer that attends so: a decoder without its encoder
+    makes a mask for cross-attention that none reads.
     """
-    window, begin = window_of(mask_function), int(kv_offset)
+    in_progress.together = 0
+    valid = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
+    mask = valid[:, None, None].as_subclass(TokenMask)
+    mask.at, mask.Lq, mask.window, mask.begin = 0, q_length, None, 0
+    mask.runs, mask.calls, mask.refusal = [], {}, None
+    try:
+        mask.window = window_of(mask_function)
+    except Refusal as refusal:
+        mask.refusal = refusal
+        return mask
+    begin = int(kv_offset)
     at = int(q_offset) - begin
     if not 0 <= at <= kv_length - q_length:
         raise Refusal(
@@ -147,14 +161,12 @@ def token_mask(
             "the new tokens are not in the cache",
             "use a larger cache, or a stock one",
         )
-    valid = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
+    mask.at, mask.begin = at, begin
     if attention_mask is not None:
         valid &= _padding(attention_mask, begin, at + q_length, kv_length)
-    mask = valid[:, None, None].as_subclass(TokenMask)
-    mask.at, mask.Lq, mask.window, mask.begin, mask.calls = at, q_length, window, begin, {}
-    if window is not None:
-        mask.runs = []
-    elif attention_mask is None:  # nothing to read: on a GPU, nothing to wait for
+    if mask.window is not None:
+        return mask
+    if attention_mask is None:  # nothing to read: on a GPU, nothing to wait for
         mask.runs = [_unpadded(batch_size, at + q_length, at)]
     else:
         mask.runs = list(_runs(valid[:, : at + q_length].cpu(), at))

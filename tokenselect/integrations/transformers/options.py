@@ -11,6 +11,7 @@ from tokenselect.contract import CONFIG_NAMES, Problem, SelectConfig
 from tokenselect.errors import InvalidProblem
 from tokenselect.reuse import SelectionCache
 from tokenselect.rope import Rope
+from tokenselect.scalars import is_integer, plain
 
 NAME = "tokenselect"
 _OWN = ("theta", "max_reuse", "backend", "chunk")
@@ -91,10 +92,10 @@ def parse(given: object) -> Options:
     for name in values:
         if name not in NAMES:
             raise _unknown(name)
-    own = {name: values.pop(name) for name in _OWN if name in values}
+    own = {name: plain(values.pop(name)) for name in _OWN if name in values}
     options = Options(SelectConfig(**values), **own)
     chunk = options.chunk
-    if not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1:
+    if not is_integer(chunk) or chunk < 1:
         raise InvalidProblem(
             f"chunk={chunk!r}",
             "chunk is an integer >= 1: how many queries are selected for together",

@@ -139,8 +139,10 @@ class Probe:
         """What the layers of a model got, for the same tokens each time."""
         config, self.seen = part.config, []
         given, config.tokenselect = config.tokenselect, self
-        position = self.position.to(part.device)
-        ids = torch.arange(len(position), device=part.device) % config.vocab_size
+        # Offloaded weights are on "meta": what loads them takes tokens from anywhere.
+        device = part.device if part.device.type != "meta" else torch.device("cpu")
+        position = self.position.to(device)
+        ids = torch.arange(len(position), device=device) % config.vocab_size
         try:
             with torch.no_grad():
                 # With a mask, since positions with gaps alone would mean packed sequences.
@@ -249,10 +251,11 @@ def _rope(module: Any, made: _Made, pairs: list[tuple[Seen, Seen]]) -> Rope:
             "position here",
             _FIX,
         )
-    ropes = [Rope(torch.zeros(1, device=made.position_ids.device), cached="raw")]  # turns nothing
+    device = pairs[0][0].q.device  # not that of the rotary module, where a model is spread
+    ropes = [Rope(torch.zeros(1, device=device), cached="raw")]  # turns nothing
     for inv_freq, scaling in _frequencies(made.rotary):
         for interleaved in (False, True)[: len(inv_freq)]:  # of one pair, there is one layout
-            ropes.append(Rope(inv_freq.clone(), interleaved, "raw", scaling))
+            ropes.append(Rope(inv_freq.to(device, copy=True), interleaved, "raw", scaling))
     fitting: list[Rope] = []
     for rope in ropes:
         fits = all(_turns(rope, raw, rotated, made.position_ids) for rotated, raw in pairs)
