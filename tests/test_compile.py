@@ -102,6 +102,7 @@ def test_compiled_equals_eager(name: str, compiler: str) -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow("inductor")
 @pytest.mark.parametrize("compiler", COMPILERS)
 def test_paged_decode_with_a_cache_and_info(compiler: str) -> None:
     """The serving case in one graph: pages, lengths, reuse, information; hits and misses occur."""
@@ -380,6 +381,7 @@ OPERATORS = ("score", "select", "attend", "checked_seqlens", "decide", *IN_PLACE
 SAMPLES = samples()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("sample", SAMPLES)
 def test_opcheck(operator: str, sample: str) -> None:
