@@ -1,9 +1,11 @@
 """Every runnable example of the pages runs: a fenced block marked python, and nothing after it.
 
 Blocks of one page share a namespace, top to bottom, in a process of their own. A block that is not
-to be run is marked `python no-run`.
+to be run is marked `python no-run`. A block marked text right below an example, with no word
+between them, is what the example prints; "..." in it stands for what differs between machines.
 """
 
+import doctest
 import os
 import re
 import subprocess
@@ -15,59 +17,106 @@ import pytest
 from tests import fresh
 
 PAGES = [fresh.ROOT / "README.md", *sorted((fresh.ROOT / "docs").rglob("*.md"))]
-FENCE = re.compile(r"^( *)```(.*)$")
+FENCE = re.compile(r"^ *```", re.MULTILINE)
+BLOCK = re.compile(r"^( *)```(.*)\n((?:.*\n)*?)\1```$", re.MULTILINE)
+END = "\x1e"  # printed after each example
+RUN = f"""
+def run(page, blocks):
+    names = {{"__name__": "__main__"}}
+    for line, code in blocks:
+        exec(compile("\\n" * line + code, page, "exec"), names)
+        print(end={END!r}, flush=True)
+"""
 
 
-def script(text: str) -> tuple[str, int]:
-    """The runnable blocks on the lines where they stand, all else blank; and how many there are."""
-    lines, blocks, fence = [], 0, None
-    for line in text.splitlines():
-        mark = FENCE.match(line)
-        if fence is None:
-            fence = (mark[1], mark[2].strip() == "python") if mark else None
-            blocks += bool(fence and fence[1])
-            lines.append("")
-        elif mark and not mark[2].strip():
-            fence = None
-            lines.append("")
-        else:
-            indent, is_runnable = fence
-            lines.append(line.removeprefix(indent) if is_runnable else "")
-    assert fence is None, "a fenced block is not closed"
-    return "\n".join(lines) + "\n", blocks
+def examples(text: str) -> list[doctest.Example]:
+    """The examples of a page: code, the lines above it, and what it prints ("" if not shown)."""
+    found: list[doctest.Example] = []
+    end, above = 0, "no block"
+    for block in BLOCK.finditer(text):
+        indent, mark, body = block.groups()
+        body = re.sub(f"^{indent}", "", body, flags=re.MULTILINE)
+        line = text.count("\n", 0, block.start()) + 1
+        if mark == "python":
+            found.append(doctest.Example(body, "", lineno=line))
+        elif mark == "text" and end and not text[end : block.start()].strip():
+            assert above == "python", f"line {line}: an output below {above!r}, which is not run"
+            found[-1].want = body
+        end, above = block.end(), mark
+    n_blocks = len(BLOCK.findall(text))
+    assert len(FENCE.findall(text)) == 2 * n_blocks, "a fenced block is not closed"
+    return found
+
+
+def run(page: Path) -> None:
+    """Run a page's examples, and compare what they print with what the page shows."""
+    found = examples(page.read_text(encoding="utf-8"))
+    blocks = [(example.lineno, example.source) for example in found]
+    done = fresh.run(f"{RUN}\nrun({str(page)!r}, {blocks!r})", timeout=180)
+    assert done.returncode == 0, done.stderr
+    outputs = done.stdout.split(END)[:-1]
+    checker = doctest.OutputChecker()
+    wrong = [
+        f"{page}, line {example.lineno}:\n"
+        + checker.output_difference(example, printed, doctest.REPORT_NDIFF)
+        for example, printed in zip(found, outputs, strict=True)
+        if example.want and not checker.check_output(example.want, printed, doctest.ELLIPSIS)
+    ]
+    assert not wrong, "\n".join(wrong)
 
 
 def test_there_is_a_readme_with_an_example() -> None:
-    assert PAGES[0].exists()
-    assert script(PAGES[0].read_text(encoding="utf-8"))[1] > 0
+    assert examples(PAGES[0].read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(fresh.ROOT)))
-def test_examples_run(page: Path) -> None:
-    code, _ = script(page.read_text(encoding="utf-8"))
-    run = f"exec(compile({code!r}, {str(page)!r}, 'exec'), {{'__name__': '__main__'}})"
-    done = fresh.run(run, timeout=180)
-    assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if examples(page.read_text(encoding="utf-8"))],
+    ids=lambda page: str(page.relative_to(fresh.ROOT)),
+)
+def test_examples_run_and_print_what_is_shown(page: Path) -> None:
+    run(page)
 
 
 def test_only_blocks_marked_python_are_run() -> None:
     page = "\n".join(
         [
             "text", "```python", "x = 1", "```", "```python no-run", "raise SystemExit", "```",
-            "```text", "y", "```", "- item", "  ```python", "  if x:", "      print(x)", "  ```",
+            "said", "```text", "y", "```", "- item", "  ```python", "  if x:", "      print(x)",
+            "  ```", "", "  ```text", "  1", "  ```",
         ]
     )  # fmt: skip
-    assert script(page) == (
-        "\n\nx = 1\n\n\n\n\n\n\n\n\n\nif x:\n    print(x)\n\n",
-        2,
-    )
+    found = [(example.lineno, example.source, example.want) for example in examples(page)]
+    assert found == [(2, "x = 1\n", ""), (13, "if x:\n    print(x)\n", "1\n")]
+
+
+@pytest.mark.parametrize(
+    ("page", "problem"),
+    [
+        ("```python\nx = 1\n```\n\n```python\nx = 2\n", "not closed"),
+        ("```sh\nmake\n```\n\n```text\nmade\n```\n", "line 5: an output below 'sh'"),
+    ],
+)
+def test_a_page_that_cannot_be_checked_is_refused(page: str, problem: str) -> None:
+    with pytest.raises(AssertionError, match=problem):
+        examples(page)
 
 
 def test_an_example_that_fails_is_named_by_page_and_line(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("text\n```python\nx = 1\nassert x == 2\n```\n")
     with pytest.raises(AssertionError, match=r"page\.md\", line 4"):
-        test_examples_run(page)
+        run(page)
+
+
+def test_an_output_that_differs_is_named_by_page_and_line(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    code = "```python\nprint('share 0.0123')\nprint(2)\n```\n\n"
+    page.write_text(f"{code}```text\nshare 0.0...\n2\n```\n")
+    run(page)
+    page.write_text(f"{code}{code}```text\nshare 0.0...\n3\n```\n")
+    with pytest.raises(AssertionError, match=r"(?s)page\.md, line 6:.*\n *- 3\n *\+ 2"):
+        run(page)
 
 
 def test_the_readme_backend_passes_the_way_the_readme_says(tmp_path: Path) -> None:

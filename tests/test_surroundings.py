@@ -1,13 +1,17 @@
 """What surrounds a call changes nothing in it: autocast, defaults, modes, threads."""
 
+import ast
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._device import _device_constructors
 
+from tests import fresh
 from tests.problems import SMALL, lengths, paged, problem, rope, tensors
 from tokenselect import SelectionCache, attention, check, plan, registry
 
@@ -123,6 +127,34 @@ def test_no_stage_makes_tensors_on_the_default_device(backend: str, is_paged: bo
     for mine, theirs in zip(got, expected, strict=True):
         assert mine.device == theirs.device
         assert torch.equal(mine, theirs)
+
+
+def on_the_default_device(source: str) -> list[str]:
+    """The calls in it to which a default device would be given: `line: call`."""
+    return [
+        f"{node.lineno}: {ast.unparse(node)}"
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and ast.unparse(node.func.value) == "torch"
+        and getattr(torch, node.func.attr) in _device_constructors()
+        and "device" not in [keyword.arg for keyword in node.keywords]
+    ]
+
+
+PACKAGE = fresh.ROOT / "tokenselect"
+
+
+@pytest.mark.parametrize(
+    "path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE))
+)
+def test_every_tensor_is_made_on_a_device_that_is_named(path: Path) -> None:
+    assert not on_the_default_device(path.read_text(encoding="utf-8"))
+
+
+def test_a_tensor_made_without_a_device_is_found() -> None:
+    source = "x = torch.ones(3, device='cpu')\ny = torch.ones_like(x) + torch.arange(\n3)"
+    assert on_the_default_device(source) == ["2: torch.arange(3)"]
 
 
 @pytest.mark.parametrize("kind", ["votes that tie", "extrapolate, paged chunk", "reuse, paged"])

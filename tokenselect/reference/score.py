@@ -3,6 +3,8 @@
 qbar_h   = mean over i of q_{h,i}                                  the selection query
 s_{h,j}  = softcap(select_scale * qbar_h . k_{h // G, j})          a logit, head by token
 votes_j  = sum over h of softmax_j(s_h)                            the soft vote, eq. 7
+
+Equal keys get equal votes, wherever they stand: what makes a vote is added up in one order.
 """
 
 import math
@@ -42,10 +44,10 @@ def score(problem: Problem) -> Scores:
                 run_votes = [
                     vote(logits(problem, run.mean(0), head_keys), candidates, c) for run in runs
                 ]
-                head_votes.append(torch.stack(run_votes).sum(0))
+                head_votes.append(added(torch.stack(run_votes)))
                 lse[b, h] = logits(problem, queries[h].mean(0), head_keys).logsumexp(0)
             for s, voters in enumerate(torch.stack(head_votes).chunk(problem.S)):
-                votes[b, ballot, s, candidates] = pooled(voters.sum(0), c.pool).float()
+                votes[b, ballot, s, candidates] = pooled(added(voters), c.pool).float()
     return Scores(votes, lse)
 
 
@@ -73,9 +75,20 @@ def placed(problem: Problem, b: int, n: int, score_at: str) -> tuple[Tensor, Ten
 
 def logits(problem: Problem, query: Tensor, keys: Tensor) -> Tensor:
     """One head's logits (n,) of one query (D,) over keys (n, D); -inf if not finite."""
-    s = problem.select_scale * (keys @ query)
+    s = problem.select_scale * added((keys * query).T)
     capped = s if problem.softcap is None else problem.softcap * torch.tanh(s / problem.softcap)
     return torch.where(s.isfinite(), capped, -math.inf)
+
+
+def added(x: Tensor) -> Tensor:
+    """The sum of x (m, L) over m, half onto half, in place: every column in the same order.
+
+    A matrix product, and a sum of PyTorch's, add a column in an order that depends on its place.
+    """
+    while half := len(x) // 2:
+        x[:half] += x[-half:]
+        x = x[:-half]
+    return x[0]
 
 
 def vote(s: Tensor, candidates: slice, c: SelectConfig) -> Tensor:
