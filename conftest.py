@@ -37,16 +37,14 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers",
         "slow(*names): left out of a run with the Hypothesis profile `quick`, which is that of "
-        "`make test`, unless -m says otherwise; with names, where a parameter is one of them",
+        "`make test`, unless -m says otherwise; with names, where one of them is in the brackets after the test's name",
     )
 
 
 def is_slow(item: pytest.Item) -> bool:
-    parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
-    return any(
-        not mark.args or any(value in mark.args for value in parameters if isinstance(value, str))
-        for mark in item.iter_markers("slow")
-    )
+    parameters = item.callspec.id.split("-") if hasattr(item, "callspec") else []
+    marks = item.iter_markers("slow")
+    return any(not mark.args or set(mark.args) & set(parameters) for mark in marks)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

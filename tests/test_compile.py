@@ -231,6 +231,7 @@ class DecoderLayer(torch.nn.Module):
         return x + self.out(attended.flatten(1))
 
 
+@pytest.mark.slow("inductor")
 @pytest.mark.parametrize("how", ["eager", "aot_eager", "inductor", "reduce-overhead"])
 @torch.no_grad()
 def test_a_decoder_layer_with_a_plan_and_a_cache_is_one_graph(how: str) -> None:
