@@ -37,7 +37,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers",
         "slow(*names): left out of a run with the Hypothesis profile `quick`, which is that of "
-        "`make test`, unless -m says otherwise; with names, where one of them is in the brackets after the test's name",
+        "`make test`, unless -m says otherwise; with names, where one of them is in the brackets "
+        "after the test's name",
     )
 
 
