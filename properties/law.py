@@ -72,9 +72,10 @@ class Law:
         run = given(case=self.drawn)(try_one)
         tried = search or settings(settings.default)
         run = settings(tried, max_examples=share(tried.max_examples, backend.name))(run)
-        # A planted mistake must be caught on small problems; the named ones cost too much for that.
-        # Hypothesis tries the outermost example first.
-        for case in reversed(self.examples if search is None else self.small):
+        # A planted mistake must be caught on small problems; the named ones cost too much for that,
+        # and for a quick run. Hypothesis tries the outermost example first.
+        small = search is not None or settings.get_current_profile_name() == "quick"
+        for case in reversed(self.small if small else self.examples):
             run = example(case=case)(run)
         run()
 

@@ -868,7 +868,7 @@ class TestRefusals:
             with pytest.raises(UnsupportedProblem, match=r"layer 1\n.*rotated.*before enable\(\)"):
                 llama(tokens(1))
 
-    @pytest.mark.slow("gemma2")
+    @pytest.mark.slow
     @pytest.mark.parametrize("family", ["llama", "gemma2"])
     def test_compiled_before_or_after(self, family: str) -> None:
         """What was compiled without hooks gets them, and what was compiled with them is let go."""

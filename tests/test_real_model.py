@@ -58,6 +58,10 @@ def make_passage(tokenizer: Any, seed: int, n_context: int = N_CONTEXT) -> Passa
 
 
 @dataclass(kw_only=True)
+# The model reads once for all of them.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("real model")]
+
+
 class Recorder(DenseAttention):
     """Stock attention; keeps (q, k_cache, v_cache) of each layer."""
 
@@ -198,7 +202,6 @@ def find_digits(case: Case) -> list[LayerFound]:
     return found
 
 
-@pytest.mark.slow
 def test_the_digits_are_selected_where_the_model_looks_at_them(case: Case) -> None:
     found = find_digits(case)
     # Layers are of two kinds: of 360, 66 % have less than .014 of their attention on the digits,
@@ -305,7 +308,6 @@ def answers(smollm: tuple[Any, Any], seed: int, options: dict[str, int]) -> tupl
     return passage.number, tokenizer.decode(written[0, ids.shape[1] :])
 
 
-@pytest.mark.slow
 def test_the_number_is_found_with_everything_sparse(smollm: tuple[Any, Any]) -> None:
     # Found in 11 of 12 passages, and by the window in none.
     number, selected = answers(smollm, SEED, {"k": 432, "n_sink": 16, "n_local": 64})

@@ -130,6 +130,7 @@ def test_the_page_is_of_the_kernels_and_problems_there_are(
         assert f"| {name} | {case.describe()} |" in page
 
 
+@pytest.mark.slow
 def test_the_page_has_the_figures_of_its_version_of_triton(quick: list[Row]) -> None:
     page = PAGE.read_text("utf-8")
     version = re.search(r"with Triton (\d+(?:\.\d+)+)", page)

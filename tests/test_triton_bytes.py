@@ -111,6 +111,7 @@ def counted() -> dict:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_each_key_is_read_exactly_once(counted: dict) -> None:
     assert counted["key loads"] == counted["key elements"]
 
