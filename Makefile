@@ -22,6 +22,9 @@ export HYPOTHESIS_PROFILE
 PROFILE_ARG := --hypothesis-profile=$(HYPOTHESIS_PROFILE)
 endif
 
+# A process per core. A backend's laws stay in one, which counts them (see properties/conftest.py).
+PARALLEL := -n logical --maxprocesses 8 --dist loadgroup
+
 # With another torch, the pins that belong to the pinned one are left out.
 ifeq ($(TORCH),$(PINNED_TORCH))
 CONSTRAINTS := constraints.txt
@@ -34,11 +37,12 @@ PIP := $(PY) -m pip $(if $(V),,-qq) --disable-pip-version-check install
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-tritons check props bench quality gpu resources clean distclean
+.PHONY: help demo test test-all test-tritons check props bench quality gpu resources clean distclean
 
 help:
 	@echo "make demo    a small model reads a long text with and without selection   [ARGS=...]"
-	@echo "make test    all tests and properties                                     [ARGS=...]"
+	@echo "make test    tests and properties, but for the slow ones; few examples      [ARGS=...]"
+	@echo "make test-all   all of them, as CI runs them: 20 minutes on 2 cores          [ARGS=...]"
 	@echo "make test-tritons  the triton backend's properties under other versions of triton"
 	@echo "                   [TRITONS='3.6.0 3.9.0'] [ARGS=...]"
 	@echo "make check   ruff, mypy, the import arrows, the examples in docstrings"
@@ -61,7 +65,11 @@ demo: $(VENV)/.stamp-demo
 
 test: $(VENV)/.stamp-dev
 	@echo "→ running tests and properties"
-	@$(PY) -m pytest $(PROFILE_ARG) $(ARGS)
+	@$(PY) -m pytest $(PARALLEL) $(PROFILE_ARG) $(ARGS)
+
+test-all: $(VENV)/.stamp-dev
+	@echo "→ running all tests, and properties on all their examples"
+	@$(PY) -m pytest $(PARALLEL) --hypothesis-profile=$(or $(HYPOTHESIS_PROFILE),full) $(ARGS)
 
 check: $(VENV)/.stamp-dev
 	@echo "→ ruff check"
@@ -90,7 +98,7 @@ test-tritons: $(TRITONS:%=test-triton-%)
 test-triton-%: $(VENV)/triton-%
 	@echo "→ running the properties of the triton backend under triton $*"
 	@PYTHONPATH=$< $(PY) -c 'import triton; assert triton.__version__ == "$*", triton.__version__'
-	@PYTHONPATH=$< $(PY) -m pytest $(TRITON_TESTS) --backend=triton $(WARNING_FOR_$*) $(PROFILE_ARG) $(ARGS)
+	@PYTHONPATH=$< $(PY) -m pytest $(PARALLEL) $(TRITON_TESTS) --backend=triton $(WARNING_FOR_$*) $(PROFILE_ARG) $(ARGS)
 
 # Laid over .venv, so that torch is not installed again.
 .PRECIOUS: $(VENV)/triton-%
@@ -101,7 +109,7 @@ $(VENV)/triton-%: $(VENV)/.stamp-dev
 	@mv $@.part $@
 
 props: $(VENV)/.stamp-dev
-	@$(PY) -m pytest properties $(if $(BACKEND),--backend=$(BACKEND)) $(PROFILE_ARG) $(ARGS)
+	@$(PY) -m pytest $(PARALLEL) properties $(if $(BACKEND),--backend=$(BACKEND)) $(PROFILE_ARG) $(ARGS)
 
 bench: $(VENV)/.stamp-dev
 	@$(PY) -m bench.run $(ARGS)

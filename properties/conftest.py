@@ -2,11 +2,9 @@
 
 import importlib
 import os
-import sys
+from typing import Any
 
 import pytest
-import torch
-from hypothesis import HealthCheck, settings
 
 from properties import guard, interpreter, law
 from properties.backends import chosen
@@ -14,29 +12,8 @@ from properties.devices import for_the_cpu
 from tokenselect import Backend, registry
 from tokenselect.registry import load
 
-# Without a GPU the triton backend runs in Triton's interpreter. Triton decides when it is imported,
-# which nothing has done yet: nothing above does, and pytest reads this file before any test's
-# module. Nothing else in a run of all tests minds: inductor compiles for the CPU in C++.
-if not torch.cuda.is_available():
-    if "triton" in sys.modules and not sys.modules["triton"].knobs.runtime.interpret:
-        raise RuntimeError(
-            "triton was imported before properties/conftest.py, and not for its interpreter: the "
-            "triton backend cannot be tried. There is no GPU here; set TRITON_INTERPRET=1"
-        )
-    os.environ["TRITON_INTERPRET"] = "1"
 if os.environ.get("TRITON_INTERPRET") == "1":
     law.SHARES["triton"] = 0.1
-
-_SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
-settings.register_profile("quick", max_examples=100, deadline=None, suppress_health_check=_SLOW)
-settings.register_profile("thorough", settings.get_profile("quick"), max_examples=1000)
-# In CI the same problems every time; the random runs are `make props` and everybody's own.
-settings.register_profile("ci", settings.get_profile("quick"), derandomize=True, database=None)
-# On a GPU every other combination of shapes and settings is a kernel to compile, a second or two:
-# few examples, and of few shapes (see `fitted`).
-settings.register_profile("device", settings.get_profile("ci"), max_examples=12)
-torch.set_num_threads(1)  # the problems are small: threads only wait for one another
-settings.load_profile("ci" if os.environ.get("CI") else "quick")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -76,6 +53,30 @@ def _guarded(monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> No
         if launch.INTERPRETED:
             interpreter.hasten()
         monkeypatch.setitem(registry._loaded, "triton", guard.watched(load("triton"), launch))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Under pytest-xdist, one process counts the problems that a backend's laws were tried on."""
+    for item in items:
+        name = getattr(item, "callspec", None) and item.callspec.params.get("backend_name")
+        if name and item.path.name == "test_laws.py":
+            item.add_marker(pytest.mark.xdist_group(f"laws of {name}"))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["problems"] = [
+            [(*key, count) for key, count in counter.items()] for counter in (law.RAN, law.UNABLE)
+        ]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Add what a worker of pytest-xdist counted."""
+    of_worker = getattr(node, "workeroutput", {}).get("problems", ((), ()))
+    for counter, counted in zip((law.RAN, law.UNABLE), of_worker, strict=True):
+        for backend, name, count in counted:
+            counter[backend, name] += count
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -20,6 +20,17 @@ LAWS: list["Law"] = []
 SHARES: dict[str, float] = {}
 
 
+def share(examples: float, backend: str) -> int:
+    """The number of a backend's examples, where others get `examples`."""
+    return max(1, round(examples * SHARES.get(backend, 1)))
+
+
+def of_the_profile(examples: int, backend: str) -> int:
+    """The same in the loaded profile, where `examples` are those of the profile `ci`."""
+    of_ci = settings.get_profile("ci").max_examples
+    return share(examples * settings.default.max_examples / of_ci, backend)
+
+
 @dataclass(frozen=True)
 class Law:
     """What `holds` of every backend, for the problems that it is `about`.
@@ -60,11 +71,11 @@ class Law:
         try_one.__qualname__ = f"{self.name}.{backend.name}"
         run = given(case=self.drawn)(try_one)
         tried = search or settings(settings.default)
-        examples = max(1, round(tried.max_examples * SHARES.get(backend.name, 1)))
-        run = settings(tried, max_examples=examples)(run)
-        # A planted mistake must be caught on small problems; the named ones cost too much for that.
-        # Hypothesis tries the outermost example first.
-        for case in reversed(self.examples if search is None else self.small):
+        run = settings(tried, max_examples=share(tried.max_examples, backend.name))(run)
+        # A planted mistake must be caught on small problems; the named ones cost too much for that,
+        # and for a quick run. Hypothesis tries the outermost example first.
+        small = search is not None or settings.get_current_profile_name() == "quick"
+        for case in reversed(self.small if small else self.examples):
             run = example(case=case)(run)
         run()
 

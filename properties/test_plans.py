@@ -20,7 +20,7 @@ from properties import guard
 from properties.backends import chosen
 from properties.devices import back, device_of, on
 from properties.guard import poisoned
-from properties.law import RAN, SHARES, CannotRun, able
+from properties.law import RAN, CannotRun, able, of_the_profile
 from properties.recorded import Recorded, opaque_kernels
 from properties.strategies import Case, cases, fitted
 from tokenselect import (
@@ -105,10 +105,6 @@ def same(one: tuple[Tensor, Info], other: tuple[Tensor, Info]) -> bool:
     return all(torch.equal(a.nan_to_num(7.5), b.nan_to_num(7.5)) for a, b in pairs)
 
 
-def examples(name: str, count: int) -> int:
-    return max(3, round(count * SHARES.get(name, 1)))
-
-
 # --- a plan is attention --------------------------------------------------------------------
 
 
@@ -131,7 +127,7 @@ def test_a_plan_chooses_what_the_votes_allow_and_attends_to_that(plannable: str)
 
     for case in FEATURES:
         holds(case)
-    search = settings(settings.default, max_examples=examples(plannable, 40))
+    search = settings(settings.default, max_examples=max(3, of_the_profile(40, plannable)))
     search(given(cases())(holds))()
     assert ran >= len(FEATURES) - 2
 
@@ -320,6 +316,7 @@ def replayed(plannable: str, monkeypatch: pytest.MonkeyPatch) -> str:
     return made.name
 
 
+@pytest.mark.slow("triton")
 @pytest.mark.parametrize("case", FEATURES, ids=range(len(FEATURES)))
 def test_a_replay_gives_the_bits_of_a_plan(plannable: str, replayed: str, case: Case) -> None:
     """Lengths shorter and longer than at capture, none at all, other queries and block tables."""
@@ -377,6 +374,7 @@ def test_replays_keep_a_selection_cache(plannable: str, replayed: str) -> None:
     assert plans[1]._graphs.captures == 1
 
 
+@pytest.mark.slow("triton")
 def test_a_batch_goes_into_the_next_larger_graph(
     plannable: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from properties import guard
 from properties.devices import back, device_of, for_the_cpu, on
-from properties.law import RAN, SHARES
+from properties.law import RAN, SHARES, of_the_profile
 from properties.laws_attention import run
 from properties.planted import PLANTED_CACHES, PlantedCache
 from properties.recorded import Recorded
@@ -267,9 +267,11 @@ def machine(
 
 
 def steps(examples: int, count: int, backend: str = "cpu") -> settings:
-    if backend in SHARES:  # at least some, and not the shortest alone, which are tried first
-        examples, count = max(4, round(examples * SHARES[backend])), min(count, 20)
-    return settings(settings.get_profile("quick"), max_examples=examples, stateful_step_count=count)
+    if backend in SHARES:
+        count = min(count, 20)
+    # At least some, and not the shortest alone, which are tried first.
+    examples = max(4, of_the_profile(examples, backend))
+    return settings(settings.default, max_examples=examples, stateful_step_count=count)
 
 
 @pytest.fixture(autouse=True)
@@ -290,6 +292,7 @@ def test_cache_follows_the_model(backend: Backend) -> None:
     )
 
 
+@pytest.mark.slow("triton")
 def test_cache_follows_the_model_through_plans(
     plannable: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -300,6 +303,7 @@ def test_cache_follows_the_model_through_plans(
     )
 
 
+@pytest.mark.slow("triton")
 def test_cache_follows_the_model_through_replays(
     plannable: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -315,6 +319,7 @@ def test_cache_follows_the_model_through_replays(
     )
 
 
+@pytest.mark.slow("triton")
 def test_decisions_are_those_of_the_reference_and_of_each_request_alone(backend: Backend) -> None:
     """To the bit, also where the cosine is theta but for a rounding."""
     name, generator = backend.name, torch.Generator().manual_seed(5)
@@ -353,6 +358,7 @@ def test_decisions_are_those_of_the_reference_and_of_each_request_alone(backend:
     assert flips > 5
 
 
+@pytest.mark.slow("triton")
 def test_without_theta_nothing_is_reused(backend: Backend) -> None:
     run_state_machine_as_test(
         machine(backend.name, SelectionCache, None), settings=steps(4, 30, backend.name)

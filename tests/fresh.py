@@ -6,10 +6,12 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+# Seconds, after which it hangs: on a quiet core nothing here takes a twentieth of them.
+HANG = 1800
 
 
 def run(
-    code: str | list[str], *paths: Path, timeout: float = 120, **environment: str
+    code: str | list[str], *paths: Path, timeout: float = HANG, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Run code, or `python -m ...` for a list, with `paths` importable. Warnings are errors."""
     arguments = ["-c", code] if isinstance(code, str) else ["-m", *code]
@@ -26,7 +28,7 @@ def run(
     )
 
 
-def output(code: str, *paths: Path, timeout: float = 120, **environment: str) -> str:
+def output(code: str, *paths: Path, timeout: float = HANG, **environment: str) -> str:
     """What code prints; its traceback is the failure if it fails."""
     done = run(code, *paths, timeout=timeout, **environment)
     assert done.returncode == 0, done.stderr

@@ -102,6 +102,7 @@ def test_compiled_equals_eager(name: str, compiler: str) -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow("inductor")
 @pytest.mark.parametrize("compiler", COMPILERS)
 def test_paged_decode_with_a_cache_and_info(compiler: str) -> None:
     """The serving case in one graph: pages, lengths, reuse, information; hits and misses occur."""
@@ -230,6 +231,7 @@ class DecoderLayer(torch.nn.Module):
         return x + self.out(attended.flatten(1))
 
 
+@pytest.mark.slow("inductor")
 @pytest.mark.parametrize("how", ["eager", "aot_eager", "inductor", "reduce-overhead"])
 @torch.no_grad()
 def test_a_decoder_layer_with_a_plan_and_a_cache_is_one_graph(how: str) -> None:
@@ -380,6 +382,7 @@ OPERATORS = ("score", "select", "attend", "checked_seqlens", "decide", *IN_PLACE
 SAMPLES = samples()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("sample", SAMPLES)
 def test_opcheck(operator: str, sample: str) -> None:

@@ -52,7 +52,7 @@ def run(page: Path) -> None:
     """Run a page's examples, and compare what they print with what the page shows."""
     found = examples(page.read_text(encoding="utf-8"))
     blocks = [(example.lineno, example.source) for example in found]
-    done = fresh.run(f"{RUN}\nrun({str(page)!r}, {blocks!r})", timeout=180)
+    done = fresh.run(f"{RUN}\nrun({str(page)!r}, {blocks!r})")
     assert done.returncode == 0, done.stderr
     outputs = done.stdout.split(END)[:-1]
     checker = doctest.OutputChecker()
@@ -69,6 +69,7 @@ def test_there_is_a_readme_with_an_example() -> None:
     assert examples(PAGES[0].read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow("docs/tutorials/transformers.md")
 @pytest.mark.parametrize(
     "page",
     [page for page in PAGES if examples(page.read_text(encoding="utf-8"))],
@@ -119,6 +120,7 @@ def test_an_output_that_differs_is_named_by_page_and_line(tmp_path: Path) -> Non
         run(page)
 
 
+@pytest.mark.slow
 def test_the_readme_backend_passes_the_way_the_readme_says(tmp_path: Path) -> None:
     """The last block, saved as my_module.py, and the command below it."""
     readme = PAGES[0].read_text(encoding="utf-8")
@@ -134,7 +136,7 @@ def test_the_readme_backend_passes_the_way_the_readme_says(tmp_path: Path) -> No
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=fresh.HANG,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"mine +[1-9][0-9]* run", done.stdout), done.stdout

@@ -415,7 +415,7 @@ class TestCalls:
         """Each layer waits for the other thread between its hook and its attention."""
         ids = [tokens(1), tokens(2)[1:, :13]]
         dense = [llama(each).logits for each in ids]
-        barrier, results = threading.Barrier(2, timeout=60), [Tensor(), Tensor()]
+        barrier, results = threading.Barrier(2, timeout=1200), [Tensor(), Tensor()]
 
         def call(i: int) -> None:
             with torch.no_grad():
@@ -868,6 +868,7 @@ class TestRefusals:
             with pytest.raises(UnsupportedProblem, match=r"layer 1\n.*rotated.*before enable\(\)"):
                 llama(tokens(1))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("family", ["llama", "gemma2"])
     def test_compiled_before_or_after(self, family: str) -> None:
         """What was compiled without hooks gets them, and what was compiled with them is let go."""

@@ -41,6 +41,7 @@ from bench.gpu.rivals import Asked, Ready
 from bench.gpu.worker import Task
 from bench.run import NotEquivalent
 from properties.recorded import Recorded
+from tests import fresh
 from tokenselect import (
     Problem,
     Scores,
@@ -87,20 +88,21 @@ def quiet(*_: Any, **__: Any) -> None:
 def dry_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any], Path]:
     """What it printed, its JSON and its folder."""
     folder = tmp_path_factory.mktemp("dry")
-    arguments = ["--dry-run", "--quick", "--seconds", "150", "--out", str(folder / "results")]
+    arguments = ["--dry-run", "--quick", "--seconds", "1500", "--out", str(folder / "results")]
     done = subprocess.run(
         [sys.executable, "-m", "bench.gpu", *arguments],
         cwd=ROOT,
         env={**os.environ, "OUT": str(folder / "out")},
         capture_output=True,
         text=True,
-        timeout=170,
+        timeout=fresh.HANG,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = (folder / "results").glob("*-gpu.json")
     return done.stdout, json.loads(path.read_text("utf-8")), folder
 
 
+@pytest.mark.slow
 def test_a_dry_run_goes_through_everything(dry_run: tuple[str, dict[str, Any], Path]) -> None:
     said, found, folder = dry_run
     assert found["kind"] == "gpu"
@@ -140,6 +142,7 @@ def test_a_dry_run_goes_through_everything(dry_run: tuple[str, dict[str, Any], P
     assert "planned, µs a layer as graphs" in said
 
 
+@pytest.mark.slow
 def test_planned_steps_are_told_with_how_they_were_made(
     dry_run: tuple[str, dict[str, Any], Path],
 ) -> None:
@@ -156,6 +159,7 @@ def test_planned_steps_are_told_with_how_they_were_made(
     assert short == ("short, own capacity", "planned")
 
 
+@pytest.mark.slow
 def test_what_does_not_run_is_listed_with_its_error(
     dry_run: tuple[str, dict[str, Any], Path],
 ) -> None:
@@ -170,6 +174,7 @@ def test_what_does_not_run_is_listed_with_its_error(
         assert error[:60] in section
 
 
+@pytest.mark.slow
 def test_the_page_refuses_a_dry_run(
     dry_run: tuple[str, dict[str, Any], Path], tmp_path: Path
 ) -> None:
@@ -339,6 +344,7 @@ def test_once_wrong_the_rest_is_checked_and_not_timed(
     assert "speed-up fresh" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("two_cells")
 def test_measured_anyway_no_speed_up_is_printed_and_no_page_takes_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -866,6 +872,7 @@ def test_hazards_are_failures_and_warnings_are_told() -> None:
     assert verdict(None, "").status == "skipped"
 
 
+@pytest.mark.slow
 def test_the_properties_and_the_small_calls_pass_as_they_are_called(tmp_path: Path) -> None:
     """As a dry run makes them: a GPU run does, but for a few options."""
     every = gate.checks("cpu", tmp_path, dry=True, quick=False)
@@ -1343,6 +1350,7 @@ def test_a_whole_model_is_measured_and_shown(capsys: pytest.CaptureFixture[str])
     assert "Not measured: no room" in "\n".join(page._model({"left_out": "no room"}))
 
 
+@pytest.mark.slow
 def test_a_model_is_measured_in_a_process_whose_end_is_not_overlooked() -> None:
     pytest.importorskip("transformers")
     asked = command.arguments(["--dry-run"])
@@ -1392,6 +1400,7 @@ def test_a_model_whose_plans_are_wrong_is_not_shown_as_measured(
     assert expected[stage] in found["wrong"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("two_cells")
 def test_a_wrong_model_turns_the_run_red(tmp_path: Path) -> None:
     code, found = run_here(tmp_path, found={"wrong": "far away"})

@@ -39,6 +39,7 @@ def measured(**case: Any) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_a_million_tokens_take_less_than_a_tenth_of_the_cache_more(name: str) -> None:
     # A loaded system only adds to what is measured: pages of the cache that it took back meanwhile.

@@ -57,6 +57,10 @@ def make_passage(tokenizer: Any, seed: int, n_context: int = N_CONTEXT) -> Passa
     )
 
 
+# The model reads once for all of them.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("real model")]
+
+
 @dataclass(kw_only=True)
 class Recorder(DenseAttention):
     """Stock attention; keeps (q, k_cache, v_cache) of each layer."""

@@ -16,6 +16,7 @@ triton = pytest.importorskip("triton")
 
 from bench import resources  # noqa: E402  # it needs triton
 from bench.resources import PROBLEMS, QUICK, TARGETS, Resources, Row  # noqa: E402
+from tests import fresh  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "resources.md"
@@ -30,7 +31,7 @@ def compiled(arguments: list[str], **more: str) -> subprocess.CompletedProcess[s
         env=environment | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | more,
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=fresh.HANG,
         check=False,
     )
 
@@ -67,6 +68,7 @@ def planned() -> set[tuple[str, str, str]]:
     return found
 
 
+@pytest.mark.slow
 def test_kernels_compile_without_a_spill_and_fit(
     quick: list[Row], planned: set[tuple[str, str, str]]
 ) -> None:
@@ -128,6 +130,7 @@ def test_the_page_is_of_the_kernels_and_problems_there_are(
         assert f"| {name} | {case.describe()} |" in page
 
 
+@pytest.mark.slow
 def test_the_page_has_the_figures_of_its_version_of_triton(quick: list[Row]) -> None:
     page = PAGE.read_text("utf-8")
     version = re.search(r"with Triton (\d+(?:\.\d+)+)", page)

@@ -1547,6 +1547,7 @@ class TestMask:
         assert AttentionMaskInterface()["tokenselect"] is token_mask
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["full", "sliding", "raw"])
 def test_memory_of_a_prompt_does_not_grow_with_its_square(kind: str) -> None:
     """Peaks beside the cache: a quarter of what one float32 head of Lq x Lk would take."""

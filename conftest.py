@@ -1,0 +1,62 @@
+"""What the tests and the properties share: Triton's interpreter, threads, profiles, slow tests."""
+
+import os
+import sys
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# Without a GPU the triton backend runs in Triton's interpreter. Triton decides when it is imported,
+# which nothing has done yet: nothing above does, and pytest reads this file before any test's
+# module. Nothing else in a run of all tests minds: inductor compiles for the CPU in C++.
+if not torch.cuda.is_available():
+    if "triton" in sys.modules and not sys.modules["triton"].knobs.runtime.interpret:
+        raise RuntimeError(
+            "triton was imported before conftest.py, and not for its interpreter: the triton "
+            "backend cannot be tried. There is no GPU here; set TRITON_INTERPRET=1"
+        )
+    os.environ["TRITON_INTERPRET"] = "1"
+
+_SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
+settings.register_profile("full", max_examples=100, deadline=None, suppress_health_check=_SLOW)
+settings.register_profile("quick", settings.get_profile("full"), max_examples=15)
+settings.register_profile("thorough", settings.get_profile("full"), max_examples=1000)
+# In CI the same problems every time; the random runs are everybody's own.
+settings.register_profile("ci", settings.get_profile("full"), derandomize=True, database=None)
+# On a GPU every other combination of shapes and settings is a kernel to compile, a second or two:
+# few examples, and of few shapes (see `fitted`).
+settings.register_profile("device", settings.get_profile("ci"), max_examples=12)
+settings.load_profile("ci" if os.environ.get("CI") else "quick")
+
+# Problems are small, and other runs may share the cores: threads would only wait for one another.
+torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers",
+        "slow(*names): left out of a run with the Hypothesis profile `quick`, which is that of "
+        "`make test`, unless -m says otherwise; with names, where one of them is in the brackets "
+        "after the test's name",
+    )
+
+
+def is_slow(item: pytest.Item) -> bool:
+    parameters = item.callspec.id.split("-") if hasattr(item, "callspec") else []
+    marks = item.iter_markers("slow")
+    return any(not mark.args or set(mark.args) & set(parameters) for mark in marks)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    named = any("::" in argument for argument in config.args)
+    if settings.get_current_profile_name() == "quick" and not config.option.markexpr and not named:
+        slow = [item for item in items if is_slow(item)]
+        items[:] = [item for item in items if not is_slow(item)]
+        config.hook.pytest_deselected(items=slow)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    profile = settings.get_current_profile_name()
+    left_out = ": few examples, and none of the slow tests (`make test-all` runs all)"
+    return f"Hypothesis profile: {profile}{left_out if profile == 'quick' else ''}"
