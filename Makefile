@@ -100,6 +100,27 @@ $(VENV)/triton-%: $(VENV)/.stamp-dev
 	@$(PIP) --no-deps --target $@.part 'triton==$*' $(NUMPY_FOR_$*)
 	@mv $@.part $@
 
+# The integration under the oldest transformers that it takes, and the newest.
+TRANSFORMERS ?= 5.4.0 5.24.0
+
+TRANSFORMERS_TESTS := $(addprefix tests/test_,transformers.py extrapolation.py demo.py)
+
+test-transformers: $(TRANSFORMERS:%=test-transformers-%)
+
+test-transformers-%: $(VENV)/transformers-%
+	@echo "→ running the tests of the integration under transformers $*"
+	@PYTHONPATH=$< $(PY) -c \
+		'import transformers; assert transformers.__version__ == "$*", transformers.__version__'
+	@PYTHONPATH=$< $(PY) -m pytest $(TRANSFORMERS_TESTS) $(ARGS)
+
+# Laid over .venv, with the versions of its relatives that it asks for.
+.PRECIOUS: $(VENV)/transformers-%
+$(VENV)/transformers-%: $(VENV)/.stamp-dev $(VENV)/constraints-without-transformers.txt
+	@echo "→ installing transformers $*"
+	@rm -rf $@ $@.part
+	@$(PIP) --target $@.part -c $(VENV)/constraints-without-transformers.txt 'transformers==$*'
+	@mv $@.part $@
+
 props: $(VENV)/.stamp-dev
 	@$(PY) -m pytest properties $(if $(BACKEND),--backend=$(BACKEND)) $(PROFILE_ARG) $(ARGS)
 
@@ -158,6 +179,9 @@ $(VENV)/.stamp-venv:
 
 $(VENV)/constraints-without-torch.txt: constraints.txt $(VENV)/.stamp-venv
 	@grep -Ev '^(torch|triton|setuptools)==' $< > $@
+
+$(VENV)/constraints-without-transformers.txt: $(CONSTRAINTS) $(VENV)/.stamp-venv
+	@grep -Ev '^(transformers|huggingface-hub|tokenizers)==' $< > $@
 
 $(VENV)/.stamp-torch: $(CONSTRAINTS) $(VENV)/.stamp-venv
 	$(call install,$(TORCH),1 to 10 min,$(PIP_ARGS) '$(TORCH)')
