@@ -37,7 +37,8 @@ PIP := $(PY) -m pip $(if $(V),,-qq) --disable-pip-version-check install
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all test-tritons check props bench quality gpu resources clean distclean
+.PHONY: help demo test test-all test-tritons test-transformers check props bench quality gpu \
+	resources clean distclean
 
 help:
 	@echo "make demo    a small model reads a long text with and without selection   [ARGS=...]"
@@ -108,6 +109,31 @@ $(VENV)/triton-%: $(VENV)/.stamp-dev
 	@$(PIP) --no-deps --target $@.part 'triton==$*' $(NUMPY_FOR_$*)
 	@mv $@.part $@
 
+# The integration under the oldest transformers that it takes, and the newest.
+TRANSFORMERS ?= 5.4.0 5.24.0
+# Newer ones refuse configs of transformers 5.4.
+RELATIVES_OF_5.4.0 := huggingface-hub==1.8.0
+
+# Of models that differ by their weights or their rope alone, one.
+TRANSFORMERS_TESTS := $(addprefix tests/test_,transformers.py extrapolation.py demo.py) \
+	-k 'not (llama_yarn or llama_llama3 or qwen2 or qwen3)'
+
+test-transformers: $(TRANSFORMERS:%=test-transformers-%)
+
+test-transformers-%: $(VENV)/transformers-%
+	@echo "→ running the tests of the integration under transformers $*"
+	@PYTHONPATH=$< $(PY) -c \
+		'import transformers; assert transformers.__version__ == "$*", transformers.__version__'
+	@PYTHONPATH=$< $(PY) -m pytest $(PARALLEL) $(TRANSFORMERS_TESTS) $(PROFILE_ARG) $(ARGS)
+
+# Laid over .venv, with the versions of its relatives that it asks for.
+.PRECIOUS: $(VENV)/transformers-%
+$(VENV)/transformers-%: $(VENV)/.stamp-dev $(VENV)/constraints-without-transformers.txt
+	@echo "→ installing transformers $*"
+	@rm -rf $@ $@.part
+	@$(PIP) --target $@.part -c $(VENV)/constraints-without-transformers.txt 'transformers==$*' $(RELATIVES_OF_$*)
+	@mv $@.part $@
+
 props: $(VENV)/.stamp-dev
 	@$(PY) -m pytest $(PARALLEL) properties $(if $(BACKEND),--backend=$(BACKEND)) $(PROFILE_ARG) $(ARGS)
 
@@ -166,6 +192,9 @@ $(VENV)/.stamp-venv:
 
 $(VENV)/constraints-without-torch.txt: constraints.txt $(VENV)/.stamp-venv
 	@grep -Ev '^(torch|triton|setuptools)==' $< > $@
+
+$(VENV)/constraints-without-transformers.txt: $(CONSTRAINTS) $(VENV)/.stamp-venv
+	@grep -Ev '^(transformers|huggingface-hub|tokenizers)==' $< > $@
 
 $(VENV)/.stamp-torch: $(CONSTRAINTS) $(VENV)/.stamp-venv
 	$(call install,$(TORCH),1 to 10 min,$(PIP_ARGS) '$(TORCH)')

@@ -7,10 +7,13 @@ mask, an offset or a head is a thousand times more.
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
+import transformers
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -19,6 +22,7 @@ from transformers import (
     Gemma3TextConfig,
     GptOssConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     MistralConfig,
     Qwen2Config,
     Qwen3Config,
@@ -64,6 +68,12 @@ LLAMA3 = {
     "original_max_position_embeddings": 16,
 }
 BOTH_KINDS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": WINDOW}
+
+# The name by which models take a cache: another one from 5.24 on. They go on taking the old one,
+# which tests mostly use, but warn of it.
+IS_RENAMED = "cache" in inspect.signature(LlamaForCausalLM.forward).parameters
+CACHE = "cache" if IS_RENAMED else "past_key_values"
+THE_OLD_NAME = "ignore:`past_key_values` is deprecated:FutureWarning"
 
 FAMILIES: dict[str, Callable[[], Any]] = {
     "llama": lambda: LlamaConfig(**SIZES),
@@ -156,6 +166,12 @@ MODES: dict[str, dict[str, Any]] = {
     "no_cache": {"use_cache": False},
     "prefill_in_chunks": {"prefill_chunk_size": 6},
 }
+
+
+def lacking(what: str) -> Any:
+    """A mark for tests of what transformers 5.4 lacks, and every newer version is tested with."""
+    is_old = transformers.__version__.startswith("5.4.")
+    return pytest.mark.skipif(is_old, reason=f"transformers 5.4 lacks {what}")
 
 
 def has_full_attention(model: Any) -> bool:

@@ -199,8 +199,10 @@ class TestHook:
 
     @torch.inference_mode()
     def decode(self, model, cache, tokens) -> torch.Tensor:
+        from tokenselect.demo.model import named
+
         steps = [
-            model(input_ids=torch.tensor([[token]]), past_key_values=cache).logits[0, -1]
+            model(input_ids=torch.tensor([[token]]), **named(model, cache)).logits[0, -1]
             for token in tokens
         ]
         return torch.stack(steps)
@@ -309,12 +311,13 @@ class TestHook:
 
     def test_a_full_cache_is_refused(self) -> None:
         from tokenselect.demo.errors import UnsupportedModel
+        from tokenselect.demo.model import named
 
         model = self.make_model()
         with pytest.raises(UnsupportedModel, match=r"30 \+ 11 tokens .* capacity 40"):
             model(
                 input_ids=torch.zeros(1, 11, dtype=torch.long),
-                past_key_values=self.prefilled(model),
+                **named(model, self.prefilled(model)),
             )
 
     @torch.inference_mode()
@@ -366,6 +369,7 @@ class TestHook:
         from transformers import StaticCache
 
         from tokenselect.demo.errors import UnsupportedModel
+        from tokenselect.demo.model import named
 
         model = self.make_model()
         cache = StaticCache(config=model.config, max_cache_len=16)
@@ -373,4 +377,4 @@ class TestHook:
             self.make_hook(k=8).attached(model),
             pytest.raises(UnsupportedModel, match="16 keys from position 0"),
         ):
-            model(input_ids=torch.arange(8)[None], past_key_values=cache)
+            model(input_ids=torch.arange(8)[None], **named(model, cache))

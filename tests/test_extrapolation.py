@@ -10,6 +10,7 @@ import importlib.util
 import os
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -29,12 +30,15 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tests.models import (
+    CACHE,
     EVERYTHING,
     FAMILIES,
+    IS_RENAMED,
     MODES,
     PADDINGS,
     SIZES,
     SMALL,
+    THE_OLD_NAME,
     VOCABULARY,
     WINDOW,
     L,
@@ -42,6 +46,7 @@ from tests.models import (
     caches,
     generated,
     has_full_attention,
+    lacking,
     mask_of,
     model_of,
     shared,
@@ -49,6 +54,8 @@ from tests.models import (
 )
 from tokenselect.integrations.transformers import TokenSelectCache, enable, rotation
 from tokenselect.integrations.transformers.cache import RawKeys
+
+pytestmark = pytest.mark.filterwarnings(THE_OLD_NAME)
 
 MOVING: dict[str, dict[str, Any]] = {
     "fixed": {"positions": "contiguous", "score_at": "fixed"},
@@ -142,6 +149,7 @@ class TestEverythingSelected:
         assert (cache.hits > 0) == has_full_attention(model)
 
     @pytest.mark.parametrize("assistant", ["prompt_lookup", "draft"])
+    @lacking("assisted decoding over sliding layers, and without an end of the text")
     def test_assisted(self, model: Any, assistant: str) -> None:
         """The draft is the model itself, or another one, which goes on rotating."""
         ids = tokens(1).repeat(1, 2)
@@ -298,9 +306,8 @@ class TestRotation:
             rotary.attention_scaling, same = 1.2, rotary.inv_freq
             monkeypatch.setattr(rotary, "forward", lambda x, position_ids: turn(position_ids, same))
         elif planted == "layout":
-            module = llama.model.layers[0].self_attn
-            monkeypatch.setitem(
-                type(module).forward.__globals__,
+            monkeypatch.setattr(
+                transformers.models.llama.modeling_llama,
                 "apply_rotary_pos_emb",
                 lambda q, k, cos, sin: (q * cos + q.flip(-1) * sin, k * cos + k.flip(-1) * sin),
             )
@@ -448,6 +455,7 @@ class TestCalls:
         with enable(llama, **EVERYTHING, **moving):
             assert_close(llama(tokens(2)).logits, expected)
 
+    @lacking("a DiffLlama that attends through the interface")
     def test_a_layer_that_attends_twice(self, moving: dict[str, Any]) -> None:
         config = transformers.DiffLlamaConfig(**SIZES)
         torch.manual_seed(1)
@@ -565,7 +573,9 @@ class TestCaches:
 
     @pytest.mark.parametrize("kind", caches(None))
     @pytest.mark.parametrize("attention", ["eager", "sdpa", "tokenselect"])
-    @pytest.mark.parametrize("family", ["llama", "gemma3"])
+    @pytest.mark.parametrize(
+        "family", ["llama", pytest.param("gemma3", marks=lacking("a length of each layer"))]
+    )
     def test_mixed_keys_are_refused(self, family: str, kind: str, attention: str) -> None:
         model, ids = model_of(family), tokens(1)
         model.set_attn_implementation(attention)
@@ -584,6 +594,7 @@ class TestCaches:
         with pytest.raises(InvalidProblem, match=told):  # not only once
             model(ids[:, 10:11], past_key_values=copy.deepcopy(raw))
 
+    @lacking("a reset() that empties stock caches")
     @pytest.mark.parametrize("kind", caches(None))
     def test_an_emptied_cache_takes_either(self, kind: str) -> None:
         model, ids = model_of("gemma2"), tokens(1)
@@ -658,6 +669,7 @@ class TestPositions:
             assert torch.equal(llama(ids[:, :12]).logits, first)
             assert torch.equal(llama(ids, position_ids=at).logits, expected)
 
+    @lacking("a reset() that empties stock caches")
     def test_an_emptied_cache_is_filled_from_another_position_on(self, llama: Any) -> None:
         ids, cache = tokens(2), DynamicCache()
         with enable(llama, "extrapolate", **EVERYTHING):
@@ -768,7 +780,7 @@ class TestRefusals:
         with pytest.raises(UnsupportedProblem, match=r"qwen2_vl.*\n.*M-RoPE"):
             enable(model, "extrapolate", k=100)
         del config.text_config.rope_parameters["mrope_section"]
-        with pytest.raises(UnsupportedProblem, match=r"layer 0\n.*3 dimensions \(M-RoPE\)"):
+        with pytest.raises(UnsupportedProblem, match=r"3 dimensions \(M-RoPE\)|KeyError: 'mrope_"):
             enable(model, "extrapolate", k=100)
 
     def test_llama_4(self) -> None:
@@ -804,11 +816,13 @@ class TestRefusals:
         assert model.config._attn_implementation == "eager"
 
     def test_checkpointed_gradients(self, llama: Any) -> None:
-        """They switch the cache off."""
-        llama.activation_checkpointing_enable()
+        """They switch the cache off; in transformers 5.24 only where gradients are on."""
+        old = llama.gradient_checkpointing_enable  # in transformers 5.4
+        getattr(llama, "activation_checkpointing_enable", old)()
         llama.train()
-        with pytest.raises(UnsupportedProblem, match=r"layer 0\n.*gradients are checkpointed"):
-            enable(llama, "extrapolate", k=100)
+        told = pytest.raises(UnsupportedProblem, match=r"layer 0\n.*gradients are checkpointed")
+        with nullcontext() if IS_RENAMED else told:
+            enable(llama, "extrapolate", k=100).disable()
         ids, dense = tokens(1), llama(tokens(1)).logits
         with enable(llama.eval(), "extrapolate", **EVERYTHING):
             assert_close(llama.train()(ids).logits, dense)
@@ -888,7 +902,7 @@ class TestRefusals:
 
 
 def hide(module: Any, args: Any, given: Any) -> Any:
-    return args, given | {"past_key_values": Hidden(DynamicCache())}
+    return args, given | {CACHE: Hidden(DynamicCache())}
 
 
 class Hidden:

@@ -34,6 +34,7 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tests.models import (
+    CACHE,
     EVERYTHING,
     FAMILIES,
     MODES,
@@ -41,6 +42,7 @@ from tests.models import (
     PADDINGS,
     SIZES,
     SMALL,
+    THE_OLD_NAME,
     VOCABULARY,
     WINDOW,
     L,
@@ -48,6 +50,7 @@ from tests.models import (
     caches,
     generated,
     has_full_attention,
+    lacking,
     mask_of,
     model_of,
     shared,
@@ -55,6 +58,8 @@ from tests.models import (
 )
 from tokenselect.integrations.transformers import TokenSelectCache, enable, options
 from tokenselect.integrations.transformers.masks import TokenMask, token_mask
+
+pytestmark = pytest.mark.filterwarnings(THE_OLD_NAME)
 
 
 @pytest.fixture(params=FAMILIES)
@@ -187,6 +192,7 @@ class TestGenerate:
         assert (cache.hits > 0) == has_full_attention(model)
 
     @pytest.mark.parametrize("assistant", ["prompt_lookup", "draft"])
+    @lacking("assisted decoding over sliding layers, and without an end of the text")
     def test_assisted(self, model: Any, assistant: str) -> None:
         ids = tokens(1).repeat(1, 2)
         how: dict[str, Any] = {"prompt_lookup_num_tokens": 3}
@@ -335,6 +341,10 @@ class TestSelection:
 REUSED: dict[str, Any] = {"theta": -1.0, "max_reuse": 3, "chunk": 4}
 
 
+GEMMA_4 = lacking("Gemma 4")
+HYBRID = lacking("caches of hybrid layers that are not the model's own")
+
+
 def sharing_keys() -> Any:
     """A Gemma 4 whose layer 3 reads the keys of layer 1."""
     torch.manual_seed(1)
@@ -407,7 +417,8 @@ class TestReuse:
         assert cache.misses == 2 * 2 * (1 + 8)  # layers, requests, calls
 
     @pytest.mark.parametrize(
-        ("make", "layers"), [(lambda: model_of("llama"), (0, 1)), (sharing_keys, (1, 3))]
+        ("make", "layers"),
+        [(lambda: model_of("llama"), (0, 1)), pytest.param(sharing_keys, (1, 3), marks=GEMMA_4)],
     )
     def test_reuse_is_that_of_a_selection_cache_a_layer(
         self, make: Any, layers: tuple[int, int], recorder: Recorder
@@ -597,6 +608,7 @@ class TestReuse:
         assert selections.of(0, run, settings, torch.float32) is first
         assert selections.of(1, run, settings, torch.float32) is not first
 
+    @HYBRID
     @pytest.mark.parametrize("kind", ["FalconH1", "Zamba2"])
     @pytest.mark.parametrize("mode", ["greedy", "beams"])
     @pytest.mark.parametrize("max_length", [None, L + 8])
@@ -607,7 +619,7 @@ class TestReuse:
         ids = tokens(2).where(mask.bool(), 0)
         expected = generated(model, ids, attention_mask=mask, **MODES[mode])
         cache = TokenSelectCache(model, max_length)
-        assert cache.get_max_length() == (max_length or -1)
+        assert cache.layers[-1].get_max_length() == (max_length or -1)
         for again in (False, True):
             if again:
                 cache.reset()
@@ -618,6 +630,7 @@ class TestReuse:
             assert actual.tolist() == expected.tolist()
             assert cache.hits > 0
 
+    @HYBRID
     def test_the_state_of_a_hybrid_layer_follows_its_rows(self) -> None:
         model, ids = hybrid("FalconH1"), tokens(2)
         ends = []
@@ -664,7 +677,7 @@ class TestCausality:
             logits, caches = [], [TokenSelectCache(llama), TokenSelectCache(llama)]
             with enable(llama, **SMALL, chunk=chunk, theta=theta):
                 for x, cache in zip((ids, other), caches, strict=True):
-                    out = llama(x, past_key_values=cache, logits_to_keep=40)
+                    out = llama(x, **{CACHE: cache}, logits_to_keep=40)
                     logits.append(out.logits[:, :-1])
             assert torch.equal(*logits) == (chunk == 1)
             assert theta is None or chunk > 1 or caches[0].hits > 0
@@ -715,8 +728,8 @@ class TestCausality:
     def test_a_prompt_without_logits_does_not(self, llama: Any) -> None:
         cache = DynamicCache()
         with enable(llama, **SMALL, chunk=8):
-            llama.model(tokens(1, 40), past_key_values=cache)
-            llama(tokens(1, 1), past_key_values=cache)
+            llama.model(tokens(1, 40), **{CACHE: cache})
+            llama(tokens(1, 1), **{CACHE: cache})
             llama(tokens(1, 40), logits_to_keep=torch.tensor([39]))
 
     def test_a_model_that_is_made_to_attend_otherwise_does_not(self, llama: Any) -> None:
@@ -838,7 +851,7 @@ class TestCache:
             if i == 0:
                 place = cache.layers[0].keys.data_ptr()
         assert cache.layers[0].keys.data_ptr() == place
-        assert cache.get_max_length() == 12
+        assert cache.layers[0].get_max_length() == 12
         with pytest.raises(InvalidProblem, match=r"13 tokens .* max_length=12"):
             llama(ids[:, :1], past_key_values=cache)
 
@@ -849,7 +862,8 @@ class TestCache:
 
     @pytest.mark.parametrize("room", [numpy.int64(12), torch.tensor(12)])
     def test_room_is_any_integer(self, llama: Any, room: Any) -> None:
-        assert type(TokenSelectCache(llama, max_length=room).get_max_length()) is int
+        layer = TokenSelectCache(llama, max_length=room).layers[0]
+        assert type(layer.get_max_length()) is int
 
     def test_made_in_inference_mode_and_used_outside(self, llama: Any) -> None:
         cache, ids = TokenSelectCache(llama), tokens(2)
@@ -1082,6 +1096,7 @@ def test_a_model_with_a_layer_that_sees_everything_warns_of_nothing(make: Any) -
         enable(model, **SMALL).disable()
 
 
+@GEMMA_4
 @pytest.mark.parametrize("padding", ["none", "left", "right", "holes"])
 def test_a_model_that_cuts_its_masks_to_the_newest_queries(padding: str) -> None:
     """Gemma 4 reads only these in the layers that share keys."""
@@ -1211,7 +1226,7 @@ def test_only_the_part_of_a_model_that_generates_text_changes() -> None:
         assert_close(model(tokens(2)).logits, expected)
         pictures = torch.zeros(2, L, dtype=torch.long)
         pictures[:, 3:6] = 1
-        with pytest.raises(UnsupportedProblem, match="blocks that see each other"):
+        with pytest.raises(UnsupportedProblem, match=r"blocks that see each other|or_masks\("):
             model(tokens(2), token_type_ids=pictures)
     assert torch.equal(model(tokens(2)).logits, expected)
 
@@ -1221,7 +1236,6 @@ BY_THEMSELVES: dict[str, dict[str, Any]] = {
     "Bloom": {"hidden_size": 32, "n_layer": 1, "n_head": 4},
     "CpmAnt": {"hidden_size": 32, "num_attention_heads": 4, "dim_head": 8, "num_hidden_layers": 1},
     "Falcon": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4},
-    "GPTJ": {"n_embd": 32, "n_layer": 1, "n_head": 4, "rotary_dim": 4},
     "GPTNeo": {
         "hidden_size": 32,
         "num_layers": 1,
@@ -1300,7 +1314,7 @@ class TestRefusals:
 
         hidden = torch.zeros(1, 4, 32)
         angles = on.model.rotary_emb(hidden, torch.arange(4)[None])
-        mask = make(on.config, hidden, None, None, **{which: everything})
+        mask = make(on.config, hidden, None, **{CACHE: None, which: everything})
         with pytest.raises(UnsupportedProblem, match=r"_masks\(.*everything"):
             on.model.layers[0].self_attn(hidden, angles, mask)
 
@@ -1390,7 +1404,7 @@ class TestRefusals:
         with pytest.raises(UnsupportedProblem, match=told):
             enable(model)
         model = make(config, attn_implementation="tokenselect").eval()
-        with pytest.raises(UnsupportedProblem, match="bidirectional"):
+        with pytest.raises(UnsupportedProblem, match=r"bidirectional|none of its layers calls"):
             model(tokens(1), decoder_input_ids=tokens(1))
 
     @pytest.mark.parametrize("kind", ["Mamba", "FalconMamba"])
@@ -1422,17 +1436,20 @@ class TestRefusals:
             trained.train()(tokens(1))
 
     def test_continuous_batching(self, on: Any) -> None:
-        with pytest.raises(ValueError, match="tokenselect is not supported for continuous"):
+        with pytest.raises(ValueError, match=r"tokenselect.* is not supported"):
             on.generate_batch([[1, 2, 3]])
+        layer, x = on.model.layers[0].self_attn, torch.zeros(1, 4, 4, 8)
         with pytest.raises(UnsupportedProblem, match="cache: continuous batching"):
-            on(tokens(1), cache=object())
+            ALL_ATTENTION_FUNCTIONS["tokenselect"](
+                layer, x, x, x, token_mask(1, 4, 4), cache=object()
+            )
 
     def test_a_cache_by_the_name_that_5_24_gives_it(self, on: Any) -> None:
         """It was read before attention: handed on, it changes nothing."""
         ids = tokens(1)
-        expected = on(ids, past_key_values=DynamicCache()).logits
+        expected = on(ids).logits
         for cache in (DynamicCache(), TokenSelectCache(on), None):
-            actual = on(ids, past_key_values=cache, cache=cache).logits
+            actual = on(ids, **{CACHE: cache, "cache": cache}).logits
             assert torch.equal(actual, expected)
 
     @pytest.mark.parametrize("name", ["position_bias", "some_new_argument"])
@@ -1468,6 +1485,7 @@ class TestRefusals:
         with pytest.raises(UnsupportedProblem, match="whose window is None"):
             layer(hidden, angles, token_mask(1, 4, 4))
 
+    @lacking("DeepSeek V4")
     def test_a_model_that_changes_its_masks(self) -> None:
         """DeepSeek V4 puts compressed keys behind the others, and as many columns to the mask."""
         from transformers import DeepseekV4Config

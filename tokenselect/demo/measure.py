@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenselect.demo.model import DecodeAttention, LayerRecord, PreallocatedCache
+from tokenselect.demo.model import DecodeAttention, LayerRecord, PreallocatedCache, named
 
 Tick = Callable[[int], None]
 
@@ -88,7 +88,7 @@ class Branch:
             start = perf_counter()
             logits = model(
                 input_ids=torch.tensor([[token]], device=model.device),
-                past_key_values=self.cache,
+                **named(model, self.cache),
                 use_cache=True,
             ).logits[0, -1]
             return logits, perf_counter() - start
@@ -102,7 +102,7 @@ def prefill(model: Any, cache: PreallocatedCache, tokens: Sequence[int], tick: T
         chunk = tokens[start : start + n_chunk]
         model(
             input_ids=torch.tensor([chunk], device=model.device),
-            past_key_values=cache,
+            **named(model, cache),
             use_cache=True,
             logits_to_keep=1,
         )

@@ -5,6 +5,7 @@ full causal attention. Anything else it refuses by name.
 """
 
 import importlib.util
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -137,6 +138,12 @@ class PreallocatedCache(Cache):
         """Forget every token from position n on."""
         for layer in self.layers:
             layer.show(n)
+
+
+def named(model: Any, cache: Cache) -> dict[str, Cache]:
+    """A cache as the argument that the model takes it by: transformers 5.24 has renamed that."""
+    is_new = "cache" in inspect.signature(model.forward).parameters
+    return {"cache" if is_new else "past_key_values": cache}
 
 
 @dataclass(frozen=True)

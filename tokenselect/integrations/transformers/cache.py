@@ -160,10 +160,13 @@ class RoomyLayer(DynamicLayer):
     def get_max_length(self) -> int:
         return -1 if self.max_length is None else self.max_length
 
+    get_max_cache_shape = get_max_length  # its name in transformers 5.4
+
     def reset(self) -> None:
         """Forget everything, the size of the batch included."""
         self._buffers = []
         self.selections.clear()
+        self.is_initialized = False  # transformers 5.4 would keep it so, and the length
         super().reset()
 
     def crop(self, tokens_to_remove: int) -> None:
