@@ -55,6 +55,7 @@ def _guarded(monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> No
         monkeypatch.setitem(registry._loaded, "triton", guard.watched(load("triton"), launch))
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist looks for the groups there too
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Under pytest-xdist, one process counts the problems that a backend's laws were tried on."""
     for item in items:

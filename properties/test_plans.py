@@ -132,6 +132,7 @@ def test_a_plan_chooses_what_the_votes_allow_and_attends_to_that(plannable: str)
     assert ran >= len(FEATURES) - 2
 
 
+@pytest.mark.slow("triton")
 @pytest.mark.parametrize("case", FEATURES, ids=range(len(FEATURES)))
 def test_less_than_the_capacity_gives_the_bits_of_a_plan_of_that_size(
     plannable: str, case: Case
@@ -208,6 +209,7 @@ def check_safe(call: Callable[[], Any], known: list[Tensor]) -> None:
     assert not taken, f"{len(taken)} allocations inside operators, {taken[0].cpu_memory_usage} B"
 
 
+@pytest.mark.slow("triton")
 @pytest.mark.parametrize("with_cache", [False, True])
 @pytest.mark.parametrize("case", FEATURES, ids=range(len(FEATURES)))
 def test_a_call_takes_no_memory_and_reads_nothing_on_the_host(
@@ -347,6 +349,7 @@ def test_a_replay_gives_the_bits_of_a_plan(plannable: str, replayed: str, case: 
     assert graph._graphs.captures == 1
 
 
+@pytest.mark.slow("triton")
 def test_replays_keep_a_selection_cache(plannable: str, replayed: str) -> None:
     """Hits, misses and state after every step are those of the same steps run as they are."""
     shape = drawn(lengths=(70, 70, 70), max_reuse=4, filler="zeros")

@@ -160,6 +160,7 @@ def check(reuse: Reuse, device: str) -> None:
 SHAPES = ((2, 64, 1), (4, 80, 3), (4, 128, 16), (10, 64, 37), (8, 128, 1), (34, 64, 3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("Hq", "D", "Lq"), SHAPES)
 def test_decisions_are_the_references(
@@ -325,6 +326,7 @@ def step(stages: Any, problem: Problem, out: Tensor | None = None) -> dict[str, 
     return {"lse of scores": lse, **selection._asdict(), **attended._asdict()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLANNED)
 def test_a_plan_gets_the_same_bits(triton: Backend, name: str) -> None:
     """Whatever lies off the candidates and in `out`, which is what is returned."""

@@ -42,12 +42,17 @@ def text_part(model: Any, config: Any) -> Any:
 
 def not_through_it(model: Any) -> Refusal:
     """The error for a model that attends in code of its own, or not at all."""
+    fix = "use a model whose attention goes through transformers' AttentionInterface"
+    if not model.can_generate():
+        fix += (
+            "; where this is a part that sees or hears, "
+            "attn_implementation={'text_config': 'tokenselect'}"
+        )
     return Refusal(
         f"a {type(model).__name__}",
         "none of its layers calls transformers' AttentionInterface: it has no attention, or "
         "attends in code of its own",
-        "use a model whose attention goes through transformers' AttentionInterface; where this is "
-        "a part that sees or hears, attn_implementation={'text_config': 'tokenselect'}",
+        fix,
     )
 
 

@@ -60,6 +60,8 @@ class OptionsOfTheText:
         return vars(_text_config(config)).get(NAME)
 
     def __set__(self, config: Any, options: Any) -> None:
+        if isinstance(options, dict):  # numbers as JSON can hold them
+            options = {name: plain(value) for name, value in options.items()}
         vars(_text_config(config))[NAME] = options
 
     def __delete__(self, config: Any) -> None:
