@@ -37,8 +37,8 @@ PIP := $(PY) -m pip $(if $(V),,-qq) --disable-pip-version-check install
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all test-tritons test-transformers check props bench quality gpu \
-	resources clean distclean
+.PHONY: help demo test test-all test-tritons test-transformers test-models test-torch check props \
+	bench quality gpu resources clean distclean
 
 help:
 	@echo "make demo    a small model reads a long text with and without selection   [ARGS=...]"
@@ -46,6 +46,11 @@ help:
 	@echo "make test-all   all of them, as CI runs them: 20 minutes on 2 cores          [ARGS=...]"
 	@echo "make test-tritons  the triton backend's properties under other versions of triton"
 	@echo "                   [TRITONS='3.6.0 3.9.0'] [ARGS=...]"
+	@echo "make test-transformers  the integration under other versions of transformers"
+	@echo "                   [TRANSFORMERS='5.4.0 5.24.0'] [ARGS=...]"
+	@echo "make test-models   all causal language models of transformers, small: right or refused"
+	@echo "                   [ARGS='TYPE ...']"
+	@echo "make test-torch    all tests under the oldest torch, in .venv-torch-$(TORCH_OLDEST): 6 GB"
 	@echo "make check   ruff, mypy, the import arrows, the examples in docstrings"
 	@echo "make props   the properties only       [BACKEND=name] [HYPOTHESIS_PROFILE=name] [ARGS=...]"
 	@echo "make bench   the benchmark             [ARGS=...]"
@@ -109,14 +114,21 @@ $(VENV)/triton-%: $(VENV)/.stamp-dev
 	@$(PIP) --no-deps --target $@.part 'triton==$*' $(NUMPY_FOR_$*)
 	@mv $@.part $@
 
+# The oldest torch, in a .venv of its own. It comes with triton 3.6.0.
+TORCH_OLDEST ?= 2.11.0
+
+test-torch:
+	@$(MAKE) test VENV=.venv-torch-$(TORCH_OLDEST) TORCH=torch==$(TORCH_OLDEST) \
+		PIP_ARGS="$(PIP_ARGS) $(NUMPY_FOR_3.6.0)" ARGS="$(WARNING_FOR_3.6.0) $(ARGS)"
+
 # The integration under the oldest transformers that it takes, and the newest.
 TRANSFORMERS ?= 5.4.0 5.24.0
 # Newer ones refuse configs of transformers 5.4.
 RELATIVES_OF_5.4.0 := huggingface-hub==1.8.0
 
-# Of models that differ by their weights or their rope alone, one.
+# Less what other models of the list show too, and what dtypes do.
 TRANSFORMERS_TESTS := $(addprefix tests/test_,transformers.py extrapolation.py demo.py) \
-	-k 'not (llama_yarn or llama_llama3 or qwen2 or qwen3)'
+	-k 'not (llama_yarn or llama_llama3 or qwen2 or qwen3 or mistral or gemma3 or Autocast)'
 
 test-transformers: $(TRANSFORMERS:%=test-transformers-%)
 
@@ -133,6 +145,9 @@ $(VENV)/transformers-%: $(VENV)/.stamp-dev $(VENV)/constraints-without-transform
 	@rm -rf $@ $@.part
 	@$(PIP) --target $@.part -c $(VENV)/constraints-without-transformers.txt 'transformers==$*' $(RELATIVES_OF_$*)
 	@mv $@.part $@
+
+test-models: $(VENV)/.stamp-dev
+	@$(PY) -m tests.sweep $(ARGS)
 
 props: $(VENV)/.stamp-dev
 	@$(PY) -m pytest $(PARALLEL) properties $(if $(BACKEND),--backend=$(BACKEND)) $(PROFILE_ARG) $(ARGS)
@@ -159,7 +174,7 @@ clean:
 
 distclean: clean
 	@echo "→ removing .venv"
-	@rm -rf $(VENV)
+	@rm -rf $(VENV) .venv-torch-*
 
 # Set-up. A stamp is younger than the files that say what to install, or that step runs again.
 
@@ -191,7 +206,7 @@ $(VENV)/.stamp-venv:
 	@touch $@
 
 $(VENV)/constraints-without-torch.txt: constraints.txt $(VENV)/.stamp-venv
-	@grep -Ev '^(torch|triton|setuptools)==' $< > $@
+	@grep -Ev '^(torch|triton|setuptools|numpy)==' $< > $@
 
 $(VENV)/constraints-without-transformers.txt: $(CONSTRAINTS) $(VENV)/.stamp-venv
 	@grep -Ev '^(transformers|huggingface-hub|tokenizers)==' $< > $@

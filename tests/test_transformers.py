@@ -61,6 +61,8 @@ from tokenselect.integrations.transformers.masks import TokenMask, token_mask
 
 pytestmark = pytest.mark.filterwarnings(THE_OLD_NAME)
 
+ASSISTED = lacking("assisted decoding over sliding layers, and without an end of the text")
+
 
 @pytest.fixture(params=FAMILIES)
 def model(request: pytest.FixtureRequest) -> Any:
@@ -192,7 +194,7 @@ class TestGenerate:
         assert (cache.hits > 0) == has_full_attention(model)
 
     @pytest.mark.parametrize("assistant", ["prompt_lookup", "draft"])
-    @lacking("assisted decoding over sliding layers, and without an end of the text")
+    @ASSISTED
     def test_assisted(self, model: Any, assistant: str) -> None:
         ids = tokens(1).repeat(1, 2)
         how: dict[str, Any] = {"prompt_lookup_num_tokens": 3}
@@ -721,6 +723,7 @@ class TestCausality:
         with enable(llama, **SMALL, chunk=8):
             generated(llama, tokens(1, 40), **MODES[mode])
 
+    @ASSISTED
     def test_drafts_do_not(self, llama: Any) -> None:
         with enable(llama, **SMALL, chunk=8):
             generated(llama, tokens(1, 40), prompt_lookup_num_tokens=3)
