@@ -22,7 +22,7 @@ export HYPOTHESIS_PROFILE
 PROFILE_ARG := --hypothesis-profile=$(HYPOTHESIS_PROFILE)
 endif
 
-# A process per core. A backend's laws stay in one, which counts them (see properties/conftest.py).
+# A process per core. What has to stay in one is in conftest.py.
 PARALLEL := -n logical --maxprocesses 8 --dist loadgroup
 
 # With another torch, the pins that belong to the pinned one are left out.

@@ -1,7 +1,9 @@
 """What the tests and the properties share: Triton's interpreter, threads, profiles, slow tests."""
 
 import os
+import re
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -54,6 +56,31 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         slow = [item for item in items if is_slow(item)]
         items[:] = [item for item in items if not is_slow(item)]
         config.hook.pytest_deselected(items=slow)
+
+
+def together(nodeid: str) -> str:
+    """What the tests that one process has to run have in common."""
+    path, _, test = nodeid.partition("::")
+    if path.endswith("test_real_model.py"):  # it reads once for all
+        return path
+    if path.endswith("properties/test_laws.py") and "[" in test:  # it counts a backend's problems
+        backend = re.split(r"[-\]]", test.partition("[")[2])[0]
+        return f"{path}[{backend}]"
+    return nodeid
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """For --dist loadgroup. That of pytest-xdist 3.8 does not see its groups under pytest 9.2."""
+    if config.option.dist != "loadgroup":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Together(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return together(nodeid)
+
+    return Together(config, log)
 
 
 def pytest_report_header(config: pytest.Config) -> str:

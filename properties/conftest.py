@@ -55,15 +55,6 @@ def _guarded(monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> No
         monkeypatch.setitem(registry._loaded, "triton", guard.watched(load("triton"), launch))
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist looks for the groups there too
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under pytest-xdist, one process counts the problems that a backend's laws were tried on."""
-    for item in items:
-        name = getattr(item, "callspec", None) and item.callspec.params.get("backend_name")
-        if name and item.path.name == "test_laws.py":
-            item.add_marker(pytest.mark.xdist_group(f"laws of {name}"))
-
-
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["problems"] = [

@@ -57,8 +57,7 @@ def make_passage(tokenizer: Any, seed: int, n_context: int = N_CONTEXT) -> Passa
     )
 
 
-# The model reads once for all of them.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("real model")]
+pytestmark = pytest.mark.slow
 
 
 @dataclass(kw_only=True)

@@ -60,8 +60,11 @@ class OptionsOfTheText:
         return vars(_text_config(config)).get(NAME)
 
     def __set__(self, config: Any, options: Any) -> None:
-        if isinstance(options, dict):  # numbers as JSON can hold them
-            options = {name: plain(value) for name, value in options.items()}
+        if isinstance(options, dict):
+            as_json = {name: plain(value) for name, value in options.items()}
+            # The same dict where it can be: `enable` knows its own by that.
+            if any(as_json[name] is not value for name, value in options.items()):
+                options = as_json
         vars(_text_config(config))[NAME] = options
 
     def __delete__(self, config: Any) -> None:
