@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import settings
 
 from properties import test_laws  # noqa: F401  # registers the laws
 from properties.law import LAWS, RAN, UNABLE
+from properties.test_planted import SEARCH
 from tokenselect import Backend, Capability, Problem, reasons, registry
 from tokenselect.registry import load
 
@@ -70,14 +71,7 @@ BEYOND: dict[str, set[str]] = {
     "bfloat16-by-its-lender": {"keys_may_be_cached_rotated_or_raw"},
 }
 
-FEW = settings(
-    max_examples=3,
-    deadline=None,
-    database=None,
-    derandomize=True,
-    phases=[Phase.explicit, Phase.generate],
-    suppress_health_check=list(HealthCheck),
-)
+FEW = settings(SEARCH, max_examples=3)
 
 
 def narrowed(name: str) -> Backend:

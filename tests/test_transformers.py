@@ -890,6 +890,7 @@ class TestCache:
             [False, True, True],
             numpy.array([2, 1]),
             range(1, 3),
+            (1,),
             slice(0, 2),
             slice(None, None, 2),
         ],

@@ -331,8 +331,8 @@ class RawKeys(Cache):
 
 
 def _picked(x: Tensor, rows: Any) -> Tensor:
-    """Those rows of x, which is on the CPU: a tensor anywhere, a list, an array or a slice."""
-    return x[rows.cpu() if isinstance(rows, Tensor) else rows]
+    """Those rows of x, which is on the CPU: a tensor anywhere, a sequence, an array or a slice."""
+    return x[(rows.cpu() if isinstance(rows, Tensor) else rows,)]
 
 
 @functools.cache
