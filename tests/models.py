@@ -23,7 +23,9 @@ from transformers import (
     GptOssConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaModel,
     MistralConfig,
+    PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
     StaticCache,
@@ -182,3 +184,34 @@ def generated(model: Any, ids: Tensor, **how: Any) -> Tensor:
     torch.manual_seed(3)
     how = {"do_sample": False, "max_new_tokens": 8, "pad_token_id": 0} | how
     return model.generate(ids, **how)
+
+
+class Alone(PreTrainedModel):
+    """A model of the kind that a repository brings along: it attends in code of its own."""
+
+    config_class = LlamaConfig
+    _supports_sdpa = True
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        self.embed = torch.nn.Embedding(config.vocab_size, config.hidden_size)
+        self.post_init()
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids)
+        return torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+
+
+class Around(PreTrainedModel):
+    """Another one, made of a model of transformers."""
+
+    config_class = LlamaConfig
+    _supports_sdpa = True
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        self.model = LlamaModel(config)
+        self.post_init()
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.model(input_ids).last_hidden_state

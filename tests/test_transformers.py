@@ -45,6 +45,8 @@ from tests.models import (
     THE_OLD_NAME,
     VOCABULARY,
     WINDOW,
+    Alone,
+    Around,
     L,
     assert_close,
     caches,
@@ -1380,6 +1382,30 @@ class TestRefusals:
         model.config._attn_implementation = "tokenselect"  # past all checks
         with pytest.raises(UnsupportedProblem, match=told):
             model(tokens(1))
+
+    def test_a_model_from_elsewhere(self) -> None:
+        """What attends in it may have any name."""
+        told = r"a Alone\n.*of its own"
+        made = Alone._from_config(FAMILIES["llama"](), attn_implementation="tokenselect")
+        later = Alone(FAMILIES["llama"]())
+        calls = (
+            lambda: made(tokens(1)),
+            lambda: enable(later),
+            lambda: later.set_attn_implementation("tokenselect"),
+        )
+        for call in calls:
+            with pytest.raises(UnsupportedProblem, match=told):
+                call()
+        assert later(tokens(1)).isfinite().all()
+
+    def test_a_model_from_elsewhere_made_of_one_of_transformers(self) -> None:
+        made = Around._from_config(FAMILIES["llama"](), attn_implementation="tokenselect").eval()
+        made.config.tokenselect = EVERYTHING
+        actual = made(tokens(1))
+        made.set_attn_implementation("eager")
+        assert_close(actual, made(tokens(1)))
+        made.set_attn_implementation("tokenselect")
+        assert torch.equal(made(tokens(1)), actual)
 
     def test_a_part_that_attends_by_itself(self) -> None:
         """Only the part that generates text has to attend through the interface."""

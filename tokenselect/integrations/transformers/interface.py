@@ -34,7 +34,7 @@ def text_part(model: Any, config: Any) -> Any:
         )
     for part in model.modules():
         if isinstance(part, PreTrainedModel) and part.config is config:
-            if not _looks_it_up({type(module).__module__ for module in part.modules()}):
+            if not _goes_through_it(part):
                 break
             return part
     raise not_through_it(model)
@@ -67,7 +67,7 @@ def _refusing(check: Callable[..., str]) -> Callable[..., str]:
     """What transformers calls for a new model, and for a model that is to attend otherwise.
 
     A new one is refused when it is called, since it may be a part that never is; or now, if it
-    would fail on its own. Any other that is to attend with tokenselect will warn of its logits.
+    would fail on its own. One that is to attend with tokenselect will warn of its logits.
     """
 
     @functools.wraps(check)
@@ -75,12 +75,13 @@ def _refusing(check: Callable[..., str]) -> Callable[..., str]:
         self: Any, requested_attention: str | None, is_init_check: bool = False
     ) -> str:
         found, kind = check(self, requested_attention, is_init_check), type(self)
-        if _attends_by_itself(kind):
-            if found == NAME and not (is_init_check and _can_be_made(kind)):
+        if _may_attend_by_itself(kind):
+            fits = _can_be_made(kind) if is_init_check else _goes_through_it(self)
+            if found == NAME and not fits:
                 raise not_through_it(self)
             if not hasattr(kind.forward, _OURS):
                 kind.forward = _guarded(kind.forward)
-        elif found == NAME:
+        if found == NAME:
             watch_logits(self)
         else:
             unwatch_logits(self)
@@ -91,11 +92,11 @@ def _refusing(check: Callable[..., str]) -> Callable[..., str]:
 
 
 def _guarded(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The forward of a class of models that attend in code of their own."""
+    """The forward of a class of models that may attend in code of their own."""
 
     @functools.wraps(forward)
     def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.config._attn_implementation == NAME:
+        if self.config._attn_implementation == NAME and not _goes_through_it(self):
             raise not_through_it(self)
         return forward(self, *args, **kwargs)
 
@@ -103,14 +104,20 @@ def _guarded(forward: Callable[..., Any]) -> Callable[..., Any]:
     return guarded
 
 
-def _attends_by_itself(kind: type) -> bool:
-    """Whether the code of a class of models has attention, and not the interface to it.
+def _goes_through_it(model: Any) -> bool:
+    """Whether the code of a part of a model knows the interface."""
+    return _looks_it_up({type(part).__module__ for part in model.modules()})
 
-    The code is that of the modules that it and its bases stand in. One without attention, such as
-    that of a state space model, or of a model made of others, has nothing to look up.
+
+def _may_attend_by_itself(kind: type) -> bool:
+    """Whether the code of a class of models may have attention, and has not the interface to it.
+
+    The code is that of the modules that it and its bases stand in. In transformers, attention has
+    that in its name, and one without it, such as that of a state space model, or of a model made of
+    others, has nothing to look up. Elsewhere it may have any name.
     """
     modules = _modules_of(kind)
-    has_attention = any(
+    has_attention = not all(module.startswith("transformers.") for module in modules) or any(
         isinstance(one, type)
         and issubclass(one, nn.Module)
         and "Attention" in one.__name__
