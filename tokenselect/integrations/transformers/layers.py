@@ -301,14 +301,15 @@ def _refuse(module: Any, dropout: float, others: dict[str, Any]) -> None:
         known = [
             f"{name}: {_WHY.get(name, 'not known, and it may change the result')}" for name in asked
         ]
-        raise refuse_layer(module, known, _FIX)
+        dense = "eager" if "output_attentions" in asked else "sdpa"
+        raise refuse_layer(module, known, f"do without it, or set_attn_implementation('{dense}')")
 
 
-_FIX = "do without it, or set_attn_implementation('sdpa'), or 'eager' for output_attentions"
 _WHY = {
     "output_attentions": "most weights are never computed",
     "cache": "continuous batching keeps keys in its own paged cache, which is not read",
-    "is_causal=False": "bidirectional and cross-attention have no cache to select from",
+    "is_causal=False": "bidirectional and cross-attention (encoder_hidden_states) have no cache to "
+    "select from",
     "position_bias": "selected keys get no bias",
     "cu_seq_lens_q": "packed sequences are not told apart",
     "cu_seq_lens_k": "packed sequences are not told apart",
