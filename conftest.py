@@ -45,9 +45,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def is_slow(item: pytest.Item) -> bool:
-    parameters = item.callspec.id.split("-") if hasattr(item, "callspec") else []
-    marks = item.iter_markers("slow")
-    return any(not mark.args or set(mark.args) & set(parameters) for mark in marks)
+    parameters = f"-{item.callspec.id}-" if hasattr(item, "callspec") else ""
+    return any(
+        not mark.args or any(f"-{name}-" in parameters for name in mark.args)
+        for mark in item.iter_markers("slow")
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -23,6 +23,7 @@ def _small_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(eager, "_fitting_rows", lambda p, n: int(p.config.vote == "hard"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_small_blocks")
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.name)
 def test_law_in_small_blocks(monkeypatch: pytest.MonkeyPatch, law: Law) -> None:

@@ -78,6 +78,7 @@ def test_law(backend: Backend, monkeypatch: pytest.MonkeyPatch, law_: Law) -> No
     law_.check(backend)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("law_", LAWS, ids=lambda law: law.name)
 def test_law_in_small_blocks(backend: Backend, monkeypatch: pytest.MonkeyPatch, law_: Law) -> None:
     """Every chunk of tokens and block of queries has neighbours."""

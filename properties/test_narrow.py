@@ -94,6 +94,7 @@ def narrowed(name: str) -> Backend:
     return replace(declared, **{stage: strict(getattr(cpu, stage)) for stage in stages})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NARROWED)
 def test_laws_hold_within_what_is_declared(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     backend = narrowed(name)

@@ -108,6 +108,7 @@ def same(one: tuple[Tensor, Info], other: tuple[Tensor, Info]) -> bool:
 # --- a plan is attention --------------------------------------------------------------------
 
 
+@pytest.mark.slow("triton")
 def test_a_plan_chooses_what_the_votes_allow_and_attends_to_that(plannable: str) -> None:
     ran = 0
 

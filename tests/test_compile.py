@@ -90,6 +90,7 @@ CALLS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow("inductor")
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
 @pytest.mark.parametrize("name", CALLS)
 def test_compiled_equals_eager(name: str, compiler: str) -> None:

@@ -55,7 +55,11 @@ from tests.models import (
 from tokenselect.integrations.transformers import TokenSelectCache, enable, rotation
 from tokenselect.integrations.transformers.cache import RawKeys
 
-pytestmark = pytest.mark.filterwarnings(THE_OLD_NAME)
+pytestmark = [
+    pytest.mark.filterwarnings(THE_OLD_NAME),
+    # What others of the families show too.
+    pytest.mark.slow("llama_yarn", "llama_llama3", "qwen2", "qwen3", "mistral"),
+]
 
 MOVING: dict[str, dict[str, Any]] = {
     "fixed": {"positions": "contiguous", "score_at": "fixed"},

@@ -56,6 +56,8 @@ from tokenselect.contract import Reuse
 from tokenselect.kernels.cpu import BACKEND as CPU
 from tokenselect.reference import reuse as reference
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 _CONFIG = SelectConfig(k=64, n_sink=8, n_local=32)
 DECODE = Cell("decode", 8, 2, 32, 600, B=2, config=_CONFIG)
@@ -102,7 +104,6 @@ def dry_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, An
     return done.stdout, json.loads(path.read_text("utf-8")), folder
 
 
-@pytest.mark.slow
 def test_a_dry_run_goes_through_everything(dry_run: tuple[str, dict[str, Any], Path]) -> None:
     said, found, folder = dry_run
     assert found["kind"] == "gpu"
@@ -142,7 +143,6 @@ def test_a_dry_run_goes_through_everything(dry_run: tuple[str, dict[str, Any], P
     assert "planned, µs a layer as graphs" in said
 
 
-@pytest.mark.slow
 def test_planned_steps_are_told_with_how_they_were_made(
     dry_run: tuple[str, dict[str, Any], Path],
 ) -> None:
@@ -159,7 +159,6 @@ def test_planned_steps_are_told_with_how_they_were_made(
     assert short == ("short, own capacity", "planned")
 
 
-@pytest.mark.slow
 def test_what_does_not_run_is_listed_with_its_error(
     dry_run: tuple[str, dict[str, Any], Path],
 ) -> None:
@@ -174,7 +173,6 @@ def test_what_does_not_run_is_listed_with_its_error(
         assert error[:60] in section
 
 
-@pytest.mark.slow
 def test_the_page_refuses_a_dry_run(
     dry_run: tuple[str, dict[str, Any], Path], tmp_path: Path
 ) -> None:
@@ -344,7 +342,6 @@ def test_once_wrong_the_rest_is_checked_and_not_timed(
     assert "speed-up fresh" not in capsys.readouterr().out
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("two_cells")
 def test_measured_anyway_no_speed_up_is_printed_and_no_page_takes_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -872,7 +869,6 @@ def test_hazards_are_failures_and_warnings_are_told() -> None:
     assert verdict(None, "").status == "skipped"
 
 
-@pytest.mark.slow
 def test_the_properties_and_the_small_calls_pass_as_they_are_called(tmp_path: Path) -> None:
     """As a dry run makes them: a GPU run does, but for a few options."""
     every = gate.checks("cpu", tmp_path, dry=True, quick=False)
@@ -1350,7 +1346,6 @@ def test_a_whole_model_is_measured_and_shown(capsys: pytest.CaptureFixture[str])
     assert "Not measured: no room" in "\n".join(page._model({"left_out": "no room"}))
 
 
-@pytest.mark.slow
 def test_a_model_is_measured_in_a_process_whose_end_is_not_overlooked() -> None:
     pytest.importorskip("transformers")
     asked = command.arguments(["--dry-run"])
@@ -1400,7 +1395,6 @@ def test_a_model_whose_plans_are_wrong_is_not_shown_as_measured(
     assert expected[stage] in found["wrong"]
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("two_cells")
 def test_a_wrong_model_turns_the_run_red(tmp_path: Path) -> None:
     code, found = run_here(tmp_path, found={"wrong": "far away"})

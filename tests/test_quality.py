@@ -41,6 +41,8 @@ from tokenselect.errors import InvalidProblem
 from tokenselect.integrations.transformers import TokenSelectCache, layers
 from tokenselect.integrations.transformers.options import parse
 
+pytestmark = pytest.mark.slow
+
 WAYS: dict[str, Any] = {
     "window": {"attend": "window", "n_sink": 2, "n_local": 8},
     "few": {"n_sink": 2, "n_local": 8},

@@ -18,6 +18,8 @@ from bench import resources  # noqa: E402  # it needs triton
 from bench.resources import PROBLEMS, QUICK, TARGETS, Resources, Row  # noqa: E402
 from tests import fresh  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "resources.md"
 
@@ -68,7 +70,6 @@ def planned() -> set[tuple[str, str, str]]:
     return found
 
 
-@pytest.mark.slow
 def test_kernels_compile_without_a_spill_and_fit(
     quick: list[Row], planned: set[tuple[str, str, str]]
 ) -> None:
@@ -130,7 +131,6 @@ def test_the_page_is_of_the_kernels_and_problems_there_are(
         assert f"| {name} | {case.describe()} |" in page
 
 
-@pytest.mark.slow
 def test_the_page_has_the_figures_of_its_version_of_triton(quick: list[Row]) -> None:
     page = PAGE.read_text("utf-8")
     version = re.search(r"with Triton (\d+(?:\.\d+)+)", page)

@@ -61,7 +61,11 @@ from tests.models import (
 from tokenselect.integrations.transformers import TokenSelectCache, enable, options
 from tokenselect.integrations.transformers.masks import TokenMask, token_mask
 
-pytestmark = pytest.mark.filterwarnings(THE_OLD_NAME)
+pytestmark = [
+    pytest.mark.filterwarnings(THE_OLD_NAME),
+    # What others of the families show too.
+    pytest.mark.slow("llama_yarn", "llama_llama3", "qwen2", "qwen3", "mistral"),
+]
 
 ASSISTED = lacking("assisted decoding over sliding layers, and without an end of the text")
 

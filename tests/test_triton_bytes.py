@@ -116,6 +116,7 @@ def test_each_key_is_read_exactly_once(counted: dict) -> None:
     assert counted["key loads"] == counted["key elements"]
 
 
+@pytest.mark.slow
 def test_the_kernels_move_what_they_state(counted: dict) -> None:
     measured, said = counted["measured"], counted["stated"]
     assert set(measured) == set(said)
