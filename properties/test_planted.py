@@ -51,7 +51,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize(("base", "mistake"), both, ids=ids)
 
 
-@pytest.mark.slow("triton")
+@pytest.mark.slow
 def test_planted_mistake_is_caught(base: str, mistake: str) -> None:
     right = for_the_cpu(load(base))
     if mistake in BASES[base]:

@@ -13,6 +13,9 @@ from properties.strategies import Ballots, Case, Chosen, ballots, cases, chosen,
 from tokenselect import Backend, Capability, Problem, reasons
 from tokenselect.reference import BACKEND as REFERENCE
 
+# They test the strategies, which change seldom.
+pytestmark = pytest.mark.slow
+
 _DRAWS = settings(
     max_examples=400,
     deadline=None,

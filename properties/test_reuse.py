@@ -377,6 +377,7 @@ _SEARCH = settings(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", PLANTED_CACHES, ids=lambda cache: cache.__name__)
 def test_planted_cache_is_caught(
     wrong: type[PlantedCache], monkeypatch: pytest.MonkeyPatch

@@ -140,6 +140,7 @@ def test_paged_decode_with_a_cache_and_info(compiler: str) -> None:
     assert counter.frame_count <= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_cache", [False, True])
 def test_a_growing_cache_is_compiled_a_bounded_number_of_times(with_cache: bool) -> None:
     _, k_cache, v_cache = tensors(Lk=64)

@@ -170,6 +170,7 @@ class TestEverythingSelected:
                 how = {"assistant_model": model_of("llama")} | plain
             assert generated(model, ids, **how).tolist() == expected.tolist()
 
+    @pytest.mark.slow
     def test_compiled_over_a_static_cache(self) -> None:
         from transformers import CompileConfig
 

@@ -214,6 +214,7 @@ class TestGenerate:
         assert plain.tolist() == expected.tolist()
         assert assisted.tolist() == expected.tolist()
 
+    @pytest.mark.slow
     def test_compiled_over_a_static_cache(self) -> None:
         """As generate does on a GPU by itself: selection stays outside of what is compiled."""
         from transformers import CompileConfig
