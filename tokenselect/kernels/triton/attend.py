@@ -114,6 +114,7 @@ def _attend(
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
     LOW_ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
     PDL: tl.constexpr = False,
 ):
     """Attend to SPLIT places of a selection, or to the WHOLE and finish.
@@ -141,19 +142,26 @@ def _attend(
         last_place = tl.minimum(first_place + SPLIT, count)
         if first_place >= count:
             return
+    clean_place = last_place
     picked_ptr = positions_ptr + b.to(tl.int64) * stride_positions_b + s * stride_positions_s
     first_query = n - Lq + block * ROWS // G
     if not ONE_QUERY:
         # Positions ascend: what the block's last query does not see ends the walk.
         last_query = n - Lq + tl.minimum((block * ROWS + ROWS - 1) // G, Lq - 1)
         seen_places = tl.zeros([128], tl.int32)
+        clean_places = tl.zeros([128], tl.int32)
         for start in range(first_place, last_place, 128):
             place = start + tl.arange(0, 128)
             is_place = place < last_place
             at = picked_ptr + (place.to(tl.int64) if WIDE else place) * stride_positions_place
             position = tl.load(at, mask=is_place, other=0)
             seen_places += (is_place & (position <= last_query)).to(tl.int32)
+            clean_places += (is_place & (position <= first_query)).to(tl.int32)
         last_place = first_place + tl.sum(seen_places, 0)
+        clean_place = first_place + tl.sum(clean_places, 0) // TILE * TILE
+    if tl.float16 == DOT:
+        # An infinite value must not reach a row whose weight only float16 takes for 0.
+        clean_place = first_place
 
     q_row = q_ptr + b.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
     q_row = (q_row + query.to(tl.int64) * stride_qi)[:, None]
@@ -175,116 +183,45 @@ def _attend(
 
     largest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    first_seen = _BEYOND
+    first_seen = tl.full([TILE], _BEYOND, tl.int32)
     acc = tl.zeros([ROWS, BLOCK_DV], tl.float32)
     head_ptr = k_ptr + g.to(tl.int64) * stride_head
     v_head_ptr = v_ptr + g.to(tl.int64) * v_stride_head
-    for start in tl.range(first_place, last_place, TILE):
-        place = start + tl.arange(0, TILE)
-        is_token = place < last_place
-        at = picked_ptr + (place.to(tl.int64) if WIDE else place) * stride_positions_place
-        position = tl.load(at, mask=is_token, other=-1)
-        is_token = is_token & (position >= 0) & (position < n)
-        offset, is_token = rows(
-            table_ptr,
-            b,
-            position,
-            is_token,
-            page_size,
-            n_pages,
-            stride_page,
-            stride_row,
-            stride_table_b,
-            stride_table_page,
-            PAGED,
-        )
-        v_offset, is_token = rows(
-            table_ptr,
-            b,
-            position,
-            is_token,
-            page_size,
-            n_pages,
-            v_stride_page,
-            v_stride_row,
-            stride_table_b,
-            stride_table_page,
-            PAGED,
-        )
-        value_row = v_head_ptr + v_offset[:, None]
-        is_value = is_token[:, None] & (dv < Dv)[None, :]
-        values = tl.load(value_row + dv[None, :] * v_stride_d, mask=is_value, other=0.0).to(DOT)
-        key_row = head_ptr + offset[:, None]
-        logits = tl.zeros([ROWS, TILE], tl.float32)
-        if MOVES:
-            # Out to where they are attended; or, rotated, back by how far they stand beyond it.
-            outward = place if CONTIGUOUS else position
-            steps = outward if RAW else position - place
-            steps = tl.minimum(tl.maximum(tl.where(is_token, steps, 0), 0), Lk)
-            for first_column in range(0, half, BLOCK_D):
-                column = first_column + d
-                q_first, q_second = _pairs(
-                    q_row, is_row, column, q_steps, high_ptr, low_ptr, half, stride_qd,
-                    INTERLEAVED, RAW, LOW_ROWS,
-                )  # fmt: skip
-                first, second = _pairs(
-                    key_row, is_token, column, steps, high_ptr, low_ptr, half, stride_d,
-                    INTERLEAVED, RAW, LOW_ROWS,
-                )  # fmt: skip
-                q_first, q_second = q_first * RAW_FACTOR, q_second * RAW_FACTOR
-                logits = tl.dot(q_first, tl.trans(first), logits, input_precision=PRECISION)
-                logits = tl.dot(q_second, tl.trans(second), logits, input_precision=PRECISION)
-            for first_d in range(2 * half, D, BLOCK_D):
-                logits = _product(
-                    logits, q_row, key_row, is_row, is_token, first_d + d, D, stride_qd, stride_d,
-                    tl.float32, PRECISION,
-                )  # fmt: skip
-        elif CHUNKED:
-            for first_d in range(0, D, BLOCK_D):
-                logits = _product(
-                    logits, q_row, key_row, is_row, is_token, first_d + d, D, stride_qd, stride_d,
-                    DOT, PRECISION,
-                )  # fmt: skip
-        else:
-            is_key = is_token[:, None] & (d < D)[None, :]
-            keys = tl.load(key_row + d[None, :] * stride_d, mask=is_key, other=0.0).to(DOT)
-            logits = tl.dot(queries, tl.trans(keys), logits, input_precision=PRECISION)
-        logits *= scale
-        if SOFTCAP:
-            logits = capped(logits, softcap)
-        # Where a token stands, for the causal rule; what is no token stands beyond all queries.
-        stands = tl.where(is_token, position, _BEYOND)
-        logits *= LOG2E
-        logits = tl.where(stands[None, :] <= query_position[:, None], logits, float("-inf"))
-        new = tl.maximum(largest, tl.max(logits, 1))
-        safe = tl.where(tl.abs(new) == float("inf"), 0.0, new)
-        weights = tl.exp2(logits - safe[:, None])
-        old = tl.exp2(largest - safe)
-        total = total * old + tl.sum(weights, 1)
-        first_seen = tl.minimum(first_seen, tl.min(stands, 0))
-        acc *= old[:, None]
-        largest = new
+    if MOVES or CHUNKED:
+        queries = 0
+    if not MOVES:
+        q_steps = 0
+    # Tiles that every row sees whole, then those that some row does not. Positions are loaded a tile
+    # ahead, so that the rows of several tiles can be on the way.
+    if clean_place > first_place:
+        first_seen = tl.full([TILE], -1, tl.int32)
+    position = _picked(picked_ptr, first_place, last_place, stride_positions_place, TILE, WIDE)
+    SEEN: tl.constexpr = "tokens" if ONE_QUERY else "whole"
+    for start in tl.range(first_place, clean_place, TILE, num_stages=STAGES):
+        following = _picked(picked_ptr, start + TILE, last_place, stride_positions_place, TILE, WIDE)
+        acc, largest, total, first_seen = _walked(
+            acc, largest, total, first_seen, start, last_place, position, n, b, query_position,
+            queries, q_row, is_row, q_steps, head_ptr, v_head_ptr, table_ptr, high_ptr, low_ptr,
+            scale, softcap, Lk, page_size, n_pages, stride_qd, stride_page, stride_row, stride_d,
+            v_stride_page, v_stride_row, v_stride_d, stride_table_b, stride_table_page,
+            d, dv, D, Dv, half, SEEN, MOVES, CONTIGUOUS, RAW, RAW_FACTOR, INTERLEAVED, SOFTCAP,
+            PAGED, TILE, ROWS, BLOCK_D, CHUNKED, DOT, PRECISION, LOW_ROWS,
+        )  # fmt: skip
+        position = following
+    if not ONE_QUERY or tl.float16 == DOT:
+        for start in tl.range(clean_place, last_place, TILE, num_stages=1):
+            position = _picked(picked_ptr, start, last_place, stride_positions_place, TILE, WIDE)
+            acc, largest, total, first_seen = _walked(
+                acc, largest, total, first_seen, start, last_place, position, n, b,
+                query_position, queries, q_row, is_row, q_steps, head_ptr, v_head_ptr, table_ptr,
+                high_ptr, low_ptr, scale, softcap, Lk, page_size, n_pages, stride_qd, stride_page,
+                stride_row, stride_d, v_stride_page, v_stride_row, v_stride_d, stride_table_b,
+                stride_table_page, d, dv, D, Dv, half, "causal", MOVES, CONTIGUOUS, RAW, RAW_FACTOR,
+                INTERLEAVED, SOFTCAP, PAGED, TILE, ROWS, BLOCK_D, CHUNKED, DOT, PRECISION,
+                LOW_ROWS,
+            )  # fmt: skip
 
-        if not ONE_QUERY or tl.float16 == DOT:  # noqa: SIM102  # decided when compiling
-            # A value that some row does not see must not reach that row as 0 * NaN, nor an infinite
-            # one a row whose weight only float16 takes for 0: tokens with such values are taken
-            # out, and added to the rows that see them one by one.
-            if tl.float16 == DOT or tl.max(tl.where(is_token, position, -1), 0) > first_query:
-                is_odd = tl.max((tl.abs(values.to(tl.float32)) < float("inf")).to(tl.int32) ^ 1, 1)
-                values = tl.where(is_odd[:, None] > 0, 0.0, values)
-                n_odd = tl.sum(is_odd, 0)
-                order = tl.cumsum(is_odd, 0) * is_odd
-                for odd in range(1, n_odd + 1):
-                    is_this = order == odd
-                    value = tl.sum(tl.where(is_this, v_offset, 0), 0) + dv * v_stride_d
-                    value = tl.load(v_head_ptr + value, mask=dv < Dv, other=0.0).to(tl.float32)
-                    weight = tl.sum(tl.where(is_this[None, :], weights, 0.0), 1)
-                    is_met = tl.sum(tl.where(is_this, position, 0), 0) <= query_position
-                    met = weight[:, None] * value[None, :]
-                    acc += tl.where(is_met[:, None], met, 0.0)
-        acc = tl.dot(weights.to(DOT), values, acc, input_precision=PRECISION)
-
-    sees = first_seen <= query_position
+    sees = tl.min(first_seen, 0) <= query_position
     if WHOLE:
         if SINKS:
             sink_at = sinks_ptr + head.to(tl.int64) * stride_sinks
@@ -303,6 +240,194 @@ def _attend(
         tl.store(acc_ptr + at[:, None] * Dv + dv[None, :], acc, mask=is_out)
         tl.store(max_ptr + at, largest, mask=is_row)
         tl.store(sum_ptr + at, tl.where(sees, total, -1.0), mask=is_row)
+
+
+@triton.jit
+def _is_finite(x, DTYPE: tl.constexpr):
+    """Which elements are neither infinite nor NaN, by their bits."""
+    if tl.bfloat16 == DTYPE:
+        is_finite = (x.to(tl.int16, bitcast=True) & 0x7FFF) < 0x7F80
+    elif tl.float16 == DTYPE:
+        is_finite = (x.to(tl.int16, bitcast=True) & 0x7FFF) < 0x7C00
+    else:
+        is_finite = tl.abs(x) < float("inf")
+    return is_finite
+
+
+@triton.jit
+def _picked(
+    picked_ptr, start, last_place, stride_place, TILE: tl.constexpr, WIDE: tl.constexpr
+):
+    """The positions at TILE places of a selection, -1 from last_place on."""
+    place = start + tl.arange(0, TILE)
+    at = picked_ptr + (place.to(tl.int64) if WIDE else place) * stride_place
+    return tl.load(at, mask=place < last_place, other=-1)
+
+
+@triton.jit
+def _walked(
+    acc,
+    largest,
+    total,
+    first_seen,
+    start,
+    last_place,
+    position,
+    n,
+    b,
+    query_position,
+    queries,
+    q_row,
+    is_row,
+    q_steps,
+    head_ptr,
+    v_head_ptr,
+    table_ptr,
+    high_ptr,
+    low_ptr,
+    scale,
+    softcap,
+    Lk,
+    page_size,
+    n_pages,
+    stride_qd,
+    stride_page,
+    stride_row,
+    stride_d,
+    v_stride_page,
+    v_stride_row,
+    v_stride_d,
+    stride_table_b,
+    stride_table_page,
+    d,
+    dv,
+    D: tl.constexpr,
+    Dv: tl.constexpr,
+    half: tl.constexpr,
+    SEEN: tl.constexpr,
+    MOVES: tl.constexpr,
+    CONTIGUOUS: tl.constexpr,
+    RAW: tl.constexpr,
+    RAW_FACTOR: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    PAGED: tl.constexpr,
+    TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CHUNKED: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    LOW_ROWS: tl.constexpr,
+):
+    """The sums of rows after one more TILE of places.
+
+    SEEN: "whole" if every row sees all of it, "tokens" what lies before last_place, "causal" what
+    is not after it.
+    """
+    place = start + tl.arange(0, TILE)
+    is_token = (position >= 0) & (position < n)
+    offset, is_token = rows(
+        table_ptr,
+        b,
+        position,
+        is_token,
+        page_size,
+        n_pages,
+        stride_page,
+        stride_row,
+        stride_table_b,
+        stride_table_page,
+        PAGED,
+    )
+    v_offset, is_token = rows(
+        table_ptr,
+        b,
+        position,
+        is_token,
+        page_size,
+        n_pages,
+        v_stride_page,
+        v_stride_row,
+        stride_table_b,
+        stride_table_page,
+        PAGED,
+    )
+    value_row = v_head_ptr + v_offset[:, None]
+    is_value = is_token[:, None] & (dv < Dv)[None, :]
+    values = tl.load(value_row + dv[None, :] * v_stride_d, mask=is_value, other=0.0).to(DOT)
+    key_row = head_ptr + offset[:, None]
+    logits = tl.zeros([ROWS, TILE], tl.float32)
+    if MOVES:
+        # Out to where they are attended; or, rotated, back by how far they stand beyond it.
+        outward = place if CONTIGUOUS else position
+        steps = outward if RAW else position - place
+        steps = tl.minimum(tl.maximum(tl.where(is_token, steps, 0), 0), Lk)
+        for first_column in range(0, half, BLOCK_D):
+            column = first_column + d
+            q_first, q_second = _pairs(
+                q_row, is_row, column, q_steps, high_ptr, low_ptr, half, stride_qd,
+                INTERLEAVED, RAW, LOW_ROWS,
+            )  # fmt: skip
+            first, second = _pairs(
+                key_row, is_token, column, steps, high_ptr, low_ptr, half, stride_d,
+                INTERLEAVED, RAW, LOW_ROWS,
+            )  # fmt: skip
+            q_first, q_second = q_first * RAW_FACTOR, q_second * RAW_FACTOR
+            logits = tl.dot(q_first, tl.trans(first), logits, input_precision=PRECISION)
+            logits = tl.dot(q_second, tl.trans(second), logits, input_precision=PRECISION)
+        for first_d in range(2 * half, D, BLOCK_D):
+            logits = _product(
+                logits, q_row, key_row, is_row, is_token, first_d + d, D, stride_qd, stride_d,
+                tl.float32, PRECISION,
+            )  # fmt: skip
+    elif CHUNKED:
+        for first_d in range(0, D, BLOCK_D):
+            logits = _product(
+                logits, q_row, key_row, is_row, is_token, first_d + d, D, stride_qd, stride_d,
+                DOT, PRECISION,
+            )  # fmt: skip
+    else:
+        is_key = is_token[:, None] & (d < D)[None, :]
+        keys = tl.load(key_row + d[None, :] * stride_d, mask=is_key, other=0.0).to(DOT)
+        logits = tl.dot(queries, tl.trans(keys), logits, input_precision=PRECISION)
+    if SOFTCAP:
+        logits = capped(logits * scale, softcap) * LOG2E
+    else:
+        logits *= scale * LOG2E
+    if SEEN == "tokens":
+        logits = tl.where((place < last_place)[None, :], logits, float("-inf"))
+    elif SEEN == "causal":
+        # Where a token stands, for the causal rule; what is no token stands beyond all queries.
+        stands = tl.where(is_token, position, _BEYOND)
+        logits = tl.where(stands[None, :] <= query_position[:, None], logits, float("-inf"))
+        first_seen = tl.minimum(first_seen, stands)
+    new = tl.maximum(largest, tl.max(logits, 1))
+    safe = tl.where(tl.abs(new) == float("inf"), 0.0, new)
+    weights = tl.exp2(logits - safe[:, None])
+    old = tl.exp2(largest - safe)
+    total = total * old + tl.sum(weights, 1)
+    acc *= old[:, None]
+    largest = new
+
+    if SEEN == "causal":
+        # A value that some row does not see must not reach that row as 0 * NaN, nor an infinite
+        # one a row whose weight only float16 takes for 0: tokens with such values are taken out,
+        # and added to the rows that see them one by one.
+        is_odd = tl.max(_is_finite(values, DOT).to(tl.int32) ^ 1, 1)
+        values = tl.where(is_odd[:, None] > 0, 0.0, values)
+        n_odd = tl.sum(is_odd, 0)
+        order = tl.cumsum(is_odd, 0) * is_odd
+        for odd in range(1, n_odd + 1):
+            is_this = order == odd
+            value = tl.sum(tl.where(is_this, v_offset, 0), 0) + dv * v_stride_d
+            value = tl.load(v_head_ptr + value, mask=dv < Dv, other=0.0).to(tl.float32)
+            weight = tl.sum(tl.where(is_this[None, :], weights, 0.0), 1)
+            is_met = tl.sum(tl.where(is_this, position, 0), 0) <= query_position
+            met = weight[:, None] * value[None, :]
+            acc += tl.where(is_met[:, None], met, 0.0)
+    acc = tl.dot(weights.to(DOT), values, acc, input_precision=PRECISION)
+    return acc, largest, total, first_seen
 
 
 @triton.jit
@@ -564,6 +689,7 @@ def launches(
                 PRECISION=config.float32,
                 WIDE=launch.is_wide(p.q, p.k_cache, p.v_cache, selection.positions),
                 LOW_ROWS=LOW,
+                STAGES=config.chunk_stages if n_rows > config.query_rows and not in_float32 else 1,
             ),
             warps,
             1,
@@ -619,6 +745,8 @@ def _tile(config: Config, problem: Problem, moves: bool) -> tuple[int, int, int]
     """Query rows of a program, places that it takes at once, and its warps."""
     p, places = problem, config.gather // 2
     rows_ = min(config.query_rows, padded(p.Lq * p.G))
+    if p.Lq * p.G > config.query_rows:
+        rows_ = config.chunk_rows
     in_float32 = moves or p.q.dtype == torch.float32
     is_wide = max(p.D, p.Dv) > 128
     if p.Lq == 1 and rows_ == 16 and not in_float32 and not is_wide:

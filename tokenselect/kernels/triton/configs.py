@@ -16,6 +16,7 @@ class Config(NamedTuple):
     float32_warps       of `logits`, where it multiplies in float32
     stages              tiles whose keys `logits` has on the way, in the cache's dtype
     mean_stages         likewise for mean queries, which take three times the room of others
+    hoisted_parts       whether `logits` loads mean queries once for all tiles
     pairs               pairs of dims that `logits` turns at once
     queries             queries that `voters` adds up at once
     normalize_block     segments that `normalize` adds up at once
@@ -25,7 +26,9 @@ class Config(NamedTuple):
     select_block        candidates per program of `select`
     gather              selected tokens that `attend` multiplies at once, for 16 query rows
     gather_pairs        pairs of dims that `attend` turns at once
-    query_rows          query rows that a program of `attend` takes of a chunk
+    query_rows          query rows that a program of `attend` takes of a few queries
+    chunk_rows          likewise of a chunk: more than that
+    chunk_stages        tiles whose rows `attend` has on the way for a chunk, in the cache's dtype
     float32             how a matrix unit multiplies float32: "ieee", or "tf32x3": 22 bits
     split, long_split   selected tokens per program of `attend`, for few query rows and for more
     dependent_launch    whether a kernel may be launched while the previous one runs
@@ -41,6 +44,7 @@ class Config(NamedTuple):
     float32_warps: int = 8
     stages: int = 3
     mean_stages: int = 3
+    hoisted_parts: bool = False
     pairs: int = 16
     queries: int = 16
     normalize_block: int = 128
@@ -51,6 +55,8 @@ class Config(NamedTuple):
     gather: int = 128
     gather_pairs: int = 64
     query_rows: int = 64
+    chunk_rows: int = 64
+    chunk_stages: int = 1
     split: int = 128
     long_split: int = 512
     dependent_launch: bool = False
@@ -71,8 +77,11 @@ TABLE = {
     "sm_90": Config(
         multiprocessors=132,
         few_warps=4,
-        queries=32,
+        hoisted_parts=True,
+        queries=128,
         normalize_block=1024,
+        chunk_rows=128,
+        chunk_stages=3,
         dependent_launch=True,
     ),
     "sm_100": Config(
@@ -91,17 +100,19 @@ TABLE = {
         voters=16,
         warps=16,
         few_warps=16,
-        float32_warps=16,
+        float32_warps=8,
         stages=1,
         mean_stages=1,
         gather=16,
         gather_pairs=16,
         query_rows=32,
+        chunk_rows=32,
         float32="ieee",
     ),
     # Small, so that every loop and every border is met at the sizes of the properties.
     "interpreter": Config(
         multiprocessors=1,
+        hoisted_parts=True,
         tile=32,
         segment=2,
         vote_programs=3,
@@ -111,6 +122,7 @@ TABLE = {
         gather=64,
         gather_pairs=16,
         query_rows=32,
+        chunk_rows=32,
         split=32,
         long_split=48,
         float32="ieee",

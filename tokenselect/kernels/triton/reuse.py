@@ -140,21 +140,18 @@ def _decide(
     product = tl.zeros([_COLUMNS], tl.float64)
     power = tl.zeros([_COLUMNS], tl.float64)
     stored = tl.zeros([_COLUMNS], tl.float64)
-    for start in range(0, N, CHUNKS * _COLUMNS):
-        # Loads of several chunks are on the way at once; chunks past N add nothing.
+    for start in range(0, N if HAS_THETA else 0, CHUNKS * _COLUMNS):
+        # Loads of several chunks are on the way at once: nothing is stored between them. Chunks
+        # past N add nothing.
         for chunk in tl.static_range(CHUNKS):
             column = start + chunk * _COLUMNS + tl.arange(0, _COLUMNS)
-            x = _columns(row_ptr, column, D, N, stride_qh, stride_qd)
-            if COPIES:
-                tl.store(query_ptr + b * N + column, x, mask=column < N)
-            if HAS_THETA:
-                y_at = stored_query_ptr + b * stride_stored_query_b
-                y_at = y_at + column.to(tl.int64) * stride_stored_query_column
-                y = tl.load(y_at, mask=column < N, other=0.0).to(tl.float64)
-                x = x.to(tl.float64)
-                product += x * y
-                power += x * x
-                stored += y * y
+            x = _columns(row_ptr, column, D, N, stride_qh, stride_qd).to(tl.float64)
+            y_at = stored_query_ptr + b * stride_stored_query_b
+            y_at = y_at + column.to(tl.int64) * stride_stored_query_column
+            y = tl.load(y_at, mask=column < N, other=0.0).to(tl.float64)
+            product += x * y
+            power += x * x
+            stored += y * y
     reused = tl.zeros([], tl.int1)
     if HAS_THETA:
         # All three side by side.
@@ -170,6 +167,11 @@ def _decide(
         reused = is_alike & is_new
     tl.store(reused_ptr + b, reused)
     tl.store(lengths_ptr + b, tl.where(reused, 0, given))
+    if COPIES:
+        for start in range(0, N, _COLUMNS):
+            column = start + tl.arange(0, _COLUMNS)
+            x = _columns(row_ptr, column, D, N, stride_qh, stride_qd)
+            tl.store(query_ptr + b * N + column, x, mask=column < N)
 
 
 @triton.jit

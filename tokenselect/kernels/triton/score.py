@@ -1,14 +1,14 @@
 """Stage 1: one read of the keys, logits kept in three bytes, votes summed in a fixed order.
 
 voters     mean queries, placed where they score: only where they are not q itself
-logits     keys times queries; each tile's logits as steps below its maximum; sums of weights
+logits     keys times queries; each run's logits as steps below its maximum; sums of weights
 normalize  those sums to the logsumexp of each voter
 vote       softmax weights summed over the voters
 pool       the maximum over neighbours
 
 Weights and sums are powers of two: logits are scaled by log2(e) once. A tile is `tile` consecutive
-tokens; sums are kept for `segment` tiles and added in order, so that no result depends on how many
-programs share the work, or on what else is in the batch.
+tokens, of runs of 16; sums are kept for `segment` tiles and added in order, so that no result
+depends on how many programs share the work, or on what else is in the batch.
 """
 
 import math
@@ -37,8 +37,10 @@ from tokenselect.kernels.triton.device import (
 from tokenselect.kernels.triton.launch import Launch, padded
 from tokenselect.kernels.triton.tables import LOW, Tables, tables
 
-# A logit is kept as its distance from the tile's maximum, in steps: 0 to LAST, or NONE for a
-# weight that is 0 in float32 whatever the maximum (FARTHEST, in powers of two).
+# A logit is kept as its distance from its run's maximum, in steps: 0 to LAST, or NONE for a
+# weight that is 0 in float32 whatever the maximum (FARTHEST, in powers of two). A run is RUN tokens
+# in a row: as many as one warp of a matrix unit has, so that no warp waits for another.
+_RUN = tl.constexpr(16)
 _LAST = tl.constexpr(2**24 - 2)
 _NONE = tl.constexpr(2**24 - 1)
 _FARTHEST = tl.constexpr(150.0)
@@ -248,8 +250,8 @@ def _logits(
 
     PLAIN is the ballot scored with keys as they lie, MOVED the one with keys turned by SIGN times
     their position, -1 for none. If none are turned, they are multiplied in the cache's dtype by
-    PARTS of the queries; else both ballots are scored in float32, from one read. HOISTED: one part
-    of all dims, loaded once for all tiles.
+    PARTS of the queries; else both ballots are scored in float32, from one read. HOISTED: all dims
+    of the one part, or the three, are loaded once for all tiles.
     """
     after_previous(PDL)
     # KV heads fastest: of token-major pages, neighbours read neighbouring rows.
@@ -292,10 +294,13 @@ def _logits(
         moved_factor = tl.load(moved_factor_ptr + query_row, mask=is_voter, other=0.0)
 
     if HOISTED:
-        at = q_row[None, :] + dims[:, None] * stride_qd
-        queries = tl.load(at, mask=is_voter[None, :] & (dims < D)[:, None], other=0.0).to(DOT)
-    plain_max = tl.full([VOTERS], float("-inf"), tl.float32)
-    plain_sum = tl.zeros([VOTERS], tl.float32)
+        queries = _queries(q_row, is_voter, dims, D, stride_qd, DOT)
+        if PARTS == 3:
+            second_part = _queries(q_row + stride_qpart, is_voter, dims, D, stride_qd, DOT)
+            third_part = _queries(q_row + 2 * stride_qpart, is_voter, dims, D, stride_qd, DOT)
+    RUNS: tl.constexpr = TILE // _RUN
+    plain_max = tl.full([RUNS, VOTERS], float("-inf"), tl.float32)
+    plain_sum = tl.zeros([RUNS, VOTERS], tl.float32)
     plain_cmax = plain_max
     plain_csum = plain_sum
     moved_max = plain_max
@@ -323,6 +328,9 @@ def _logits(
         s = tl.zeros([TILE, VOTERS], tl.float32)
         if HOISTED:
             keys = _keys(head_ptr + offset, is_token, dims, D, stride_d, DOT)
+            if PARTS == 3:  # the smallest first
+                s = tl.dot(keys, third_part, s, input_precision=PRECISION)
+                s = tl.dot(keys, second_part, s, input_precision=PRECISION)
             s = tl.dot(keys, queries, s, input_precision=PRECISION)
         elif MOVED < 0 and not CHUNKED:
             s = _product(
@@ -385,13 +393,14 @@ def _logits(
                 max_ptr + at_segment,
                 sum_ptr + at_segment,
                 is_voter,
+                TILE,
             )
             if CANDIDATES:
                 t = tl.where(is_candidate[:, None], t, float("-inf"))
                 at_segment += candidate_sums
                 moved_cmax, moved_csum = _add(
                     t, moved_cmax, moved_csum, is_end,
-                    max_ptr + at_segment, sum_ptr + at_segment, is_voter,
+                    max_ptr + at_segment, sum_ptr + at_segment, is_voter, TILE,
                 )  # fmt: skip
         if PLAIN >= 0:
             s = _in_powers_of_two(s * plain_factor[None, :] * scale, is_token, softcap, SOFTCAP)
@@ -406,13 +415,14 @@ def _logits(
                 max_ptr + at_segment,
                 sum_ptr + at_segment,
                 is_voter,
+                TILE,
             )
             if CANDIDATES:
                 s = tl.where(is_candidate[:, None], s, float("-inf"))
                 at_segment += candidate_sums
                 plain_cmax, plain_csum = _add(
                     s, plain_cmax, plain_csum, is_end,
-                    max_ptr + at_segment, sum_ptr + at_segment, is_voter,
+                    max_ptr + at_segment, sum_ptr + at_segment, is_voter, TILE,
                 )  # fmt: skip
 
 
@@ -434,13 +444,20 @@ def _product(
 ):
     """s (TILE, VOTERS) and the products of dims d of the keys and of each part of the queries."""
     keys = _keys(key_row, is_token, d, D, stride_d, DOT)
-    is_query = is_voter[None, :] & (d < D)[:, None]
     for part in tl.static_range(PARTS):
         # The smallest part first.
-        at = q_row[None, :] + (PARTS - 1 - part) * stride_qpart + d[:, None] * stride_qd
-        queries = tl.load(at, mask=is_query, other=0.0).to(DOT)
+        at = q_row + (PARTS - 1 - part) * stride_qpart
+        queries = _queries(at, is_voter, d, D, stride_qd, DOT)
         s = tl.dot(keys, queries, s, input_precision=PRECISION)
     return s
+
+
+@triton.jit
+def _queries(q_row, is_voter, d, D, stride_qd, DOT: tl.constexpr):
+    """Dims d of the voters' queries (d, VOTERS)."""
+    is_query = is_voter[None, :] & (d < D)[:, None]
+    at = q_row[None, :] + d[:, None] * stride_qd
+    return tl.load(at, mask=is_query, other=0.0).to(DOT)
 
 
 @triton.jit
@@ -468,41 +485,55 @@ def _in_powers_of_two(s, is_token, softcap, SOFTCAP: tl.constexpr):
 def _keep(
     s, is_candidate, at_tile, is_voter, code_ptr, fine_ptr, top_ptr, step_ptr, TILE: tl.constexpr
 ):
-    """Store a tile of the candidates' logits (TILE, VOTERS): maxima, and whole steps below them.
+    """Store a tile of the candidates' logits (TILE, VOTERS): runs' maxima, and steps below them.
 
-    24 bits a logit: 16 in one plane, 8 in another. The error is half a step, 2**-25 of the tile's
+    24 bits a logit: 16 in one plane, 8 in another. The error is half a step, 2**-25 of the run's
     range: what one rounding of float32 makes of the farthest distance. (In 16 bits it would be
     2**-17, beyond what float32 arithmetic explains.)
     """
-    s = tl.where(is_candidate[:, None], s, float("-inf"))
-    top = tl.max(s, 0)
+    s = _in_runs(tl.where(is_candidate[:, None], s, float("-inf")), TILE)
+    top = tl.max(s, 1)
     top = tl.where(top == float("-inf"), 0.0, top)
-    distance = top[None, :] - s
+    distance = top[:, None, :] - s
     is_near = distance <= _FARTHEST
-    widest = tl.max(tl.where(is_near, distance, 0.0), 0)
-    step = widest * (1.0 / _LAST)
+    distance = tl.where(is_near, distance, 0.0)
+    step = tl.max(distance, 1) * (1.0 / _LAST)
     per_step = tl.where(step > 1e-30, 1.0 / tl.where(step > 1e-30, step, 1.0), 0.0)
-    code = (tl.where(is_near, distance, 0.0) * per_step[None, :] + 0.5).to(tl.int32)
+    code = (distance * per_step[:, None, :] + 0.5).to(tl.int32)
     code = tl.where(is_near, tl.minimum(code, _LAST), _NONE)
-    tl.store(top_ptr + at_tile, top, mask=is_voter)
-    tl.store(step_ptr + at_tile, step, mask=is_voter)
+    code = tl.reshape(code, s.shape[0] * s.shape[1], s.shape[2])
+    run = at_tile[None, :] * (TILE // _RUN) + tl.arange(0, TILE // _RUN)[:, None]
+    tl.store(top_ptr + run, top, mask=is_voter[None, :])
+    tl.store(step_ptr + run, step, mask=is_voter[None, :])
     at = at_tile[None, :] * TILE + tl.arange(0, TILE)[:, None]
     tl.store(code_ptr + at, (code >> 8).to(tl.uint16), mask=is_voter[None, :])
     tl.store(fine_ptr + at, (code & 255).to(tl.uint8), mask=is_voter[None, :])
 
 
 @triton.jit
-def _add(s, largest, total, is_end, max_at, sum_at, is_voter):
-    """Running maxima and sums of 2**(s - maximum), with the logits of one more tile.
+def _in_runs(s, TILE: tl.constexpr):
+    """(TILE, VOTERS) as (runs, RUN, VOTERS)."""
+    return tl.reshape(s, TILE // _RUN, _RUN, s.shape[1])
 
-    At the end of a segment they are stored, and start anew.
+
+@triton.jit
+def _add(s, largest, total, is_end, max_at, sum_at, is_voter, TILE: tl.constexpr):
+    """Each run's running maximum and sum of 2**(s - maximum), with the logits of one more tile.
+
+    At the end of a segment the runs are put together and stored, and start anew.
     """
-    new = tl.maximum(largest, tl.max(s, 0))
+    s = _in_runs(s, TILE)
+    new = tl.maximum(largest, tl.max(s, 1))
     safe = tl.where(new == float("-inf"), 0.0, new)
-    total = total * tl.exp2(largest - safe) + tl.sum(tl.exp2(s - safe[None, :]), 0)
-    tl.store(max_at, new, mask=is_voter & is_end)
-    tl.store(sum_at, total, mask=is_voter & is_end)
-    return tl.where(is_end, float("-inf"), new), tl.where(is_end, 0.0, total)
+    total = total * tl.exp2(largest - safe) + tl.sum(tl.exp2(s - safe[:, None, :]), 1)
+    if is_end:
+        top = tl.max(new, 0)
+        below = new - tl.where(top == float("-inf"), 0.0, top)[None, :]
+        tl.store(max_at, top, mask=is_voter)
+        tl.store(sum_at, tl.sum(total * tl.exp2(below), 0), mask=is_voter)
+        new = tl.full(new.shape, float("-inf"), tl.float32)
+        total = tl.zeros(total.shape, tl.float32)
+    return new, total
 
 
 @triton.jit
@@ -624,11 +655,14 @@ def _vote(
             at = at_tile[:, None] * TILE + place[None, :]
             code = tl.load(code_ptr + at, mask=is_voter[:, None], other=0).to(tl.int32) << 8
             code += tl.load(fine_ptr + at, mask=is_voter[:, None], other=0).to(tl.int32)
-            top = tl.load(top_ptr + at_tile, mask=is_voter, other=0.0)
-            step = tl.load(step_ptr + at_tile, mask=is_voter, other=0.0)
+            code = tl.reshape(code, VOTERS, TILE // _RUN, _RUN)
+            at = at_tile[:, None] * (TILE // _RUN) + tl.arange(0, TILE // _RUN)[None, :]
+            top = tl.load(top_ptr + at, mask=is_voter[:, None], other=0.0)
+            step = tl.load(step_ptr + at, mask=is_voter[:, None], other=0.0)
             norm = tl.load(norm_ptr + voter, mask=is_voter, other=float("inf"))
-            weight = tl.exp2((top - norm)[:, None] - code.to(tl.float32) * step[:, None])
-            votes += tl.sum(tl.where(code != _NONE, weight, 0.0), 0)
+            weight = (top - norm[:, None])[:, :, None] - code.to(tl.float32) * step[:, :, None]
+            weight = tl.where(code != _NONE, tl.exp2(weight), 0.0)
+            votes += tl.sum(tl.reshape(weight, VOTERS, TILE), 0)
         votes = tl.where(is_candidate, votes, float("-inf"))
         tl.store(votes_ptr + row.to(tl.int64) * Lk + position, votes, mask=position < Lk)
 
@@ -688,13 +722,15 @@ def launches(problem: Problem, arch: str, fills: bool = True) -> tuple[Scores, l
     plain, moved, sign = _ballots(p)
     half = p.rope.rotary_dim // 2 if p.rope is not None and moved >= 0 else 0
     turn = _tables(p)
-    tile = _tile(config, p, moved)
+    block = _voters_at_once(config, moved, n_voters)
+    tile = _tile(config, p, moved, block)
     n_tiles = math.ceil(Lk / tile)
     n_segments = math.ceil(n_tiles / config.segment)
     voter_rows = B * R * Hkv * n_voters
     codes = empty(voter_rows, n_tiles * tile, dtype=torch.uint16)
     fine = empty(voter_rows, n_tiles * tile, dtype=torch.uint8)
-    top, step = empty(voter_rows, n_tiles), empty(voter_rows, n_tiles)
+    n_runs = n_tiles * (tile // _RUN.value)
+    top, step = empty(voter_rows, n_runs), empty(voter_rows, n_runs)
     kinds = 2 if p.config.normalize == "candidates" else 1
     largest, sums = (empty(kinds, voter_rows, n_segments) for _ in range(2))
     norm = empty(voter_rows)
@@ -763,7 +799,6 @@ def launches(problem: Problem, arch: str, fills: bool = True) -> tuple[Scores, l
     if moved >= 0:
         moved_q, moved_factor = queries(moved, torch.float32, 1)
 
-    block = _voters_at_once(config, moved, n_voters)
     shared = B * Hkv * math.ceil(n_voters / block)
     n_programs = max(1, config.multiprocessors * config.programs // shared)
     n_programs = min(n_programs, n_segments)
@@ -771,7 +806,9 @@ def launches(problem: Problem, arch: str, fills: bool = True) -> tuple[Scores, l
     in_float32 = _in_float32(p, moved)
     block_d = config.pairs if moved >= 0 else 32 if in_float32 else padded(D)
     warps = config.float32_warps if in_float32 else config.warps
-    is_hoisted = moved < 0 and parts == 1 and D <= block_d <= 128
+    is_hoisted = moved < 0 and D <= block_d <= 128 and (
+        parts == 1 or (config.hoisted_parts and block <= 16)
+    )
     if is_hoisted and block <= 32 and block_d == D and not in_float32:
         warps = config.few_warps
     stages = config.stages if parts == 1 else config.mean_stages
@@ -952,9 +989,9 @@ def _tables(problem: Problem) -> Tables:
     return tables(rope.inv_freq, problem.Lk, problem.config.n_local)
 
 
-def _tile(config: Config, problem: Problem, moved: int) -> int:
-    """Tokens a tile: fewer of wide keys, and of those that are multiplied in float32."""
-    tile = config.tile if problem.D <= 128 else config.tile // 2
+def _tile(config: Config, problem: Problem, moved: int, voters: int) -> int:
+    """Tokens a tile: fewer of wide keys, of many voters, and where float32 is multiplied."""
+    tile = config.tile if problem.D <= 128 and voters <= 32 else config.tile // 2
     return max(16, tile // 2) if _in_float32(problem, moved) else tile
 
 
@@ -979,17 +1016,19 @@ def bytes_moved(problem: Problem, arch: str = "sm_90") -> dict[str, int]:
     voting = p.B * p.R * p.Hkv * means * p.G
     config = TABLE[arch]
     _, moved, _ = _ballots(p)
-    tile = _tile(config, p, moved)
-    n_tiles = math.ceil(p.Lk / tile)
-    n_segments = math.ceil(n_tiles / config.segment)
     n_voters = voters // (p.B * p.R * p.Hkv)
-    reads = math.ceil(n_voters / _voters_at_once(config, moved, n_voters))
+    block = _voters_at_once(config, moved, n_voters)
+    tile = _tile(config, p, moved, block)
+    n_tiles = math.ceil(p.Lk / tile)
+    n_runs = n_tiles * (tile // _RUN.value)
+    n_segments = math.ceil(n_tiles / config.segment)
+    reads = math.ceil(n_voters / block)
     keys = p.B * p.Hkv * p.Lk * p.D * item * reads
     votes = 4 * p.B * p.R * p.S * p.Lk
     moved_bytes = {
-        "logits": keys + voters * (3 * p.Lk + 8 * n_tiles + 8 * n_segments),
+        "logits": keys + voters * (3 * p.Lk + 8 * n_runs + 8 * n_segments),
         "normalize": voters * (8 * n_segments + 4),
-        "vote": voting * (3 * p.Lk + 8 * n_tiles) + votes,
+        "vote": voting * (3 * p.Lk + 8 * n_runs) + votes,
     }
     if p.config.pool > 1:
         moved_bytes["pool"] = 2 * votes
