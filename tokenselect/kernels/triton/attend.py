@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tokenselect.contract import Attended, Problem, Selection
-from tokenselect.kernels.triton import launch
+from tokenselect.kernels.triton import launch, recording
 from tokenselect.kernels.triton.configs import TABLE, Config
 from tokenselect.kernels.triton.device import (
     LN2,
@@ -29,16 +29,15 @@ from tokenselect.kernels.triton.device import (
     rows,
     turned,
 )
-from tokenselect.kernels.triton.launch import Launch, padded
-from tokenselect.kernels.triton.tables import LOW, Tables, tables
+from tokenselect.kernels.triton.launch import SOURCE, Launch, Source, padded
+from tokenselect.kernels.triton.tables import LOW, Tables
 
 _BEYOND = tl.constexpr(2**31 - 1)
 
 
 def attend(problem: Problem, selection: Selection, out: Tensor | None = None) -> Attended:
     """See `tokenselect.reference.attend`: out (`out` itself, if given) and lse, within budget."""
-    attended, launches_ = launches(problem, selection, launch.arch(problem.q.device), out)
-    launch.run(launches_, problem.q.device)
+    attended: Attended = recording.run(launches, problem, selection, out=out)
     return attended
 
 
@@ -466,7 +465,11 @@ def _merge(
 
 
 def launches(
-    problem: Problem, selection: Selection, arch: str, out: Tensor | None = None
+    problem: Problem,
+    selection: Selection,
+    arch: str,
+    out: Tensor | None = None,
+    source: Source = SOURCE,
 ) -> tuple[Attended, list[Launch]]:
     """What attending will return, and the kernels that fill it."""
     p, config = problem, TABLE[arch]
@@ -474,7 +477,7 @@ def launches(
     K = selection.positions.shape[2]
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return launch.empty(shape, dtype, p.q.device)
+        return source.empty(shape, dtype, p.q.device)
 
     out = empty(B, Hq, Lq, Dv, dtype=p.q.dtype) if out is None else out
     lse = empty(B, Hq, Lq)
@@ -492,7 +495,7 @@ def launches(
     half = p.rope.rotary_dim // 2 if moves and p.rope is not None else 0
     turn = Tables(p.q, p.q, p.q)
     if moves and p.rope is not None:
-        turn = tables(p.rope.inv_freq, p.Lk, 0)
+        turn = source.tables(p.rope.inv_freq, p.Lk, 0)
     n_blocks = math.ceil(n_rows / rows_)
     values = launch.cache_arguments(p, p.v_cache)
     sinks = p.q if p.sink_logits is None else p.sink_logits

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tokenselect.contract import Problem, Scores
-from tokenselect.kernels.triton import launch
+from tokenselect.kernels.triton import launch, recording
 from tokenselect.kernels.triton.configs import TABLE, Config
 from tokenselect.kernels.triton.device import (
     LN2,
@@ -34,8 +34,8 @@ from tokenselect.kernels.triton.device import (
     rows,
     turned,
 )
-from tokenselect.kernels.triton.launch import Launch, padded
-from tokenselect.kernels.triton.tables import LOW, Tables, tables
+from tokenselect.kernels.triton.launch import SOURCE, Launch, Source, padded
+from tokenselect.kernels.triton.tables import LOW, Tables
 
 # A logit is kept as its distance from the tile's maximum, in steps: 0 to LAST, or NONE for a
 # weight that is 0 in float32 whatever the maximum (FARTHEST, in powers of two).
@@ -47,15 +47,13 @@ _LARGEST = tl.constexpr(3.4e38)
 
 def score(problem: Problem) -> Scores:
     """See `tokenselect.reference.score`: soft votes within the error budget of float32."""
-    scores, launches_ = launches(problem, launch.arch(problem.q.device))
-    launch.run(launches_, problem.q.device)
+    scores: Scores = recording.run(launches, problem, fills=True)
     return scores
 
 
 def score_candidates(problem: Problem) -> Scores:
     """`score` for a plan: no work past a request's end. Votes off the candidates are anything."""
-    scores, launches_ = launches(problem, launch.arch(problem.q.device), fills=False)
-    launch.run(launches_, problem.q.device)
+    scores: Scores = recording.run(launches, problem, fills=False)
     return scores
 
 
@@ -672,14 +670,16 @@ def _pool(
 # --- the host's side ----------------------------------------------------------------------
 
 
-def launches(problem: Problem, arch: str, fills: bool = True) -> tuple[Scores, list[Launch]]:
+def launches(
+    problem: Problem, arch: str, fills: bool = True, source: Source = SOURCE
+) -> tuple[Scores, list[Launch]]:
     """The scores to be, and the kernels that fill them: blocks without candidates if `fills`."""
     p, config = problem, TABLE[arch]
     B, R, S, Hkv, G, Lk, D = p.B, p.R, p.S, p.Hkv, p.G, p.Lk, p.D
     device = p.q.device
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return launch.empty(shape, dtype, device)
+        return source.empty(shape, dtype, device)
 
     votes, lse = empty(B, R, S, Lk), empty(B, p.Hq)
     means = min(p.config.n_query_means, p.Lq)
@@ -687,7 +687,7 @@ def launches(problem: Problem, arch: str, fills: bool = True) -> tuple[Scores, l
     n_voters = n_voting + (G if means > 1 else 0)
     plain, moved, sign = _ballots(p)
     half = p.rope.rotary_dim // 2 if p.rope is not None and moved >= 0 else 0
-    turn = _tables(p)
+    turn = _tables(p, source)
     tile = _tile(config, p, moved)
     n_tiles = math.ceil(Lk / tile)
     n_segments = math.ceil(n_tiles / config.segment)
@@ -944,12 +944,12 @@ def _ballots(problem: Problem) -> tuple[int, int, int]:
     return plain, moved, sign
 
 
-def _tables(problem: Problem) -> Tables:
+def _tables(problem: Problem, source: Source) -> Tables:
     rope = problem.rope
     if rope is None or not any(problem.moves(score_at) for score_at, _ in problem.config.ballots):
         stand_in = problem.q
         return Tables(stand_in, stand_in, stand_in)
-    return tables(rope.inv_freq, problem.Lk, problem.config.n_local)
+    return source.tables(rope.inv_freq, problem.Lk, problem.config.n_local)
 
 
 def _tile(config: Config, problem: Problem, moved: int) -> int:
