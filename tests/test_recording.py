@@ -1,6 +1,7 @@
 """What the triton backend keeps of a call for the next one: the same launches, and no other."""
 
 import contextlib
+import inspect
 from dataclasses import fields, replace
 from importlib import import_module
 from types import SimpleNamespace
@@ -18,9 +19,12 @@ triton = pytest.importorskip("triton", reason="the package triton is not for thi
 
 PACKAGE = "tokenselect.kernels.triton"
 # The package's own names `score`, `select` and `attend` are the functions.
-score, select, attend, reuse, launch, recording, configs = (
+score, select, attend, reuse, launch, recording, device, configs = (
     import_module(f"{PACKAGE}.{name}")
-    for name in ("score", "select", "attend", "reuse", "launch", "recording", "configs")
+    for name in (
+        *("score", "select", "attend", "reuse"),
+        *("launch", "recording", "device", "configs"),
+    )
 )
 INV_FREQ = 10000.0 ** (-torch.arange(0, 64, 2) / 64)
 
@@ -346,3 +350,18 @@ def test_profilers_see_every_launch(kernel: Kernel, monkeypatch: pytest.MonkeyPa
         assert started(kernel, step, x, x)[0] == "again"
     monkeypatch.setattr(torch.version, "hip", "6.0")
     assert started(kernel, step, x, x)[0] == "first"
+
+
+def test_no_constexpr_is_called_a_count() -> None:
+    """Triton refuses that when it compiles."""
+    modules = (score, select, attend, reuse)
+    kernels = [x for module in modules for x in vars(module).values() if hasattr(x, "arg_names")]
+    seen = set()
+    for one in kernels:
+        known = one.kwargs["do_not_specialize"] if launch.INTERPRETED else one.do_not_specialize
+        parameters = inspect.signature(one.fn).parameters
+        named = set(known or ()) & set(parameters)
+        wrong = [x for x in named if "constexpr" in str(parameters[x].annotation)]
+        assert not wrong, f"{one.fn.__name__}: {wrong}"
+        seen |= named
+    assert seen >= set(device.COUNTS)

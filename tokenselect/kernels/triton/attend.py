@@ -19,6 +19,7 @@ from tokenselect.contract import Attended, Problem, Selection
 from tokenselect.kernels.triton import launch, recording
 from tokenselect.kernels.triton.configs import TABLE, Config
 from tokenselect.kernels.triton.device import (
+    COUNTS,
     LN2,
     LOG2E,
     after_previous,
@@ -41,7 +42,7 @@ def attend(problem: Problem, selection: Selection, out: Tensor | None = None) ->
     return attended
 
 
-@triton.jit(do_not_specialize=["page_size"])
+@triton.jit(do_not_specialize=[*COUNTS, "Lk", "K", "stride_positions_b", "stride_positions_s"])
 def _attend(
     q_ptr,
     k_ptr,
@@ -389,7 +390,7 @@ def _rounded(x, ptr):
     return x.to(ptr.dtype.element_ty)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*COUNTS, "Lk", "K"])
 def _merge(
     acc_ptr,
     max_ptr,

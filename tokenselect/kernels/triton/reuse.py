@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tokenselect.contract import Decision, Memory, Problem, Selection
 from tokenselect.kernels.triton import recording
-from tokenselect.kernels.triton.device import after_previous, length
+from tokenselect.kernels.triton.device import COUNTS, after_previous, length
 from tokenselect.kernels.triton.launch import SOURCE, Launch, Source
 
 # As in the reference: queries that are added up side by side, and products of a cosine that are.
@@ -55,7 +55,7 @@ def _float64(bits):
     return bits.to(tl.int64).to(tl.float64, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["reciprocal_bits"])
+@triton.jit(do_not_specialize=COUNTS)
 def _mean(
     q_ptr,
     query_ptr,
@@ -88,7 +88,7 @@ def _mean(
     tl.store(query_ptr + b.to(tl.int64) * N + column, mean.to(tl.float32), mask=column < N)
 
 
-@triton.jit(do_not_specialize=["theta_bits"])
+@triton.jit(do_not_specialize=[*COUNTS, "S", "Lk", "K"])
 def _decide(
     q_ptr,
     seqlens_ptr,
@@ -178,7 +178,7 @@ def _columns(row_ptr, column, D, N, stride_h, stride_d):
     return tl.load(row_ptr + at, mask=column < N, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*COUNTS, "S", "Lk"])
 def _keep(
     seqlens_ptr,
     reused_ptr,

@@ -23,6 +23,7 @@ from tokenselect.contract import Problem, Scores
 from tokenselect.kernels.triton import launch, recording
 from tokenselect.kernels.triton.configs import TABLE, Config
 from tokenselect.kernels.triton.device import (
+    COUNTS,
     LN2,
     LOG2E,
     after_previous,
@@ -57,7 +58,7 @@ def score_candidates(problem: Problem) -> Scores:
     return scores
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*COUNTS, "Lk"])
 def _voters(
     q_ptr,
     seqlens_ptr,
@@ -175,7 +176,7 @@ def _part(x, PARTS: tl.constexpr, DTYPE: tl.constexpr):
     return kept
 
 
-@triton.jit(do_not_specialize=["page_size"])
+@triton.jit(do_not_specialize=[*COUNTS, "Lk"])
 def _logits(
     q_ptr,
     factor_ptr,
@@ -503,7 +504,7 @@ def _add(s, largest, total, is_end, max_at, sum_at, is_voter):
     return tl.where(is_end, float("-inf"), new), tl.where(is_end, 0.0, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*COUNTS, "Lk"])
 def _normalize(
     max_ptr,
     sum_ptr,
@@ -567,7 +568,7 @@ def _has_candidates(block, sink_end, local_start, BLOCK: tl.constexpr):
     return (first < local_start) & (first + (BLOCK - 1) >= sink_end)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _vote(
     code_ptr,
     fine_ptr,
@@ -631,7 +632,7 @@ def _vote(
         tl.store(votes_ptr + row.to(tl.int64) * Lk + position, votes, mask=position < Lk)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _pool(
     votes_ptr,
     out_ptr,

@@ -24,7 +24,7 @@ from torch import Tensor
 from tokenselect.contract import Problem, Selection
 from tokenselect.kernels.triton import recording
 from tokenselect.kernels.triton.configs import TABLE
-from tokenselect.kernels.triton.device import after_previous, length, regions
+from tokenselect.kernels.triton.device import COUNTS, after_previous, length, regions
 from tokenselect.kernels.triton.launch import SOURCE, Launch, Source
 
 # Bins of a row's three histograms, one after the other.
@@ -113,7 +113,7 @@ def _row(row, seqlens_ptr, S, Lq, Lk, n_sink, n_local, share):
     return sink_end, local_start, tl.minimum(share, local_start - sink_end)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*COUNTS, "S"])
 def _count(
     votes_ptr,
     taken_ptr,
@@ -154,7 +154,7 @@ def _count(
         tl.store(at, tl.zeros([BLOCK], tl.int8), mask=is_candidate)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*COUNTS, "S"])
 def _shortlist(
     votes_ptr,
     taken_ptr,
@@ -214,7 +214,7 @@ def _listed(keys_ptr, sizes_ptr, row, block, n_blocks, BLOCK: tl.constexpr):
     return key.to(tl.uint32, bitcast=True), is_listed
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*COUNTS, "S", "Lk"])
 def _narrow(
     histogram_ptr,
     found_ptr,
@@ -249,7 +249,7 @@ def _narrow(
     _add_few(histogram_ptr + _FIRST_BINS + _BINS, key & 2047, is_third, BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*COUNTS, "S", "Lk"])
 def _tally(
     histogram_ptr,
     found_ptr,
@@ -287,7 +287,7 @@ def _tally(
     tl.store(tied_ptr + at, tl.sum((is_listed & (key == last)).to(tl.int32), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*COUNTS, "S", "Lk", "K"])
 def _collect(
     found_ptr,
     keys_ptr,
