@@ -558,7 +558,8 @@ def launches(
                 SINKS=p.sink_logits is not None,
                 PAGED=p.is_paged,
                 WHOLE=is_whole,
-                SPLIT=split,
+                # Not read of a whole selection, whose K differs with a chunk's length.
+                SPLIT=0 if is_whole else split,
                 TILE=tile,
                 ROWS=rows_,
                 BLOCK_D=config.gather_pairs if moves else 32 if in_float32 else padded(D),
