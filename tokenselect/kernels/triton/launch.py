@@ -65,7 +65,7 @@ def run(
         return
     addresses = [0 if x is None else x.data_ptr() for x in tensors]
     # Triton compiles for this, and for what is the same in all that a recording is for.
-    aligned = bytes([address & 15 for address in addresses])
+    aligned = bytes([address % 16 == 0 for address in addresses])
     located = (*addresses, *constants)
     is_watched = _is_watched()
     with torch.cuda.device(device):
