@@ -124,12 +124,10 @@ def opaque_kernels(
         return
     run = launch.run
 
-    def noted(launches: Any, device: torch.device) -> None:
-        launches = list(launches)
-
+    def noted(*given: Any) -> None:
         def call() -> None:
             with _disable_current_modes(), torch._C.DisableTorchFunction():
-                run(launches, device)
+                run(*given)
 
         note(call)
         if run_them:

@@ -6,7 +6,7 @@ All in guarded memory (see conftest.py), under one poison and the other in turn.
 import itertools
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -407,8 +407,8 @@ def recorded() -> Iterator[list[str]]:
 
     names: list[str] = []
 
-    def record(launches: list[Any], device: torch.device) -> None:
-        names.extend(one.kernel.fn.__name__.lstrip("_") for one in launches)
+    def record(steps: Sequence[Any], *_: Any) -> None:
+        names.extend(one.kernel.fn.__name__.lstrip("_") for one in steps)
 
     with mock.patch.object(launch, "run", record):
         yield names

@@ -44,7 +44,7 @@ import numpy, torch
 from triton.runtime.interpreter import interpreter_builder as builder
 from tokenselect import Problem, SelectConfig
 from tokenselect.contract import Memory
-from tokenselect.kernels.triton import attend, launch, reuse, score, select
+from tokenselect.kernels.triton import attend, reuse, score, select
 
 touched = []
 
@@ -72,7 +72,7 @@ def run(planned):
     result, launches = planned
     for step in launches:
         touched.clear()
-        launch.run([step], q.device)
+        step.kernel[step.grid](**step.args, **step.constants)
         name = step.kernel.fn.__name__.lstrip("_")
         total = 0
         for kind in ("create_masked_load", "create_masked_store"):
@@ -92,7 +92,7 @@ memory = Memory(torch.ones(1, 512), torch.zeros(1, 1, p.K, dtype=torch.int32), n
 decision = run(reuse.decide_launches(p, memory, 0.9))
 scores = run(score.launches(p, "interpreter"))
 selection = run(select.launches(scores.votes, p, "interpreter"))
-run((None, reuse.keep_launches(p, memory, decision, selection)))
+run(reuse.keep_launches(p, memory, decision, selection))
 run(attend.launches(p, selection, "interpreter"))
 stages = (reuse.bytes_moved(p), score.bytes_moved(p, "interpreter"), select.bytes_moved(p),
           attend.bytes_moved(p, "interpreter"))

@@ -16,9 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from tokenselect.contract import Attended, Problem, Selection
-from tokenselect.kernels.triton import launch
+from tokenselect.kernels.triton import launch, recording
 from tokenselect.kernels.triton.configs import TABLE, Config
 from tokenselect.kernels.triton.device import (
+    COUNTS,
     LN2,
     LOG2E,
     after_previous,
@@ -29,20 +30,19 @@ from tokenselect.kernels.triton.device import (
     rows,
     turned,
 )
-from tokenselect.kernels.triton.launch import Launch, padded
-from tokenselect.kernels.triton.tables import LOW, Tables, tables
+from tokenselect.kernels.triton.launch import SOURCE, Launch, Source, padded
+from tokenselect.kernels.triton.tables import LOW, Tables
 
 _BEYOND = tl.constexpr(2**31 - 1)
 
 
 def attend(problem: Problem, selection: Selection, out: Tensor | None = None) -> Attended:
     """See `tokenselect.reference.attend`: out (`out` itself, if given) and lse, within budget."""
-    attended, launches_ = launches(problem, selection, launch.arch(problem.q.device), out)
-    launch.run(launches_, problem.q.device)
+    attended: Attended = recording.run(launches, problem, selection, out=out)
     return attended
 
 
-@triton.jit(do_not_specialize=["page_size"])
+@triton.jit(do_not_specialize=[*COUNTS, "Lk", "K", "stride_positions_b", "stride_positions_s"])
 def _attend(
     q_ptr,
     k_ptr,
@@ -515,7 +515,7 @@ def _rounded(x, ptr):
     return x.to(ptr.dtype.element_ty)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*COUNTS, "Lk", "K"])
 def _merge(
     acc_ptr,
     max_ptr,
@@ -591,7 +591,11 @@ def _merge(
 
 
 def launches(
-    problem: Problem, selection: Selection, arch: str, out: Tensor | None = None
+    problem: Problem,
+    selection: Selection,
+    arch: str,
+    out: Tensor | None = None,
+    source: Source = SOURCE,
 ) -> tuple[Attended, list[Launch]]:
     """What attending will return, and the kernels that fill it."""
     p, config = problem, TABLE[arch]
@@ -599,7 +603,7 @@ def launches(
     K = selection.positions.shape[2]
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return launch.empty(shape, dtype, p.q.device)
+        return source.empty(shape, dtype, p.q.device)
 
     out = empty(B, Hq, Lq, Dv, dtype=p.q.dtype) if out is None else out
     lse = empty(B, Hq, Lq)
@@ -617,7 +621,7 @@ def launches(
     half = p.rope.rotary_dim // 2 if moves and p.rope is not None else 0
     turn = Tables(p.q, p.q, p.q)
     if moves and p.rope is not None:
-        turn = tables(p.rope.inv_freq, p.Lk, 0)
+        turn = source.tables(p.rope.inv_freq, p.Lk, 0)
     n_blocks = math.ceil(n_rows / rows_)
     values = launch.cache_arguments(p, p.v_cache)
     sinks = p.q if p.sink_logits is None else p.sink_logits
@@ -679,7 +683,8 @@ def launches(
                 SINKS=p.sink_logits is not None,
                 PAGED=p.is_paged,
                 WHOLE=is_whole,
-                SPLIT=split,
+                # Not read of a whole selection, whose K differs with a chunk's length.
+                SPLIT=0 if is_whole else split,
                 TILE=tile,
                 ROWS=rows_,
                 BLOCK_D=config.gather_pairs if moves else 32 if in_float32 else padded(D),

@@ -7,6 +7,19 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
+# Arguments that a kernel is not compiled anew for. Triton would where one becomes 1, or divisible
+# by 16 or no longer: seconds, in the middle of serving. None of these says how rows of values are
+# aligned, which wide loads and stores depend on; S, Lk and K are added where they do not.
+COUNTS = (
+    *("B", "Hkv", "G", "Lq", "share", "max_reuse", "theta_bits", "reciprocal_bits"),
+    *("n_sink", "n_local", "n_voters", "n_voting", "first_lse_voter", "means", "reach"),
+    *("n_tiles", "n_segments", "n_splits", "n_blocks", "n_programs", "n_pages", "page_size"),
+    *("many_rows", "first_row", "rows_per_request", "candidate_sums"),
+    *("stride_sinks", "stride_table_b", "stride_count_b", "stride_count_s"),
+    *("stride_stored_count_b", "stride_stored_count_s"),
+    *("stride_seen", "stride_hits", "stride_misses"),
+)
+
 
 @triton.jit
 def after_previous(PDL: tl.constexpr):

@@ -1,6 +1,6 @@
 """What the three stages share on the host: memory, launches, and which machine this is."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from tokenselect import workspace
 from tokenselect.contract import Problem
 from tokenselect.errors import InvalidProblem
 from tokenselect.kernels.triton.configs import TABLE
+from tokenselect.kernels.triton.tables import Tables, tables
 
 # In Triton's interpreter (TRITON_INTERPRET=1 when triton was imported) kernels run on the CPU.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -34,14 +35,65 @@ class Launch(NamedTuple):
     num_stages: int
 
 
-def run(launches: Iterable[Launch], device: torch.device) -> None:
-    """Run the launches in order, on the tensors' device. Waits for nothing."""
-    # The interpreter's numpy would warn of every inf and NaN that is meant.
-    quiet = numpy.errstate(all="ignore" if INTERPRETED else None)
-    on = arch(device)
-    with quiet, torch.cuda.device(device if device.type == "cuda" else -1):
-        for one in launches:
-            one.kernel[one.grid](**one.args, **one.constants, **options(one, on))
+class Step(NamedTuple):
+    """A launch as it is recorded: without its tensors, which are told to it by number.
+
+    pick      the kernel's arguments, in order, out of all tensors and constants of a recording
+    options   what Triton is told besides
+    compiled  what Triton made of it, for each way in which the tensors may be aligned
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    pick: Callable[[Sequence[Any]], tuple[Any, ...]]
+    options: dict[str, Any]
+    compiled: dict[bytes, Any]
+
+
+def run(
+    steps: Sequence[Step],
+    tensors: Sequence[Tensor | None],
+    constants: Sequence[Any],
+    device: torch.device,
+) -> None:
+    """Launch the steps in order, on the tensors' device. Waits for nothing."""
+    if INTERPRETED:
+        # The interpreter's numpy would warn of every inf and NaN that is meant.
+        with numpy.errstate(all="ignore"):
+            for step in steps:
+                step.kernel[step.grid](*step.pick((*tensors, *constants)), **step.options)
+        return
+    addresses = [0 if x is None else x.data_ptr() for x in tensors]
+    # Triton compiles for this, and for what is the same in all that a recording is for.
+    aligned = bytes([address % 16 == 0 for address in addresses])
+    located = (*addresses, *constants)
+    is_watched = _is_watched()
+    with torch.cuda.device(device):
+        stream = triton.runtime.driver.active.get_current_stream(device.index)
+        for step in steps:
+            compiled = step.compiled.get(aligned)
+            if compiled is None or is_watched:
+                arguments = step.pick((*tensors, *constants))
+                step.compiled[aligned] = step.kernel[step.grid](*arguments, **step.options)
+                continue
+            # How Triton's JITFunction.run ends, but for the hooks; addresses may stand for tensors.
+            compiled.run(
+                *(step.grid[0], 1, 1, stream, compiled.function, compiled.packed_metadata),
+                *(None, None, None),
+                *step.pick(located),
+            )
+
+
+def _is_watched() -> bool:
+    """Whether Triton is to see every launch: for profilers; and on AMD's GPUs, since it compiles
+    there for the size of a tensor's memory too.
+    """
+    runtime = triton.knobs.runtime
+    for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
+        # A chain of hooks may have none.
+        if hook is not None and getattr(hook, "calls", True):
+            return True
+    return torch.version.hip is not None
 
 
 def options(one: Launch, arch: str) -> dict[str, Any]:
@@ -55,6 +107,19 @@ def options(one: Launch, arch: str) -> dict[str, Any]:
 
 # All memory that the kernels write to comes from here, uninitialised.
 empty = workspace.empty
+
+
+class Source:
+    """Where the launches of a stage have tensors from, besides what the stage is given."""
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        return empty(shape, dtype, device)
+
+    def tables(self, inv_freq: Tensor, limit: int, at: int) -> Tables:
+        return tables(inv_freq, limit, at)
+
+
+SOURCE = Source()
 
 
 @cache

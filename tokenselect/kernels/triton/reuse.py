@@ -18,9 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from tokenselect.contract import Decision, Memory, Problem, Selection
-from tokenselect.kernels.triton import launch
-from tokenselect.kernels.triton.device import after_previous, length
-from tokenselect.kernels.triton.launch import Launch
+from tokenselect.kernels.triton import recording
+from tokenselect.kernels.triton.device import COUNTS, after_previous, length
+from tokenselect.kernels.triton.launch import SOURCE, Launch, Source
 
 # As in the reference: queries that are added up side by side, and products of a cosine that are.
 _RUN = tl.constexpr(16)
@@ -32,14 +32,13 @@ _PLACES = 1024
 
 def decide(problem: Problem, memory: Memory, theta: float | None) -> Decision:
     """See `tokenselect.reference.reuse.decide`: bit-exact."""
-    decision, launches_ = decide_launches(problem, memory, theta)
-    launch.run(launches_, problem.q.device)
+    decision: Decision = recording.run(decide_launches, problem, memory, theta)
     return decision
 
 
 def keep(problem: Problem, memory: Memory, decision: Decision, fresh: Selection) -> None:
     """See `tokenselect.reference.reuse.keep`: bit-exact."""
-    launch.run(keep_launches(problem, memory, decision, fresh), problem.q.device)
+    recording.run(keep_launches, problem, memory, decision, fresh)
 
 
 @triton.jit
@@ -56,7 +55,7 @@ def _float64(bits):
     return bits.to(tl.int64).to(tl.float64, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["reciprocal_bits"])
+@triton.jit(do_not_specialize=COUNTS)
 def _mean(
     q_ptr,
     query_ptr,
@@ -89,7 +88,7 @@ def _mean(
     tl.store(query_ptr + b.to(tl.int64) * N + column, mean.to(tl.float32), mask=column < N)
 
 
-@triton.jit(do_not_specialize=["theta_bits"])
+@triton.jit(do_not_specialize=[*COUNTS, "S", "Lk", "K"])
 def _decide(
     q_ptr,
     seqlens_ptr,
@@ -181,7 +180,7 @@ def _columns(row_ptr, column, D, N, stride_h, stride_d):
     return tl.load(row_ptr + at, mask=column < N, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*COUNTS, "S", "Lk"])
 def _keep(
     seqlens_ptr,
     reused_ptr,
@@ -266,17 +265,18 @@ def _keep(
 
 
 def decide_launches(
-    problem: Problem, memory: Memory, theta: float | None
+    problem: Problem, memory: Memory, theta: float | None, arch: str = "", source: Source = SOURCE
 ) -> tuple[Decision, list[Launch]]:
     """The decision to be, and the kernels that take it."""
     p, N, device = problem, problem.Hq * problem.D, problem.q.device
-    reused = launch.empty((p.B,), torch.bool, device)
-    lengths = launch.empty((p.B,), torch.int32, device)
-    query = launch.empty((p.B, N), torch.float32, device)
+    reused = source.empty((p.B,), torch.bool, device)
+    lengths = source.empty((p.B,), torch.int32, device)
+    query = source.empty((p.B, N), torch.float32, device)
     todo = []
     q, q_strides = query, {"stride_qb": N, "stride_qh": p.D, "stride_qd": 1}
     if p.Lq == 1:
-        q, q_strides = p.q, _strides("q", p.q[:, :, 0], "bhd")
+        q = p.q
+        q_strides = {"stride_qb": q.stride(0), "stride_qh": q.stride(1), "stride_qd": q.stride(3)}
     else:
         n_blocks = math.ceil(N / _MEAN_BLOCK)
         todo.append(
@@ -338,12 +338,17 @@ def decide_launches(
 
 
 def keep_launches(
-    problem: Problem, memory: Memory, decision: Decision, fresh: Selection
-) -> list[Launch]:
-    """The kernel that writes to memory, or to `fresh`."""
+    problem: Problem,
+    memory: Memory,
+    decision: Decision,
+    fresh: Selection,
+    arch: str = "",
+    source: Source = SOURCE,
+) -> tuple[None, list[Launch]]:
+    """Nothing new, and the kernel that writes to memory, or to `fresh`."""
     p, K = problem, fresh.positions.shape[2]
     n_blocks = math.ceil(K / _PLACES)
-    return [
+    return None, [
         Launch(
             _keep,
             (p.B * p.S * n_blocks,),

@@ -20,9 +20,10 @@ import triton.language as tl
 from torch import Tensor
 
 from tokenselect.contract import Problem, Scores
-from tokenselect.kernels.triton import launch
+from tokenselect.kernels.triton import launch, recording
 from tokenselect.kernels.triton.configs import TABLE, Config
 from tokenselect.kernels.triton.device import (
+    COUNTS,
     LN2,
     LOG2E,
     after_previous,
@@ -34,8 +35,8 @@ from tokenselect.kernels.triton.device import (
     rows,
     turned,
 )
-from tokenselect.kernels.triton.launch import Launch, padded
-from tokenselect.kernels.triton.tables import LOW, Tables, tables
+from tokenselect.kernels.triton.launch import SOURCE, Launch, Source, padded
+from tokenselect.kernels.triton.tables import LOW, Tables
 
 # A logit is kept as its distance from its run's maximum, in steps: 0 to LAST, or NONE for a
 # weight that is 0 in float32 whatever the maximum (FARTHEST, in powers of two). A run is RUN tokens
@@ -49,19 +50,17 @@ _LARGEST = tl.constexpr(3.4e38)
 
 def score(problem: Problem) -> Scores:
     """See `tokenselect.reference.score`: soft votes within the error budget of float32."""
-    scores, launches_ = launches(problem, launch.arch(problem.q.device))
-    launch.run(launches_, problem.q.device)
+    scores: Scores = recording.run(launches, problem, fills=True)
     return scores
 
 
 def score_candidates(problem: Problem) -> Scores:
     """`score` for a plan: no work past a request's end. Votes off the candidates are anything."""
-    scores, launches_ = launches(problem, launch.arch(problem.q.device), fills=False)
-    launch.run(launches_, problem.q.device)
+    scores: Scores = recording.run(launches, problem, fills=False)
     return scores
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*COUNTS, "Lk"])
 def _voters(
     q_ptr,
     seqlens_ptr,
@@ -179,7 +178,7 @@ def _part(x, PARTS: tl.constexpr, DTYPE: tl.constexpr):
     return kept
 
 
-@triton.jit(do_not_specialize=["page_size"])
+@triton.jit(do_not_specialize=[*COUNTS, "Lk"])
 def _logits(
     q_ptr,
     factor_ptr,
@@ -536,7 +535,7 @@ def _add(s, largest, total, is_end, max_at, sum_at, is_voter, TILE: tl.constexpr
     return new, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*COUNTS, "Lk"])
 def _normalize(
     max_ptr,
     sum_ptr,
@@ -600,7 +599,7 @@ def _has_candidates(block, sink_end, local_start, BLOCK: tl.constexpr):
     return (first < local_start) & (first + (BLOCK - 1) >= sink_end)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _vote(
     code_ptr,
     fine_ptr,
@@ -667,7 +666,7 @@ def _vote(
         tl.store(votes_ptr + row.to(tl.int64) * Lk + position, votes, mask=position < Lk)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _pool(
     votes_ptr,
     out_ptr,
@@ -706,14 +705,16 @@ def _pool(
 # --- the host's side ----------------------------------------------------------------------
 
 
-def launches(problem: Problem, arch: str, fills: bool = True) -> tuple[Scores, list[Launch]]:
+def launches(
+    problem: Problem, arch: str, fills: bool = True, source: Source = SOURCE
+) -> tuple[Scores, list[Launch]]:
     """The scores to be, and the kernels that fill them: blocks without candidates if `fills`."""
     p, config = problem, TABLE[arch]
     B, R, S, Hkv, G, Lk, D = p.B, p.R, p.S, p.Hkv, p.G, p.Lk, p.D
     device = p.q.device
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return launch.empty(shape, dtype, device)
+        return source.empty(shape, dtype, device)
 
     votes, lse = empty(B, R, S, Lk), empty(B, p.Hq)
     means = min(p.config.n_query_means, p.Lq)
@@ -721,7 +722,7 @@ def launches(problem: Problem, arch: str, fills: bool = True) -> tuple[Scores, l
     n_voters = n_voting + (G if means > 1 else 0)
     plain, moved, sign = _ballots(p)
     half = p.rope.rotary_dim // 2 if p.rope is not None and moved >= 0 else 0
-    turn = _tables(p)
+    turn = _tables(p, source)
     block = _voters_at_once(config, moved, n_voters)
     tile = _tile(config, p, moved, block)
     n_tiles = math.ceil(Lk / tile)
@@ -981,12 +982,12 @@ def _ballots(problem: Problem) -> tuple[int, int, int]:
     return plain, moved, sign
 
 
-def _tables(problem: Problem) -> Tables:
+def _tables(problem: Problem, source: Source) -> Tables:
     rope = problem.rope
     if rope is None or not any(problem.moves(score_at) for score_at, _ in problem.config.ballots):
         stand_in = problem.q
         return Tables(stand_in, stand_in, stand_in)
-    return tables(rope.inv_freq, problem.Lk, problem.config.n_local)
+    return source.tables(rope.inv_freq, problem.Lk, problem.config.n_local)
 
 
 def _tile(config: Config, problem: Problem, moved: int, voters: int) -> int:

@@ -22,10 +22,10 @@ import triton.language as tl
 from torch import Tensor
 
 from tokenselect.contract import Problem, Selection
-from tokenselect.kernels.triton import launch
+from tokenselect.kernels.triton import recording
 from tokenselect.kernels.triton.configs import TABLE
-from tokenselect.kernels.triton.device import after_previous, length, regions
-from tokenselect.kernels.triton.launch import Launch
+from tokenselect.kernels.triton.device import COUNTS, after_previous, length, regions
+from tokenselect.kernels.triton.launch import SOURCE, Launch, Source
 
 # Bins of a row's three histograms, one after the other.
 _FIRST_BINS = tl.constexpr(1024)
@@ -37,8 +37,7 @@ _FOUND = tl.constexpr(6)
 
 def select(votes: Tensor, problem: Problem) -> Selection:
     """See `tokenselect.reference.select`: bit-exact."""
-    selection, launches_ = launches(votes, problem, launch.arch(votes.device))
-    launch.run(launches_, votes.device)
+    selection: Selection = recording.run(launches, votes, problem)
     return selection
 
 
@@ -114,7 +113,7 @@ def _row(row, seqlens_ptr, S, Lq, Lk, n_sink, n_local, share):
     return sink_end, local_start, tl.minimum(share, local_start - sink_end)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*COUNTS, "S"])
 def _count(
     votes_ptr,
     taken_ptr,
@@ -127,6 +126,8 @@ def _count(
     n_local,
     share,
     n_blocks,
+    first_row,
+    first_vote,
     stride_b,
     stride_s,
     stride_j,
@@ -144,15 +145,16 @@ def _count(
         return
     position = block * BLOCK + tl.arange(0, BLOCK)
     is_candidate = (position >= sink_end) & (position < local_start)
+    votes_ptr += first_vote
     votes_ptr += (row // S).to(tl.int64) * stride_b + (row % S).to(tl.int64) * stride_s
     key = _keys(votes_ptr, taken_ptr, row, position, is_candidate, Lk, stride_j, TAKEN)
-    _add_counts(histogram_ptr + row * _ALL_BINS, key >> 22, is_candidate, _FIRST_BINS)
+    _add_counts(histogram_ptr + (first_row + row) * _ALL_BINS, key >> 22, is_candidate, _FIRST_BINS)
     if UNTAKES:
         at = taken_ptr + row.to(tl.int64) * Lk + position
         tl.store(at, tl.zeros([BLOCK], tl.int8), mask=is_candidate)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*COUNTS, "S"])
 def _shortlist(
     votes_ptr,
     taken_ptr,
@@ -169,6 +171,8 @@ def _shortlist(
     n_local,
     share,
     n_blocks,
+    first_row,
+    first_vote,
     stride_b,
     stride_s,
     stride_j,
@@ -182,11 +186,12 @@ def _shortlist(
     sink_end, local_start, need = _row(row, seqlens_ptr, S, Lq, Lk, n_sink, n_local, share)
     if block * BLOCK >= local_start:
         return
-    histogram_ptr += row * _ALL_BINS
+    histogram_ptr += (first_row + row) * _ALL_BINS
     first, need = _threshold(histogram_ptr, need, _FIRST_BINS)
     _hand_on(found_ptr + row * _FOUND, block, first, need)
     position = block * BLOCK + tl.arange(0, BLOCK)
     is_candidate = (position >= sink_end) & (position < local_start)
+    votes_ptr += first_vote
     votes_ptr += (row // S).to(tl.int64) * stride_b + (row % S).to(tl.int64) * stride_s
     key = _keys(votes_ptr, taken_ptr, row, position, is_candidate, Lk, stride_j, TAKEN)
     is_listed = is_candidate & (key >> 22 >= first)
@@ -209,7 +214,7 @@ def _listed(keys_ptr, sizes_ptr, row, block, n_blocks, BLOCK: tl.constexpr):
     return key.to(tl.uint32, bitcast=True), is_listed
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*COUNTS, "S", "Lk"])
 def _narrow(
     histogram_ptr,
     found_ptr,
@@ -223,6 +228,7 @@ def _narrow(
     n_local,
     share,
     n_blocks,
+    first_row,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr = False,
 ):
@@ -232,7 +238,7 @@ def _narrow(
     _, local_start, _ = _row(row, seqlens_ptr, S, Lq, Lk, n_sink, n_local, share)
     if block * BLOCK >= local_start:
         return
-    histogram_ptr += row * _ALL_BINS
+    histogram_ptr += (first_row + row) * _ALL_BINS
     found_ptr += row * _FOUND
     first, need = _handed(found_ptr)
     second, need = _threshold(histogram_ptr + _FIRST_BINS, need, _BINS)
@@ -243,7 +249,7 @@ def _narrow(
     _add_few(histogram_ptr + _FIRST_BINS + _BINS, key & 2047, is_third, BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*COUNTS, "S", "Lk"])
 def _tally(
     histogram_ptr,
     found_ptr,
@@ -259,6 +265,7 @@ def _tally(
     n_local,
     share,
     n_blocks,
+    first_row,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr = False,
 ):
@@ -270,7 +277,8 @@ def _tally(
         return
     found_ptr += row * _FOUND
     digits, need = _handed(found_ptr + 2)
-    third, need = _threshold(histogram_ptr + row * _ALL_BINS + _FIRST_BINS + _BINS, need, _BINS)
+    histogram_ptr += (first_row + row) * _ALL_BINS
+    third, need = _threshold(histogram_ptr + _FIRST_BINS + _BINS, need, _BINS)
     last = digits << 11 | third
     _hand_on(found_ptr + 4, block, last, need)
     key, is_listed = _listed(keys_ptr, sizes_ptr, row, block, n_blocks, BLOCK)
@@ -279,7 +287,7 @@ def _tally(
     tl.store(tied_ptr + at, tl.sum((is_listed & (key == last)).to(tl.int32), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*COUNTS, "S", "Lk", "K"])
 def _collect(
     found_ptr,
     keys_ptr,
@@ -350,13 +358,15 @@ def _collect(
 # --- the host's side ----------------------------------------------------------------------
 
 
-def launches(votes: Tensor, problem: Problem, arch: str) -> tuple[Selection, list[Launch]]:
+def launches(
+    votes: Tensor, problem: Problem, arch: str, source: Source = SOURCE
+) -> tuple[Selection, list[Launch]]:
     """The selection to be, and the kernels that fill it."""
     p, block = problem, TABLE[arch].select_block
     n_rows, n_blocks = p.B * p.S, math.ceil(p.Lk / block)
 
     def empty(*shape: int) -> Tensor:
-        return launch.empty(shape, torch.int32, votes.device)
+        return source.empty(shape, torch.int32, votes.device)
 
     positions, count = empty(p.B, p.S, p.K), empty(p.B, p.S)
     keys, places = empty(n_rows, n_blocks, block), empty(n_rows, n_blocks, block)
@@ -366,7 +376,7 @@ def launches(votes: Tensor, problem: Problem, arch: str) -> tuple[Selection, lis
     taken = histograms
     todo = [_cleared(histograms)]
     if p.R > 1:
-        taken = launch.empty((n_rows, p.Lk), torch.int8, votes.device)
+        taken = source.empty((n_rows, p.Lk), torch.int8, votes.device)
     grid = (n_blocks * n_rows,)
     share = 0
     for ballot, (_, more) in enumerate(p.config.ballots):
@@ -383,13 +393,14 @@ def launches(votes: Tensor, problem: Problem, arch: str) -> tuple[Selection, lis
             "n_blocks": n_blocks,
         }
         voted: dict[str, Any] = {
-            "votes_ptr": votes[:, ballot],
+            "votes_ptr": votes,
             "taken_ptr": taken,
+            "first_vote": ballot * votes.stride(1),
             "stride_b": votes.stride(0),
             "stride_s": votes.stride(2),
             "stride_j": votes.stride(3),
         }
-        counted: dict[str, Any] = {"histogram_ptr": histograms[ballot]}
+        counted: dict[str, Any] = {"histogram_ptr": histograms, "first_row": ballot * n_rows}
         listed: dict[str, Any] = {"found_ptr": found, "keys_ptr": keys, "sizes_ptr": sizes}
         tallied: dict[str, Any] = {"above_ptr": above, "tied_ptr": tied}
         results: dict[str, Any] = {

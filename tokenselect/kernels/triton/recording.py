@@ -1,0 +1,187 @@
+"""What a stage launches, worked out once for all calls of the same structure.
+
+Launches follow from shapes, strides, dtypes and settings. So a stage's `launches` is called with
+stand-ins, which have a structure and nothing else, and what it returns is kept under that structure
+with numbers in the place of tensors. A call puts its own tensors there. Nothing else can get into a
+recording: no address, no value, and no number that its key does not hold.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tokenselect.contract import Memory, Problem
+from tokenselect.kernels.triton import launch
+from tokenselect.kernels.triton.configs import TABLE
+from tokenselect.kernels.triton.launch import Launch, Source, Step
+from tokenselect.kernels.triton.tables import Tables, tables
+
+# Structures whose recordings are kept. A cache that grows brings a new one with each token.
+_MOST = 1024
+
+
+class Slot:
+    """Stands in for a tensor while launches are worked out."""
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        strides: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.shape, self._strides, self.dtype, self.device = shape, strides, dtype, device
+
+    def stride(self, dim: int | None = None) -> Any:
+        return self._strides if dim is None else self._strides[dim]
+
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+class Recording(NamedTuple):
+    """A stage's steps. Its tensors are numbered: what is given, then memory, then tables.
+
+    memory     shapes and dtypes to ask for
+    tables     the number of an inv_freq, limit and position: see `tables.tables`
+    result     the numbers of what the stage returns, and their type
+    constants  what steps pick besides tensors; numbered after them
+    """
+
+    memory: tuple[tuple[tuple[int, ...], torch.dtype], ...]
+    tables: tuple[tuple[int, int, int], ...]
+    steps: tuple[Step, ...]
+    constants: tuple[Any, ...]
+    result: tuple[int, ...]
+    kind: Any
+
+
+_recordings: dict[Any, Recording] = {}
+
+
+def run(launches: Callable[..., tuple[Any, list[Launch]]], *given: Any, **more: Any) -> Any:
+    """Run what `launches(*given, arch=, source=, **more)` returns, and return its result."""
+    parts = [_parts(x) for x in (*given, *more.values())]
+    tensors = [x for of, _ in parts for x in of]
+    device = tensors[0].device
+    arch = launch.arch(device)
+    structure = tuple([None if x is None else (x.shape, x.stride(), x.dtype) for x in tensors])
+    # The sizes of an architecture, and not its name only: tests have others.
+    key = (launches, device, TABLE[arch], structure, *[settings for _, settings in parts])
+    recording = _recordings.get(key)
+    if recording is None:
+        recording = _record(launches, given, more, arch)
+        if len(_recordings) >= _MOST:
+            _recordings.clear()
+        _recordings[key] = recording
+    tensors += [launch.empty(shape, dtype, device) for shape, dtype in recording.memory]
+    for inv_freq, limit, at in recording.tables:
+        tensors += tables(tensors[inv_freq], limit, at)
+    launch.run(recording.steps, tensors, recording.constants, device)
+    return recording.kind and recording.kind(*[tensors[i] for i in recording.result])
+
+
+def _parts(x: Any) -> tuple[tuple[Any, ...], Any]:
+    """The tensors of an argument, in order, and everything else of it."""
+    if isinstance(x, Problem):
+        rope, inv_freq, turning = x.rope, None, None
+        if rope is not None:
+            inv_freq, turning = rope.inv_freq, (rope.interleaved, rope.cached, rope.scaling)
+        return (
+            (x.q, x.k_cache, x.v_cache, x.cache_seqlens, x.block_table, x.sink_logits, inv_freq),
+            (turning, x.scale, x.softcap, x.max_reuse, x.config),
+        )
+    if isinstance(x, Memory):
+        return x.tensors(), Memory
+    if isinstance(x, tuple):  # Selection or Decision
+        return x, type(x)
+    return ((x,), Tensor) if isinstance(x, Tensor) else ((), x)
+
+
+def _with(x: Any, tensors: list[Any]) -> Any:
+    """The argument, with others in the place of its tensors."""
+    if isinstance(x, Problem):
+        *own, inv_freq = tensors
+        rope = copy.copy(x.rope)
+        if rope is not None:  # nor checked: a stand-in is no tensor
+            object.__setattr__(rope, "inv_freq", inv_freq)
+        names = ("q", "k_cache", "v_cache", "cache_seqlens", "block_table", "sink_logits")
+        return replace(x, rope=rope, **dict(zip(names, own, strict=True)))
+    if isinstance(x, (Memory, tuple)):
+        return type(x)(*tensors)
+    return tensors[0] if tensors else x
+
+
+class _Recorder(Source):
+    """Gives out stand-ins, and remembers what for."""
+
+    def __init__(self) -> None:
+        self.memory: list[Slot] = []
+        self.turns: list[tuple[Any, int, int]] = []
+        self.tabled: list[Slot] = []
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
+        strides = [math.prod(max(size, 1) for size in shape[i + 1 :]) for i in range(len(shape))]
+        self.memory.append(Slot(tuple(shape), tuple(strides), dtype, device))
+        return self.memory[-1]
+
+    def tables(self, inv_freq: Any, limit: int, at: int) -> Tables:
+        self.turns.append((inv_freq, limit, at))
+        made: list[Any] = [Slot((), (), torch.float32, inv_freq.device) for _ in Tables._fields]
+        self.tabled += made
+        return Tables(*made)
+
+
+def _record(
+    launches: Callable[..., tuple[Any, list[Launch]]],
+    given: tuple[Any, ...],
+    more: dict[str, Any],
+    arch: str,
+) -> Recording:
+    inputs: list[Slot | None] = []
+
+    def stand_in(x: Any) -> Any:
+        slots = [
+            None if t is None else Slot(t.shape, t.stride(), t.dtype, t.device)
+            for t in _parts(x)[0]
+        ]
+        inputs.extend(slots)
+        return _with(x, slots)
+
+    recorder = _Recorder()
+    stood_in = [stand_in(x) for x in given]
+    settings = {name: stand_in(x) for name, x in more.items()}
+    result, todo = launches(*stood_in, arch=arch, source=recorder, **settings)
+    tensors = [*inputs, *recorder.memory, *recorder.tabled]
+    number = {id(slot): i for i, slot in enumerate(tensors) if slot is not None}
+    constants: list[Any] = []
+
+    def step(one: Launch) -> Step:
+        options = launch.options(one, arch)
+        arguments = {"PDL": False, **one.args, **one.constants, **options}
+        picked = []
+        for name in one.kernel.arg_names:
+            value = arguments[name]
+            if isinstance(value, Slot):
+                picked.append(number[id(value)])
+            else:
+                picked.append(len(tensors) + len(constants))
+                constants.append(value)
+        apart = {name: x for name, x in options.items() if name not in one.kernel.arg_names}
+        return Step(one.kernel, one.grid, itemgetter(*picked), apart, {})
+
+    steps = tuple(step(one) for one in todo)
+    return Recording(
+        memory=tuple((slot.shape, slot.dtype) for slot in recorder.memory),
+        tables=tuple((number[id(slot)], limit, at) for slot, limit, at in recorder.turns),
+        steps=steps,
+        constants=tuple(constants),
+        result=() if result is None else tuple(number[id(slot)] for slot in result),
+        kind=None if result is None else type(result),
+    )
