@@ -103,7 +103,6 @@ def _decide(
     K,
     Lq,
     Lk,
-    D,
     N,
     max_reuse,
     stride_qb,
@@ -114,6 +113,7 @@ def _decide(
     stride_stored_count_b,
     stride_stored_count_s,
     stride_seen,
+    D: tl.constexpr,
     COPIES: tl.constexpr,
     HAS_THETA: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -316,7 +316,6 @@ def decide_launches(
                 K=p.K,
                 Lq=p.Lq,
                 Lk=p.Lk,
-                D=p.D,
                 N=N,
                 max_reuse=p.max_reuse,
                 stride_seen=memory.seen.stride(0),
@@ -325,12 +324,13 @@ def decide_launches(
                 **_strides("stored_count_", memory.count, "bs"),
             ),
             dict(
+                D=p.D,
                 COPIES=p.Lq == 1,
                 HAS_THETA=theta is not None,
                 CHUNKS=8,
                 SELECTIONS=triton.next_power_of_2(p.S),
             ),
-            8,
+            16,
             1,
         )
     )
