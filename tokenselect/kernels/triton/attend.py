@@ -191,14 +191,15 @@ def _attend(
         queries = 0
     if not MOVES:
         q_steps = 0
-    # Tiles that every row sees whole, then those that some row does not. Positions are loaded a tile
-    # ahead, so that the rows of several tiles can be on the way.
+    # Tiles that every row sees whole, then those that some row does not. Positions are loaded a
+    # tile ahead: else the rows of a tile would wait for them, and be on the way alone.
     if clean_place > first_place:
         first_seen = tl.full([TILE], -1, tl.int32)
     position = _picked(picked_ptr, first_place, last_place, stride_positions_place, TILE, WIDE)
     SEEN: tl.constexpr = "tokens" if ONE_QUERY else "whole"
     for start in tl.range(first_place, clean_place, TILE, num_stages=STAGES):
-        following = _picked(picked_ptr, start + TILE, last_place, stride_positions_place, TILE, WIDE)
+        ahead = start + TILE
+        following = _picked(picked_ptr, ahead, last_place, stride_positions_place, TILE, WIDE)
         acc, largest, total, first_seen = _walked(
             acc, largest, total, first_seen, start, last_place, position, n, b, query_position,
             queries, q_row, is_row, q_steps, head_ptr, v_head_ptr, table_ptr, high_ptr, low_ptr,
@@ -255,9 +256,7 @@ def _is_finite(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _picked(
-    picked_ptr, start, last_place, stride_place, TILE: tl.constexpr, WIDE: tl.constexpr
-):
+def _picked(picked_ptr, start, last_place, stride_place, TILE: tl.constexpr, WIDE: tl.constexpr):
     """The positions at TILE places of a selection, -1 from last_place on."""
     place = start + tl.arange(0, TILE)
     at = picked_ptr + (place.to(tl.int64) if WIDE else place) * stride_place

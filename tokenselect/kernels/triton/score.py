@@ -807,8 +807,8 @@ def launches(
     in_float32 = _in_float32(p, moved)
     block_d = config.pairs if moved >= 0 else 32 if in_float32 else padded(D)
     warps = config.float32_warps if in_float32 else config.warps
-    is_hoisted = moved < 0 and D <= block_d <= 128 and (
-        parts == 1 or (config.hoisted_parts and block <= 16)
+    is_hoisted = (
+        moved < 0 and D <= block_d <= 128 and (parts == 1 or (config.hoisted_parts and block <= 16))
     )
     if is_hoisted and block <= 32 and block_d == D and not in_float32:
         warps = config.few_warps
