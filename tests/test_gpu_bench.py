@@ -888,7 +888,8 @@ def test_the_checks_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     parts = [f"tokenselect.check-{i}-of-2" for i in range(1, 3)]
     sanitizers = ["memcheck", "racecheck"]
     halves = ["graphs-1-of-2", "graphs-2-of-2"]
-    assert list(found) == [*parts, "determinism", *halves, *sanitizers, "properties"]
+    assert list(found) == [*sanitizers, *parts, "determinism", *halves, "properties"]
+    assert not any(check.after for check in found.values())
     assert [found[name].command for name in sanitizers] == [None, None]
     assert "no compute-sanitizer" in found["racecheck"].detail
     properties = " ".join(found["properties"].command or ())
@@ -907,6 +908,7 @@ def test_the_checks_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert f"compute-sanitizer --tool {name}" in words
         assert "bench.gpu.probe small --backend triton" in words
     assert "PYTORCH_NO_CUDA_MEMORY_CACHING" not in found["racecheck"].environment
+    assert [name for name, check in found.items() if check.after] == parts[:1]
 
 
 def test_parts_of_the_rules_are_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from bench.gpu.worker import named
 ROOT = Path(__file__).parents[2]
 Status = Literal["passed", "failed", "unfinished", "skipped"]
 INTERPRETED = {"TRITON_INTERPRET": "1"}  # kernels on the CPU, of a dry run
+_ALONE = 8.0  # seconds; beside many that begin, compute-sanitizer gets no hold of its program
 _TAIL = 40  # lines of a check's output that go into the report if it did not pass
 
 
@@ -42,7 +43,7 @@ class Done(NamedTuple):
 
 @dataclass(frozen=True)
 class Check:
-    """command None: skipped, and why is in `detail`. after: seconds that it begins after others."""
+    """command None: skipped, and why is in `detail`. after: seconds that those before it have."""
 
     name: str
     command: tuple[str, ...] | None
@@ -59,13 +60,17 @@ def checks(backend: str, folder: Path, *, dry: bool, quick: bool) -> list[Check]
     """The checks of a backend; `folder` is for what they write."""
     tools = ("--backend", backend, *(("--dry-run",) if dry else ()))
     probe = (sys.executable, "-m", "bench.gpu.probe")
-    found = [
+    sanitized = [_sanitized(tool, (*probe, "small", *tools), dry=dry, quick=quick)
+                 for tool in _TOOLS]  # fmt: skip
+    others = [
         *_rules(probe, backend, tools, shards(os.cpu_count() or 1, quick=quick)),
         Check("determinism", (*probe, "determinism", *tools), by_exit_code),
         *_graphs(probe, tools, quick=quick),
-        *(_sanitized(tool, (*probe, "small", *tools), dry=dry, quick=quick) for tool in _TOOLS),
         _properties(backend, folder, dry=dry, quick=quick),
     ]
+    if not dry and any(check.command for check in sanitized):
+        others[0] = replace(others[0], after=_ALONE)
+    found = [*sanitized, *others]
     more = INTERPRETED if dry else {}
     return [replace(check, environment=check.environment | more) for check in found]
 
@@ -140,9 +145,7 @@ def _properties(backend: str, folder: Path, *, dry: bool, quick: bool) -> Check:
             "--deselect",
             f"properties/test_laws.py::test_backend_was_really_tried[{registered}]",
         ]
-    # compute-sanitizer does not get hold of its program beside so many that begin.
-    after = 0.0 if dry else 10.0
-    return Check(name, (sys.executable, "-m", "pytest", *options), by_junit, after=after)
+    return Check(name, (sys.executable, "-m", "pytest", *options), by_junit)
 
 
 def parallel_workers(cores: int) -> int:
