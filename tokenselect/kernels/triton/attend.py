@@ -183,7 +183,7 @@ def _attend(
 
     largest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    first_seen = tl.full([TILE], _BEYOND, tl.int32)
+    first_seen = _BEYOND
     acc = tl.zeros([ROWS, BLOCK_DV], tl.float32)
     head_ptr = k_ptr + g.to(tl.int64) * stride_head
     v_head_ptr = v_ptr + g.to(tl.int64) * v_stride_head
@@ -193,22 +193,24 @@ def _attend(
         q_steps = 0
     # Tiles that every row sees whole, then those that some row does not. Positions are loaded a
     # tile ahead: else the rows of a tile would wait for them, and be on the way alone.
-    if clean_place > first_place:
-        first_seen = tl.full([TILE], -1, tl.int32)
-    position = _picked(picked_ptr, first_place, last_place, stride_positions_place, TILE, WIDE)
-    SEEN: tl.constexpr = "tokens" if ONE_QUERY else "whole"
-    for start in tl.range(first_place, clean_place, TILE, num_stages=STAGES):
-        ahead = start + TILE
-        following = _picked(picked_ptr, ahead, last_place, stride_positions_place, TILE, WIDE)
-        acc, largest, total, first_seen = _walked(
-            acc, largest, total, first_seen, start, last_place, position, n, b, query_position,
-            queries, q_row, is_row, q_steps, head_ptr, v_head_ptr, table_ptr, high_ptr, low_ptr,
-            scale, softcap, Lk, page_size, n_pages, stride_qd, stride_page, stride_row, stride_d,
-            v_stride_page, v_stride_row, v_stride_d, stride_table_b, stride_table_page,
-            d, dv, D, Dv, half, SEEN, MOVES, CONTIGUOUS, RAW, RAW_FACTOR, INTERLEAVED, SOFTCAP,
-            PAGED, TILE, ROWS, BLOCK_D, CHUNKED, DOT, PRECISION, LOW_ROWS,
-        )  # fmt: skip
-        position = following
+    if tl.float16 != DOT:
+        if clean_place > first_place:
+            first_seen = -1
+        position = _picked(picked_ptr, first_place, last_place, stride_positions_place, TILE, WIDE)
+        SEEN: tl.constexpr = "tokens" if ONE_QUERY else "whole"
+        for start in tl.range(first_place, clean_place, TILE, num_stages=STAGES):
+            ahead = start + TILE
+            following = _picked(picked_ptr, ahead, last_place, stride_positions_place, TILE, WIDE)
+            acc, largest, total, first_seen = _walked(
+                acc, largest, total, first_seen, start, last_place, position, n, b,
+                query_position, queries, q_row, is_row, q_steps, head_ptr, v_head_ptr, table_ptr,
+                high_ptr, low_ptr, scale, softcap, Lk, page_size, n_pages, stride_qd, stride_page,
+                stride_row, stride_d, v_stride_page, v_stride_row, v_stride_d, stride_table_b,
+                stride_table_page, d, dv, D, Dv, half, SEEN, MOVES, CONTIGUOUS, RAW, RAW_FACTOR,
+                INTERLEAVED, SOFTCAP, PAGED, TILE, ROWS, BLOCK_D, CHUNKED, DOT, PRECISION,
+                LOW_ROWS,
+            )  # fmt: skip
+            position = following
     if not ONE_QUERY or tl.float16 == DOT:
         for start in tl.range(clean_place, last_place, TILE, num_stages=1):
             position = _picked(picked_ptr, start, last_place, stride_positions_place, TILE, WIDE)
@@ -222,7 +224,7 @@ def _attend(
                 LOW_ROWS,
             )  # fmt: skip
 
-    sees = tl.min(first_seen, 0) <= query_position
+    sees = first_seen <= query_position
     if WHOLE:
         if SINKS:
             sink_at = sinks_ptr + head.to(tl.int64) * stride_sinks
@@ -400,7 +402,7 @@ def _walked(
         # Where a token stands, for the causal rule; what is no token stands beyond all queries.
         stands = tl.where(is_token, position, _BEYOND)
         logits = tl.where(stands[None, :] <= query_position[:, None], logits, float("-inf"))
-        first_seen = tl.minimum(first_seen, stands)
+        first_seen = tl.minimum(first_seen, tl.min(stands, 0))
     new = tl.maximum(largest, tl.max(logits, 1))
     safe = tl.where(tl.abs(new) == float("inf"), 0.0, new)
     weights = tl.exp2(logits - safe[:, None])
