@@ -24,8 +24,8 @@ _SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
 settings.register_profile("full", max_examples=100, deadline=None, suppress_health_check=_SLOW)
 settings.register_profile("quick", settings.get_profile("full"), max_examples=15)
 settings.register_profile("thorough", settings.get_profile("full"), max_examples=1000)
-# In CI the same problems every time; the random runs are everybody's own.
-settings.register_profile("ci", settings.get_profile("full"), derandomize=True, database=None)
+# In CI all tests, and the same problems every time; the random runs are everybody's own.
+settings.register_profile("ci", settings.get_profile("quick"), derandomize=True, database=None)
 # On a GPU every other combination of shapes and settings is a kernel to compile, a second or two:
 # few examples, and of few shapes (see `fitted`).
 settings.register_profile("device", settings.get_profile("ci"), max_examples=12)
@@ -60,10 +60,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=slow)
 
 
+# Their tests share what takes long to make.
+_ONE_FOR_ALL = (
+    *("test_gpu_dry_run.py", "test_laziness.py", "test_real_model.py", "test_resources.py"),
+    "test_triton_bytes.py",
+)
+
+
 def together(nodeid: str) -> str:
     """What the tests that one process has to run have in common."""
     path, _, test = nodeid.partition("::")
-    if path.endswith("test_real_model.py"):  # it reads once for all
+    if path.endswith(_ONE_FOR_ALL):
         return path
     if path.endswith("properties/test_laws.py") and "[" in test:  # it counts a backend's problems
         backend = re.split(r"[-\]]", test.partition("[")[2])[0]

@@ -26,9 +26,9 @@ def share(examples: float, backend: str) -> int:
 
 
 def of_the_profile(examples: int, backend: str) -> int:
-    """The same in the loaded profile, where `examples` are those of the profile `ci`."""
-    of_ci = settings.get_profile("ci").max_examples
-    return share(examples * settings.default.max_examples / of_ci, backend)
+    """The same in the loaded profile, where `examples` are those of the profile `full`."""
+    of_full = settings.get_profile("full").max_examples
+    return share(examples * settings.default.max_examples / of_full, backend)
 
 
 @dataclass(frozen=True)

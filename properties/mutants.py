@@ -72,6 +72,11 @@ MUTANTS = (
         "select",
     ),
     Mutant(
+        "lets-a-block-see-what-its-last-query-sees", "attend", "(position <= first_query)",
+        "(position <= last_query)", "attend",
+    ),
+    Mutant("walks-in-place", "attend", "position = following", "position = position", "attend"),
+    Mutant(
         "query-does-not-see-itself",
         "attend",
         "stands[None, :] <= query_position[:, None]",
@@ -125,8 +130,8 @@ MUTANTS = (
         None,
     ),
     Mutant(
-        "trusts-positions", "attend", "is_token & (position >= 0) & (position < n)",
-        "is_token & (position >= 0)", None,
+        "trusts-positions", "attend", "is_token = (position >= 0) & (position < n)",
+        "is_token = position >= 0", None,
     ),
 )  # fmt: skip
 

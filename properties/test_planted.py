@@ -25,6 +25,8 @@ SEARCH = settings(
     report_multiple_bugs=False,
     suppress_health_check=list(HealthCheck),
 )
+# Most mistakes break one law or another at once.
+FIRST = settings(SEARCH, max_examples=8, phases=[Phase.generate])
 
 
 def laws_by_stage(stage: str) -> list[Law]:
@@ -32,13 +34,14 @@ def laws_by_stage(stage: str) -> list[Law]:
     return sorted(LAWS, key=lambda law: not law.holds.__module__.endswith(STAGE_LAWS[stage]))
 
 
-def catcher(backend: Backend, bent: str) -> str | None:
-    """The law that `backend`, of which one stage is bent, breaks."""
-    for law in laws_by_stage(bent):
-        try:
-            law.check(backend, SEARCH)
-        except AssertionError:
-            return law.name
+def catcher(backend: Backend, bent: str, raised: type[Exception] = AssertionError) -> str | None:
+    """The law that `backend`, of which one stage is bent, breaks, or one of them."""
+    for search in (FIRST, SEARCH):
+        for law in laws_by_stage(bent):
+            try:
+                law.check(backend, search)
+            except raised:
+                return law.name
     return None
 
 

@@ -36,7 +36,7 @@ from properties.interpreter import overflow_checked
 from properties.law import LAWS, SHARES, Law, able
 from properties.laws_metamorphic import same
 from properties.strategies import Case, cases
-from properties.test_planted import SEARCH, laws_by_stage
+from properties.test_planted import SEARCH, catcher, laws_by_stage
 from tokenselect import Backend, Problem, SelectConfig
 from tokenselect.registry import load
 
@@ -311,12 +311,7 @@ def caught_by(mutant: mutants.Mutant, where: Path) -> str:
             return THE_REFERENCE
         return "nobody"
     SHARES[backend.name] = 0.2 if launch.INTERPRETED else 1
-    for law in laws_by_stage(mutant.stage):
-        try:
-            law.check(backend, SEARCH)
-        except Exception:
-            return law.name
-    return "nobody"
+    return catcher(backend, mutant.stage, Exception) or "nobody"
 
 
 @pytest.mark.slow
