@@ -17,6 +17,7 @@ from transformers.cache_utils import DynamicLayer
 from bench.quality import texts
 from bench.quality.model import find, load_model, load_tokenizer
 from bench.quality.ways import Way
+from tokenselect.demo.model import named
 from tokenselect.integrations.transformers import TokenSelectCache
 from tokenselect.integrations.transformers.cache import RoomyLayer
 
@@ -152,7 +153,8 @@ class Lab:
 def fed(model: Any, cache: Any, ids: tuple[int, ...], keep: int = 1) -> torch.Tensor:
     """Feed tokens to a model; return the logits (keep, vocabulary) of the last `keep`."""
     inputs = torch.tensor([ids])
-    out = model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=keep)
+    given = named(model, cache)
+    out = model(input_ids=inputs, **given, use_cache=True, logits_to_keep=keep)
     logits: torch.Tensor = out.logits[0]
     return logits
 
