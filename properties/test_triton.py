@@ -37,7 +37,7 @@ from properties.law import LAWS, SHARES, Law, able
 from properties.laws_metamorphic import same
 from properties.strategies import Case, cases
 from properties.test_planted import SEARCH, catcher, laws_by_stage
-from tokenselect import Backend, Problem, SelectConfig
+from tokenselect import Backend, Problem, SelectConfig, Selection
 from tokenselect.registry import load
 
 ROOT = Path(__file__).parent.parent
@@ -178,6 +178,31 @@ def test_every_kernel_waits_for_the_one_before_it() -> None:
                     waiting.add(node.name)
     assert len(called) > 10
     assert called == waiting
+
+
+def test_a_scale_may_be_as_large_as_a_float32() -> None:
+    """Zeros times it are zeros; times log2(e) it is beyond float32."""
+    from tokenselect.kernels.triton import BACKEND
+
+    caches = torch.ones(2, 1, 1, 40, 32)
+    problem = Problem.build(torch.zeros(1, 1, 1, 32), *caches, SelectConfig(k=4), scale=3e38)
+    attended = stages(BACKEND, on(device_of(BACKEND), problem))
+    assert (attended["out"] == 1).all()
+    assert attended["lse"].isfinite().all()
+
+
+def test_a_selection_may_have_no_places() -> None:
+    from tokenselect.kernels.triton import BACKEND
+
+    device = device_of(BACKEND)
+    problem = on(device, replace(Case((60,), D=32, Dv=32)).problem())
+    selection = Selection(
+        torch.empty(problem.B, problem.S, 0, dtype=torch.int32, device=device),
+        torch.zeros(problem.B, problem.S, dtype=torch.int32, device=device),
+    )
+    out, lse = load("triton").attend(problem, selection)
+    assert (out == 0).all()
+    assert (lse == -torch.inf).all()
 
 
 # --- addresses --------------------------------------------------------------------------------

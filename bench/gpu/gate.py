@@ -248,28 +248,28 @@ def run(
     """Run all at once; those that have not ended in time are stopped. A report on each."""
     running, reports = [], []
     ends_at = time.monotonic() + seconds
-    for check in wanted:
-        if check.command is None:
-            reports.append(_report(check, Verdict("skipped", check.detail), 0.0, ""))
-            say(f"  {check.name}: SKIPPED: {check.detail}")
-            continue
-        time.sleep(check.after)
-        log = folder / f"gpu-{check.name}.log"
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                check.command,
-                cwd=ROOT,
-                # The problems are small, and each core has a process already.
-                env=environment() | {"OMP_NUM_THREADS": "1"} | check.environment,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                process_group=0,
-            )
-        running.append(_Running(check, process, log, time.monotonic()))
-        say(f"  {check.name}: begun")
     late: set[str] = set()
     try:
+        for check in wanted:
+            if check.command is None:
+                reports.append(_report(check, Verdict("skipped", check.detail), 0.0, ""))
+                say(f"  {check.name}: SKIPPED: {check.detail}")
+                continue
+            time.sleep(check.after)
+            log = folder / f"gpu-{check.name}.log"
+            with log.open("wb") as output:
+                process = subprocess.Popen(
+                    check.command,
+                    cwd=ROOT,
+                    # The problems are small, and each core has a process already.
+                    env=environment() | {"OMP_NUM_THREADS": "1"} | check.environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    process_group=0,
+                )
+            running.append(_Running(check, process, log, time.monotonic()))
+            say(f"  {check.name}: begun")
         while running:
             if time.monotonic() > ends_at and not late:
                 late = {one.check.name for one in running}

@@ -23,7 +23,7 @@ from bench.gpu.inputs import draw
 from bench.gpu.plan import CHUNK, MAIN, Cell, cells
 from bench.gpu.worker import device_for, named
 from bench.workloads import TINY, make
-from tokenselect import Problem, SelectionCache, check
+from tokenselect import Problem, SelectConfig, SelectionCache, check
 from tokenselect.registry import load
 
 REPEATS, DRY_REPEATS = 20, 4
@@ -72,10 +72,22 @@ def determinism(backend: str, dry: bool) -> int:
     return 0
 
 
+# A GPU's kernels take hundreds of tokens in one go: these selections are cut into shares, or walked
+# tile by tile.
+_MORE = SelectConfig(k=500, n_sink=8, n_local=32)
+_LONGER = [
+    replace(workload, name=f"{workload.name}, k 500", n=900, config=_MORE)
+    for workload in TINY
+    if workload.name in ("tiny-decode", "tiny-paged", "tiny-prefill")
+]
+
+
 def small(backend: str, dry: bool) -> int:
-    """The benchmark's tiny workloads: decode and a chunk, paged and not, a layer and a group."""
+    """The benchmark's tiny workloads: decode and a chunk, paged and not, a layer and a group; and
+    some with more tokens to attend to.
+    """
     device = device_for(dry)
-    for workload in TINY:
+    for workload in (*TINY, *_LONGER):
         problem = check.moved(make(workload), str(device.at))
         why_not = tokenselect.reasons(load(backend), problem)
         if why_not:

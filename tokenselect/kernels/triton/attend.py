@@ -392,10 +392,10 @@ def _walked(
         is_key = is_token[:, None] & (d < D)[None, :]
         keys = tl.load(key_row + d[None, :] * stride_d, mask=is_key, other=0.0).to(DOT)
         logits = tl.dot(queries, tl.trans(keys), logits, input_precision=PRECISION)
+    logits *= scale
     if SOFTCAP:
-        logits = capped(logits * scale, softcap) * LOG2E
-    else:
-        logits *= scale * LOG2E
+        logits = capped(logits, softcap)
+    logits *= LOG2E  # apart from the scale, which may be as large as a float32
     if SEEN == "tokens":
         logits = tl.where((place < last_place)[None, :], logits, float("-inf"))
     elif SEEN == "causal":
@@ -613,7 +613,7 @@ def launches(
     in_float32 = moves or p.q.dtype == torch.float32
     split = _split(config, n_rows, K)
     rows_, tile, warps = _tile(config, p, moves)
-    n_splits = math.ceil(K / split)
+    n_splits = max(1, math.ceil(K / split))
     is_whole = n_splits == 1
     partial = (B, Hkv, 1 if is_whole else n_splits, 1 if is_whole else n_rows)
     largest, sums = empty(*partial), empty(*partial)

@@ -148,7 +148,12 @@ def _count(
     votes_ptr += first_vote
     votes_ptr += (row // S).to(tl.int64) * stride_b + (row % S).to(tl.int64) * stride_s
     key = _keys(votes_ptr, taken_ptr, row, position, is_candidate, Lk, stride_j, TAKEN)
-    _add_counts(histogram_ptr + (first_row + row) * _ALL_BINS, key >> 22, is_candidate, _FIRST_BINS)
+    _add_counts(
+        histogram_ptr + (first_row + row).to(tl.int64) * _ALL_BINS,
+        key >> 22,
+        is_candidate,
+        _FIRST_BINS,
+    )
     if UNTAKES:
         at = taken_ptr + row.to(tl.int64) * Lk + position
         tl.store(at, tl.zeros([BLOCK], tl.int8), mask=is_candidate)
@@ -186,7 +191,7 @@ def _shortlist(
     sink_end, local_start, need = _row(row, seqlens_ptr, S, Lq, Lk, n_sink, n_local, share)
     if block * BLOCK >= local_start:
         return
-    histogram_ptr += (first_row + row) * _ALL_BINS
+    histogram_ptr += (first_row + row).to(tl.int64) * _ALL_BINS
     first, need = _threshold(histogram_ptr, need, _FIRST_BINS)
     _hand_on(found_ptr + row * _FOUND, block, first, need)
     position = block * BLOCK + tl.arange(0, BLOCK)
@@ -238,7 +243,7 @@ def _narrow(
     _, local_start, _ = _row(row, seqlens_ptr, S, Lq, Lk, n_sink, n_local, share)
     if block * BLOCK >= local_start:
         return
-    histogram_ptr += (first_row + row) * _ALL_BINS
+    histogram_ptr += (first_row + row).to(tl.int64) * _ALL_BINS
     found_ptr += row * _FOUND
     first, need = _handed(found_ptr)
     second, need = _threshold(histogram_ptr + _FIRST_BINS, need, _BINS)
@@ -277,7 +282,7 @@ def _tally(
         return
     found_ptr += row * _FOUND
     digits, need = _handed(found_ptr + 2)
-    histogram_ptr += (first_row + row) * _ALL_BINS
+    histogram_ptr += (first_row + row).to(tl.int64) * _ALL_BINS
     third, need = _threshold(histogram_ptr + _FIRST_BINS + _BINS, need, _BINS)
     last = digits << 11 | third
     _hand_on(found_ptr + 4, block, last, need)
