@@ -101,6 +101,7 @@ def _attend(
     RAW_FACTOR: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    HUGE_SCALE: tl.constexpr,
     SINKS: tl.constexpr,
     PAGED: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -207,8 +208,8 @@ def _attend(
                 high_ptr, low_ptr, scale, softcap, Lk, page_size, n_pages, stride_qd, stride_page,
                 stride_row, stride_d, v_stride_page, v_stride_row, v_stride_d, stride_table_b,
                 stride_table_page, d, dv, D, Dv, half, SEEN, MOVES, CONTIGUOUS, RAW, RAW_FACTOR,
-                INTERLEAVED, SOFTCAP, PAGED, TILE, ROWS, BLOCK_D, CHUNKED, DOT, PRECISION,
-                LOW_ROWS,
+                INTERLEAVED, SOFTCAP, HUGE_SCALE, PAGED, TILE, ROWS, BLOCK_D, CHUNKED, DOT,
+                PRECISION, LOW_ROWS,
             )  # fmt: skip
             position = following
     if not ONE_QUERY or tl.float16 == DOT:
@@ -220,8 +221,8 @@ def _attend(
                 high_ptr, low_ptr, scale, softcap, Lk, page_size, n_pages, stride_qd, stride_page,
                 stride_row, stride_d, v_stride_page, v_stride_row, v_stride_d, stride_table_b,
                 stride_table_page, d, dv, D, Dv, half, "causal", MOVES, CONTIGUOUS, RAW, RAW_FACTOR,
-                INTERLEAVED, SOFTCAP, PAGED, TILE, ROWS, BLOCK_D, CHUNKED, DOT, PRECISION,
-                LOW_ROWS,
+                INTERLEAVED, SOFTCAP, HUGE_SCALE, PAGED, TILE, ROWS, BLOCK_D, CHUNKED, DOT,
+                PRECISION, LOW_ROWS,
             )  # fmt: skip
 
     sees = first_seen <= query_position
@@ -312,6 +313,7 @@ def _walked(
     RAW_FACTOR: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    HUGE_SCALE: tl.constexpr,
     PAGED: tl.constexpr,
     TILE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -392,10 +394,12 @@ def _walked(
         is_key = is_token[:, None] & (d < D)[None, :]
         keys = tl.load(key_row + d[None, :] * stride_d, mask=is_key, other=0.0).to(DOT)
         logits = tl.dot(queries, tl.trans(keys), logits, input_precision=PRECISION)
-    logits *= scale
     if SOFTCAP:
-        logits = capped(logits, softcap)
-    logits *= LOG2E  # apart from the scale, which may be as large as a float32
+        logits = capped(logits * scale, softcap) * LOG2E
+    elif HUGE_SCALE:
+        logits = logits * scale * LOG2E
+    else:
+        logits *= scale * LOG2E
     if SEEN == "tokens":
         logits = tl.where((place < last_place)[None, :], logits, float("-inf"))
     elif SEEN == "causal":
@@ -681,6 +685,8 @@ def launches(
                 RAW_FACTOR=p.rope.scaling**2 if is_raw and p.rope is not None else 1.0,
                 INTERLEAVED=p.rope is not None and p.rope.interleaved,
                 SOFTCAP=p.softcap is not None,
+                # Times log2(e) it would be beyond float32.
+                HUGE_SCALE=abs(p.scale) > 2e38,
                 SINKS=p.sink_logits is not None,
                 PAGED=p.is_paged,
                 WHOLE=is_whole,
