@@ -197,12 +197,16 @@ def _attend(
     if tl.float16 != DOT:
         if clean_place > first_place:
             first_seen = -1
-        position = _picked(picked_ptr, first_place, last_place, stride_positions_place, TILE, WIDE)
+        position = _positions(
+            picked_ptr, first_place, last_place, stride_positions_place, TILE, WIDE
+        )
         SEEN: tl.constexpr = "tokens" if ONE_QUERY else "whole"
         for start in tl.range(first_place, clean_place, TILE, num_stages=STAGES):
             ahead = start + TILE
-            following = _picked(picked_ptr, ahead, last_place, stride_positions_place, TILE, WIDE)
-            acc, largest, total, first_seen = _walked(
+            following = _positions(
+                picked_ptr, ahead, last_place, stride_positions_place, TILE, WIDE
+            )
+            acc, largest, total, first_seen = _add_tile(
                 acc, largest, total, first_seen, start, last_place, position, n, b,
                 query_position, queries, q_row, is_row, q_steps, head_ptr, v_head_ptr, table_ptr,
                 high_ptr, low_ptr, scale, softcap, Lk, page_size, n_pages, stride_qd, stride_page,
@@ -214,8 +218,8 @@ def _attend(
             position = following
     if not ONE_QUERY or tl.float16 == DOT:
         for start in tl.range(clean_place, last_place, TILE, num_stages=1):
-            position = _picked(picked_ptr, start, last_place, stride_positions_place, TILE, WIDE)
-            acc, largest, total, first_seen = _walked(
+            position = _positions(picked_ptr, start, last_place, stride_positions_place, TILE, WIDE)
+            acc, largest, total, first_seen = _add_tile(
                 acc, largest, total, first_seen, start, last_place, position, n, b,
                 query_position, queries, q_row, is_row, q_steps, head_ptr, v_head_ptr, table_ptr,
                 high_ptr, low_ptr, scale, softcap, Lk, page_size, n_pages, stride_qd, stride_page,
@@ -259,7 +263,7 @@ def _is_finite(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _picked(picked_ptr, start, last_place, stride_place, TILE: tl.constexpr, WIDE: tl.constexpr):
+def _positions(picked_ptr, start, last_place, stride_place, TILE: tl.constexpr, WIDE: tl.constexpr):
     """The positions at TILE places of a selection, -1 from last_place on."""
     place = start + tl.arange(0, TILE)
     at = picked_ptr + (place.to(tl.int64) if WIDE else place) * stride_place
@@ -267,7 +271,7 @@ def _picked(picked_ptr, start, last_place, stride_place, TILE: tl.constexpr, WID
 
 
 @triton.jit
-def _walked(
+def _add_tile(
     acc,
     largest,
     total,
@@ -756,9 +760,7 @@ def _split(config: Config, n_rows: int, K: int) -> int:
 def _tile(config: Config, problem: Problem, moves: bool) -> tuple[int, int, int]:
     """Query rows of a program, places that it takes at once, and its warps."""
     p, places = problem, config.gather // 2
-    rows_ = min(config.query_rows, padded(p.Lq * p.G))
-    if p.Lq * p.G > config.query_rows:
-        rows_ = config.chunk_rows
+    rows_ = config.chunk_rows if p.Lq * p.G > config.query_rows else padded(p.Lq * p.G)
     in_float32 = moves or p.q.dtype == torch.float32
     is_wide = max(p.D, p.Dv) > 128
     if p.Lq == 1 and rows_ == 16 and not in_float32 and not is_wide:
