@@ -67,7 +67,7 @@ help:
 	@echo "another torch, V=1 shows what pip does."
 
 demo: $(VENV)/.stamp-demo
-	@OMP_WAIT_POLICY=passive $(PY) -m tokenselect.demo $(ARGS)
+	@OMP_WAIT_POLICY=passive $(PY) -m examples.demo $(ARGS)
 
 test: $(VENV)/.stamp-dev
 	@echo "→ running tests and properties"
@@ -88,7 +88,7 @@ check: $(VENV)/.stamp-dev
 	@$(VENV)/bin/lint-imports --no-logo
 	@echo "→ examples in docstrings"
 	@$(PY) -m pytest -q --doctest-modules tokenselect bench/quality \
-		--ignore=tokenselect/demo --ignore=tokenselect/integrations
+		--ignore=tokenselect/integrations
 
 # The kernels under other versions of triton than the pinned one: the oldest and the newest.
 TRITONS ?= 3.6.0 3.9.0

@@ -32,7 +32,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from tokenselect import Problem, Rope, SelectConfig
-from tokenselect.contract import Memory, reasons
+from tokenselect.contract import CacheState, reasons
 
 PAGE = Path(__file__).parent.parent / "docs" / "resources.md"
 KIB = 1024
@@ -230,15 +230,15 @@ def shipped(problem: Problem, arch: str) -> list[Any]:
     return [*deciding, *scoring, *planned, *selecting, *keeping, *attending]
 
 
-def _memory(problem: Problem) -> Memory:
+def _memory(problem: Problem) -> CacheState:
     """What a SelectionCache would hold of the problem."""
     p = problem
     rows = (p.B,)
-    return Memory(
+    return CacheState(
         query=torch.empty(p.B, p.Hq * p.D),
         positions=torch.empty(p.B, p.S, p.K, dtype=torch.int32),
         count=torch.empty(p.B, p.S, dtype=torch.int32),
-        seen=torch.empty(rows, dtype=torch.int32),
+        seqlen_at_selection=torch.empty(rows, dtype=torch.int32),
         hits=torch.empty(rows, dtype=torch.int64),
         misses=torch.empty(rows, dtype=torch.int64),
     )

@@ -63,9 +63,11 @@ class Call:
         out: Tensor = tokenselect.attention(p.q, p.k_cache, p.v_cache, **self._arguments(cache))
         return out
 
-    def with_info(self, cache: SelectionCache | None = None) -> tuple[Tensor, tokenselect.Info]:
+    def with_info(
+        self, cache: SelectionCache | None = None
+    ) -> tuple[Tensor, tokenselect.AttentionInfo]:
         p, arguments = self.problem, self._arguments(cache) | {"return_info": True}
-        out: tuple[Tensor, tokenselect.Info]
+        out: tuple[Tensor, tokenselect.AttentionInfo]
         out = tokenselect.attention(p.q, p.k_cache, p.v_cache, **arguments)
         return out
 
@@ -234,7 +236,7 @@ def check_reused(call: Call, exact: Truth) -> SelectionCache:
     return cache
 
 
-def _check_bound(what: str, out: Tensor, info: tokenselect.Info, exact: Truth) -> Tensor:
+def _check_bound(what: str, out: Tensor, info: tokenselect.AttentionInfo, exact: Truth) -> Tensor:
     """|out - dense| <= 2 * (1 - mass) * max |v| for every head, but for rounding; the mass."""
     mass = torch.exp(info.lse[:, :, exact.rows].double() - exact.lse)
     error = (out[:, :, exact.rows].double() - exact.out).abs().amax(-1)

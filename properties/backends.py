@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tokenselect import InvalidProblem, UnknownBackend, backends
-from tokenselect.registry import load, named
+from tokenselect.dispatch.registry import load, named
 
 
 @functools.cache

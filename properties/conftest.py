@@ -9,8 +9,9 @@ import pytest
 from properties import guard, interpreter, law
 from properties.backends import chosen
 from properties.devices import for_the_cpu
-from tokenselect import Backend, registry
-from tokenselect.registry import load
+from tokenselect import Backend
+from tokenselect.dispatch import registry
+from tokenselect.dispatch.registry import load
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     law.SHARES["triton"] = 0.1
@@ -36,7 +37,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend_name" in metafunc.fixturenames:
         metafunc.parametrize("backend_name", chosen(metafunc.config))
     if "plannable" in metafunc.fixturenames:  # the names of those whose stages a plan can run
-        names = [name for name in chosen(metafunc.config) if load(name).planned is not None]
+        names = [name for name in chosen(metafunc.config) if load(name).static is not None]
         metafunc.parametrize("plannable", names)
 
 

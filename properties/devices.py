@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenselect import Attended, Backend, Problem, Scores, Selection
+from tokenselect import AttentionOutput, Backend, Problem, Scores, Selection
 
 _TENSORS = ("q", "k_cache", "v_cache", "cache_seqlens", "block_table", "sink_logits")
 
@@ -67,8 +67,8 @@ def for_the_cpu(backend: Backend) -> Backend:
     def select(votes: Tensor, problem: Problem) -> Selection:
         return Selection(*back(*backend.select(on(device, votes), on(device, problem))))
 
-    def attend(problem: Problem, selection: Selection) -> Attended:
-        return Attended(*back(*backend.attend(on(device, problem), on(device, selection))))
+    def attend(problem: Problem, selection: Selection) -> AttentionOutput:
+        return AttentionOutput(*back(*backend.attend(on(device, problem), on(device, selection))))
 
     return replace(_declared_for_the_cpu(backend), score=score, select=select, attend=attend)
 

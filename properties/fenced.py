@@ -21,7 +21,7 @@ from properties.guard import copied, run_guarded
 from properties.interpreter import hasten
 from properties.strategies import Case
 from tokenselect import Backend, Problem, SelectConfig, Selection
-from tokenselect.contract import Decision, Memory
+from tokenselect.contract import CacheState, ReuseDecision
 
 _NOTHING, _PRIVATE, _ANONYMOUS, _NORESERVE = 0, 0x02, 0x20, 0x4000
 _FENCE = 2**33  # bytes on each side; only addresses, no memory
@@ -161,13 +161,13 @@ class Kept(NamedTuple):
     count: Tensor
 
 
-def remembered(problem: Problem, selection: Selection) -> Memory:
+def remembered(problem: Problem, selection: Selection) -> CacheState:
     """As if each request had made `selection`, without its newest token, a call ago."""
     count = selection.count - 1
     zeros = torch.zeros_like(problem.cache_seqlens, dtype=torch.int64)
     query = problem.q.float().mean(2).flatten(1)
     seen = problem.cache_seqlens - problem.Lq
-    return Memory(query, selection.positions, count, seen, zeros, zeros.clone())
+    return CacheState(query, selection.positions, count, seen, zeros, zeros.clone())
 
 
 class _Stages:
@@ -177,22 +177,28 @@ class _Stages:
         self.score, self.select, self.attend = backend.score, backend.select, backend.attend
         self._reuse = backend.reuse
 
-    def decide(self, problem: Problem, memory: Memory) -> Decision:
-        return self._reuse.decide(problem, memory, 0.9)
+    def decide_reuse(self, problem: Problem, memory: CacheState) -> ReuseDecision:
+        return self._reuse.decide_reuse(problem, memory, 0.9)
 
-    def keep(self, problem: Problem, memory: Memory, decision: Decision, fresh: Selection) -> Kept:
-        self._reuse.keep(problem, memory, decision, fresh)
+    def update(
+        self, problem: Problem, memory: CacheState, decision: ReuseDecision, fresh: Selection
+    ) -> Kept:
+        self._reuse.update(problem, memory, decision, fresh)
         return Kept(*memory.tensors(), *fresh)
 
-    keep_afresh = keep
+    keep_afresh = update
 
 
 # What stages write to of what they are given.
-_CHANGES = {"keep": (Memory, Selection), "keep_afresh": (Memory, Selection)}
+_CHANGES = {"keep": (CacheState, Selection), "keep_afresh": (CacheState, Selection)}
 
 
 def arguments(
-    problem: Problem, votes: Tensor, selection: Selection, memory: Memory, decision: Decision
+    problem: Problem,
+    votes: Tensor,
+    selection: Selection,
+    memory: CacheState,
+    decision: ReuseDecision,
 ) -> dict[str, tuple[Any, ...]]:
     """What each stage is given of a problem. `keep` meets requests that all reuse, and none."""
     none = decision._replace(reused=~decision.reused)
@@ -215,7 +221,7 @@ def check(backend: Backend, launch: Any, say: Callable[[str], None]) -> int:
         votes = stages.score(problem).votes
         selection = stages.select(votes, problem)
         memory = remembered(problem, selection)
-        decision = stages.decide(problem, memory)
+        decision = stages.decide_reuse(problem, memory)
         assert decision.reused.all(), "where nothing is reused, little is tried"
         has = (votes, selection, memory, decision)
         right = {

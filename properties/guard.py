@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from properties.devices import carried, moved
-from tokenselect import Backend, Selection, registry
-from tokenselect.contract import Decision, Memory, Planned, Reuse
+from tokenselect import Backend, Selection
+from tokenselect.contract import CacheState, Reuse, ReuseDecision, StaticStages
+from tokenselect.dispatch import registry
 
 # In float32 and in half of the 16-bit floats it is a NaN with a payload that no arithmetic makes;
 # as int32 it is far outside of any cache.
@@ -120,18 +121,18 @@ def run_guarded(
     return results and type(results)(*(own.get(id(x), x) for x in results))
 
 
-def tensors(what: Tensor | Memory | Selection) -> tuple[Tensor, ...]:
-    if isinstance(what, Memory):
+def tensors(what: Tensor | CacheState | Selection) -> tuple[Tensor, ...]:
+    if isinstance(what, CacheState):
         return what.tensors()
     return (what,) if isinstance(what, Tensor) else tuple(what)
 
 
 def copied(what: Any, copy: Callable[[Tensor], Tensor]) -> Any:
     """Any argument of a stage on copies of its memory."""
-    if isinstance(what, Memory):
-        return Memory(*(carried(x, copy) for x in what.tensors()))
-    if isinstance(what, Decision):
-        return Decision(*(carried(x, copy) for x in what))
+    if isinstance(what, CacheState):
+        return CacheState(*(carried(x, copy) for x in what.tensors()))
+    if isinstance(what, ReuseDecision):
+        return ReuseDecision(*(carried(x, copy) for x in what))
     return what if isinstance(what, (int, float)) else moved(what, copy)
 
 
@@ -159,13 +160,13 @@ def watched(backend: Backend, launch: Any) -> Backend:
 
     stages = ("score", "select", "attend")
     own: dict[str, Any] = {name: guarded(getattr(backend, name)) for name in stages}
-    if backend.planned is not None:
-        planned = {name: guarded(getattr(backend.planned, name)) for name in stages[:2]}
+    if backend.static is not None:
+        planned = {name: guarded(getattr(backend.static, name)) for name in stages[:2]}
         # `out` is the one tensor that it is given by itself.
-        own["planned"] = Planned(**planned, attend=guarded(backend.planned.attend, Tensor))
+        own["static"] = StaticStages(**planned, attend=guarded(backend.static.attend, Tensor))
     if isinstance(backend.reuse, Reuse):
-        keep = guarded(backend.reuse.keep, Memory, Selection)
-        own["reuse"] = Reuse(guarded(backend.reuse.decide), keep)
+        update = guarded(backend.reuse.update, CacheState, Selection)
+        own["reuse"] = Reuse(guarded(backend.reuse.decide_reuse), update)
     return replace(backend, **own)
 
 

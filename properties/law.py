@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from properties.strategies import CannotRun, fitted
-from tokenselect import Attended, Backend, Capability, Problem, Scores, Selection, reasons
+from tokenselect import AttentionOutput, Backend, Capability, Problem, Scores, Selection, reasons
 
 # How many problems each law really ran on each backend, and how many the backend cannot run.
 RAN: Counter[tuple[str, str]] = Counter()
@@ -116,7 +116,7 @@ def asked_first(backend: Backend) -> Backend:
     def select(votes: Tensor, problem: Problem) -> Selection:
         return backend.select(votes, able(backend, problem))
 
-    def attend(problem: Problem, selection: Selection) -> Attended:
+    def attend(problem: Problem, selection: Selection) -> AttentionOutput:
         return backend.attend(able(backend, problem), selection)
 
     return replace(backend, score=score, select=select, attend=attend)

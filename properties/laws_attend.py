@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from properties.law import law
 from properties.strategies import FAR, FILL, NAMED, Case, Chosen, at, by_token, chosen
 from tokenselect import Backend, Problem, SelectConfig, Selection
-from tokenselect.budgets import attend_budget
+from tokenselect.conformance.tolerances import attend_budget
 
 ATTENDED = (
     Chosen(Case(lengths=(0, 30)), 0.5, 0),

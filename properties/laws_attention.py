@@ -11,15 +11,21 @@ from torch.nn import functional as F
 from properties.devices import back, device_of, on
 from properties.law import able, law
 from properties.strategies import NAMED, Case, at, by_token, cases, with_config
-from tokenselect import Backend, Info, Problem, SelectConfig, Selection
+from tokenselect import AttentionInfo, Backend, Problem, SelectConfig, Selection
 from tokenselect.api import attention
-from tokenselect.budgets import Budget, attend_budget, choice_finding, exact, score_budget
-from tokenselect.registry import load
+from tokenselect.conformance.tolerances import (
+    Budget,
+    attend_budget,
+    choice_finding,
+    exact,
+    score_budget,
+)
+from tokenselect.dispatch.registry import load
 
 EVERYTHING = 10_000
 
 
-def run(backend: Backend, problem: Problem, **more) -> tuple[Tensor, Info]:
+def run(backend: Backend, problem: Problem, **more) -> tuple[Tensor, AttentionInfo]:
     """`tokenselect.attention` on a problem that is already built, where the backend runs.
 
     Raises CannotRun if it is beyond what the backend declares.
@@ -43,7 +49,7 @@ def run(backend: Backend, problem: Problem, **more) -> tuple[Tensor, Info]:
     )
     lse, mass, reused = back(info.lse, info.retained_mass, info.reused)
     selection = Selection(*back(*info.selection))
-    return out.cpu(), Info(lse, selection, mass, reused, info.backend)
+    return out.cpu(), AttentionInfo(lse, selection, mass, reused, info.backend)
 
 
 def everything(problem: Problem) -> Selection:
@@ -69,8 +75,8 @@ def in_place(problem: Problem, b: int) -> tuple[Tensor, Tensor]:
     q, keys = truth.q[b], rows_of(truth, truth.k_cache, b).repeat_interleave(problem.G, 0)
     if problem.rope is not None and problem.rope.cached == "raw":
         positions = torch.arange(n)
-        keys = problem.rope.place(keys, positions, positions)
-        q = problem.rope.place(q, positions[-problem.Lq :], positions[-problem.Lq :])
+        keys = problem.rope.reposition(keys, positions, positions)
+        q = problem.rope.reposition(q, positions[-problem.Lq :], positions[-problem.Lq :])
     return q, keys
 
 

@@ -10,7 +10,12 @@ from properties.law import CannotRun, law
 from properties.laws_attention import rows_of, run
 from properties.strategies import FILL, Case, at, by_token, cases, with_config
 from tokenselect import Backend, Problem, Scores, SelectConfig
-from tokenselect.budgets import Budget, attend_budget, compare_selection, score_budget
+from tokenselect.conformance.tolerances import (
+    Budget,
+    attend_budget,
+    compare_selection,
+    score_budget,
+)
 
 
 def same(backend: Backend, name: str, one: Tensor, other: Tensor) -> None:
@@ -210,12 +215,12 @@ def keys_may_be_cached_rotated_or_raw(backend: Backend, case: Case) -> None:
     k_cache = raw.k_cache.clone()
     for b in range(raw.B):
         places = torch.arange(int(n[b]))
-        turned = rope.place(rows_of(raw, raw.k_cache, b), places, places)
+        turned = rope.reposition(rows_of(raw, raw.k_cache, b), places, places)
         by_token(raw, k_cache)[at(raw, b, places)] = turned.transpose(0, 1)
     rotated = replace(
         raw,
         k_cache=k_cache,
-        q=rope.place(raw.q, new[:, None], new[:, None]),
+        q=rope.reposition(raw.q, new[:, None], new[:, None]),
         rope=replace(rope, cached="rotated"),
     )
     one, other = backend.score(raw), backend.score(rotated)

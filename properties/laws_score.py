@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from properties.law import law
 from properties.strategies import FAR, NAMED, Case, cases
 from tokenselect import Backend, SelectConfig
-from tokenselect.budgets import score_budget
+from tokenselect.conformance.tolerances import score_budget
 
 
 @law(

@@ -8,7 +8,7 @@ from torch import Tensor
 from properties.law import law
 from properties.strategies import Ballots, Case, ballots
 from tokenselect import Backend, Problem, SelectConfig, Selection
-from tokenselect.budgets import compare_selection
+from tokenselect.conformance.tolerances import compare_selection
 
 
 def sorted_selection(votes: Tensor, problem: Problem) -> Selection:

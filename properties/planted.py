@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from tokenselect import (
-    Attended,
+    AttentionOutput,
     Backend,
     Problem,
     Scores,
     Selection,
     SelectionCache,
 )
-from tokenselect.contract import Decision, Reuse
+from tokenselect.contract import Reuse, ReuseDecision
 
 # By name: the stage that is bent, and the function of the right backend and the stage's arguments.
 PLANTED: dict[str, tuple[str, Callable]] = {}
@@ -190,7 +190,7 @@ def turns_far(p: Problem, where: str) -> bool:
     """Whether keys of one long request in a contiguous cache are turned to score or attend."""
     return (
         p.rope is not None
-        and p.moves(where)
+        and p.needs_rotation(where)
         and not p.rope.interleaved
         and not p.is_paged
         and p.B == p.S == p.R == 1
@@ -318,77 +318,87 @@ def select_pads_with_zero(base: Backend, votes: Tensor, p: Problem) -> Selection
 
 
 @plant("attend")
-def attend_reads_kv_head_modulo(base: Backend, p: Problem, selection: Selection) -> Attended:
+def attend_reads_kv_head_modulo(base: Backend, p: Problem, selection: Selection) -> AttentionOutput:
     if p.S > 1:
         return base.attend(p, selection)
     order = shuffled_heads(p)
     sinks = None if p.sink_logits is None else p.sink_logits[order]
     out, lse = base.attend(replace(p, q=p.q[:, order], sink_logits=sinks), selection)
     back = torch.argsort(order)
-    return Attended(out[:, back], lse[:, back])
+    return AttentionOutput(out[:, back], lse[:, back])
 
 
 @plant("attend")
-def attend_reads_padding_as_row_zero(base: Backend, p: Problem, selection: Selection) -> Attended:
+def attend_reads_padding_as_row_zero(
+    base: Backend, p: Problem, selection: Selection
+) -> AttentionOutput:
     """-1 taken for position 0, which then weighs as often as there is padding."""
     positions, count = selection
     filled = Selection(positions.clamp(min=0), torch.full_like(count, positions.shape[2]))
     padded, right = base.attend(p, filled), base.attend(p, selection)
     wrong = (count < positions.shape[2]).any(1) & (count > 0).all(1)
-    return Attended(
+    return AttentionOutput(
         torch.where(wrong[:, None, None, None], padded.out, right.out),
         torch.where(wrong[:, None, None], padded.lse, right.lse),
     )
 
 
 @plant("attend")
-def attend_without_the_causal_rule(base: Backend, p: Problem, selection: Selection) -> Attended:
+def attend_without_the_causal_rule(
+    base: Backend, p: Problem, selection: Selection
+) -> AttentionOutput:
     outs = [base.attend(replace(p, q=p.q[:, :, i : i + 1]), selection) for i in range(p.Lq)]
-    return Attended(torch.cat([o.out for o in outs], 2), torch.cat([o.lse for o in outs], 2))
+    return AttentionOutput(torch.cat([o.out for o in outs], 2), torch.cat([o.lse for o in outs], 2))
 
 
 @plant("attend")
-def attend_without_softcap(base: Backend, p: Problem, selection: Selection) -> Attended:
+def attend_without_softcap(base: Backend, p: Problem, selection: Selection) -> AttentionOutput:
     return base.attend(replace(p, softcap=None), selection)
 
 
 @plant("attend")
-def attend_without_sink_logits(base: Backend, p: Problem, selection: Selection) -> Attended:
+def attend_without_sink_logits(base: Backend, p: Problem, selection: Selection) -> AttentionOutput:
     return base.attend(replace(p, sink_logits=None), selection)
 
 
 @plant("attend")
-def attend_vanishes_under_a_large_sink(base: Backend, p: Problem, selection: Selection) -> Attended:
+def attend_vanishes_under_a_large_sink(
+    base: Backend, p: Problem, selection: Selection
+) -> AttentionOutput:
     """Where a sink takes nearly all, what is left is dropped."""
     out, lse = base.attend(p, selection)
     if p.sink_logits is None:
-        return Attended(out, lse)
+        return AttentionOutput(out, lse)
     left = torch.sigmoid(lse - p.sink_logits[:, None].float())
-    return Attended(torch.where(left[..., None] < 0.1, 0 * out, out), lse)
+    return AttentionOutput(torch.where(left[..., None] < 0.1, 0 * out, out), lse)
 
 
 @plant("attend")
-def attend_counts_sink_logits_in_lse(base: Backend, p: Problem, selection: Selection) -> Attended:
+def attend_counts_sink_logits_in_lse(
+    base: Backend, p: Problem, selection: Selection
+) -> AttentionOutput:
     out, lse = base.attend(p, selection)
     if p.sink_logits is not None:
         lse = torch.logaddexp(lse, p.sink_logits[:, None].float().expand_as(lse))
-    return Attended(out, lse)
+    return AttentionOutput(out, lse)
 
 
 @plant("attend")
-def attend_ignores_scale(base: Backend, p: Problem, selection: Selection) -> Attended:
+def attend_ignores_scale(base: Backend, p: Problem, selection: Selection) -> AttentionOutput:
     return base.attend(replace(p, scale=p.D**-0.5), selection)
 
 
 @plant("attend")
-def attend_stays_at_original_positions(base: Backend, p: Problem, selection: Selection) -> Attended:
+def attend_stays_at_original_positions(
+    base: Backend, p: Problem, selection: Selection
+) -> AttentionOutput:
     return base.attend(configured(p, positions="original"), selection)
 
 
 @plant("attend")
 def attend_moves_keys_by_a_float32_angle(
     base: Backend, p: Problem, selection: Selection
-) -> Attended:
+) -> AttentionOutput:
     if not turns_far(p, p.config.positions):
         return base.attend(p, selection)
     positions = selection.positions[0, 0][: int(selection.count)].long()
@@ -397,47 +407,53 @@ def attend_moves_keys_by_a_float32_angle(
 
 
 @plant("attend")
-def attend_forgets_the_rope_factor(base: Backend, p: Problem, selection: Selection) -> Attended:
+def attend_forgets_the_rope_factor(
+    base: Backend, p: Problem, selection: Selection
+) -> AttentionOutput:
     return base.attend(replace(p, rope=p.rope and replace(p.rope, scaling=1.0)), selection)
 
 
 @plant("attend")
-def attend_multiplies_unseen_values(base: Backend, p: Problem, selection: Selection) -> Attended:
+def attend_multiplies_unseen_values(
+    base: Backend, p: Problem, selection: Selection
+) -> AttentionOutput:
     """Weights of zero, times NaN."""
     out, lse = base.attend(p, selection)
     if not p.is_paged:
         for b, n in enumerate(p.cache_seqlens.tolist()):
             if n > 0 and (selection.positions[b] == n - 1).any():
                 out[b] += 0 * p.v_cache[b, :, n - 1].repeat_interleave(p.G, 0)[:, None]
-    return Attended(out, lse)
+    return AttentionOutput(out, lse)
 
 
 @plant("attend")
-def attend_reads_every_value(base: Backend, p: Problem, selection: Selection) -> Attended:
+def attend_reads_every_value(base: Backend, p: Problem, selection: Selection) -> AttentionOutput:
     out, lse = base.attend(p, selection)
-    return Attended(out + 0 * p.v_cache.double().sum().to(out.dtype), lse)
+    return AttentionOutput(out + 0 * p.v_cache.double().sum().to(out.dtype), lse)
 
 
 @plant("attend")
-def attend_rounds_queries_to_bfloat16(base: Backend, p: Problem, selection: Selection) -> Attended:
+def attend_rounds_queries_to_bfloat16(
+    base: Backend, p: Problem, selection: Selection
+) -> AttentionOutput:
     return base.attend(replace(p, q=p.q.bfloat16().to(p.q.dtype)), selection)
 
 
 @plant("attend")
 def attend_leaves_one_row_in_many_wrong(
     base: Backend, p: Problem, selection: Selection
-) -> Attended:
+) -> AttentionOutput:
     out, lse = base.attend(p, selection)
     out[-1, -1, -1, -1] *= 1 + 1e-2
-    return Attended(out, lse)
+    return AttentionOutput(out, lse)
 
 
 @plant("attend")
 def attend_gives_nan_to_a_query_that_sees_nothing(
     base: Backend, p: Problem, selection: Selection
-) -> Attended:
+) -> AttentionOutput:
     out, lse = base.attend(p, selection)
-    return Attended(torch.where(lse[..., None] == -math.inf, math.nan, out), lse)
+    return AttentionOutput(torch.where(lse[..., None] == -math.inf, math.nan, out), lse)
 
 
 # --- Selection Caches: the stateful test must catch these ---
@@ -446,20 +462,22 @@ def attend_gives_nan_to_a_query_that_sees_nothing(
 class PlantedCache(SelectionCache):
     """Wrong in a method, or, by a function of that name, in a step of the backend's `Reuse`."""
 
-    decide = staticmethod(lambda right, *given: right.decide(*given))
-    keep = staticmethod(lambda right, *given: right.keep(*given))
+    decide_reuse = staticmethod(lambda right, *given: right.decide_reuse(*given))
+    update = staticmethod(lambda right, *given: right.update(*given))
 
     @classmethod
     def reuse(cls, right: Reuse) -> Reuse:
-        return Reuse(functools.partial(cls.decide, right), functools.partial(cls.keep, right))
+        return Reuse(
+            functools.partial(cls.decide_reuse, right), functools.partial(cls.update, right)
+        )
 
 
 class LosesWhatWasAppended(PlantedCache):
     """The released algorithm: the stored selection as it is."""
 
     @staticmethod
-    def keep(right, p, memory, decision, fresh):
-        right.keep(p, memory, decision, fresh)
+    def update(right, p, memory, decision, fresh):
+        right.update(p, memory, decision, fresh)
         place = torch.arange(p.K)
         lost = decision.reused[:, None, None] & (place >= memory.count[:, :, None])
         fresh.positions.masked_fill_(lost, -1)
@@ -470,25 +488,25 @@ class ComparesWithThePreviousQuery(PlantedCache):
     """Drifts: each step is like the last, and none is like the first."""
 
     @staticmethod
-    def keep(right, p, memory, decision, fresh):
-        right.keep(p, memory, decision, fresh)
+    def update(right, p, memory, decision, fresh):
+        right.update(p, memory, decision, fresh)
         memory.query.copy_(decision.query)
 
 
 class IgnoresMaxReuse(PlantedCache):
     @staticmethod
-    def decide(right, p, memory, theta):
-        return right.decide(replace(p, max_reuse=10**6), memory, theta)
+    def decide_reuse(right, p, memory, theta):
+        return right.decide_reuse(replace(p, max_reuse=10**6), memory, theta)
 
 
 class ComparesTheWholeBatch(PlantedCache):
     """State keyed on the first request."""
 
     @staticmethod
-    def decide(right, p, memory, theta):
-        decision = right.decide(p, memory, theta)
+    def decide_reuse(right, p, memory, theta):
+        decision = right.decide_reuse(p, memory, theta)
         reused = decision.reused[:1].expand(p.B)
-        return Decision(reused, p.cache_seqlens.masked_fill(reused, 0), decision.query)
+        return ReuseDecision(reused, p.cache_seqlens.masked_fill(reused, 0), decision.query)
 
 
 class SurvivesReset(PlantedCache):
@@ -503,10 +521,10 @@ class IgnoresOverwrittenPositions(PlantedCache):
         pass
 
     @staticmethod
-    def decide(right, p, memory, theta):
+    def decide_reuse(right, p, memory, theta):
         grown_from = (p.cache_seqlens - p.Lq).clamp(min=0)
-        memory.seen.copy_(torch.minimum(memory.seen, grown_from))
-        return right.decide(p, memory, theta)
+        memory.seqlen_at_selection.copy_(torch.minimum(memory.seqlen_at_selection, grown_from))
+        return right.decide_reuse(p, memory, theta)
 
 
 class ReordersOnlyTheQueries(PlantedCache):
@@ -517,14 +535,14 @@ class ReordersOnlyTheQueries(PlantedCache):
 
 class ReusesAtAnyCosine(PlantedCache):
     @staticmethod
-    def decide(right, p, memory, theta):
-        return right.decide(p, memory, -1.0)
+    def decide_reuse(right, p, memory, theta):
+        return right.decide_reuse(p, memory, -1.0)
 
 
 class CountsEveryMissTwice(PlantedCache):
     @staticmethod
-    def keep(right, p, memory, decision, fresh):
-        right.keep(p, memory, decision, fresh)
+    def update(right, p, memory, decision, fresh):
+        right.update(p, memory, decision, fresh)
         memory.misses.add_(~decision.reused)
 
 
@@ -532,10 +550,12 @@ class StoresTheLengthBeforeTheCall(PlantedCache):
     """So that the call's own tokens count as appended, and stand twice in the selection."""
 
     @staticmethod
-    def keep(right, p, memory, decision, fresh):
-        right.keep(p, memory, decision, fresh)
+    def update(right, p, memory, decision, fresh):
+        right.update(p, memory, decision, fresh)
         before = (p.cache_seqlens - p.Lq).clamp(min=0)
-        memory.seen.copy_(torch.where(decision.reused, memory.seen, before))
+        memory.seqlen_at_selection.copy_(
+            torch.where(decision.reused, memory.seqlen_at_selection, before)
+        )
 
 
 PLANTED_CACHES = [

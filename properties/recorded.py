@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from tokenselect.graph_safety import as_written
+from tokenselect.plans.graph_safety import force_eager
 
 
 class Recorded:
-    """Fits `tokenselect.graphs.Interface`. captured and replayed count."""
+    """Fits `tokenselect.plans.cuda_graph.Interface`. captured and replayed count."""
 
     def __init__(self) -> None:
         self.captured = self.replayed = 0
@@ -29,7 +29,7 @@ class Recorded:
     def pool(self) -> None:
         return None
 
-    def rehearse(self, step: Callable[[], Any], device: torch.device) -> None:
+    def warm_up(self, step: Callable[[], Any], device: torch.device) -> None:
         with opaque_kernels():
             step()
 
@@ -39,7 +39,7 @@ class Recorded:
         self.captured += 1
         tape = _Tape()
         # Capturing runs nothing: what a step would change meanwhile is put back.
-        with as_written(), opaque_kernels(tape.calls.append), tape:
+        with force_eager(), opaque_kernels(tape.calls.append), tape:
             outputs = step()
         for tensor, before in reversed(tape.changed.values()):
             tensor.copy_(before)

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from properties.strategies import Case
-from tokenselect import Attended, Scores, SelectConfig, Selection
-from tokenselect.budgets import (
+from tokenselect import AttentionOutput, Scores, SelectConfig, Selection
+from tokenselect.conformance.tolerances import (
     Budget,
     attend_budget,
     choice_finding,
@@ -50,9 +50,9 @@ def test_a_wrong_shape_or_dtype_is_a_finding() -> None:
     selection = REFERENCE.select(votes, problem)
     out, lse = REFERENCE.attend(problem, selection)
     budget = attend_budget(problem, selection)
-    assert budget.compare(Attended(out, lse)).holds
-    assert not budget.compare(Attended(out.double(), lse)).holds
-    assert not budget.compare(Attended(out, lse[..., None])).holds
+    assert budget.compare(AttentionOutput(out, lse)).holds
+    assert not budget.compare(AttentionOutput(out.double(), lse)).holds
+    assert not budget.compare(AttentionOutput(out, lse[..., None])).holds
     assert not compare_selection(
         Selection(selection.positions.long(), selection.count), selection
     ).holds

@@ -10,7 +10,7 @@ from properties.devices import device_of, for_the_cpu, moved
 from properties.guard import Guard, Touched, run_guarded, run_twice, watched
 from properties.strategies import STRIDES, Case
 from tokenselect import (
-    Attended,
+    AttentionOutput,
     Backend,
     Capability,
     Problem,
@@ -19,7 +19,7 @@ from tokenselect import (
     SelectionCache,
     reasons,
 )
-from tokenselect.contract import Decision, Memory, Planned, Reuse
+from tokenselect.contract import CacheState, Reuse, ReuseDecision, StaticStages
 from tokenselect.kernels.cpu import BACKEND as CPU
 from tokenselect.reference import BACKEND as REFERENCE
 
@@ -156,15 +156,13 @@ def test_a_backend_elsewhere_is_brought_its_problems(monkeypatch: pytest.MonkeyP
 def into(write) -> Backend:
     """The CPU's stages; the plan's `attend` writes to `out`, and then what it should not."""
 
-    def attend(problem: Problem, selection: Selection, out: torch.Tensor) -> Attended:
+    def attend(problem: Problem, selection: Selection, out: torch.Tensor) -> AttentionOutput:
         attended = CPU.attend(problem, selection)
         write(out.copy_(attended.out), selection)
-        return Attended(out, attended.lse)
+        return AttentionOutput(out, attended.lse)
 
-    planned = Planned(CPU.score, CPU.select, attend)
-    return watched(
-        replace(CPU, planned=planned, reuse=REFERENCE.reuse), SimpleNamespace(empty=None)
-    )
+    planned = StaticStages(CPU.score, CPU.select, attend)
+    return watched(replace(CPU, static=planned, reuse=REFERENCE.reuse), SimpleNamespace(empty=None))
 
 
 def test_out_is_written_to_and_returned() -> None:
@@ -172,39 +170,39 @@ def test_out_is_written_to_and_returned() -> None:
     selection = CPU.select(CPU.score(problem).votes, problem)
     right = CPU.attend(problem, selection)
     out = torch.zeros_like(right.out)
-    attended = into(lambda out, selection: None).planned.attend(problem, selection, out)
+    attended = into(lambda out, selection: None).static.attend(problem, selection, out)
     assert attended.out is out
     assert torch.equal(out, right.out)
     with pytest.raises(Touched, match="an argument"):
-        into(lambda out, _: beyond(out, 1).fill_(0)).planned.attend(problem, selection, out)
+        into(lambda out, _: beyond(out, 1).fill_(0)).static.attend(problem, selection, out)
     with pytest.raises(Touched, match="an input"):
-        into(lambda _, selection: selection.count.add_(1)).planned.attend(problem, selection, out)
+        into(lambda _, selection: selection.count.add_(1)).static.attend(problem, selection, out)
 
 
-def remembered(problem: Problem) -> Memory:
-    return SelectionCache().memory(problem)
+def remembered(problem: Problem) -> CacheState:
+    return SelectionCache().state(problem)
 
 
 def test_what_is_kept_is_written_back() -> None:
     problem, backend = CASE.problem(), into(lambda out, selection: None)
     fresh = CPU.select(CPU.score(problem).votes, problem)
     memory, right = remembered(problem), remembered(problem)
-    decision = backend.reuse.decide(problem, memory, 0.9)
+    decision = backend.reuse.decide_reuse(problem, memory, 0.9)
     assert not decision.reused.any()
-    assert backend.reuse.keep(problem, memory, decision, fresh) is None
-    REFERENCE.reuse.keep(problem, right, decision, fresh)
-    assert right.seen.tolist() == [40, 9]
+    assert backend.reuse.update(problem, memory, decision, fresh) is None
+    REFERENCE.reuse.update(problem, right, decision, fresh)
+    assert right.seqlen_at_selection.tolist() == [40, 9]
     assert all(map(torch.equal, memory.tensors(), right.tensors()))
 
 
 def test_a_decision_that_changes_something_is_noticed() -> None:
-    def decide(problem: Problem, memory: Memory, theta: float | None) -> Decision:
+    def decide_reuse(problem: Problem, memory: CacheState, theta: float | None) -> ReuseDecision:
         memory.hits.add_(1)
-        return REFERENCE.reuse.decide(problem, memory, theta)
+        return REFERENCE.reuse.decide_reuse(problem, memory, theta)
 
     problem = CASE.problem()
-    backend = replace(CPU, reuse=Reuse(decide, REFERENCE.reuse.keep))
+    backend = replace(CPU, reuse=Reuse(decide_reuse, REFERENCE.reuse.update))
     with pytest.raises(Touched, match="an input"):
-        watched(backend, SimpleNamespace(empty=None)).reuse.decide(
+        watched(backend, SimpleNamespace(empty=None)).reuse.decide_reuse(
             problem, remembered(problem), 0.9
         )

@@ -14,8 +14,9 @@ from hypothesis import settings
 from properties import test_laws  # noqa: F401  # registers the laws
 from properties.law import LAWS, RAN, UNABLE
 from properties.test_planted import SEARCH
-from tokenselect import Backend, Capability, Problem, reasons, registry
-from tokenselect.registry import load
+from tokenselect import Backend, Capability, Problem, reasons
+from tokenselect.dispatch import registry
+from tokenselect.dispatch.registry import load
 
 # What it declares, and then what those declare that lend it a stage.
 NARROWED: dict[str, tuple[Capability, ...]] = {

@@ -24,8 +24,8 @@ from properties.law import RAN, CannotRun, able, of_the_profile
 from properties.recorded import Recorded, opaque_kernels
 from properties.strategies import Case, cases, fitted
 from tokenselect import (
+    AttentionInfo,
     Backend,
-    Info,
     NotCapturable,
     Plan,
     Problem,
@@ -35,12 +35,12 @@ from tokenselect import (
     cuda_graph,
     plan,
     reasons,
-    registry,
 )
-from tokenselect.budgets import attend_budget, choice_finding, score_budget
-from tokenselect.contract import Planned
-from tokenselect.graph_safety import graph_safe
-from tokenselect.registry import load
+from tokenselect.conformance.tolerances import attend_budget, choice_finding, score_budget
+from tokenselect.contract import StaticStages
+from tokenselect.dispatch import registry
+from tokenselect.dispatch.registry import load
+from tokenselect.plans.graph_safety import graph_safe
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CONFIG = SelectConfig(k=8, n_sink=2, n_local=4)
@@ -78,7 +78,7 @@ def problem_of(case: Case, name: str) -> Problem:
     return able(backend, on(device, fitted(case, backend).problem()))
 
 
-def called(planned: Plan, problem: Problem, **more: Any) -> tuple[Tensor, Info]:
+def called(planned: Plan, problem: Problem, **more: Any) -> tuple[Tensor, AttentionInfo]:
     """A plan on a problem; clones, on the CPU."""
     out, info = planned(
         problem.q,
@@ -96,7 +96,7 @@ def called(planned: Plan, problem: Problem, **more: Any) -> tuple[Tensor, Info]:
     return out, info._replace(lse=lse, reused=reused, selection=Selection(*selection))
 
 
-def same(one: tuple[Tensor, Info], other: tuple[Tensor, Info]) -> bool:
+def same(one: tuple[Tensor, AttentionInfo], other: tuple[Tensor, AttentionInfo]) -> bool:
     pairs = zip(
         (one[0], one[1].lse, one[1].reused, *one[1].selection),
         (other[0], other[1].lse, other[1].reused, *other[1].selection),
@@ -152,7 +152,7 @@ def test_less_than_the_capacity_gives_the_bits_of_a_plan_of_that_size(
 
 
 def poison(planned: Plan, kind: int) -> None:
-    for block in planned._workspace.blocks():
+    for block in planned._scratch.blocks():
         if kind == 0:
             block.fill_(0xFF)
         else:
@@ -223,8 +223,8 @@ def test_a_call_takes_no_memory_and_reads_nothing_on_the_host(
     out = out.to(problem.q.device)
     if with_cache:
         cache = SelectionCache(max_reuse=4)
-        cache.memory(problem)
-    known = [out, *planned._workspace.blocks()]
+        cache.state(problem)
+    known = [out, *planned._scratch.blocks()]
     tensors = problem.q, problem.k_cache, problem.v_cache, problem.cache_seqlens
     more = {"block_table": problem.block_table, "sink_logits": problem.sink_logits}
 
@@ -266,7 +266,7 @@ def test_hits_and_misses_alike_take_no_memory(plannable: str, hits: bool) -> Non
         )
 
     call()
-    check_safe(call, planned._workspace.blocks())
+    check_safe(call, planned._scratch.blocks())
     assert (cache.hits if hits else cache.misses).min() >= 2
     assert (cache.misses if hits else cache.hits).max() <= 1
 
@@ -286,15 +286,15 @@ def test_a_stage_that_is_not_safe_is_caught(wrong: str, monkeypatch: pytest.Monk
             "bool": lambda: bool(yes[0]),
             "new memory": lambda: n + 1,
         }[wrong]()
-        return right.planned.score(problem)
+        return right.static.score(problem)
 
-    bent = replace(right, planned=Planned(score, right.planned.select, right.planned.attend))
+    bent = replace(right, static=StaticStages(score, right.static.select, right.static.attend))
     monkeypatch.setitem(registry._loaded, "cpu", bent)
     problem = FEATURES[0].problem()
     planned = plan(problem, "cpu")
     tensors = problem.q, problem.k_cache, problem.v_cache, problem.cache_seqlens
     with pytest.raises((NotCapturable, AssertionError)) as caught:
-        check_safe(lambda: planned(*tensors), planned._workspace.blocks())
+        check_safe(lambda: planned(*tensors), planned._scratch.blocks())
     if wrong != "new memory":
         assert caught.type is NotCapturable
         operation = {"mask": "aten.index", "bool": "__bool__"}.get(wrong, wrong)
@@ -368,7 +368,7 @@ def test_replays_keep_a_selection_cache(plannable: str, replayed: str) -> None:
             called(one, step, cache=cache) for one, cache in zip(plans, caches, strict=True)
         )
         assert same(eager, graph), i
-        pairs = zip(*(cache.memory(problem).tensors() for cache in caches), strict=True)
+        pairs = zip(*(cache.state(problem).tensors() for cache in caches), strict=True)
         assert all(torch.equal(*pair) for pair in pairs), i
         if i == 6:
             for cache in caches:
@@ -402,7 +402,7 @@ def test_a_batch_goes_into_the_next_larger_graph(
 
 def test_each_stage_can_be_replayed_alone(plannable: str, replayed: str) -> None:
     """`attention` without a plan: three graphs; new queries and lengths without a capture."""
-    backend, graph = load(plannable).planned, load(replayed)
+    backend, graph = load(plannable).static, load(replayed)
     problem = problem_of(drawn(lengths=(60, 33), page_size=16), plannable)
     for n in ([60, 33], [20, 0], [58, 7]):
         q = problem.q + n[1]
@@ -435,9 +435,9 @@ def test_the_recording_shows_a_length_that_the_host_had_read(
         for row, n in zip(frozen, seen, strict=True):
             row.fill_(n)
         problem = replace(problem, cache_seqlens=frozen)
-        return right.planned.attend(problem, selection, out)
+        return right.static.attend(problem, selection, out)
 
-    bent = replace(right, planned=right.planned._replace(attend=attend))
+    bent = replace(right, static=right.static._replace(attend=attend))
     monkeypatch.setitem(registry._loaded, "cpu", bent)
     made = graphs_over("cpu")
     monkeypatch.setitem(registry._targets, made.name, made)

@@ -9,7 +9,7 @@ from properties.devices import for_the_cpu
 from properties.law import LAWS, SHARES, Law
 from properties.planted import BASES, PLANTED, planted
 from tokenselect import Backend, backends, register
-from tokenselect.registry import load
+from tokenselect.dispatch.registry import load
 
 STAGE_LAWS = {  # a stage's own laws first: they are the ones that should catch it
     "score": "laws_score",

@@ -19,8 +19,8 @@ from properties.laws_attention import run
 from properties.planted import PLANTED_CACHES, PlantedCache
 from properties.recorded import Recorded
 from tokenselect import (
+    AttentionInfo,
     Backend,
-    Info,
     Problem,
     SelectConfig,
     Selection,
@@ -28,11 +28,11 @@ from tokenselect import (
     cuda_graph,
     plan,
     reasons,
-    registry,
 )
-from tokenselect.budgets import attend_budget, choice_finding, score_budget
-from tokenselect.contract import Memory
-from tokenselect.registry import load, reuse_of
+from tokenselect.conformance.tolerances import attend_budget, choice_finding, score_budget
+from tokenselect.contract import CacheState
+from tokenselect.dispatch import registry
+from tokenselect.dispatch.registry import load, reuse_of
 
 CONFIG = SelectConfig(k=3, n_sink=1, n_local=2)
 THETA, MAX_REUSE = 0.9, 4
@@ -46,7 +46,7 @@ class Stored:
 
     query: Tensor  # float64
     positions: list[int]
-    seen: int
+    seqlen_at_selection: int
 
 
 class Reuse(RuleBasedStateMachine):
@@ -152,7 +152,9 @@ class Reuse(RuleBasedStateMachine):
             assert (info.selection.positions[b, 0, count:] == -1).all()
             if reused:
                 stored = self.stored[b]
-                assert positions == [*stored.positions, *range(stored.seen, n)], f"row {b}"
+                assert positions == [*stored.positions, *range(stored.seqlen_at_selection, n)], (
+                    f"row {b}"
+                )
                 assert info.retained_mass[b].isnan().all()
             else:
                 self.stored[b] = Stored(query, positions, n) if n > 0 else None
@@ -165,7 +167,7 @@ class Reuse(RuleBasedStateMachine):
         assert self.cache.hits.tolist() == self.hits
         assert self.cache.misses.tolist() == self.misses
 
-    def attended(self, problem: Problem) -> tuple[Tensor, Info]:
+    def attended(self, problem: Problem) -> tuple[Tensor, AttentionInfo]:
         """`attention` on the backend, or what a subclass puts in its place."""
         return run(load(self.backend), problem, cache=self.cache)
 
@@ -174,8 +176,8 @@ class Reuse(RuleBasedStateMachine):
         stored = self.stored[b]
         if stored is None or n == 0 or self.theta is None:
             return False
-        appended = n - stored.seen
-        if n - problem.Lq < stored.seen or appended > MAX_REUSE:
+        appended = n - stored.seqlen_at_selection
+        if n - problem.Lq < stored.seqlen_at_selection or appended > MAX_REUSE:
             return False
         if len(stored.positions) + appended > problem.K:
             return False
@@ -205,7 +207,7 @@ class Reuse(RuleBasedStateMachine):
     def _cut(self, b: int, length: int) -> None:
         self.n[b] = min(self.n[b], length)
         stored = self.stored[b]
-        if stored is not None and stored.seen > self.n[b]:
+        if stored is not None and stored.seqlen_at_selection > self.n[b]:
             self.stored[b] = None
 
     def _tell_lengths(self) -> None:
@@ -232,21 +234,21 @@ class Reuse(RuleBasedStateMachine):
             self.hits, self.misses = [0] * len(order), [0] * len(order)
 
 
-class Planned(Reuse):
+class StaticStages(Reuse):
     """The same steps through plans: one for a query, one for three, over one SelectionCache."""
 
-    def attended(self, problem: Problem) -> tuple[Tensor, Info]:
+    def attended(self, problem: Problem) -> tuple[Tensor, AttentionInfo]:
         problem = on(self.device, problem)
         if not hasattr(self, "plans"):
             longer = replace(problem, q=problem.q[:, :, :1].expand(-1, -1, 3, -1))
-            self.cache.memory(longer)  # the one that needs more room first
+            self.cache.state(longer)  # the one that needs more room first
             alone = replace(problem, q=problem.q[:, :, :1])
             self.plans = {p.Lq: plan(p, self.backend) for p in (alone, longer)}
         tensors = problem.q, problem.k_cache, problem.v_cache, problem.cache_seqlens
         out, info = self.plans[problem.Lq](*tensors, cache=self.cache, return_info=True)
         lse, mass, reused = back(info.lse, info.retained_mass, info.reused)
         selection = Selection(*(x.clone() for x in back(*info.selection)))
-        return out.cpu(), Info(lse, selection, mass, reused.clone(), info.backend)
+        return out.cpu(), AttentionInfo(lse, selection, mass, reused.clone(), info.backend)
 
 
 def head_dim(backend: Backend) -> int:
@@ -300,7 +302,7 @@ def test_cache_follows_the_model_through_plans(
     if plannable == "triton":
         guard.take_off(monkeypatch)
     run_state_machine_as_test(
-        machine(plannable, SelectionCache, kind=Planned), settings=steps(10, 50, plannable)
+        machine(plannable, SelectionCache, kind=StaticStages), settings=steps(10, 50, plannable)
     )
 
 
@@ -316,7 +318,7 @@ def test_cache_follows_the_model_through_replays(
     monkeypatch.setitem(registry._targets, made.name, made)
     monkeypatch.setitem(registry._loaded, made.name, made)
     run_state_machine_as_test(
-        machine(made.name, SelectionCache, kind=Planned), settings=steps(5, 40, plannable)
+        machine(made.name, SelectionCache, kind=StaticStages), settings=steps(5, 40, plannable)
     )
 
 
@@ -335,23 +337,23 @@ def test_decisions_are_those_of_the_reference_and_of_each_request_alone(backend:
         n = torch.full((B,), 20 + Lq, dtype=torch.int32)
         p = Problem.build(q, keys, keys, CONFIG, cache_seqlens=n, max_reuse=MAX_REUSE)
         made = SelectionCache(max_reuse=MAX_REUSE)
-        memory = made.memory(p)
+        memory = made.state(p)
         memory.query.copy_(stored.flatten(1))
-        memory.seen.fill_(20)
+        memory.seqlen_at_selection.fill_(20)
         memory.count.fill_(6)
         mean = q.double().mean(2).flatten(1)
         cosines = F.cosine_similarity(mean, stored.flatten(1).double(), dim=1).tolist()
         for b, cosine in enumerate(cosines):
             for theta in (cosine, math.nextafter(cosine, 2), math.nextafter(cosine, -2)):
-                expected = reference.decide(p, memory, theta)
+                expected = reference.decide_reuse(p, memory, theta)
                 flips += int(expected.reused[b])
-                there = Memory(*(on(device, x) for x in memory.tensors()))
+                there = CacheState(*(on(device, x) for x in memory.tensors()))
                 for lone in (slice(b, b + 1), slice(0, B)):
-                    part = Memory(*(x[lone] for x in there.tensors()))
+                    part = CacheState(*(x[lone] for x in there.tensors()))
                     rows = replace(
                         p, q=q[lone], k_cache=keys[lone], v_cache=keys[lone], cache_seqlens=n[lone]
                     )
-                    found = mine.decide(on(device, rows), part, theta)
+                    found = mine.decide_reuse(on(device, rows), part, theta)
                     for ours, its in zip(back(*found), expected, strict=True):
                         assert torch.equal(ours, its[lone])
             if b == 6 and name in SHARES:

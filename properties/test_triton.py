@@ -38,7 +38,7 @@ from properties.laws_metamorphic import same
 from properties.strategies import Case, cases
 from properties.test_planted import SEARCH, catcher, laws_by_stage
 from tokenselect import Backend, Problem, SelectConfig, Selection
-from tokenselect.registry import load
+from tokenselect.dispatch.registry import load
 
 ROOT = Path(__file__).parent.parent
 

@@ -4,7 +4,7 @@ import pytest
 
 from properties.strategies import Case
 from tokenselect import SelectConfig
-from tokenselect.budgets import score_budget
+from tokenselect.conformance.tolerances import score_budget
 
 # One key of the tile points along a query, as keys of rare tokens do; the others do not.
 STANDS_OUT = Case(

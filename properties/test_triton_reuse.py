@@ -23,10 +23,10 @@ from properties.guard import Guard, copied, poisoned
 from properties.laws_metamorphic import same
 from properties.strategies import Case
 from tokenselect import Backend, Problem, SelectConfig, Selection
-from tokenselect.contract import Decision, Memory, Reuse
+from tokenselect.contract import CacheState, Reuse, ReuseDecision
+from tokenselect.dispatch.registry import load
 from tokenselect.reference import BACKEND as REFERENCE
-from tokenselect.registry import load
-from tokenselect.workspace import Workspace
+from tokenselect.scratch import Scratch
 
 CONFIG = SelectConfig(k=9, n_sink=2, n_local=3)
 LARGEST = 2**31 - 1
@@ -57,7 +57,7 @@ def call(q: Tensor, lengths: list[int], **config: Any) -> Problem:
     return Problem.build(q, cache, cache, chosen_, cache_seqlens=n, max_reuse=Lq + 5)
 
 
-def remembering(problem: Problem, query: Tensor, seen: list[int], wider: int = 3) -> Memory:
+def remembering(problem: Problem, query: Tensor, seen: list[int], wider: int = 3) -> CacheState:
     """A memory of `query`, of selections of 5 tokens, or of fewer where fewer were seen."""
     B, S = problem.B, problem.S
     n = torch.tensor(seen, dtype=torch.int32)
@@ -65,15 +65,17 @@ def remembering(problem: Problem, query: Tensor, seen: list[int], wider: int = 3
     place = torch.arange(problem.K + wider, dtype=torch.int32)
     positions = torch.where(place < count[..., None], 2 * place, -1).int()
     numbers = torch.arange(B)
-    return Memory(query.float(), positions, count, n, 3 * numbers, 5 * numbers)
+    return CacheState(query.float(), positions, count, n, 3 * numbers, 5 * numbers)
 
 
 def as_the_reference_decides(
-    reuse: Reuse, device: str, problem: Problem, memory: Memory, theta: float | None
-) -> Decision:
-    right = REFERENCE.reuse.decide(problem, memory, theta)
+    reuse: Reuse, device: str, problem: Problem, memory: CacheState, theta: float | None
+) -> ReuseDecision:
+    right = REFERENCE.reuse.decide_reuse(problem, memory, theta)
     there = (copied(x, lambda x: x.to(device)) for x in (problem, memory))
-    for name, one, other in zip(right._fields, right, reuse.decide(*there, theta), strict=True):
+    for name, one, other in zip(
+        right._fields, right, reuse.decide_reuse(*there, theta), strict=True
+    ):
         other = other.cpu()
         assert (one.dtype, one.shape) == (other.dtype, other.shape)
         is_same = (one == other) & (one.signbit() == other.signbit()) | (
@@ -87,15 +89,15 @@ def as_the_reference_keeps(
     reuse: Reuse,
     device: str,
     problem: Problem,
-    memory: Memory,
-    decision: Decision,
+    memory: CacheState,
+    decision: ReuseDecision,
     fresh: Selection,
 ) -> None:
     results = []
     for steps, where in ((REFERENCE.reuse, "cpu"), (reuse, device)):
         given = [copied(x, lambda x, to=where: x.clone().to(to)) for x in (memory, fresh)]
         others = [copied(x, lambda x, to=where: x.to(to)) for x in (problem, decision)]
-        steps.keep(others[0], given[0], others[1], given[1])
+        steps.update(others[0], given[0], others[1], given[1])
         results.append([x.cpu() for x in (*given[0].tensors(), *given[1])])
     names = ("query", "stored positions", "stored count", "seen", "hits", "misses")
     for name, one, other in zip((*names, "positions", "count"), *results, strict=True):
@@ -112,11 +114,11 @@ def near(query: Tensor, seed: int) -> Tensor:
     return query + 0.48 * noise * query.std()
 
 
-def largest_theta(problem: Problem, memory: Memory, cosine: float) -> float:
+def largest_theta(problem: Problem, memory: CacheState, cosine: float) -> float:
     """The last number at which the reference still reuses the one request's selection."""
     low, high = cosine - 1e-9, cosine + 1e-9
     while low < (middle := (low + high) / 2) < high:
-        if REFERENCE.reuse.decide(problem, memory, middle).reused:
+        if REFERENCE.reuse.decide_reuse(problem, memory, middle).reused:
             low = middle
         else:
             high = middle
@@ -130,7 +132,7 @@ def check_decisions(
     q = queries(D + Lq, 6, Hq, 2 * Lq, 2 * D, dtype)[:, :, ::2, ::2]
     lengths, seen = [50, 70, -3, 50, 50, 50], [49 - Lq, 60 - Lq, 3, 48, 60, 50 - Lq]
     p = call(q, lengths)
-    query = REFERENCE.reuse.decide(p, None, None).query
+    query = REFERENCE.reuse.decide_reuse(p, None, None).query
     memory = remembering(p, near(query, D), seen)
     cosines = torch.cosine_similarity(query.double(), memory.query.double())
     for theta in (None, -1.0, 0.0, float(cosines[0])):
@@ -179,7 +181,7 @@ def neighbours(query: Tensor, theta: float) -> tuple[Tensor, Tensor]:
 
     def is_reused(stored: Tensor) -> bool:
         memory = remembering(problem, stored[None], [48])
-        return bool(REFERENCE.reuse.decide(problem, memory, theta).reused)
+        return bool(REFERENCE.reuse.decide_reuse(problem, memory, theta).reused)
 
     low, high = 0.0, 1.0
     while low < (middle := (low + high) / 2) < high:
@@ -236,7 +238,7 @@ def test_lengths_that_nobody_checked(triton: Backend, Lq: int) -> None:
     pairs = list(itertools.product(LENGTHS, (0, 1, 53, 54, 58, 60)))
     q = queries(0, 1, 2, Lq, 64, torch.float32).expand(len(pairs), -1, -1, -1)
     p = call(q, [n for n, _ in pairs], scope="group")
-    query = REFERENCE.reuse.decide(p, None, None).query
+    query = REFERENCE.reuse.decide_reuse(p, None, None).query
     memory = remembering(p, query, [seen for _, seen in pairs])
     memory.count[:, 1] += torch.arange(len(pairs)).int() % 11
     right = as_the_reference_decides(triton.reuse, device_of(triton), p, memory, 0.9)
@@ -254,7 +256,7 @@ def check_keeping(reuse: Reuse, device: str, scope: str, wider: int, places: int
     generator = torch.Generator().manual_seed(wider)
     positions = torch.randint(-1, 60, (p.B, p.S, p.K), generator=generator).int()
     fresh = Selection(positions, positions.amax(2))
-    decision = REFERENCE.reuse.decide(p, memory, None)
+    decision = REFERENCE.reuse.decide_reuse(p, memory, None)
     some = torch.tensor([True, False, True, False, True, True, True])
     for reused in (some, ~some, some | True, some & False):
         given = decision._replace(reused=reused)
@@ -286,14 +288,14 @@ def test_memory_that_lies_apart(triton: Backend) -> None:
     q = queries(0, 2, 4, 1, 64, torch.float32)
     p = call(q, [50, 52], scope="group")
     memory = remembering(p, q.flatten(1), [49, 50])
-    memory = Memory(*map(apart, memory.tensors()))
+    memory = CacheState(*map(apart, memory.tensors()))
     decision = as_the_reference_decides(triton.reuse, device_of(triton), p, memory, 0.9)
     positions = apart(torch.arange(p.K).int().expand(2, 2, p.K))
     fresh = Selection(positions, apart(torch.full((2, 2), 4, dtype=torch.int32)))
     mixed = decision._replace(reused=torch.tensor([True, False]))
     as_the_reference_keeps(triton.reuse, device_of(triton), p, memory, mixed, fresh)
     if device_of(triton) == "cpu":
-        triton.reuse.keep(p, memory, mixed, fresh)
+        triton.reuse.update(p, memory, mixed, fresh)
         for x in (*memory.tensors(), *fresh):
             between = tuple(slice(1, None, 2) for _ in x.shape)
             assert (
@@ -334,11 +336,11 @@ def test_a_plan_gets_the_same_bits(triton: Backend, name: str) -> None:
     right = step(triton, problem)
     for kind in (0, 1):
         out = poisoned(torch.empty_like(right["out"]), kind)
-        got = step(triton.planned, problem, out)
+        got = step(triton.static, problem, out)
         assert got["out"] is out
         for field, result in got.items():
             same(triton, field, right[field], result)
-    assert triton.planned.attend(problem, Selection(*(right[x] for x in Selection._fields)), None)
+    assert triton.static.attend(problem, Selection(*(right[x] for x in Selection._fields)), None)
 
 
 @pytest.mark.parametrize("name", ["decode", "pooled", "split"])
@@ -351,7 +353,7 @@ def test_nothing_is_written_where_there_is_nothing_to_do(triton: Backend, name: 
     config = TABLE[launch.arch(problem.q.device)]
     block = max(config.tile, config.pool_block)
     with mock.patch.object(launch, "empty", Guard(1).empty):
-        votes = BACKEND.planned.score(problem).votes
+        votes = BACKEND.static.score(problem).votes
     for b, n in enumerate(problem.cache_seqlens.tolist()):
         local_start = problem.config.regions(n, problem.Lq)[1]
         beyond = votes[b, :, :, -(-local_start // block) * block :]
@@ -368,7 +370,7 @@ def test_votes_off_the_candidates_are_not_looked_at(triton: Backend) -> None:
         for b, n in enumerate(problem.cache_seqlens.tolist()):
             sink_end, local_start = problem.config.regions(n, problem.Lq)
             other[b, :, :, :sink_end] = other[b, :, :, local_start:] = value
-        for field, result in triton.planned.select(other, problem)._asdict().items():
+        for field, result in triton.static.select(other, problem)._asdict().items():
             same(triton, field, getattr(right, field), result)
 
 
@@ -414,23 +416,23 @@ def recorded() -> Iterator[list[str]]:
         yield names
 
 
-def a_plans_step(problem: Problem, memory: Memory, out: Tensor) -> Callable[[Workspace], None]:
+def a_plans_step(problem: Problem, memory: CacheState, out: Tensor) -> Callable[[Scratch], None]:
     """A step with its cache, as a plan would run it, stage by stage in sections of its own."""
     from tokenselect.kernels.triton import BACKEND
 
-    stages, reuse = BACKEND.planned, BACKEND.reuse
+    stages, reuse = BACKEND.static, BACKEND.reuse
 
-    def run(workspace: Workspace) -> None:
-        with workspace.section("decide"):
-            decision = reuse.decide(problem, memory, 0.9)
+    def run(scratch: Scratch) -> None:
+        with scratch.section("decide"):
+            decision = reuse.decide_reuse(problem, memory, 0.9)
         fresh = replace(problem, cache_seqlens=decision.cache_seqlens)
-        with workspace.section("score"):
+        with scratch.section("score"):
             votes, _ = stages.score(fresh)
-        with workspace.section("select"):
+        with scratch.section("select"):
             selection = stages.select(votes, fresh)
-        with workspace.section("keep"):
-            reuse.keep(problem, memory, decision, selection)
-        with workspace.section("attend"):
+        with scratch.section("keep"):
+            reuse.update(problem, memory, decision, selection)
+        with scratch.section("attend"):
             stages.attend(problem, selection, out)
 
     return run
@@ -451,18 +453,18 @@ def test_a_step_allocates_nothing_and_launches_little(name: str) -> None:
     memory = remembering(problem, query, [1] * problem.B)
     memory = copied(memory, lambda x: x.to(device))
     out = problem.q.new_empty(*problem.q.shape[:3], problem.Dv)
-    run, workspace = a_plans_step(problem, memory, out), Workspace()
+    run, scratch = a_plans_step(problem, memory, out), Scratch()
     with recorded() as names:
-        run(workspace)
-        workspace.seal()
+        run(scratch)
+        scratch.seal()
         names.clear()
         with NoNewMemory():
-            run(workspace)
+            run(scratch)
     config = TABLE[launch.arch(problem.q.device)]
     is_whole = attend._split(config, problem.Lq * problem.G, problem.K) >= problem.K
     assert ("merge" in names) == (not is_whole), names
     assert len(names) == LAUNCHES[name] - is_whole, names
-    assert workspace.bytes > 0
+    assert scratch.bytes > 0
 
 
 def test_new_memory_is_noticed() -> None:
@@ -480,13 +482,13 @@ def test_a_workspaces_second_step_is_as_good_as_its_first() -> None:
     device = device_of(BACKEND)
     problem = on(device, replace(LONG, max_reuse=8).problem())
     run_on = [replace(problem, q=q) for q in (problem.q, problem.q + 1, problem.q)]
-    workspace, results = Workspace(), []
+    scratch, results = Scratch(), []
     for p in run_on:
         memory = remembering(p, torch.ones(p.B, p.Hq * p.D), [148, 0, 90])
         memory = copied(memory, lambda x: x.to(device))
         out = p.q.new_empty(*p.q.shape[:3], p.Dv)
-        a_plans_step(p, memory, out)(workspace)
-        workspace.seal()
+        a_plans_step(p, memory, out)(scratch)
+        scratch.seal()
         results.append([out, *memory.tensors()])
     assert not torch.equal(results[0][0], results[1][0])
     assert all(map(torch.equal, results[0], results[2]))

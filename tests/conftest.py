@@ -3,14 +3,14 @@ from pathlib import Path
 
 import pytest
 
-SNAPSHOTS = Path(__file__).parent / "snapshots"
+SNAPSHOTS = Path(__file__).parent / "errors.txt"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--update-snapshots",
         action="store_true",
-        help="write tests/snapshots/*.txt anew instead of comparing with them, drop unused ones",
+        help="write tests/errors.txt anew instead of comparing with it (one process: -n 0)",
     )
 
 
@@ -19,15 +19,26 @@ def update_snapshots(request: pytest.FixtureRequest) -> bool:
     return bool(request.config.getoption("--update-snapshots"))
 
 
+def snapshots() -> dict[str, str]:
+    """The texts by name: each below a line `## NAME`."""
+    sections = ("\n" + SNAPSHOTS.read_text(encoding="utf-8")).split("\n## ")[1:]
+    return {name: text.rstrip("\n") for name, _, text in (x.partition("\n") for x in sections)}
+
+
+def write_snapshots(texts: dict[str, str]) -> None:
+    sections = [f"## {name}\n{text}\n" for name, text in sorted(texts.items())]
+    SNAPSHOTS.write_text("\n".join(sections), encoding="utf-8")
+
+
 @pytest.fixture
 def check_snapshot(update_snapshots: bool) -> Callable[[str, str], None]:
-    """Compare a text with tests/snapshots/NAME.txt; a missing file is a failure."""
+    """Compare a text with that of its name in tests/errors.txt; a missing one is a failure."""
 
     def check(name: str, text: str) -> None:
-        path = SNAPSHOTS / f"{name}.txt"
         if update_snapshots:
-            path.write_text(text + "\n", encoding="utf-8")
-        assert path.exists(), f"no snapshot {path.name}; write it: pytest tests --update-snapshots"
-        assert text + "\n" == path.read_text(encoding="utf-8")
+            write_snapshots(snapshots() | {name: text})
+        known = snapshots()
+        assert name in known, f"no snapshot {name}; write it: pytest tests --update-snapshots"
+        assert text == known[name]
 
     return check

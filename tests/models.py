@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from tokenselect.integrations.transformers import TokenSelectCache
-from tokenselect.integrations.transformers.cache import RoomyLayer
+from tokenselect.integrations.transformers.cache import GrowableLayer
 
 VOCABULARY = 61
 WINDOW = 6
@@ -177,7 +177,7 @@ def lacking(what: str) -> Any:
 
 
 def has_full_attention(model: Any) -> bool:
-    return any(isinstance(layer, RoomyLayer) for layer in TokenSelectCache(model).layers)
+    return any(isinstance(layer, GrowableLayer) for layer in TokenSelectCache(model).layers)
 
 
 def generated(model: Any, ids: Tensor, **how: Any) -> Tensor:

@@ -8,14 +8,15 @@ import pytest
 import torch
 
 from tests import fresh
-from tokenselect import Backend, Capability, check, registry
-from tokenselect.budgets import Finding
+from tokenselect import Backend, Capability, check
+from tokenselect.conformance.tolerances import Finding
+from tokenselect.dispatch import registry
 
 PLANTED = """
 import dataclasses, sys
 import torch
-from tokenselect import Backend, Capability, Scores, Selection, Attended, check, register
-from tokenselect.registry import load
+from tokenselect import Backend, Capability, Scores, Selection, AttentionOutput, check, register
+from tokenselect.dispatch.registry import load
 
 cpu = load("cpu")
 
@@ -36,7 +37,7 @@ def one_too_few(p, selection):
 
 def reads_all(p, selection):
     out, lse = cpu.attend(p, selection)
-    return Attended(out + 0 * p.v_cache.sum().to(out.dtype), lse)
+    return AttentionOutput(out + 0 * p.v_cache.sum().to(out.dtype), lse)
 
 def gives_up(p, selection):
     raise RuntimeError("out of something")

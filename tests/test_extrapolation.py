@@ -492,8 +492,8 @@ class TestFarOut:
             rope = ropes(model)[0]
         at = 2**20 - torch.arange(1000)
         x = torch.randn(1000, rope.rotary_dim)
-        true = rope.place(x.double(), at, at)
-        error = (rope.place(x, at, at).double() - true).norm(dim=-1) / true.norm(dim=-1)
+        true = rope.reposition(x.double(), at, at)
+        error = (rope.reposition(x, at, at).double() - true).norm(dim=-1) / true.norm(dim=-1)
         assert error.max() < 1e-6
         cos, sin = model.model.rotary_emb(x[None], at[None])
         halves = torch.cat([-x[:, 16:], x[:, :16]], dim=-1)

@@ -42,17 +42,9 @@ from bench.gpu.worker import Task
 from bench.run import NotEquivalent
 from properties.recorded import Recorded
 from tests import fresh
-from tokenselect import (
-    Problem,
-    Scores,
-    SelectConfig,
-    Selection,
-    SelectionCache,
-    check,
-    register,
-    registry,
-)
+from tokenselect import Problem, Scores, SelectConfig, Selection, SelectionCache, check, register
 from tokenselect.contract import Reuse
+from tokenselect.dispatch import registry
 from tokenselect.kernels.cpu import BACKEND as CPU
 from tokenselect.reference import reuse as reference
 
@@ -310,7 +302,7 @@ def test_the_important_cells_come_first_and_all_are_there() -> None:
     ]
     assert {target.cell for target in report.TARGETS} == set(names[:5])
     assert [cell.name for cell in plan.cells(quick=True)] == names[:4]
-    reused = [cell.name for cell in plan.cells() if cell.planned is not None]
+    reused = [cell.name for cell in plan.cells() if cell.static is not None]
     assert reused == [
         *(names[0], names[1], "decode 32/8/128 n 32K B 1", "decode 32/8/128 n 128K B 8")
     ]
@@ -450,7 +442,7 @@ class Flash:
     """Stands in for FlashInfer's module: what the real one computes, in torch's words."""
 
     def __init__(self) -> None:
-        self.planned: tuple[Any, ...] = ()
+        self.static: tuple[Any, ...] = ()
 
     def single_decode_with_kv_cache(self, q: Tensor, k: Tensor, v: Tensor, **given: Any) -> Tensor:
         assert given["kv_layout"] == "HND"
@@ -469,10 +461,10 @@ class Flash:
         return self
 
     def plan(self, *given: Any, **named: Any) -> None:
-        self.planned, self.scale = given, named["sm_scale"]
+        self.static, self.scale = given, named["sm_scale"]
 
     def run(self, q: Tensor, pages: tuple[Tensor, Tensor]) -> Tensor:
-        indptr, indices, last, Hq, Hkv, D, page_size = self.planned
+        indptr, indices, last, Hq, Hkv, D, page_size = self.static
         assert (q.shape[1], pages[0].shape[1:]) == (Hq, (Hkv, page_size, D))
         outs = []
         for b in range(len(q)):
@@ -841,18 +833,18 @@ def only(check: Callable[[graphs.Ground], str]) -> list[graphs.Named]:
 
 
 def planned_backend(**bent: Any) -> str:
-    assert CPU.planned is not None
-    return wrong_backend(planned=CPU.planned._replace(**bent))
+    assert CPU.static is not None
+    return wrong_backend(static=CPU.static._replace(**bent))
 
 
-def reuses_what(decide: Callable[[Any], Any]) -> str:
+def reuses_what(decide_reuse: Callable[[Any], Any]) -> str:
     """A backend whose decisions are the reference's, then bent."""
 
     def bent(problem: Problem, memory: Any, theta: float | None) -> Any:
-        return decide(decide_right(problem, memory, theta))
+        return decide_reuse(decide_right(problem, memory, theta))
 
-    decide_right = reference.decide
-    return wrong_backend(reuse=Reuse(bent, reference.keep))
+    decide_right = reference.decide_reuse
+    return wrong_backend(reuse=Reuse(bent, reference.update))
 
 
 def never_reuses(decision: Any) -> Any:
@@ -861,9 +853,9 @@ def never_reuses(decision: Any) -> Any:
 
 
 def reads_a_length(p: Problem, selection: Selection, out: Tensor | None) -> Any:
-    assert CPU.planned is not None
+    assert CPU.static is not None
     assert int(p.cache_seqlens[0]) >= 0
-    return CPU.planned.attend(p, selection, out)
+    return CPU.static.attend(p, selection, out)
 
 
 def remembers_the_first_lengths() -> Callable[..., Any]:
@@ -871,10 +863,10 @@ def remembers_the_first_lengths() -> Callable[..., Any]:
     first: list[Tensor] = []
 
     def attend(p: Problem, selection: Selection, out: Tensor | None) -> Any:
-        assert CPU.planned is not None
+        assert CPU.static is not None
         first.append(p.cache_seqlens.clone())
         old = first[0] if first[0].shape == p.cache_seqlens.shape else p.cache_seqlens
-        attended = CPU.planned.attend(p, selection, out)
+        attended = CPU.static.attend(p, selection, out)
         attended.lse.add_((p.cache_seqlens - old)[:, None, None])
         return attended
 
@@ -886,9 +878,9 @@ def computes_at_capture() -> Callable[..., Any]:
     calls = [0]
 
     def attend(p: Problem, selection: Selection, out: Tensor | None) -> Any:
-        assert CPU.planned is not None
+        assert CPU.static is not None
         calls[0] += 1
-        attended = CPU.planned.attend(p, selection, out)
+        attended = CPU.static.attend(p, selection, out)
         attended.lse.add_(calls[0])
         return attended
 
@@ -1010,16 +1002,16 @@ def test_waiting_and_taking_memory_are_noticed(like_cuda: dict[str, Any]) -> Non
 
 
 def test_a_backend_without_plans_is_not_held_to_them(capsys: pytest.CaptureFixture[str]) -> None:
-    assert graphs.run(ground(wrong_backend(planned=None))) == 0
+    assert graphs.run(ground(wrong_backend(static=None))) == 0
     assert "NOTHING IS CHECKED" in capsys.readouterr().out
 
 
-REUSED = replace(DECODE, n=160, planned=plan.Planned(layers=2, max_reuse=10, short=120))
+REUSED = replace(DECODE, n=160, static=plan.StaticStages(layers=2, max_reuse=10, short=120))
 
 
 def test_a_wrong_plan_is_not_timed() -> None:
-    assert CPU.planned is not None
-    right = CPU.planned.attend
+    assert CPU.static is not None
+    right = CPU.static.attend
 
     def rounds(p: Problem, selection: Selection, out: Tensor | None) -> Any:
         attended = right(p, selection, out)
@@ -1047,16 +1039,16 @@ def test_a_replay_that_keeps_its_first_inputs_is_noticed() -> None:
 
 
 def test_without_plans_a_cell_says_so_and_is_measured() -> None:
-    found = measure.measure(REUSED, Cpu(), wrong_backend(planned=None), LIMITS, quiet)
+    found = measure.measure(REUSED, Cpu(), wrong_backend(static=None), LIMITS, quiet)
     (said,) = (side for side in found["sides"] if side["role"] == "planned")
     assert "no stages that a plan can run" in said["error"]
     assert found["ratios"]
 
 
-def _traced(B: int, max_reuse: int) -> tuple[Problem, plan.Planned]:
+def _traced(B: int, max_reuse: int) -> tuple[Problem, plan.StaticStages]:
     cell = replace(DECODE, n=160, B=B)
     problem = draw(cell, torch.device("cpu"), torch.bfloat16)
-    return problem, plan.Planned(layers=2, max_reuse=max_reuse)
+    return problem, plan.StaticStages(layers=2, max_reuse=max_reuse)
 
 
 def test_of_a_mixed_trace_each_request_reuses_four_in_five_and_not_all_at_once() -> None:
@@ -1279,17 +1271,17 @@ def test_a_model_whose_plans_are_wrong_is_not_shown_as_measured(
     pytest.importorskip("transformers")
 
     def attend(p: Problem, selection: Selection, out: Any) -> Any:
-        out, lse = CPU.planned.attend(p, selection, out)
+        out, lse = CPU.static.attend(p, selection, out)
         return out.mul_(-1.0), lse
 
-    def decide(p: Problem, memory: Any, theta: Any) -> Any:
+    def decide_reuse(p: Problem, memory: Any, theta: Any) -> Any:
         nobody = torch.zeros(p.B, dtype=torch.bool)
-        found = reference.decide(p, memory, theta)
+        found = reference.decide_reuse(p, memory, theta)
         return found._replace(reused=nobody, cache_seqlens=p.cache_seqlens)
 
     wrong = {
-        "attend": {"planned": CPU.planned._replace(attend=attend)},
-        "reuse": {"reuse": Reuse(decide, reference.keep)},
+        "attend": {"planned": CPU.static._replace(attend=attend)},
+        "reuse": {"reuse": Reuse(decide_reuse, reference.update)},
     }
     name = f"model-{stage}"
     register(name, replace(CPU, name=name, **wrong[stage]))

@@ -29,12 +29,12 @@ from tokenselect import (
     SelectionCache,
     attention,
     capture,
+    check_capturable,
     cuda_graph,
     plan,
-    registry,
-    rehearse,
 )
-from tokenselect.workspace import empty
+from tokenselect.dispatch import registry
+from tokenselect.scratch import empty
 
 Q, K_CACHE, V_CACHE = tensors()
 
@@ -192,12 +192,12 @@ def test_reset_of_a_planned_cache_keeps_its_tensors() -> None:
     cache = SelectionCache(max_reuse=8)
     planned = plan(problem(max_reuse=8))
     planned(Q, K_CACHE, V_CACHE, lengths(20, 20), cache=cache)
-    memory = cache.memory(problem(max_reuse=8))
+    memory = cache.state(problem(max_reuse=8))
     places = [x.data_ptr() for x in memory.tensors()]
     cache.reset()
     planned(Q, K_CACHE, V_CACHE, lengths(21, 21), cache=cache)
     assert cache.misses.tolist() == [1, 1]
-    assert [x.data_ptr() for x in cache.memory(problem(max_reuse=8)).tensors()] == places
+    assert [x.data_ptr() for x in cache.state(problem(max_reuse=8)).tensors()] == places
 
 
 # --- captured steps -----------------------------------------------------------------------
@@ -408,7 +408,7 @@ def test_compiled_functions_stay_compiled() -> None:
     function = torch.compile(lambda x: x.sin() + 1, backend=counting)
     x = torch.ones(3)
     function(x)
-    rehearse(lambda x: function(x), x)
+    check_capturable(lambda x: function(x), x)
     capture(lambda x: function(x), interface=Recorded())(x)
     ran.clear()
     function(x)
@@ -437,12 +437,12 @@ def test_reset_crop_and_reorder_in_a_captured_step() -> None:
         for i in range(4):
             mask = torch.tensor([False, i == 2, False])
             run(-q[order], lengths(23 + i, 22 + i, 21 + i), mask)
-        memory = cache.memory(like)
+        memory = cache.state(like)
         results.append([x.clone() for x in memory.tensors()])
     assert all(map(torch.equal, *results))
     before = [x.clone() for x in memory.tensors()]
-    rehearse(step, q, lengths(30, 30, 30), torch.ones(3, dtype=torch.bool))
-    rehearse(lambda x: cache.reset() or x, q)
+    check_capturable(step, q, lengths(30, 30, 30), torch.ones(3, dtype=torch.bool))
+    check_capturable(lambda x: cache.reset() or x, q)
     assert all(map(torch.equal, memory.tensors(), before))
 
 
@@ -451,15 +451,15 @@ def test_a_rehearsal_undoes_what_a_larger_call_did_to_a_cache() -> None:
     like = problem(max_reuse=8)
     given = SMALL | {"cache": cache, "cache_seqlens": lengths(30, 30)}
     attention(Q, K_CACHE, V_CACHE, **given)
-    before = [x.clone() for x in cache.memory(like).tensors()]
+    before = [x.clone() for x in cache.state(like).tensors()]
 
     def step(x: Tensor) -> Tensor:
         longer = given | {"cache_seqlens": lengths(38, 38), "validate": False}
         return attention(x, K_CACHE, V_CACHE, **longer, backend="reference")
 
     with pytest.raises(NotCapturable):  # the reference reads lengths, after the cache made room
-        rehearse(step, Q.expand(-1, -1, 4, -1))
-    for now, kept in zip(cache.memory(like).tensors(), before, strict=True):
+        check_capturable(step, Q.expand(-1, -1, 4, -1))
+    for now, kept in zip(cache.state(like).tensors(), before, strict=True):
         assert torch.equal(now[..., : kept.shape[-1]], kept)
 
 
@@ -471,7 +471,7 @@ def test_a_rehearsal_leaves_caches_of_other_threads_alone() -> None:
         done.wait(10)
         return x
 
-    thread = threading.Thread(target=rehearse, args=(slow, Q))
+    thread = threading.Thread(target=check_capturable, args=(slow, Q))
     thread.start()
     inside.wait(10)
     for n in (30, 31):
@@ -589,7 +589,7 @@ def test_a_rehearsed_captured_step_teaches_nothing() -> None:
     layers = Layers(1)
     step = capture(layers, interface=Recorded())
     step(Q, lengths(20, 20))
-    rehearse(step, Q, lengths(21, 21))
+    check_capturable(step, Q, lengths(21, 21))
     assert layers.caches[0].hits.tolist() == [0, 0]
 
 
@@ -617,7 +617,7 @@ def test_captures_keep_the_rope_that_their_key_names(graphed: Recorded) -> None:
 
 def test_a_stage_that_asks_for_more_than_it_did_is_told() -> None:
     planned = plan(problem())
-    with planned._workspace.section("score"), pytest.raises(RuntimeError, match="score asks for"):
+    with planned._scratch.section("score"), pytest.raises(RuntimeError, match="score asks for"):
         empty((10**6,), torch.float32, torch.device("cpu"))
 
 
@@ -674,10 +674,10 @@ def test_rehearsals_in_two_threads_leave_compiled_functions_compiled() -> None:
         one.join(10)
         return function(x)
 
-    one = threading.Thread(target=rehearse, args=(early, x))
+    one = threading.Thread(target=check_capturable, args=(early, x))
     one.start()
     first.wait(10)
-    rehearse(late, x)
+    check_capturable(late, x)
     ran.clear()
     function(x)
     assert ran == [1]
@@ -710,7 +710,7 @@ def test_a_padded_step_stays_padded_inside_another() -> None:
 
     captured = capture(step, batches=(2,), interface=Recorded())
     expected = captured(Q[:1], lengths(20)).clone()
-    assert torch.equal(rehearse(captured, Q[:1], lengths(20)), expected)
+    assert torch.equal(check_capturable(captured, Q[:1], lengths(20)), expected)
 
 
 def test_results_without_a_row_for_each_request_are_refused() -> None:

@@ -660,10 +660,10 @@ def test_overlap_is_jaccards() -> None:
 def test_mass_and_overlap_by_hand() -> None:
     """Three steps of two layers after 8 tokens; sink and window, 0 and the newest two, are none."""
 
-    def info(selected: list[int], retained: list[float]) -> tokenselect.Info:
+    def info(selected: list[int], retained: list[float]) -> tokenselect.AttentionInfo:
         chosen = Selection(torch.tensor([[selected]]), torch.tensor([[len(selected)]]))
         reused, lse = torch.tensor([False]), torch.zeros(1, 2, 1)
-        return tokenselect.Info(lse, chosen, torch.tensor([retained]), reused, "reference")
+        return tokenselect.AttentionInfo(lse, chosen, torch.tensor([retained]), reused, "reference")
 
     infos = [
         *(info([0, 2, 3, 7, 8], [0.1, 0.2]), info([0, 2, 4, 7, 8], [0.3, 0.4])),

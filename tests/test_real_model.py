@@ -34,8 +34,8 @@ if missing := [
         pytest.fail(told, pytrace=False)
     pytest.skip(told, allow_module_level=True)
 
-from tokenselect.demo.model import DecodeAttention, DenseAttention, default_model, find_gguf, load
-from tokenselect.demo.text import Passage, lay_out, read_text
+from examples.demo.model import DecodeAttention, DenseAttention, default_model, find_gguf, load
+from examples.demo.text import Passage, lay_out, read_text
 from tokenselect.integrations.transformers import TokenSelectCache, enable
 
 SEED = 0

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from tokenselect import Problem, Rope, SelectConfig
-from tokenselect.contract import Decision, Memory, Scores, Selection
-from tokenselect.workspace import Workspace
+from tokenselect.contract import CacheState, ReuseDecision, Scores, Selection
+from tokenselect.scratch import Scratch
 
 triton = pytest.importorskip("triton", reason="the package triton is not for this platform")
 
@@ -146,13 +146,13 @@ def compared(module: Any, name: str, *given: Any, **more: Any) -> Any:
     return result
 
 
-def memory_of(p: Problem) -> Memory:
+def memory_of(p: Problem) -> CacheState:
     numbers = torch.zeros(p.B, dtype=torch.int32)
-    return Memory(
+    return CacheState(
         query=torch.zeros(p.B, p.Hq * p.D),
         positions=torch.zeros(p.B, p.S, p.K, dtype=torch.int32),
         count=torch.zeros(p.B, p.S, dtype=torch.int32),
-        seen=numbers,
+        seqlen_at_selection=numbers,
         hits=numbers.long(),
         misses=numbers.long(),
     )
@@ -160,7 +160,7 @@ def memory_of(p: Problem) -> Memory:
 
 def all_stages(p: Problem) -> None:
     memory = memory_of(p)
-    decision: Decision = compared(reuse, "decide_launches", p, memory, 0.9)
+    decision: ReuseDecision = compared(reuse, "decide_launches", p, memory, 0.9)
     compared(reuse, "decide_launches", p, memory, 0.8)
     compared(reuse, "decide_launches", p, memory, None)
     scores: Scores = compared(score, "launches", p, fills=True)
@@ -260,15 +260,15 @@ def test_recordings_stay_few_and_hold_no_tensor(monkeypatch: pytest.MonkeyPatch)
 def test_a_plans_memory_is_what_it_lends(monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[Any] = []
     monkeypatch.setattr(launch, "run", lambda *given: runs.append(given))
-    workspace = Workspace()
+    scratch = Scratch()
     results = []
     for n in (500, 400, 400, 500):
-        with workspace.section("score"):
+        with scratch.section("score"):
             results.append(score.score(problem(Lk=n)))
-        workspace.seal()
+        scratch.seal()
     places = [[x.data_ptr() for x in tensors[7:]] for _, tensors, _, _ in runs]
     assert places[0] == places[1] == places[2] == places[3]
-    assert {x.data_ptr() for x in workspace.blocks()} == set(places[0])
+    assert {x.data_ptr() for x in scratch.blocks()} == set(places[0])
     assert results[0].votes.data_ptr() == results[3].votes.data_ptr()
 
 

@@ -22,10 +22,10 @@ from tokenselect import (
     backends,
     explain,
     register,
-    registry,
     score,
     select,
 )
+from tokenselect.dispatch import registry
 
 CALL = """
 import torch, tokenselect
@@ -134,7 +134,7 @@ def distribution(tmp_path: Path) -> Path:
     (tmp_path / "speedy" / "__init__.py").write_text(
         "from tokenselect import Backend, Capability, Scores\n"
         "def score(problem):\n"
-        "    from tokenselect.registry import load\n"
+        "    from tokenselect.dispatch.registry import load\n"
         "    print('speedy scores')\n"
         "    return load('cpu').score(problem)\n"
         "BACKEND = Backend('speedy', Capability(devices=('cpu',)), score, 'cpu', 'cpu')\n"

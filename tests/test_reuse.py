@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from tests.problems import SMALL, lengths, problem, tensors
-from tokenselect import Info, SelectionCache, attention
+from tokenselect import AttentionInfo, SelectionCache, attention
+from tokenselect.dispatch.registry import load, reuse_of
 from tokenselect.errors import InvalidProblem
-from tokenselect.registry import load, reuse_of
 
 LK = 64
 _, K_CACHE, V_CACHE = tensors(Lk=LK)
@@ -21,7 +21,7 @@ def query(*seeds: int, Lq: int = 1) -> Tensor:
     return torch.cat([tensors(B=1, Lq=Lq, seed=seed)[0] for seed in seeds])
 
 
-def step(cache: SelectionCache | None, q: Tensor, *n: int, **arguments: Any) -> Info:
+def step(cache: SelectionCache | None, q: Tensor, *n: int, **arguments: Any) -> AttentionInfo:
     """One call with n tokens in each request; checks what holds of every selection."""
     given = {"k_cache": K_CACHE, "v_cache": V_CACHE} | arguments
     B = len(q)
@@ -47,7 +47,7 @@ def step(cache: SelectionCache | None, q: Tensor, *n: int, **arguments: Any) -> 
 
 
 def softmax_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, info: Info, n: tuple[int, ...]
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, info: AttentionInfo, n: tuple[int, ...]
 ) -> Tensor:
     """Attention over the positions that info says were attended to, a query at a time."""
     out = torch.zeros_like(q)
@@ -60,11 +60,11 @@ def softmax_attention(
     return out
 
 
-def positions(info: Info, b: int = 0, s: int = 0) -> list[int]:
+def positions(info: AttentionInfo, b: int = 0, s: int = 0) -> list[int]:
     return info.selection.positions[b, s, : int(info.selection.count[b, s])].tolist()
 
 
-def reused(*infos: Info) -> list[bool]:
+def reused(*infos: AttentionInfo) -> list[bool]:
     return [bool(info.reused[0]) for info in infos]
 
 
@@ -392,10 +392,10 @@ def test_deciding_changes_nothing() -> None:
     cache = SelectionCache()
     step(cache, query(1, 2), 30, 40)
     p = problem(query(1, 3), K_CACHE, V_CACHE, cache_seqlens=lengths(31, 41), max_reuse=64)
-    memory = cache.memory(p)
+    memory = cache.state(p)
     before = [tensor.clone() for tensor in memory.tensors()]
     for _ in range(2):
-        decision = reuse_of(load("cpu")).decide(p, memory, cache.theta)
+        decision = reuse_of(load("cpu")).decide_reuse(p, memory, cache.theta)
         assert decision.reused.tolist() == [True, False]
         assert decision.cache_seqlens.tolist() == [0, 41]
     assert all(map(torch.equal, memory.tensors(), before))

@@ -1,4 +1,4 @@
-"""Rope.place is a rotation by the difference of two positions, exact at any distance."""
+"""Rope.reposition is a rotation by the difference of two positions, exact at any distance."""
 
 import math
 
@@ -35,7 +35,7 @@ def test_place_is_a_complex_multiplication(
     position = torch.tensor([0, 1, 2, 5, 100, 4000, 100_000])
     at = torch.tensor([0, 0, 5, 2, 7, 4001, 3])
     rope = Rope(inv_freq(rotary_dim), interleaved=interleaved)
-    got = rope.place(x, position, at)
+    got = rope.reposition(x, position, at)
     assert (got.shape, got.dtype) == (x.shape, dtype)
     expected = turned(x, rope.inv_freq, at - position, interleaved=interleaved)
     eps = torch.finfo(dtype).eps
@@ -47,8 +47,8 @@ def test_interleaved_and_half_split_are_one_permutation_apart() -> None:
     x = tensors(Lk=7)[1]
     order = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])  # evens, then odds: pairs (2i, 2i+1) to (i, i+4)
     position, at = torch.arange(7), torch.arange(7) * 3 + 1
-    interleaved = Rope(inv_freq(8), interleaved=True).place(x, position, at)
-    half_split = Rope(inv_freq(8)).place(x[..., order], position, at)
+    interleaved = Rope(inv_freq(8), interleaved=True).reposition(x, position, at)
+    half_split = Rope(inv_freq(8)).reposition(x[..., order], position, at)
     assert torch.equal(interleaved[..., order], half_split)
 
 
@@ -56,7 +56,7 @@ def test_interleaved_and_half_split_are_one_permutation_apart() -> None:
 def test_staying_in_place_changes_nothing(interleaved: bool) -> None:
     x = tensors(Lk=7)[1]
     position = torch.arange(7) + 2**20
-    assert torch.equal(Rope(inv_freq(8), interleaved).place(x, position, position), x)
+    assert torch.equal(Rope(inv_freq(8), interleaved).reposition(x, position, position), x)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -70,8 +70,10 @@ def test_raw_keys_are_placed_where_rotated_ones_are_moved_to(
     frequencies = inv_freq(8)
     rotated = turned(raw, frequencies, position, interleaved=interleaved)
     rotated[..., :8] *= scaling
-    from_raw = Rope(frequencies, interleaved, "raw", scaling).place(raw, position, at)
-    from_rotated = Rope(frequencies, interleaved, "rotated", scaling).place(rotated, position, at)
+    from_raw = Rope(frequencies, interleaved, "raw", scaling).reposition(raw, position, at)
+    from_rotated = Rope(frequencies, interleaved, "rotated", scaling).reposition(
+        rotated, position, at
+    )
     # A float64 angle at 2**20 is known to 1e-10.
     torch.testing.assert_close(from_raw, from_rotated, atol=1e-9, rtol=0)
     expected = turned(raw, frequencies, at, interleaved=interleaved)
@@ -86,7 +88,7 @@ def test_a_key_from_position_2_20_arrives_within_1e_6(base: float) -> None:
     raw = tensors(Lk=1, D=D)[1].double()
     rope = Rope(inv_freq(D, base))
     cached = turned(raw, rope.inv_freq, distance, interleaved=False).float()
-    got = rope.place(cached, distance, torch.tensor([0]))
+    got = rope.reposition(cached, distance, torch.tensor([0]))
     error = (got.double() - raw).norm(dim=-1) / raw.norm(dim=-1)
     assert float(error.max()) < 1e-6
 
@@ -107,9 +109,9 @@ def test_positions_may_differ_by_head() -> None:
     x = tensors(Lk=7)[1]
     rope = Rope(inv_freq(8))
     position = torch.stack((torch.arange(7), torch.arange(7) * 2))  # (Hkv, L)
-    got = rope.place(x, position, torch.zeros_like(position))
+    got = rope.reposition(x, position, torch.zeros_like(position))
     for g in range(2):
-        alone = rope.place(x[:, g], position[g], torch.zeros(7, dtype=torch.int64))
+        alone = rope.reposition(x[:, g], position[g], torch.zeros(7, dtype=torch.int64))
         assert torch.equal(got[:, g], alone)
 
 

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from bench.quality import ruler
-from tokenselect.demo.model import default_model, find_gguf
+from examples.demo.model import default_model, find_gguf
 from tokenselect.errors import InvalidProblem
 from tokenselect.integrations.transformers import enable
 

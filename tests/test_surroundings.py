@@ -13,7 +13,8 @@ from torch.utils._device import _device_constructors
 
 from tests import fresh
 from tests.problems import SMALL, lengths, paged, problem, rope, tensors
-from tokenselect import SelectionCache, attention, check, plan, registry
+from tokenselect import SelectionCache, attention, check, plan
+from tokenselect.dispatch import registry
 
 ROPE = rope()
 

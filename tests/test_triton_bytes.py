@@ -43,7 +43,7 @@ import json
 import numpy, torch
 from triton.runtime.interpreter import interpreter_builder as builder
 from tokenselect import Problem, SelectConfig
-from tokenselect.contract import Memory
+from tokenselect.contract import CacheState
 from tokenselect.kernels.triton import attend, reuse, score, select
 
 touched = []
@@ -87,7 +87,7 @@ def run(planned):
     return result
 
 numbers = torch.zeros(1, dtype=torch.int32)
-memory = Memory(torch.ones(1, 512), torch.zeros(1, 1, p.K, dtype=torch.int32), numbers[:, None],
+memory = CacheState(torch.ones(1, 512), torch.zeros(1, 1, p.K, dtype=torch.int32), numbers[:, None],
                 numbers, numbers.long(), numbers.long())
 decision = run(reuse.decide_launches(p, memory, 0.9))
 scores = run(score.launches(p, "interpreter"))

@@ -6,18 +6,19 @@ Start with `attention`; `explain` says what it would run on; `python -m tokensel
 what this machine can do and whether it is right.
 """
 
-from tokenselect.api import Info, attend, attention, explain, score, select
+from tokenselect.api import AttentionInfo, attend, attention, explain, run, score, select
 from tokenselect.contract import (
-    Attended,
+    AttentionOutput,
     Backend,
     Capability,
-    Planned,
     Problem,
     Scores,
     SelectConfig,
     Selection,
+    StaticStages,
     reasons,
 )
+from tokenselect.dispatch.registry import Explanation, backends, register
 from tokenselect.errors import (
     InvalidProblem,
     NotCapturable,
@@ -25,31 +26,30 @@ from tokenselect.errors import (
     UnknownBackend,
     UnsupportedProblem,
 )
-from tokenselect.graph_safety import rehearse
-from tokenselect.graphs import capture, cuda_graph
-from tokenselect.plans import Plan, plan
-from tokenselect.registry import Explanation, backends, register
-from tokenselect.reuse import SelectionCache
+from tokenselect.plans.cuda_graph import capture, cuda_graph
+from tokenselect.plans.graph_safety import check_capturable
+from tokenselect.plans.plan import Plan, plan
 from tokenselect.rope import Rope
+from tokenselect.selection_cache import SelectionCache
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "Attended",
+    "AttentionInfo",
+    "AttentionOutput",
     "Backend",
     "Capability",
     "Explanation",
-    "Info",
     "InvalidProblem",
     "NotCapturable",
     "Plan",
-    "Planned",
     "Problem",
     "Rope",
     "Scores",
     "SelectConfig",
     "Selection",
     "SelectionCache",
+    "StaticStages",
     "TokenSelectError",
     "UnknownBackend",
     "UnsupportedProblem",
@@ -57,12 +57,13 @@ __all__ = [
     "attention",
     "backends",
     "capture",
+    "check_capturable",
     "cuda_graph",
     "explain",
     "plan",
     "reasons",
     "register",
-    "rehearse",
+    "run",
     "score",
     "select",
 ]

@@ -1,16 +1,15 @@
 """The public calls: check the problem, resolve the backend, run its stages."""
 
+import difflib
 import math
-from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
 
-from tokenselect import ops, registry
 from tokenselect.contract import (
     CONFIG_NAMES,
-    Attended,
+    AttentionOutput,
     Normalize,
     Positions,
     Problem,
@@ -21,12 +20,14 @@ from tokenselect.contract import (
     Selection,
     Vote,
 )
+from tokenselect.dispatch import ops, registry
+from tokenselect.dispatch.step import Step
 from tokenselect.errors import InvalidProblem
-from tokenselect.reuse import SelectionCache
 from tokenselect.rope import Rope
+from tokenselect.selection_cache import SelectionCache
 
 
-class Info(NamedTuple):
+class AttentionInfo(NamedTuple):
     """What a call of `attention` did.
 
     lse            (B, Hq, Lq) float32, natural log, of the tokens attended to
@@ -45,34 +46,96 @@ class Info(NamedTuple):
     backend: str
 
 
+class RareSettings(TypedDict, total=False):
+    """The settings of `SelectConfig` that `attention` takes by name without listing them."""
+
+    vote: Vote
+    normalize: Normalize
+    scope: Scope
+    select_scale: float | None
+    pool: int
+    n_query_means: int
+    fixed_share: float
+
+
+@overload
 def attention(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    k: int = 2048,
+    k: int | None = None,
     *,
-    n_sink: int = 16,
-    n_local: int = 128,
+    n_sink: int | None = None,
+    n_local: int | None = None,
+    positions: Positions | None = None,
+    score_at: ScoreAt | None = None,
+    config: SelectConfig | None = None,
     cache_seqlens: Tensor | None = None,
     block_table: Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
-    vote: Vote = "soft",
-    normalize: Normalize = "visible",
-    scope: Scope = "layer",
-    select_scale: float | None = None,
-    pool: int = 1,
-    n_query_means: int = 1,
     rope: Rope | None = None,
-    positions: Positions = "original",
-    score_at: ScoreAt = "true",
-    fixed_share: float = 0.25,
     cache: SelectionCache | None = None,
     backend: str = "auto",
     validate: bool | None = None,
+    out: Tensor | None = None,
+    return_info: Literal[False] = False,
+    **settings: Unpack[RareSettings],
+) -> Tensor: ...
+
+
+@overload
+def attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: int | None = None,
+    *,
+    n_sink: int | None = None,
+    n_local: int | None = None,
+    positions: Positions | None = None,
+    score_at: ScoreAt | None = None,
+    config: SelectConfig | None = None,
+    cache_seqlens: Tensor | None = None,
+    block_table: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    rope: Rope | None = None,
+    cache: SelectionCache | None = None,
+    backend: str = "auto",
+    validate: bool | None = None,
+    out: Tensor | None = None,
+    return_info: Literal[True],
+    **settings: Unpack[RareSettings],
+) -> tuple[Tensor, AttentionInfo]: ...
+
+
+def attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: int | None = None,
+    *,
+    n_sink: int | None = None,
+    n_local: int | None = None,
+    positions: Positions | None = None,
+    score_at: ScoreAt | None = None,
+    config: SelectConfig | None = None,
+    cache_seqlens: Tensor | None = None,
+    block_table: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    rope: Rope | None = None,
+    cache: SelectionCache | None = None,
+    backend: str = "auto",
+    validate: bool | None = None,
+    out: Tensor | None = None,
     return_info: bool = False,
-) -> Any:
+    **settings: Unpack[RareSettings],
+) -> Tensor | tuple[Tensor, AttentionInfo]:
     """Attend to the sink, the k cached tokens that the heads vote for, and the local window.
 
     TokenSelect, arXiv 2411.02886, eq. 2 to 7 and algorithm 1; docs/semantics.md has it all.
@@ -81,19 +144,20 @@ def attention(
     k_cache      (B, Hkv, Lk, D), or paged (n_pages, page_size, Hkv, D), the new keys included;
                  any strides; q's dtype: float32, bfloat16, float16 or float64
     v_cache      likewise with Dv
-    k, n_sink, n_local, vote, normalize, scope, select_scale, pool, n_query_means, positions,
-    score_at, fixed_share
-                 what to select: see `SelectConfig`
+    k, n_sink, n_local, positions, score_at, **settings
+                 what to select: the fields of `SelectConfig`, with its defaults (k=2048)
+    config       a SelectConfig instead; a setting named both ways must be the same
     cache_seqlens (B,) int32, the n of each request, the new tokens included; Lk if absent
     block_table  (B, max_pages) int32, for a paged cache
     scale        factor on the logits, 1 / sqrt(D) if absent; softcap: softcap * tanh(. / softcap)
-    sink_logits  (Hq,): one more logit a head in the softmax's denominator
+    sink_logits  (Hq,): one more logit per head in the softmax's denominator
     rope         how q and keys are rotated; needed to move them, or if they arrive raw
-    cache        a SelectionCache, to reuse selections; one a layer
+    cache        a SelectionCache, to reuse selections; one per layer
     backend      a registered name, which never falls back, or "auto": see `explain`
     validate     check lengths and block table, which reads them: None, on the CPU only
+    out          (B, Hq, Lq, Dv) contiguous, in q's dtype: written to and returned
 
-    Returns out (B, Hq, Lq, Dv) in q's dtype; with return_info (out, `Info`). There is no
+    Returns out (B, Hq, Lq, Dv) in q's dtype; with return_info (out, `AttentionInfo`). There is no
     backward pass. Raises InvalidProblem, UnsupportedProblem or UnknownBackend, all ValueErrors.
 
     >>> q, cached = torch.ones(1, 8, 1, 64), torch.ones(1, 2, 99, 64)
@@ -101,24 +165,18 @@ def attention(
     >>> out.shape, int(info.selection.count), info.backend
     (torch.Size([1, 8, 1, 64]), 28, 'cpu')
     """
+    named = {
+        "k": k,
+        "n_sink": n_sink,
+        "n_local": n_local,
+        "positions": positions,
+        "score_at": score_at,
+    }
     problem = Problem.build(
         q,
         k_cache,
         v_cache,
-        SelectConfig(
-            k=k,
-            n_sink=n_sink,
-            n_local=n_local,
-            vote=vote,
-            normalize=normalize,
-            scope=scope,
-            select_scale=select_scale,
-            pool=pool,
-            n_query_means=n_query_means,
-            positions=positions,
-            score_at=score_at,
-            fixed_share=fixed_share,
-        ),
+        _config(config, named, settings),
         cache_seqlens=cache_seqlens,
         block_table=block_table,
         scale=scale,
@@ -127,29 +185,117 @@ def attention(
         rope=rope,
         max_reuse=_max_reuse(cache),
     )
-    name, problem = _ready(problem, backend, validate)
-    fresh, decision, memory = problem, None, None
+    return run(problem, backend, cache=cache, validate=validate, out=out, return_info=return_info)
+
+
+@overload
+def run(
+    problem: Problem,
+    backend: str = "auto",
+    *,
+    cache: SelectionCache | None = None,
+    validate: bool | None = None,
+    out: Tensor | None = None,
+    return_info: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def run(
+    problem: Problem,
+    backend: str = "auto",
+    *,
+    cache: SelectionCache | None = None,
+    validate: bool | None = None,
+    out: Tensor | None = None,
+    return_info: Literal[True],
+) -> tuple[Tensor, AttentionInfo]: ...
+
+
+@overload
+def run(
+    problem: Problem,
+    backend: str = "auto",
+    *,
+    cache: SelectionCache | None = None,
+    validate: bool | None = None,
+    out: Tensor | None = None,
+    return_info: bool,
+) -> Tensor | tuple[Tensor, AttentionInfo]: ...
+
+
+def run(
+    problem: Problem,
+    backend: str = "auto",
+    *,
+    cache: SelectionCache | None = None,
+    validate: bool | None = None,
+    out: Tensor | None = None,
+    return_info: bool = False,
+) -> Tensor | tuple[Tensor, AttentionInfo]:
+    """Do what `attention` does, for a Problem that is built already.
+
+    cache  a SelectionCache with the problem's max_reuse
+
+    Returns and raises what `attention` does.
+    """
+    name, reads = _ready(problem, backend, validate)
+    if out is not None:
+        check_out(problem, out)
+    state, theta = None, None
+    if cache is not None and _max_reuse(cache) != problem.max_reuse:
+        raise InvalidProblem(
+            f"problem.max_reuse={problem.max_reuse}, the cache's is {_max_reuse(cache)}",
+            "a problem has room for as many appended tokens as its SelectionCache allows",
+            "say Problem.build(..., max_reuse=cache.max_reuse), as attention does",
+        )
     if cache is not None:
-        memory = cache.memory(problem)
-        decision = ops.decide(name, problem, memory, cache.theta)
-        fresh = replace(problem, cache_seqlens=decision.cache_seqlens)
-    scores = ops.score(name, fresh)
-    selection = ops.select(name, scores.votes, fresh)
-    if memory is not None and decision is not None:
-        ops.keep(name, problem, memory, decision, selection)
-    attended = ops.attend(name, problem, selection)
-    if not return_info:
-        return attended.out
-    reused = torch.zeros_like(problem.cache_seqlens, dtype=torch.bool)
-    reused = reused if decision is None else decision.reused
-    mass = retained_mass(problem, scores.lse, attended.lse, reused)
-    return attended.out, Info(attended.lse, selection, mass, reused, name)
+        state, theta = cache.state(problem), cache.theta
+    step = ops.attention(name, problem, reads, state, theta)
+    result = step.out if out is None else out.copy_(step.out)
+    return (result, info_of(problem, step, name)) if return_info else result
+
+
+def info_of(problem: Problem, step: Step, backend: str) -> AttentionInfo:
+    """Return what `attention` tells about a step."""
+    reused = step.reused
+    if reused is None:
+        reused = torch.zeros_like(problem.cache_seqlens, dtype=torch.bool)
+    mass = _retained_mass(problem, step.dense_lse, step.lse, reused)
+    return AttentionInfo(step.lse, Selection(step.positions, step.counts), mass, reused, backend)
+
+
+def _config(config: SelectConfig | None, named: dict[str, Any], rare: RareSettings) -> SelectConfig:
+    """Return the settings of a call, given whole, by name, or both ways if they agree."""
+    given = {name: value for name, value in named.items() if value is not None} | dict(rare)
+    for name in rare:
+        if name not in CONFIG_NAMES:
+            close = difflib.get_close_matches(name, CONFIG_NAMES, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise TypeError(f"attention() got an unexpected keyword argument {name!r}{hint}")
+    if config is None:
+        return SelectConfig(**given)
+    if not isinstance(config, SelectConfig):
+        raise InvalidProblem(
+            f"config is a {type(config).__name__}",
+            "config is a tokenselect.SelectConfig",
+            "say SelectConfig(**settings), or pass the settings by name",
+        )
+    both = SelectConfig(**dict(config) | given)
+    for name in given:
+        if both[name] != config[name]:
+            raise InvalidProblem(
+                f"{name}={both[name]!r}, config.{name}={config[name]!r}",
+                "a setting that is named both ways has one value",
+                f"leave {name} out, or say dataclasses.replace(config, {name}={both[name]!r})",
+            )
+    return config
 
 
 def score(problem: Problem, backend: str = "auto", validate: bool | None = None) -> Scores:
     """Stage 1 alone: votes (B, R, S, Lk) float32 and lse (B, Hq) float32. See `Scores`."""
-    name, problem = _ready(problem, backend, validate)
-    return ops.score(name, problem)
+    name, reads = _ready(problem, backend, validate)
+    return ops.score(name, problem, reads)
 
 
 def select(
@@ -159,7 +305,7 @@ def select(
 
     Ties go to the lower position, -0.0 equals 0.0, NaN counts as -inf.
     """
-    name, problem = _ready(problem, backend, validate)
+    name, reads = _ready(problem, backend, validate)
     shape = (problem.B, problem.R, problem.S, problem.Lk)
     if not isinstance(votes, Tensor):
         raise InvalidProblem(
@@ -173,24 +319,25 @@ def select(
             f"votes of this problem are {shape} torch.float32 on {problem.q.device}",
             "pass score(problem).votes",
         )
-    return ops.select(name, votes, problem)
+    return ops.select(name, votes, problem, reads)
 
 
 def attend(
     problem: Problem, selection: Selection, backend: str = "auto", validate: bool | None = None
-) -> Attended:
+) -> AttentionOutput:
     """Stage 3 alone: out (B, Hq, Lq, Dv) and lse (B, Hq, Lq) over a given selection."""
-    name, problem = _ready(problem, backend, validate)
-    _check_selection(problem, selection, read=_reads_values(problem, validate))
-    return ops.attend(name, problem, selection)
+    name, reads = _ready(problem, backend, validate)
+    _check_selection(problem, selection, read=reads)
+    return ops.attend(name, problem, selection, reads)
 
 
 def explain(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    k: int = 2048,
+    k: int | None = None,
     *,
+    config: SelectConfig | None = None,
     cache: SelectionCache | None = None,
     backend: str = "auto",
     **arguments: Any,
@@ -199,14 +346,15 @@ def explain(
 
     Runs nothing and reads no tensor. Print the result, or read .chosen and .passed_over.
     """
-    arguments = {"k": k} | arguments
-    config = {name: arguments.pop(name) for name in CONFIG_NAMES if name in arguments}
-    for name in ("validate", "return_info"):
+    for name in ("validate", "out", "return_info"):
         arguments.pop(name, None)
-    problem = Problem.build(
-        q, k_cache, v_cache, SelectConfig(**config), max_reuse=_max_reuse(cache), **arguments
-    )
+    tensors = {name: arguments.pop(name) for name in _PROBLEM_ARGUMENTS if name in arguments}
+    settings = _config(config, {"k": k}, arguments)  # type: ignore[arg-type]  # checked there
+    problem = Problem.build(q, k_cache, v_cache, settings, max_reuse=_max_reuse(cache), **tensors)
     return registry.explain(backend, problem)
+
+
+_PROBLEM_ARGUMENTS = "cache_seqlens", "block_table", "scale", "softcap", "sink_logits", "rope"
 
 
 def _max_reuse(cache: SelectionCache | None) -> int:
@@ -221,8 +369,8 @@ def _max_reuse(cache: SelectionCache | None) -> int:
     return cache.max_reuse
 
 
-def _ready(problem: Problem, backend: str, validate: bool | None) -> tuple[str, Problem]:
-    """The backend's name, and the problem with its values checked where they are to be."""
+def _ready(problem: Problem, backend: str, validate: bool | None) -> tuple[str, bool]:
+    """Return the name of the backend that runs the problem, and whether values are checked."""
     if not isinstance(problem, Problem):
         raise InvalidProblem(
             f"problem is a {type(problem).__name__}",
@@ -230,10 +378,8 @@ def _ready(problem: Problem, backend: str, validate: bool | None) -> tuple[str, 
             "make one with Problem.build, or call attention",
         )
     refuse_grad(problem)
-    name = registry.resolve(backend, problem)
-    if _reads_values(problem, validate):
-        problem = replace(problem, cache_seqlens=ops.checked_seqlens(problem))
-    return name, problem
+    reads = problem.q.device.type == "cpu" if validate is None else bool(validate)
+    return registry.resolve(backend, problem), reads
 
 
 def refuse_grad(problem: Problem) -> None:
@@ -247,10 +393,6 @@ def refuse_grad(problem: Problem) -> None:
                 "attention over a KV cache is for inference and has no backward pass",
                 "call it under torch.inference_mode() or torch.no_grad()",
             )
-
-
-def _reads_values(problem: Problem, validate: bool | None) -> bool:
-    return problem.q.device.type == "cpu" if validate is None else validate
 
 
 def _check_selection(problem: Problem, selection: Selection, *, read: bool) -> None:
@@ -301,8 +443,8 @@ def _check_selection(problem: Problem, selection: Selection, *, read: bool) -> N
         )
 
 
-def retained_mass(problem: Problem, dense: Tensor, lse: Tensor, reused: Tensor) -> Tensor:
-    """exp(lse of the selection - lse of all), where both are of the same logits; else NaN."""
+def _retained_mass(problem: Problem, dense: Tensor, lse: Tensor, reused: Tensor) -> Tensor:
+    """Return exp(lse of the selection - lse of all), or NaN where those are of other logits."""
     c = problem.config
     selected = lse[:, :, -1]
     is_known = (
@@ -315,3 +457,21 @@ def retained_mass(problem: Problem, dense: Tensor, lse: Tensor, reused: Tensor) 
         return torch.full_like(dense, math.nan)
     known = ~reused[:, None] & dense.isfinite() & selected.isfinite()
     return torch.where(known, (selected - dense).exp().clamp(max=1.0), math.nan)
+
+
+def check_out(problem: Problem, out: object) -> None:
+    """Raise InvalidProblem unless `out` can hold the result of a call."""
+    p = problem
+    shape, dtype, device = (p.B, p.Hq, p.Lq, p.Dv), p.q.dtype, p.q.device
+    came = f"out is a {type(out).__name__}"
+    if isinstance(out, Tensor) and (out.shape, out.dtype, out.device) != (shape, dtype, device):
+        came = f"out is {tuple(out.shape)} {out.dtype} on {out.device}"
+    elif isinstance(out, Tensor) and not out.is_contiguous():
+        came = f"out has strides {out.stride()}"
+    elif isinstance(out, Tensor):
+        return
+    raise InvalidProblem(
+        came,
+        f"out is {shape} {dtype} on {device}, contiguous",
+        "make it with torch.empty, or leave it out",
+    )

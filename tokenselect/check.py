@@ -29,8 +29,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tokenselect import api, registry
-from tokenselect.budgets import (
+from tokenselect import api
+from tokenselect.conformance.tolerances import (
     AttendBudget,
     Finding,
     ScoreBudget,
@@ -41,7 +41,7 @@ from tokenselect.budgets import (
 )
 from tokenselect.contract import (
     CONFIG_NAMES,
-    Attended,
+    AttentionOutput,
     Backend,
     Capability,
     Problem,
@@ -51,8 +51,9 @@ from tokenselect.contract import (
     listed,
     reasons,
 )
-from tokenselect.reuse import SelectionCache
+from tokenselect.dispatch import registry
 from tokenselect.rope import Rope
+from tokenselect.selection_cache import SelectionCache
 
 _DEFAULT: dict[str, Any] = {
     "B": 2, "Hq": 8, "Hkv": 2, "Lq": 1, "Lk": 160, "D": 64, "Dv": 64, "dtype": torch.float32,
@@ -268,7 +269,7 @@ def _stages(name: str, kind: str, seed: int, device: str) -> Iterator[Outcome]:
 
     given = Selection(*(tensor.to(device) for tensor in expected.selection))
     attended = api.attend(moved(poisoned(problem, expected.selection), device), given, name)
-    yield Outcome("attend", expected.attended.compare(Attended(*_here(attended))))
+    yield Outcome("attend", expected.attended.compare(AttentionOutput(*_here(attended))))
 
     done = _call(name, problem, device)
     yield Outcome("attention", choice_finding(problem, done.selection, expected.scores.votes))
@@ -316,7 +317,7 @@ def _reuse(name: str, kind: str, seed: int, device: str) -> Iterator[Outcome]:
 
 
 class _Done(NamedTuple):
-    attended: Attended
+    attended: AttentionOutput
     selection: Selection
     reused: Tensor
 
@@ -338,7 +339,7 @@ def _call(name: str, problem: Problem, device: str, seen: SelectionCache | None 
         backend=name,
         return_info=True,
     )
-    attended = Attended(out.cpu(), info.lse.cpu())
+    attended = AttentionOutput(out.cpu(), info.lse.cpu())
     return _Done(attended, Selection(*_here(info.selection)), info.reused.cpu())
 
 
@@ -387,7 +388,7 @@ def capability(backend: Backend) -> str:
         if value is not None and not isinstance(value, bool):
             limits.append(f"{field.name} {listed(value)}".replace("torch.", ""))
     limits += [f"borrows from {lender.name}" for lender in backend.lenders]
-    limits.append("can be planned" if backend.planned else "cannot be planned")
+    limits.append("can be planned" if backend.static else "cannot be planned")
     if not backend.capability.deterministic:
         limits.append("not deterministic")
     return "; ".join(limits)

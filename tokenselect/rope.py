@@ -64,7 +64,7 @@ class Rope:
     def rotary_dim(self) -> int:
         return 2 * self.inv_freq.shape[0]
 
-    def place(self, x: Tensor, position: Tensor, at: Tensor) -> Tensor:
+    def reposition(self, x: Tensor, position: Tensor, at: Tensor) -> Tensor:
         """Take each vector from its token's `position` to where it shall stand: `at`.
 
         x (..., L, D) float32 or float64, as given (see `cached`); position and at (L,) or
@@ -72,14 +72,14 @@ class Rope:
         """
         is_raw = self.cached == "raw"
         factor = self.scaling if is_raw else 1.0
-        return self.turn(x, *self.wave(at if is_raw else at - position, x.dtype, factor))
+        return self.rotate(x, *self.cos_sin(at if is_raw else at - position, x.dtype, factor))
 
-    def wave(self, by: Tensor, dtype: torch.dtype, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+    def cos_sin(self, by: Tensor, dtype: torch.dtype, factor: float = 1.0) -> tuple[Tensor, Tensor]:
         """cos and sin, times factor, of turns by so many positions: each (..., rotary_dim / 2)."""
         angle = by.double()[..., None] * self.inv_freq.double()
         return (angle.cos() * factor).to(dtype), (angle.sin() * factor).to(dtype)
 
-    def pairs(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def rotary_pairs(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Views of the first and of the second of each pair of dims: (..., rotary_dim / 2)."""
         turned = x[..., : self.rotary_dim]
         if self.interleaved:
@@ -87,9 +87,9 @@ class Rope:
         first, second = turned.chunk(2, dim=-1)
         return first, second
 
-    def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Turn x (..., D) by what `wave` returned."""
-        first, second = self.pairs(x)
+        first, second = self.rotary_pairs(x)
         first, second = first * cos - second * sin, first * sin + second * cos
         if self.interleaved:
             turned = torch.stack((first, second), dim=-1).flatten(-2)

@@ -31,7 +31,7 @@ from tokenselect import (
     backends,
     register,
 )
-from tokenselect.registry import load
+from tokenselect.dispatch.registry import load
 
 THETA, MAX_REUSE = 0.9, 64
 _NEAR = 0.1  # of plans to calls, on the CPU of a dry run only
@@ -220,7 +220,7 @@ def _attended(p: Problem, backend: str, call: Call, cache: SelectionCache | None
 def _planned(p: Problem, plan: Plan, call: Call, cache: SelectionCache | None) -> Given:
     """A plan on a call's inputs; clones, since the plan's memory is overwritten."""
     if call.poison is not None:
-        for block in plan._workspace.blocks():
+        for block in plan._scratch.blocks():
             block.fill_(call.poison)
     given: dict[str, Any] = {"block_table": call.table, "cache": cache, "return_info": True}
     out, info = plan(call.q, p.k_cache, p.v_cache, call.lengths, **given)
@@ -636,7 +636,7 @@ CHECKS: tuple[Named, ...] = (
 
 def run(ground: Ground, wanted: Sequence[Named] = CHECKS) -> int:
     """All checks, each told as it ends; 1 if one did not pass."""
-    if load(ground.backend).planned is None:
+    if load(ground.backend).static is None:
         print(f"{ground.backend} has no stages that a plan can run: NOTHING IS CHECKED", flush=True)
         return 0
     wrong, done = [], 0

@@ -24,7 +24,7 @@ from bench.gpu.plan import CHUNK, MAIN, Cell, cells
 from bench.gpu.worker import device_for, named
 from bench.workloads import TINY, make
 from tokenselect import Problem, SelectConfig, SelectionCache, check
-from tokenselect.registry import load
+from tokenselect.dispatch.registry import load
 
 REPEATS, DRY_REPEATS = 20, 4
 
@@ -98,7 +98,7 @@ def small(backend: str, dry: bool) -> int:
         if not out.isfinite().all():
             print(f"{workload.name}: a result is not finite")
             return 1
-        if load(backend).planned is not None and not _small_plan(problem, backend):
+        if load(backend).static is not None and not _small_plan(problem, backend):
             print(f"{workload.name}: a planned result is not finite")
             return 1
         device.synchronize()

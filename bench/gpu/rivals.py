@@ -179,9 +179,9 @@ def _flashinfer_batch(a: Asked, page_size: int = 16) -> Ready:
     )
     each = n // page_size
     integers = {"dtype": torch.int32, "device": a.q.device}
-    workspace = torch.empty(256 * 2**20, dtype=torch.uint8, device=a.q.device)
+    scratch = torch.empty(256 * 2**20, dtype=torch.uint8, device=a.q.device)
     wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-        workspace, "HND", use_tensor_cores=a.G > 1
+        scratch, "HND", use_tensor_cores=a.G > 1
     )
     wrapper.plan(
         torch.arange(B + 1, **integers) * each,

@@ -27,7 +27,7 @@ from bench.gpu.measure import (
 from bench.gpu.plan import cells, fits, seconds_for
 from bench.run import NotEquivalent
 from tokenselect import Backend, backends, register
-from tokenselect.registry import load
+from tokenselect.dispatch.registry import load
 
 MARK = "@gpu@ "
 LOST = 17  # the exit code of a process whose device was lost

@@ -17,9 +17,9 @@ from transformers.cache_utils import DynamicLayer
 from bench.quality import texts
 from bench.quality.model import find, load_model, load_tokenizer
 from bench.quality.ways import Way
-from tokenselect.demo.model import named
+from examples.demo.model import named
 from tokenselect.integrations.transformers import TokenSelectCache
-from tokenselect.integrations.transformers.cache import RoomyLayer
+from tokenselect.integrations.transformers.cache import GrowableLayer
 
 # What a version of the tasks computes. Raise it when the same cell would get another value.
 VERSION = 1
@@ -134,7 +134,9 @@ class Lab:
     @property
     def selects(self) -> bool:
         """Whether the model has a layer of full attention: no other selects."""
-        return any(isinstance(layer, RoomyLayer) for layer in TokenSelectCache(self.model).layers)
+        return any(
+            isinstance(layer, GrowableLayer) for layer in TokenSelectCache(self.model).layers
+        )
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -167,7 +169,7 @@ def rewound(cache: Any) -> Iterator[None]:
     others = {
         i: deepcopy(layer)
         for i, layer in enumerate(cache.layers)
-        if not (isinstance(layer, RoomyLayer) or type(layer) is DynamicLayer)
+        if not (isinstance(layer, GrowableLayer) or type(layer) is DynamicLayer)
     }
     yield
     more = cache.get_seq_length() - before

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tokenselect.demo.errors import UnsupportedModel
-from tokenselect.demo.model import default_model
+from examples.demo.errors import UnsupportedModel
+from examples.demo.model import default_model
 from tokenselect.errors import InvalidProblem
 
 # What transformers raises for a folder that it cannot make sense of.

@@ -6,18 +6,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import tokenselect
-from tokenselect import Info
+from tokenselect import AttentionInfo
 from tokenselect.integrations.transformers import layers
 
 
 @contextmanager
-def recorded() -> Iterator[list[Info]]:
-    """Inside the block, each call of a layer that selects adds its `Info`, in the layers' order.
+def recorded() -> Iterator[list[AttentionInfo]]:
+    """Add the `AttentionInfo` of every selecting call inside, in the order of the layers.
 
     The module that calls is given a `tokenselect` whose `attention` also asks for the info; the
     package itself is left alone.
     """
-    infos: list[Info] = []
+    infos: list[AttentionInfo] = []
 
     def attention(*arguments: Any, **options: Any) -> Any:
         out, info = tokenselect.attention(*arguments, **options, return_info=True)

@@ -6,8 +6,10 @@ backend is held to it. It computes in float32, or in float64 if that is what it 
 
 from tokenselect.contract import Backend, Capability, Reuse
 from tokenselect.reference.attend import attend
-from tokenselect.reference.reuse import decide, keep
+from tokenselect.reference.reuse import decide_reuse, update
 from tokenselect.reference.score import score
 from tokenselect.reference.select import select
 
-BACKEND = Backend("reference", Capability(), score, select, attend, reuse=Reuse(decide, keep))
+BACKEND = Backend(
+    "reference", Capability(), score, select, attend, reuse=Reuse(decide_reuse, update)
+)

@@ -5,11 +5,11 @@ import math
 import torch
 from torch import Tensor
 
-from tokenselect.contract import Attended, Problem, Selection
-from tokenselect.reference.cache import read
+from tokenselect.contract import AttentionOutput, Problem, Selection
+from tokenselect.reference.rows import read
 
 
-def attend(problem: Problem, selection: Selection) -> Attended:
+def attend(problem: Problem, selection: Selection) -> AttentionOutput:
     """Attend to the selected positions, causally.
 
     Returns out (B, Hq, Lq, Dv) in q's dtype and lse (B, Hq, Lq) float32, the natural log of the
@@ -35,7 +35,7 @@ def attend(problem: Problem, selection: Selection) -> Attended:
                     logits = capped(logits, problem.softcap)
                     out[b, h, i] = weights(logits, sink) @ values[g, seen]
                     lse[b, h, i] = logits.logsumexp(0)
-    return Attended(out, lse)
+    return AttentionOutput(out, lse)
 
 
 def heads_of(problem: Problem, s: int) -> range:
@@ -53,7 +53,7 @@ def placed(problem: Problem, b: int, n: int, positions: Tensor) -> tuple[Tensor,
     keys = read(problem, problem.k_cache, b, positions)
     queries = problem.q[b].to(keys.dtype)
     rope = problem.rope
-    if rope is None or not problem.moves(problem.config.positions):
+    if rope is None or not problem.needs_rotation(problem.config.positions):
         return queries, keys
     newest = torch.arange(problem.Lq, device=positions.device) - problem.Lq
     query_positions = n + newest
@@ -62,7 +62,7 @@ def placed(problem: Problem, b: int, n: int, positions: Tensor) -> tuple[Tensor,
     else:
         at = torch.arange(len(positions), device=positions.device)
         query_at = len(positions) + newest
-    return rope.place(queries, query_positions, query_at), rope.place(keys, positions, at)
+    return rope.reposition(queries, query_positions, query_at), rope.reposition(keys, positions, at)
 
 
 def capped(logits: Tensor, softcap: float | None) -> Tensor:

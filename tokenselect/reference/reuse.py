@@ -1,127 +1,83 @@
-"""The Selection Cache's two steps (paper, algorithm 1): decide before scoring, keep afterwards.
+"""The Selection Cache (algorithm 1): reuse a selection while the query has hardly turned.
 
-    reused  =  cos(qbar, stored qbar) >= theta, one cosine over all heads, and only new tokens
-               were appended since, no more than max_reuse of them, and the result fits K
+reused  =  cos(qbar, qbar at the selection) >= theta, over all heads together, and
+           Lq <= tokens appended since <= max_reuse, and the result fits the capacity K
 
-Unlike the stages, which answer for a number within a budget, a decision is right or wrong; so its
-arithmetic is laid down, and every backend takes the same decision from the same queries. Sums are
-float64, of 512 columns that add up one after the other, then by halves; products of two float32
-numbers are exact in it. All of it runs on the device and waits for nothing.
+A vote may differ in its last bits from backend to backend; a decision may not. So every backend
+adds in the same order, in float64: rows of 512 (of 16, for a mean) one after the other, then the
+last row half onto half.
 """
 
 import torch
 from torch import Tensor
 
-from tokenselect.contract import Decision, Memory, Problem, Selection
-from tokenselect.workspace import empty
-
-# Queries of a call that are added up side by side; products of a cosine that are.
-RUN = 16
-COLUMNS = 512
+from tokenselect.contract import CacheState, Problem, ReuseDecision, Selection
 
 
-def decide(problem: Problem, memory: Memory, theta: float | None) -> Decision:
-    """Which requests reuse their selection; changes nothing. theta None: none."""
-    p, device = problem, problem.q.device
-    query = mean_query(p)
-    reused = empty((p.B,), torch.bool, device).fill_(theta is not None)
-    if theta is not None:
-        n, appended, fits = (empty((p.B,), torch.int32, device) for _ in range(3))
-        torch.clamp(p.cache_seqlens, 0, p.Lk, out=n)
-        torch.sub(n, memory.seen, out=appended)
-        torch.amax(memory.count, 1, out=fits).add_(appended)
-        holds = empty((p.B,), torch.bool, device)
-        reused &= torch.gt(memory.seen, 0, out=holds)
-        reused &= torch.ge(appended, p.Lq, out=holds)
-        reused &= torch.le(appended, p.max_reuse, out=holds)
-        reused &= torch.le(fits, p.K, out=holds)
-        # cos >= theta as cos * |cos| >= theta * |theta|: no root, and no division, so that equal
-        # queries have a cosine of exactly 1.
-        product, power, stored = dots(query, memory.query)
-        both, least = (empty((p.B,), torch.float64, device) for _ in range(2))
-        torch.mul(power, stored, out=both)
-        reused &= torch.gt(both, 0, out=holds)
-        reused &= torch.lt(both, torch.inf, out=holds)
-        torch.abs(product, out=least)
-        product.mul_(least)
-        least.fill_(theta * abs(theta)).mul_(both)
-        reused &= torch.ge(product, least, out=holds)
-    afresh = empty((p.B,), torch.int32, device).copy_(p.cache_seqlens).masked_fill_(reused, 0)
-    return Decision(reused, afresh, query)
+def decide_reuse(problem: Problem, state: CacheState, theta: float | None) -> ReuseDecision:
+    """Decide which requests reuse their selection; none if theta is None. Changes nothing."""
+    query = mean_query(problem)
+    reused = torch.zeros_like(problem.cache_seqlens, dtype=torch.bool)
+    for b, n in enumerate(problem.cache_seqlens.clamp(0, problem.Lk).tolist()):
+        seqlen_at_selection = int(state.seqlen_at_selection[b])
+        appended = n - seqlen_at_selection
+        reused[b] = (
+            theta is not None
+            and seqlen_at_selection > 0
+            and problem.Lq <= appended <= problem.max_reuse
+            and int(state.count[b].max()) + appended <= problem.K
+            and are_alike(query[b], state.query[b], theta)
+        )
+    return ReuseDecision(reused, problem.cache_seqlens.masked_fill(reused, 0), query)
 
 
-def keep(problem: Problem, memory: Memory, decision: Decision, fresh: Selection) -> None:
-    """Store the selections made afresh; complete, in `fresh`, those that are reused.
-
-    A reused selection is the stored positions and every position appended since.
-    """
-    p, device = problem, problem.q.device
-    K = fresh.positions.shape[2]
-    rows, places = (p.B, p.S), (p.B, p.S, K)
-    reused, query = decision.reused, decision.query
-    n = torch.clamp(p.cache_seqlens, 0, p.Lk, out=empty((p.B,), torch.int32, device))
-    place = torch.arange(K, out=empty((K,), torch.int32, device), device=device)
-    stored = memory.positions[:, :, :K]
-    # Place r holds the stored position r, or, from count on, seen, seen + 1, ..., n - 1.
-    ahead = torch.sub(memory.seen[:, None], memory.count, out=empty(rows, torch.int32, device))
-    total = torch.sub(n[:, None], ahead, out=empty(rows, torch.int32, device))
-    holds = empty(places, torch.bool, device)
-    merged = torch.add(place, ahead[..., None], out=empty(places, torch.int32, device))
-    torch.where(torch.lt(place, memory.count[..., None], out=holds), stored, merged, out=merged)
-    merged.masked_fill_(torch.ge(place, total[..., None], out=holds), -1)
-    positions, count = fresh
-    torch.where(reused[:, None, None], merged, positions, out=positions)
-    torch.where(reused[:, None], total, count, out=count)
-
-    torch.where(reused[:, None, None], stored, positions, out=stored)
-    torch.where(reused[:, None], memory.query, query, out=memory.query)
-    torch.where(reused[:, None], memory.count, count, out=memory.count)
-    torch.where(reused, memory.seen, n, out=memory.seen)
-    present, counted = empty((p.B,), torch.bool, device), empty((p.B,), torch.int64, device)
-    memory.hits.add_(counted.copy_(torch.gt(n, 0, out=present).logical_and_(reused)))
-    afresh = torch.logical_not(reused, out=holds[:, 0, 0])
-    memory.misses.add_(counted.copy_(torch.gt(n, 0, out=present).logical_and_(afresh)))
+def update(
+    problem: Problem, state: CacheState, decision: ReuseDecision, selection: Selection
+) -> None:
+    """Complete the selections that are reused, in `selection`; store the others in `state`."""
+    (positions, count), K = selection, selection.positions.shape[2]
+    for b, n in enumerate(problem.cache_seqlens.clamp(0, problem.Lk).tolist()):
+        if decision.reused[b]:  # the stored positions, and every position appended since
+            appended = torch.arange(int(state.seqlen_at_selection[b]), n, device=positions.device)
+            for s in range(problem.S):
+                stored = state.positions[b, s, : int(state.count[b, s])]
+                complete = torch.cat((stored, appended.int()))
+                count[b, s] = len(complete)
+                positions[b, s] = -1
+                positions[b, s, : len(complete)] = complete[:K]
+            state.hits[b] += n > 0
+        else:
+            state.query[b] = decision.query[b]
+            state.positions[b, :, :K] = positions[b]
+            state.count[b] = count[b]
+            state.seqlen_at_selection[b] = n
+            state.misses[b] += n > 0
 
 
 def mean_query(problem: Problem) -> Tensor:
-    """The mean of the queries as given, all heads side by side: (B, Hq * D) float32."""
-    p, device = problem, problem.q.device
-    query = empty((p.B, p.Hq * p.D), torch.float32, device)
-    by_head = query.view(p.B, p.Hq, p.D)
-    if p.Lq == 1:
-        by_head.copy_(p.q[:, :, 0])
-        return query
-    sums, run = (empty((p.B, p.Hq, RUN, p.D), torch.float64, device) for _ in range(2))
-    sums.zero_()
-    for start in range(0, p.Lq, RUN):
-        several = min(RUN, p.Lq - start)
-        run[:, :, :several].copy_(p.q[:, :, start : start + several])
-        sums[:, :, :several].add_(run[:, :, :several])
-    share = empty((1,), torch.float64, device).fill_(1 / p.Lq)
-    by_head.copy_(_halved(sums.transpose(2, 3)).mul_(share))
-    return query
+    """Return the mean of the queries as given, heads side by side: (B, Hq * D) float32."""
+    queries = problem.q.double().transpose(1, 2).flatten(2)  # (B, Lq, Hq * D)
+    mean = torch.stack([added(q, 16) * (1 / problem.Lq) for q in queries])
+    return mean.float()
 
 
-def dots(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """a . b, a . a and b . b of each row of a and b (B, N) float32: (B,) float64 each."""
-    B, N = a.shape
-    n_chunks = -(-N // COLUMNS)
-    x, y = (empty((B, N), torch.float64, a.device).copy_(side) for side in (a, b))
-    products = empty((3, B, n_chunks * COLUMNS), torch.float64, a.device).zero_()
-    for out, pair in zip(products, ((x, y), (x, x), (y, y)), strict=True):
-        torch.mul(*pair, out=out[:, :N])
-    chunks = products.view(3, B, n_chunks, COLUMNS)
-    sums = chunks[:, :, 0]
-    for i in range(1, n_chunks):
-        sums.add_(chunks[:, :, i])
-    product, power, stored = _halved(sums)
-    return product, power, stored
+def are_alike(a: Tensor, b: Tensor, theta: float) -> bool:
+    """Say whether the cosine of a and b (N,) float32 is at least theta.
+
+    As dot * |dot| >= theta * |theta| * (a . a) * (b . b): without a root or a division, so that
+    equal vectors have a cosine of exactly 1. No for a vector of zeros, or one that is not finite.
+    """
+    a, b = a.double(), b.double()
+    dot, square = float(added(a * b, 512)), float(added(a * a, 512)) * float(added(b * b, 512))
+    return 0 < square < float("inf") and dot * abs(dot) >= theta * abs(theta) * square
 
 
-def _halved(x: Tensor) -> Tensor:
-    """Sum over the last dimension, a power of two long: half onto half, in place."""
-    size = x.shape[-1]
-    while size > 1:
-        size //= 2
-        x[..., :size].add_(x[..., size : 2 * size])
-    return x[..., 0]
+def added(x: Tensor, row: int) -> Tensor:
+    """Sum x (L, ...) over L in the one order that every backend keeps."""
+    padded = torch.cat((x, x.new_zeros((-len(x) % row, *x.shape[1:]))))
+    total = torch.zeros_like(padded[:row])
+    for start in range(0, len(padded), row):
+        total += padded[start : start + row]
+    while (half := len(total) // 2) > 0:
+        total = total[:half] + total[half:]
+    return total[0]

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tokenselect.contract import Problem, Scores, SelectConfig
-from tokenselect.reference.cache import read
+from tokenselect.reference.rows import read
 from tokenselect.reference.select import best
 
 
@@ -63,14 +63,14 @@ def placed(problem: Problem, b: int, n: int, score_at: str) -> tuple[Tensor, Ten
     keys = read(problem, problem.k_cache, b, positions)
     queries = problem.q[b].to(keys.dtype)
     rope = problem.rope
-    if rope is None or not problem.moves(score_at):
+    if rope is None or not problem.needs_rotation(score_at):
         return queries, keys
     if score_at == "true":
         at, query_at = positions, query_positions
     else:
         at = torch.zeros_like(positions)
         query_at = torch.full_like(query_positions, problem.config.n_local)
-    return rope.place(queries, query_positions, query_at), rope.place(keys, positions, at)
+    return rope.reposition(queries, query_positions, query_at), rope.reposition(keys, positions, at)
 
 
 def logits(problem: Problem, query: Tensor, keys: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from bench.quality.lab import Cell, Lab
 from bench.quality.recorder import recorded
 from bench.quality.tasks import decode
 from bench.quality.ways import DENSE, Budget, resolve_all, selecting
-from tokenselect import Info
+from tokenselect import AttentionInfo
 from tokenselect.contract import SelectConfig
 
 
@@ -50,7 +50,9 @@ def run(cells: Sequence[Cell], lab: Lab) -> Iterator[tuple[Cell, dict[str, Any]]
         yield cell, of_infos(infos, steps, context, cell.way.options.select)
 
 
-def of_infos(infos: list[Info], steps: int, n: int, config: SelectConfig) -> dict[str, Any]:
+def of_infos(
+    infos: list[AttentionInfo], steps: int, n: int, config: SelectConfig
+) -> dict[str, Any]:
     """Means over steps; n tokens were cached before the first.
 
     mass      [layer][head], None where it is not known
@@ -110,7 +112,7 @@ def _mean(values: Tensor) -> float | None:
     return rounded(values.mean()) if values.numel() else None
 
 
-def votes(info: Info, n: int, config: SelectConfig) -> Tensor:
+def votes(info: AttentionInfo, n: int, config: SelectConfig) -> Tensor:
     """(S, n) bool: what was selected by vote, without sink and window."""
     selected = info.selection
     chosen = torch.zeros(selected.positions.shape[1], n + 1, dtype=torch.bool)

@@ -12,7 +12,7 @@ from bench.quality import texts
 from bench.quality.figures import Row, grouped, wilson
 from bench.quality.lab import Cell, Lab
 from bench.quality.ways import Budget, resolve_all
-from tokenselect.demo.text import NEEDLE, QUESTION, frame
+from examples.demo.text import NEEDLE, QUESTION, frame
 from tokenselect.errors import InvalidProblem
 from tokenselect.integrations.transformers import TokenSelectCache
 

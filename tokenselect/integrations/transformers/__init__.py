@@ -38,7 +38,7 @@ from tokenselect.integrations.transformers.masks import token_mask
 from tokenselect.integrations.transformers.options import (
     NAME,
     Options,
-    OptionsOfTheText,
+    TextConfigOptions,
     check,
     parse,
     preset_options,
@@ -51,7 +51,7 @@ __all__ = ["NAME", "Enabled", "Options", "TokenSelectCache", "enable"]
 
 AttentionInterface.register(NAME, attention_forward)
 AttentionMaskInterface.register(NAME, token_mask)
-setattr(PreTrainedConfig, NAME, OptionsOfTheText())
+setattr(PreTrainedConfig, NAME, TextConfigOptions())
 watch()
 
 # The attribute of a model that leads to the `Enabled` in force, the last of those that are nested.

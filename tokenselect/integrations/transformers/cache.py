@@ -10,10 +10,10 @@ from transformers import cache_utils
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from tokenselect.errors import InvalidProblem
-from tokenselect.integrations.transformers.masks import Run
+from tokenselect.integrations.transformers.masks import TokenSpan
 from tokenselect.integrations.transformers.options import Options
-from tokenselect.reuse import SelectionCache
 from tokenselect.scalars import is_integer, plain
+from tokenselect.selection_cache import SelectionCache
 
 # Layer, first row, one past the last row, first slot, dtype of the queries.
 _Key = tuple[int, int, int, int, torch.dtype]
@@ -38,7 +38,9 @@ class Selections:
         # hits and misses.
         self._moved: tuple[Any, Any] = (0, 0)
 
-    def of(self, layer: int, run: Run, options: Options, dtype: torch.dtype) -> SelectionCache:
+    def of(
+        self, layer: int, run: TokenSpan, options: Options, dtype: torch.dtype
+    ) -> SelectionCache:
         """The SelectionCache for this run; what was selected under other options is dropped."""
         if options != self._options:
             self.clear()
@@ -100,7 +102,7 @@ def selections_of(keys: Tensor) -> Selections | None:
     return getattr(keys, _ATTRIBUTE, None)
 
 
-class RoomyLayer(DynamicLayer):
+class GrowableLayer(DynamicLayer):
     """Keys and values of one full-attention layer, in buffers with room, shown as views.
 
     max_length  room for that many tokens is taken at once, and more are refused; None: the
@@ -236,24 +238,24 @@ class RoomyLayer(DynamicLayer):
 
 
 # What stands in for which layer of transformers; all others stay.
-_ROOMY: dict[Any, type[RoomyLayer]] = {DynamicLayer: RoomyLayer}
+_ROOMY: dict[Any, type[GrowableLayer]] = {DynamicLayer: GrowableLayer}
 
 if hasattr(cache_utils, "LinearAttentionAndFullAttentionLayer"):  # not in transformers 5.4
     _Linear: Any = cache_utils.LinearAttentionLayer
     _Hybrid: Any = cache_utils.LinearAttentionAndFullAttentionLayer
 
-    class RoomyHybridLayer(RoomyLayer, _Hybrid):
+    class RoomyHybridLayer(GrowableLayer, _Hybrid):
         """That of a layer with a state space model beside its full attention, as in Falcon-H1."""
 
         def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
             # transformers hands keys and values by place, the state by name.
-            kind = RoomyLayer if args else _Linear
+            kind = GrowableLayer if args else _Linear
             kind.lazy_initialization(self, *args, **kwargs)
 
         def reorder_cache(self, beam_idx: Tensor) -> None:
             """Row b becomes what row beam_idx[b] was."""
             _Linear.reorder_cache(self, beam_idx)
-            RoomyLayer.reorder_cache(self, beam_idx)
+            GrowableLayer.reorder_cache(self, beam_idx)
 
     _ROOMY[_Hybrid] = RoomyHybridLayer
 
@@ -403,6 +405,6 @@ class TokenSelectCache(Cache):
 
     def _counts(self) -> tuple[int, int]:
         counts = [
-            layer.selections.counts() for layer in self.layers if isinstance(layer, RoomyLayer)
+            layer.selections.counts() for layer in self.layers if isinstance(layer, GrowableLayer)
         ]
         return sum(hits for hits, _ in counts), sum(misses for _, misses in counts)

@@ -12,7 +12,7 @@ import tokenselect
 from tokenselect.errors import InvalidProblem
 from tokenselect.integrations.transformers.cache import Selections, selections_of
 from tokenselect.integrations.transformers.causality import in_progress
-from tokenselect.integrations.transformers.masks import Run, TokenMask
+from tokenselect.integrations.transformers.masks import TokenMask, TokenSpan
 from tokenselect.integrations.transformers.options import Options, parse
 from tokenselect.integrations.transformers.refusals import layer_name, refuse_layer, refuse_mla
 from tokenselect.integrations.transformers.rotation import Probe, raw_layer_of
@@ -75,7 +75,9 @@ def attention_forward(
         q, k, v = (x if dtype is None else _lowered(x, dtype) for x in (query, key, value))
         scale = q.shape[3] ** -0.5 if scaling is None else scaling
         if mask.window is not None:
-            return windowed(q, k, v, mask, scale, softcap, s_aux, options.chunk), None
+            return sliding_window_attention(
+                q, k, v, mask, scale, softcap, s_aux, options.chunk
+            ), None
         more = {"scale": scale, "softcap": softcap, "sink_logits": s_aux, "rope": rope}
         layer = getattr(module, "layer_idx", 0)
         return _selected(q, k, v, mask, options, layer, selections, more), None
@@ -143,7 +145,7 @@ def _rope(module: Any, query: Tensor, mask: TokenMask, options: Options) -> Rope
     return None
 
 
-def _tokens(key: Tensor, value: Tensor, run: Run, n: int) -> dict[str, Any]:
+def _tokens(key: Tensor, value: Tensor, run: TokenSpan, n: int) -> dict[str, Any]:
     """The first n tokens of a run, as arguments of `tokenselect.attention`; no copy of the cache.
 
     Where there are holes, each slot is a page of one token, and the table says which are tokens.
@@ -157,7 +159,7 @@ def _tokens(key: Tensor, value: Tensor, run: Run, n: int) -> dict[str, Any]:
     } | {"block_table": run.slots[None, :n].int().to(key.device)}
 
 
-def windowed(
+def sliding_window_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -19,7 +19,7 @@ from tokenselect.integrations.transformers.refusals import Refusal
 MaskFunction = Callable[..., Any]
 
 
-class Run(NamedTuple):
+class TokenSpan(NamedTuple):
     """Neighbouring requests of a batch whose tokens lie alike.
 
     rows     which requests
@@ -50,7 +50,7 @@ class Run(NamedTuple):
                 part = self.queries[start:stop]
             yield part, self.n - self.m + stop
 
-    def without(self, skip: int) -> "Run":
+    def without(self, skip: int) -> "TokenSpan":
         """The run in a call that leaves out its first `skip` queries."""
         if isinstance(self.queries, slice):
             start, stop = (max(0, q - skip) for q in (self.queries.start, self.queries.stop))
@@ -82,7 +82,7 @@ class TokenMask(Tensor):
     Lq: int
     window: int | None
     begin: int
-    runs: list[Run]
+    runs: list[TokenSpan]
     calls: dict[Any, Any]
     refusal: Refusal | None
 
@@ -173,9 +173,9 @@ def token_mask(
     return mask
 
 
-def _unpadded(batch_size: int, n: int, at: int) -> Run:
+def _unpadded(batch_size: int, n: int, at: int) -> TokenSpan:
     """All requests together: n tokens each, from the first slot on, the call's from `at` on."""
-    return Run(slice(0, batch_size), n, slice(0, n), slice(0, n - at), n - at)
+    return TokenSpan(slice(0, batch_size), n, slice(0, n), slice(0, n - at), n - at)
 
 
 def _padding(attention_mask: Tensor, kv_offset: int, end: int, kv_length: int) -> Tensor:
@@ -208,7 +208,7 @@ def _skipped(mask: TokenMask, index: Any) -> int | None:
     return start if is_all and (stop, step) == (mask.Lq, 1) else None
 
 
-def _runs(valid: Tensor, at: int) -> Iterator[Run]:
+def _runs(valid: Tensor, at: int) -> Iterator[TokenSpan]:
     """Gather the requests of valid (B, slots up to the last query) bool, on the CPU."""
     if bool(valid.all()):
         yield _unpadded(len(valid), valid.shape[1], at)
@@ -228,7 +228,7 @@ def _runs(valid: Tensor, at: int) -> Iterator[Run]:
         queries: slice | Tensor = new
         if whole[rows[0]]:
             table, queries = slice(first, stop), slice(int(new[0]), int(new[-1]) + 1)
-        yield Run(slice(rows[0], rows[-1] + 1), n, table, queries, len(new))
+        yield TokenSpan(slice(rows[0], rows[-1] + 1), n, table, queries, len(new))
 
 
 def window_of(function: MaskFunction) -> int | None:

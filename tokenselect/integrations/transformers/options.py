@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from tokenselect import registry
 from tokenselect.contract import CONFIG_NAMES, Problem, SelectConfig
+from tokenselect.dispatch import registry
 from tokenselect.errors import InvalidProblem
-from tokenselect.reuse import SelectionCache
 from tokenselect.rope import Rope
 from tokenselect.scalars import is_integer, plain
+from tokenselect.selection_cache import SelectionCache
 
 NAME = "tokenselect"
 _OWN = ("theta", "max_reuse", "backend", "chunk")
@@ -46,7 +46,7 @@ class Options:
         return SelectionCache(self.theta, self.max_reuse)
 
 
-class OptionsOfTheText:
+class TextConfigOptions:
     """`config.tokenselect` of any model: the options of the part of it that generates text.
 
     A model that also sees or hears has a config of configs; its attention gets to know only that of

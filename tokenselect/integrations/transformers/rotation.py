@@ -282,7 +282,7 @@ def _turns(rope: Rope, raw: Seen, rotated: Seen, position_ids: Tensor) -> bool:
             return False
         dtype = torch.promote_types(before.dtype, torch.float32)
         position = position_ids[0].to(before.device)
-        off = rope.place(before.to(dtype), position, position) - after.to(dtype)
+        off = rope.reposition(before.to(dtype), position, position) - after.to(dtype)
         bound = max(2e-4, 4 * torch.finfo(before.dtype).eps) * after.abs().max()
         if not bool(off.abs().max() <= bound):
             return False

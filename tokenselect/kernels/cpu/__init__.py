@@ -1,11 +1,12 @@
 """The cpu backend: the reference's semantics in torch operators, for a call and for a plan.
 
-`eager` looks at the lengths, and does no more than they ask for. `planned` looks at nothing: it
+`eager` looks at the lengths, and does no more than they ask for. `static` looks at nothing: it
 goes over the whole capacity of the cache, in memory that it is lent.
 """
 
-from tokenselect.contract import DTYPES, Backend, Capability, Planned
-from tokenselect.kernels.cpu import eager, planned
+from tokenselect.contract import DTYPES, Backend, Capability, Reuse, StaticStages
+from tokenselect.kernels import torch_reuse
+from tokenselect.kernels.cpu import eager, static
 
 BACKEND = Backend(
     "cpu",
@@ -13,5 +14,6 @@ BACKEND = Backend(
     eager.score,
     eager.select,
     eager.attend,
-    planned=Planned(planned.score, planned.select, planned.attend),
+    static=StaticStages(static.score, static.select, static.attend),
+    reuse=Reuse(torch_reuse.decide_reuse, torch_reuse.update),
 )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tokenselect.contract import Attended, Problem, Scores, Selection
+from tokenselect.contract import AttentionOutput, Problem, Scores, Selection
 from tokenselect.kernels.cpu.rows import as_rows
 from tokenselect.rope import Rope
 
@@ -129,11 +129,11 @@ def _streamed_lse(
 def _queries(problem: Problem, b: int, n: int, where: str) -> Tensor:
     """The queries (Hq, Lq, D) of request b in the dtype of computation, scored at `where`."""
     queries = problem.q[b].to(_compute_dtype(problem))
-    if problem.rope is None or not problem.moves(where):
+    if problem.rope is None or not problem.needs_rotation(where):
         return queries
     position = torch.arange(n - problem.Lq, n, device=queries.device)
     at = torch.full_like(position, problem.config.n_local) if where == "fixed" else position
-    return problem.rope.place(queries, position, at)
+    return problem.rope.reposition(queries, position, at)
 
 
 def _logits(problem: Problem, b: int, n: int, where: str, queries: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ def _logit_chunks(
     step = min(_chunk(problem, n), n)
     buffer = queries.new_empty(problem.Hkv, step, problem.D)
     turner = None
-    if problem.rope is not None and problem.moves(where):
+    if problem.rope is not None and problem.needs_rotation(where):
         starts = torch.arange(tokens.start, tokens.stop, step, device=buffer.device)
         turner = _Turner(problem.rope, where, starts, torch.empty_like(buffer))
     for start in range(tokens.start, tokens.stop, step):
@@ -191,22 +191,25 @@ class _Turner:
         # Raw keys go up from 0 if they are scored in place, rotated ones down to 0 if not.
         self.sign = (1 if where == "true" else 0) - (0 if is_raw else 1)
         factor = rope.scaling if is_raw else 1.0
-        self.to_start = zip(*rope.wave(-self.sign * starts, keys.dtype, factor), strict=True)
+        self.to_start = zip(*rope.cos_sin(-self.sign * starts, keys.dtype, factor), strict=True)
         if self.sign != 0:
             by = self.sign * torch.arange(keys.shape[1], device=keys.device)
-            cos, self.sin = rope.wave(by, keys.dtype)
+            cos, self.sin = rope.cos_sin(by, keys.dtype)
             self.cos = torch.ones_like(keys[0])
-            for dims in rope.pairs(self.cos):
+            for dims in rope.rotary_pairs(self.cos):
                 dims.copy_(cos)
 
     def next(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Queries (Hkv, rows, D) and keys (Hkv, m, D) for the next chunk."""
-        queries = self.rope.turn(queries, *next(self.to_start))
+        queries = self.rope.rotate(queries, *next(self.to_start))
         if self.sign == 0:
             return queries, keys
         m = keys.shape[1]
         turned, sin = torch.mul(keys, self.cos[:m], out=self.memory[:, :m]), self.sin[:m]
-        (first, second), (to_first, to_second) = self.rope.pairs(keys), self.rope.pairs(turned)
+        (first, second), (to_first, to_second) = (
+            self.rope.rotary_pairs(keys),
+            self.rope.rotary_pairs(turned),
+        )
         to_first.addcmul_(second, sin, value=-1)
         to_second.addcmul_(first, sin)
         return queries, turned
@@ -337,7 +340,7 @@ def _kth_largest(votes: Tensor, k: int, taken: Tensor | None) -> Tensor:
     return torch.cat(best, -1).topk(k, sorted=False)[0].amin(-1, keepdim=True)
 
 
-def attend(problem: Problem, selection: Selection) -> Attended:
+def attend(problem: Problem, selection: Selection) -> AttentionOutput:
     """See `tokenselect.reference.attend`: gathers the selected rows, then attends to them."""
     out = problem.q.new_zeros(*problem.q.shape[:3], problem.Dv)
     lse = _full(problem, problem.q.shape[:3])
@@ -346,7 +349,7 @@ def attend(problem: Problem, selection: Selection) -> Attended:
         if n > 0 and largest[b] > 0:
             positions = selection.positions[b, :, : largest[b]].long()
             _attend_request(problem, b, n, positions, out[b], lse[b])
-    return Attended(out, lse)
+    return AttentionOutput(out, lse)
 
 
 def _attend_request(
@@ -387,7 +390,7 @@ def _placed_to_attend(problem: Problem, b: int, n: int, positions: Tensor) -> tu
     """Scaled queries (Hkv, G, Lq, D) where they are attended; where keys shall be, (S, m)."""
     Lq, at = problem.Lq, positions
     queries = problem.q[b].to(_compute_dtype(problem))
-    if problem.rope is not None and problem.moves(problem.config.positions):
+    if problem.rope is not None and problem.needs_rotation(problem.config.positions):
         device = positions.device
         query_position = torch.arange(n - Lq, n, device=device)
         query_at = query_position.expand(problem.S, Lq)
@@ -396,7 +399,7 @@ def _placed_to_attend(problem: Problem, b: int, n: int, positions: Tensor) -> tu
             newest = torch.arange(-Lq, 0, device=device)
             query_at = (positions >= 0).sum(1, keepdim=True) + newest
         per_selection = queries.reshape(problem.S, -1, Lq, problem.D)
-        queries = problem.rope.place(per_selection, query_position, query_at[:, None])
+        queries = problem.rope.reposition(per_selection, query_position, query_at[:, None])
     return queries.reshape(problem.Hkv, problem.G, Lq, problem.D) * problem.scale, at
 
 
@@ -404,8 +407,8 @@ def _selected_keys(problem: Problem, b: int, positions: Tensor, at: Tensor) -> T
     """Keys (Hkv, m, D) of positions (S, m), moved to `at`; row 0 for padding, which is masked."""
     keys = _gather(problem, problem.k_cache, b, positions.clamp(min=0))
     keys = keys.to(_compute_dtype(problem))
-    if problem.rope is not None and problem.moves(problem.config.positions):
-        keys = problem.rope.place(keys, positions, at)
+    if problem.rope is not None and problem.needs_rotation(problem.config.positions):
+        keys = problem.rope.reposition(keys, positions, at)
     return keys
 
 

@@ -1,6 +1,6 @@
 """Rows of a cache, read and turned a chunk at a time, in memory that is taken once.
 
-That memory is from `workspace.empty`, and how much of it depends on shapes and settings alone.
+That memory is from `scratch.empty`, and how much of it depends on shapes and settings alone.
 """
 
 import math
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokenselect.contract import Problem
 from tokenselect.rope import Rope
-from tokenselect.workspace import empty
+from tokenselect.scratch import empty
 
 # A chunk of converted keys should stay in the processor's cache while it is multiplied; but it has
 # no fewer tokens of a request than this.
@@ -95,13 +95,13 @@ class Reader:
 
 def turner(problem: Problem, where: str, n_angles: int, n_vectors: int) -> "Turner | None":
     """What turns vectors to score at, or attend at, `where`, if they have to be."""
-    if problem.rope is None or not problem.moves(where):
+    if problem.rope is None or not problem.needs_rotation(where):
         return None
     return Turner(problem.rope, n_angles, n_vectors, inside(problem))
 
 
 class Turner:
-    """`Rope.place` in place, in memory for so many angles, of so many vectors."""
+    """`Rope.reposition` in place, in memory for so many angles, of so many vectors."""
 
     def __init__(self, rope: Rope, n_angles: int, n_vectors: int, dtype: torch.dtype) -> None:
         device, self.half = rope.inv_freq.device, rope.inv_freq.shape[0]

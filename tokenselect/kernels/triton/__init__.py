@@ -7,7 +7,7 @@ result depends on the batch or the grid.
 
 import torch
 
-from tokenselect.contract import Backend, Capability, Planned, Reuse
+from tokenselect.contract import Backend, Capability, Reuse, StaticStages
 from tokenselect.kernels.triton import attend, reuse, score, select
 from tokenselect.kernels.triton.launch import INTERPRETED
 
@@ -25,6 +25,6 @@ BACKEND = Backend(
     score.score,
     select.select,
     attend.attend,
-    planned=Planned(score.score_candidates, select.select, attend.attend),
-    reuse=Reuse(reuse.decide, reuse.keep),
+    static=StaticStages(score.score_candidates, select.select, attend.attend),
+    reuse=Reuse(reuse.decide_reuse, reuse.update),
 )

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokenselect.contract import Attended, Problem, Selection
+from tokenselect.contract import AttentionOutput, Problem, Selection
 from tokenselect.kernels.triton import launch, recording
 from tokenselect.kernels.triton.configs import TABLE, Config
 from tokenselect.kernels.triton.device import (
@@ -36,9 +36,9 @@ from tokenselect.kernels.triton.tables import LOW, Tables
 _BEYOND = tl.constexpr(2**31 - 1)
 
 
-def attend(problem: Problem, selection: Selection, out: Tensor | None = None) -> Attended:
+def attend(problem: Problem, selection: Selection, out: Tensor | None = None) -> AttentionOutput:
     """See `tokenselect.reference.attend`: out (`out` itself, if given) and lse, within budget."""
-    attended: Attended = recording.run(launches, problem, selection, out=out)
+    attended: AttentionOutput = recording.run(launches, problem, selection, out=out)
     return attended
 
 
@@ -605,7 +605,7 @@ def launches(
     arch: str,
     out: Tensor | None = None,
     source: Source = SOURCE,
-) -> tuple[Attended, list[Launch]]:
+) -> tuple[AttentionOutput, list[Launch]]:
     """What attending will return, and the kernels that fill it."""
     p, config = problem, TABLE[arch]
     B, Hq, Hkv, G, Lq, D, Dv = p.B, p.Hq, p.Hkv, p.G, p.Lq, p.D, p.Dv
@@ -617,7 +617,7 @@ def launches(
     out = empty(B, Hq, Lq, Dv, dtype=p.q.dtype) if out is None else out
     lse = empty(B, Hq, Lq)
     n_rows = Lq * G
-    moves = p.rope is not None and p.moves(p.config.positions)
+    moves = p.rope is not None and p.needs_rotation(p.config.positions)
     in_float32 = moves or p.q.dtype == torch.float32
     split = _split(config, n_rows, K)
     rows_, tile, warps = _tile(config, p, moves)
@@ -744,7 +744,7 @@ def launches(
                 1,
             )
         )
-    return Attended(out, lse), todo
+    return AttentionOutput(out, lse), todo
 
 
 _V_STRIDES = ("stride_page", "stride_row", "stride_head", "stride_d")

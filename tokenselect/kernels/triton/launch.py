@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokenselect import workspace
+from tokenselect import scratch
 from tokenselect.contract import Problem
 from tokenselect.errors import InvalidProblem
 from tokenselect.kernels.triton.configs import TABLE
@@ -106,7 +106,7 @@ def options(one: Launch, arch: str) -> dict[str, Any]:
 
 
 # All memory that the kernels write to comes from here, uninitialised.
-empty = workspace.empty
+empty = scratch.empty
 
 
 class Source:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tokenselect.contract import Memory, Problem
+from tokenselect.contract import CacheState, Problem
 from tokenselect.kernels.triton import launch
 from tokenselect.kernels.triton.configs import TABLE
 from tokenselect.kernels.triton.launch import Launch, Source, Step
@@ -97,8 +97,8 @@ def _parts(x: Any) -> tuple[tuple[Any, ...], Any]:
             (x.q, x.k_cache, x.v_cache, x.cache_seqlens, x.block_table, x.sink_logits, inv_freq),
             (turning, x.scale, x.softcap, x.max_reuse, x.config),
         )
-    if isinstance(x, Memory):
-        return x.tensors(), Memory
+    if isinstance(x, CacheState):
+        return x.tensors(), CacheState
     if isinstance(x, tuple):  # Selection or Decision
         return x, type(x)
     return ((x,), Tensor) if isinstance(x, Tensor) else ((), x)
@@ -113,7 +113,7 @@ def _with(x: Any, tensors: list[Any]) -> Any:
             object.__setattr__(rope, "inv_freq", inv_freq)
         names = ("q", "k_cache", "v_cache", "cache_seqlens", "block_table", "sink_logits")
         return replace(x, rope=rope, **dict(zip(names, own, strict=True)))
-    if isinstance(x, (Memory, tuple)):
+    if isinstance(x, (CacheState, tuple)):
         return type(x)(*tensors)
     return tensors[0] if tensors else x
 

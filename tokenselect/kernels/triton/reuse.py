@@ -1,4 +1,4 @@
-"""The Selection Cache's two steps, to the bit what `tokenselect.reference.reuse` makes of them.
+"""The Selection Cache's two steps, to the bit what `tokenselect.kernels.torch_reuse` makes of them.
 
 mean    the mean query of a chunk; the one query of a decode needs none
 decide  the cosine with the stored query, and who reuses its selection
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokenselect.contract import Decision, Memory, Problem, Selection
+from tokenselect.contract import CacheState, Problem, ReuseDecision, Selection
 from tokenselect.kernels.triton import recording
 from tokenselect.kernels.triton.device import COUNTS, after_previous, length
 from tokenselect.kernels.triton.launch import SOURCE, Launch, Source
@@ -30,14 +30,14 @@ _MEAN_BLOCK = 64
 _PLACES = 1024
 
 
-def decide(problem: Problem, memory: Memory, theta: float | None) -> Decision:
-    """See `tokenselect.reference.reuse.decide`: bit-exact."""
-    decision: Decision = recording.run(decide_launches, problem, memory, theta)
+def decide_reuse(problem: Problem, memory: CacheState, theta: float | None) -> ReuseDecision:
+    """See `tokenselect.kernels.torch_reuse.decide`: bit-exact."""
+    decision: ReuseDecision = recording.run(decide_launches, problem, memory, theta)
     return decision
 
 
-def keep(problem: Problem, memory: Memory, decision: Decision, fresh: Selection) -> None:
-    """See `tokenselect.reference.reuse.keep`: bit-exact."""
+def update(problem: Problem, memory: CacheState, decision: ReuseDecision, fresh: Selection) -> None:
+    """See `tokenselect.kernels.torch_reuse.keep`: bit-exact."""
     recording.run(keep_launches, problem, memory, decision, fresh)
 
 
@@ -265,8 +265,12 @@ def _keep(
 
 
 def decide_launches(
-    problem: Problem, memory: Memory, theta: float | None, arch: str = "", source: Source = SOURCE
-) -> tuple[Decision, list[Launch]]:
+    problem: Problem,
+    memory: CacheState,
+    theta: float | None,
+    arch: str = "",
+    source: Source = SOURCE,
+) -> tuple[ReuseDecision, list[Launch]]:
     """The decision to be, and the kernels that take it."""
     p, N, device = problem, problem.Hq * problem.D, problem.q.device
     reused = source.empty((p.B,), torch.bool, device)
@@ -307,7 +311,7 @@ def decide_launches(
                 seqlens_ptr=p.cache_seqlens,
                 stored_query_ptr=memory.query,
                 stored_count_ptr=memory.count,
-                seen_ptr=memory.seen,
+                seen_ptr=memory.seqlen_at_selection,
                 reused_ptr=reused,
                 lengths_ptr=lengths,
                 query_ptr=query,
@@ -318,7 +322,7 @@ def decide_launches(
                 Lk=p.Lk,
                 N=N,
                 max_reuse=p.max_reuse,
-                stride_seen=memory.seen.stride(0),
+                stride_seen=memory.seqlen_at_selection.stride(0),
                 **q_strides,
                 **_strides("stored_query_", memory.query, ("b", "column")),
                 **_strides("stored_count_", memory.count, "bs"),
@@ -334,13 +338,13 @@ def decide_launches(
             1,
         )
     )
-    return Decision(reused, lengths, query), todo
+    return ReuseDecision(reused, lengths, query), todo
 
 
 def keep_launches(
     problem: Problem,
-    memory: Memory,
-    decision: Decision,
+    memory: CacheState,
+    decision: ReuseDecision,
     fresh: Selection,
     arch: str = "",
     source: Source = SOURCE,
@@ -361,7 +365,7 @@ def keep_launches(
                 stored_query_ptr=memory.query,
                 stored_positions_ptr=memory.positions,
                 stored_count_ptr=memory.count,
-                seen_ptr=memory.seen,
+                seen_ptr=memory.seqlen_at_selection,
                 hits_ptr=memory.hits,
                 misses_ptr=memory.misses,
                 S=p.S,
@@ -369,7 +373,7 @@ def keep_launches(
                 Lk=p.Lk,
                 N=p.Hq * p.D,
                 n_blocks=n_blocks,
-                stride_seen=memory.seen.stride(0),
+                stride_seen=memory.seqlen_at_selection.stride(0),
                 stride_hits=memory.hits.stride(0),
                 stride_misses=memory.misses.stride(0),
                 **_strides("positions_", fresh.positions, ("b", "s", "place")),

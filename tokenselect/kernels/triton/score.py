@@ -742,7 +742,7 @@ def launches(
         """Launch `voters` for one ballot: (B, Hkv, voters, parts, D), and their factors."""
         out, factor = empty(B, Hkv, n_voters, parts, D, dtype=dtype), empty(B, Hkv, n_voters)
         score_at = p.config.ballots[ballot][0]
-        turns = p.moves(score_at)
+        turns = p.needs_rotation(score_at)
         pairs = p.rope.rotary_dim // 2 if turns and p.rope is not None else 0
         is_raw = p.rope is not None and p.rope.cached == "raw"
         # Raw keys lack the factor on cos and sin too: it is theirs and the query's.
@@ -790,7 +790,7 @@ def launches(
     plain_q = plain_factor = moved_q = moved_factor = p.q
     strides = {"qb": p.q.stride(0), "qg": G * p.q.stride(1), "qv": p.q.stride(1)}
     strides |= {"qpart": 0, "qd": p.q.stride(3)}
-    needs_voters = plain >= 0 and (p.Lq > 1 or p.moves(p.config.ballots[plain][0]))
+    needs_voters = plain >= 0 and (p.Lq > 1 or p.needs_rotation(p.config.ballots[plain][0]))
     if needs_voters:
         dtype = torch.float32 if moved >= 0 else p.q.dtype
         parts = 1 if dtype == torch.float32 else 3
@@ -975,7 +975,7 @@ def _ballots(problem: Problem) -> tuple[int, int, int]:
     sign = 1
     for ballot, (score_at, _) in enumerate(problem.config.ballots):
         is_raw = problem.rope is not None and problem.rope.cached == "raw"
-        if problem.moves(score_at) and is_raw == (score_at == "true"):
+        if problem.needs_rotation(score_at) and is_raw == (score_at == "true"):
             moved, sign = ballot, 1 if is_raw else -1
         else:
             plain = ballot
@@ -984,7 +984,9 @@ def _ballots(problem: Problem) -> tuple[int, int, int]:
 
 def _tables(problem: Problem, source: Source) -> Tables:
     rope = problem.rope
-    if rope is None or not any(problem.moves(score_at) for score_at, _ in problem.config.ballots):
+    if rope is None or not any(
+        problem.needs_rotation(score_at) for score_at, _ in problem.config.ballots
+    ):
         stand_in = problem.q
         return Tables(stand_in, stand_in, stand_in)
     return source.tables(rope.inv_freq, problem.Lk, problem.config.n_local)

@@ -1,0 +1,163 @@
+"""Problem: the tensors and settings of one call."""
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from tokenselect.contract.config import SelectConfig
+from tokenselect.contract.rules import RULES
+from tokenselect.errors import InvalidProblem
+from tokenselect.rope import Rope
+from tokenselect.scalars import plain
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """One call's tensors and settings, checked. Make it with `Problem.build`.
+
+    q             (B, Hq, Lq, D)
+    k_cache       (B, Hkv, Lk, D), or paged (n_pages, page_size, Hkv, D); the new keys are in it
+    v_cache       likewise with Dv
+    cache_seqlens (B,) int32, contiguous: n of each request, 0 (one that is not there) or >= Lq
+    block_table   None, or (B, max_pages) int32: position j lies in page
+                  block_table[b, j // page_size], row j % page_size
+    """
+
+    q: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+    cache_seqlens: Tensor
+    block_table: Tensor | None
+    scale: float
+    softcap: float | None
+    sink_logits: Tensor | None
+    rope: Rope | None
+    max_reuse: int
+    config: SelectConfig
+
+    @classmethod
+    def build(
+        cls,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        config: SelectConfig,
+        *,
+        cache_seqlens: Tensor | None = None,
+        block_table: Tensor | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
+        sink_logits: Tensor | None = None,
+        rope: Rope | None = None,
+        max_reuse: int = 0,
+    ) -> Self:
+        """Fill in the defaults and check everything that needs no tensor to be read.
+
+        Raises InvalidProblem. Lengths and block tables are values: see `check_values`.
+        """
+        problem = cls(
+            q=q,
+            k_cache=k_cache,
+            v_cache=v_cache,
+            cache_seqlens=cache_seqlens,  # type: ignore[arg-type]  # filled in below
+            block_table=block_table,
+            scale=plain(scale),  # filled in below
+            softcap=plain(softcap),
+            sink_logits=sink_logits,
+            rope=rope,
+            max_reuse=plain(max_reuse),
+            config=config,
+        )
+        for rule in RULES:
+            came = rule.broken(problem)
+            if came is not None:
+                raise InvalidProblem(came, rule.rule, rule.fix)
+        if cache_seqlens is None:
+            cache_seqlens = torch.full((problem.B,), problem.Lk, dtype=torch.int32, device=q.device)
+        # Kernels read them one after the other.
+        cache_seqlens = cache_seqlens.contiguous()
+        factor = problem.D**-0.5 if scale is None else float(problem.scale)
+        return replace(problem, cache_seqlens=cache_seqlens, scale=factor)
+
+    @property
+    def B(self) -> int:
+        return self.q.shape[0]
+
+    @property
+    def Hq(self) -> int:
+        return self.q.shape[1]
+
+    @property
+    def Lq(self) -> int:
+        return self.q.shape[2]
+
+    @property
+    def D(self) -> int:
+        return self.q.shape[3]
+
+    @property
+    def Dv(self) -> int:
+        return self.v_cache.shape[3]
+
+    @property
+    def is_paged(self) -> bool:
+        return self.block_table is not None
+
+    @property
+    def page_size(self) -> int:
+        """Tokens a page; a contiguous cache is one page a request."""
+        return self.k_cache.shape[1] if self.is_paged else self.k_cache.shape[2]
+
+    @property
+    def Hkv(self) -> int:
+        return self.k_cache.shape[2] if self.is_paged else self.k_cache.shape[1]
+
+    @property
+    def G(self) -> int:
+        return self.Hq // self.Hkv
+
+    @property
+    def Lk(self) -> int:
+        if self.block_table is None:
+            return self.k_cache.shape[2]
+        return self.block_table.shape[1] * self.page_size
+
+    @property
+    def R(self) -> int:
+        return len(self.config.ballots)
+
+    @property
+    def S(self) -> int:
+        return 1 if self.config.scope == "layer" else self.Hkv
+
+    @property
+    def K(self) -> int:
+        """Capacity of a selection: static, and never more than the cache holds."""
+        c = self.config
+        return min(c.n_sink + c.k + c.n_local + self.Lq - 1 + self.max_reuse, self.Lk)
+
+    @property
+    def select_scale(self) -> float:
+        chosen = self.config.select_scale
+        return self.scale if chosen is None else float(chosen)
+
+    def needs_rotation(self, where: str) -> bool:
+        """Whether vectors must be turned to score at, or attend at, `where`."""
+        in_place = where in ("original", "true")
+        return self.rope is not None and not (in_place and self.rope.cached == "rotated")
+
+    def describe(self) -> str:
+        """One line of shapes and settings, for errors and reports."""
+        changed = {
+            name: value
+            for name, value in dict(self.config).items()
+            if value != getattr(SelectConfig, name)
+        }
+        layout = f"pages of {self.page_size}" if self.is_paged else "contiguous"
+        return (
+            f"B={self.B} Hq={self.Hq} Hkv={self.Hkv} Lq={self.Lq} Lk={self.Lk} D={self.D} "
+            f"Dv={self.Dv} {self.q.dtype} on {self.q.device} ({layout})"
+            + "".join(f" {name}={value!r}" for name, value in changed.items())
+        )

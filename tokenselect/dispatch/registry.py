@@ -1,0 +1,292 @@
+"""Names of backends, loaded when first asked for; and the choice among them."""
+
+import dataclasses
+import importlib
+from importlib.metadata import entry_points
+from typing import Any, NamedTuple
+
+from tokenselect.contract import Backend, Problem, Reuse, StaticStages, reasons
+from tokenselect.errors import InvalidProblem, UnknownBackend, UnsupportedProblem
+
+# What backend="auto" tries, in this order; everything else has to be asked for by name.
+AUTO = ("cpu", "triton")
+
+ENTRY_POINTS = "tokenselect.backends"
+
+_targets: dict[str, str | Backend] = {
+    "reference": "tokenselect.reference:BACKEND",
+    "cpu": "tokenselect.kernels.cpu:BACKEND",
+    "triton": "tokenselect.kernels.triton:BACKEND",
+    "cuda_graph": "tokenselect.plans.cuda_graph:BACKEND",
+}
+# Packages without which one of them is not there, instead of broken.
+_PACKAGES = {"triton": "triton", "cuda_graph": "triton"}
+_loaded: dict[str, Backend] = {}
+# Names that installed packages declare and do not get: what came, the rule, what to do.
+_refused: dict[str, tuple[str, str, str]] = {}
+_scanned = False
+
+
+def register(name: str, target: str | Backend) -> None:
+    """Add a backend: a `Backend`, or "package.module:ATTRIBUTE", imported when first asked for.
+
+    Packages can do the same by an entry point of the group "tokenselect.backends". Of several that
+    declare one name, none gets it: `register` it for the one that is to have it.
+    Raises InvalidProblem if the name is taken, is "auto" or no name, or the target is neither of
+    the two, or a Backend of another name.
+    """
+    _scan()
+    _add(name, target, f"register({name!r}, {target!r})")
+    _refused.pop(name, None)
+
+
+def _add(name: str, target: str | Backend, came: str) -> None:
+    if not isinstance(name, str) or name in ("", "auto", *_targets):
+        raise InvalidProblem(
+            came,
+            f"a backend's name is a new string; taken: {', '.join(['auto', *_targets])}",
+            "choose another name",
+        )
+    if not (isinstance(target, Backend) or (isinstance(target, str) and ":" in target)):
+        raise InvalidProblem(
+            came,
+            'the target is a Backend or a string "package.module:ATTRIBUTE"',
+            "point it at the module's Backend",
+        )
+    if isinstance(target, Backend):
+        _check_name(name, target)
+    _targets[name] = target
+
+
+def _scan() -> None:
+    global _scanned
+    if not _scanned:
+        declared: dict[str, dict[str, str]] = {}
+        for entry in entry_points(group=ENTRY_POINTS):
+            package = "a package" if entry.dist is None else entry.dist.name
+            declared.setdefault(entry.name, {})[entry.value] = package
+        for name, packages in declared.items():
+            _declare(name, packages)
+        _scanned = True
+
+
+def _declare(name: str, packages: dict[str, str]) -> None:
+    """Add a name that installed packages declare, for a target each, or note why it cannot be."""
+    claims = [f"{package} declares {name!r} = {target!r}" for target, package in packages.items()]
+    target = next(iter(packages))
+    if len(packages) > 1:
+        _refused[name] = (
+            "; ".join(claims),
+            "a backend's name is declared by one installed package",
+            f"uninstall the others, or choose one: register({name!r}, {target!r})",
+        )
+    elif _targets.get(name) != target:  # a scan in another thread adds the same
+        try:
+            _add(name, target, claims[0])
+        except InvalidProblem as error:
+            _refused[name] = error.args
+
+
+def backends() -> tuple[str, ...]:
+    """The names that `backend=` takes, besides "auto".
+
+    Those too that cannot be used, because a package is missing or broken, or several declare the
+    name: `explain` and the error say why.
+    """
+    _scan()
+    return tuple(dict.fromkeys([*_targets, *(name for name in _refused if name != "auto")]))
+
+
+def load(name: str, borrowers: tuple[str, ...] = ()) -> Backend:
+    """The backend of that name, imported now if it has not been; for `borrowers`, if for any.
+
+    Raises UnknownBackend, or InvalidProblem for a name that installed packages declare and do not
+    get; an installed backend that fails to import raises its own error.
+    """
+    if not isinstance(name, str) or name not in _loaded:
+        _scan()
+        refused = _refusal(name)
+        if refused is not None:
+            raise InvalidProblem(*refused)
+        if not isinstance(name, str) or name not in _targets:
+            raise UnknownBackend(name, [*_targets, "auto"])
+        _loaded[name] = resolved(_import(name, _targets[name]), borrowers)
+    return _loaded[name]
+
+
+def _refusal(name: object) -> tuple[str, str, str] | None:
+    """Why the name, declared by installed packages, is nobody's; None if it is somebody's."""
+    if not isinstance(name, str) or name in ("auto", *_targets):
+        return None
+    return _refused.get(name)
+
+
+# What torch.compiler.assume_constant_result does; calling it would import the whole compiler.
+load._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def named(asked: str) -> str:
+    """The name of a backend that is asked for by it, or as "package.module:ATTRIBUTE".
+
+    That is imported, and registered if it is not. Raises InvalidProblem if it is no Backend, or
+    another one has its name.
+    """
+    if ":" not in asked or asked in backends():
+        return asked
+    module, _, attribute = asked.partition(":")
+    backend = getattr(importlib.import_module(module), attribute)
+    if not isinstance(backend, Backend):
+        raise InvalidProblem(
+            f"{asked} is a {type(backend).__name__}",
+            "what is asked for as package.module:ATTRIBUTE is a tokenselect.Backend",
+            "name the module's Backend",
+        )
+    if backend.name not in _targets:
+        register(backend.name, backend)
+    elif resolved(backend) != load(backend.name):
+        raise InvalidProblem(
+            f"{asked} has the name {backend.name!r}",
+            "another backend is registered under that name",
+            "give it a name of its own",
+        )
+    return backend.name
+
+
+def _import(name: str, target: str | Backend) -> Backend:
+    if isinstance(target, str):
+        module, _, attribute = target.partition(":")
+        target = getattr(importlib.import_module(module), attribute)
+    return _check_name(name, target)
+
+
+def _check_name(name: str, target: object) -> Backend:
+    if not isinstance(target, Backend) or target.name != name:
+        came = f"Backend({target.name!r}, ...)" if isinstance(target, Backend) else repr(target)
+        raise InvalidProblem(
+            f"backend {name!r} is {came}",
+            "the target is a Backend whose own name is the registered one",
+            f"define Backend({name!r}, ...)",
+        )
+    return target
+
+
+def resolved(backend: Backend, borrowers: tuple[str, ...] = ()) -> Backend:
+    """`backend` with each stage that it names by a lender's name replaced by the lender's own."""
+    lenders: dict[str, Backend] = {}
+
+    def stages(of: object, where: str) -> dict[str, Any]:
+        found = {}
+        for stage in StaticStages._fields:
+            lender = getattr(of, stage)
+            in_a_circle = lender in (backend.name, *borrowers)
+            if in_a_circle or not (callable(lender) or isinstance(lender, str)):
+                raise InvalidProblem(
+                    f"backend {backend.name!r} has {where}{stage}={lender!r}",
+                    "a stage is a function, or the name of another backend, which does not borrow "
+                    "back",
+                    "write the stage, or name the lender",
+                )
+            if isinstance(lender, str):
+                lenders[lender] = load(lender, (backend.name, *borrowers))
+                source = lenders[lender].static if where else lenders[lender]
+                if source is None:
+                    raise InvalidProblem(
+                        f"backend {backend.name!r} has {where}{stage}={lender!r}",
+                        f"only stages that are planned can be lent to a plan; {lender} has none",
+                        "write the stage, or name another lender",
+                    )
+                lender = getattr(source, stage)
+            found[stage] = lender
+        return found
+
+    static = backend.static
+    if static is not None:
+        static = StaticStages(**stages(static, "static."))
+    own = stages(backend, "")
+    lending = tuple(dict.fromkeys((*backend.lenders, *lenders.values())))
+    return dataclasses.replace(backend, **own, static=static, lenders=lending)
+
+
+def reuse_of(backend: Backend) -> Reuse:
+    """The Selection Cache's steps on `backend`: its own, or those of the lender that it names."""
+    names = [backend.name]
+    while isinstance(backend.reuse, str):
+        names.append(backend.reuse)
+        if backend.reuse in names[:-1]:
+            raise InvalidProblem(
+                f"backend {names[0]!r} borrows its reuse from {' from '.join(names[1:])}",
+                "reuse is a tokenselect.contract.Reuse, or the name of a backend that has one",
+                "leave reuse out for the reference's, which run on any device",
+            )
+        backend = load(backend.reuse)
+    return backend.reuse
+
+
+class Explanation(NamedTuple):
+    """Which backend runs a problem, and why each one tried before it does not."""
+
+    chosen: str | None
+    passed_over: dict[str, list[str]]
+    problem: str
+    asked: str = "auto"
+
+    def __str__(self) -> str:
+        lines = [f"problem: {self.problem}", f"chosen:  {self.chosen or 'none'}"]
+        for name, whys in self.passed_over.items():
+            lines += [f"passed over {name}: {why}" for why in whys]
+        _scan()
+        for name, (came, rule, _) in _refused.items():
+            if name not in self.passed_over:
+                lines.append(f"refused {name}: {came}; {rule}")
+        for name in _targets:
+            if name not in (self.chosen, *self.passed_over):
+                is_later = self.asked == "auto" and name in AUTO
+                why = f"{self.chosen} comes first and can" if is_later else "not asked for"
+                lines.append(f"not tried {name}: {why}")
+        return "\n".join(lines)
+
+
+def explain(name: str, problem: Problem) -> Explanation:
+    """What backend=`name` means for `problem`, without raising for what cannot run."""
+    _scan()
+    refused = _refusal(name)
+    if refused is not None:
+        came, rule, fix = refused
+        return Explanation(None, {name: [f"{came}; {rule}; {fix}"]}, problem.describe(), name)
+    return Explanation(*_choose(name, problem), problem.describe(), name)
+
+
+def resolve(name: str, problem: Problem, *, static: bool = False) -> str:
+    """The backend that runs `problem`, or plans it. One asked for by name is that one or an error.
+
+    Raises UnknownBackend, or UnsupportedProblem with the reasons of every backend tried.
+    """
+    chosen, passed_over = _choose(name, problem, static)
+    if chosen is None:
+        everything = "pass backend='reference', which runs everything, slowly"
+        if static:
+            everything = "call attention, which does without a plan"
+        raise UnsupportedProblem(
+            problem.describe(), passed_over, f"change the problem, or {everything}"
+        )
+    return chosen
+
+
+def _choose(
+    name: str, problem: Problem, static: bool = False
+) -> tuple[str | None, dict[str, list[str]]]:
+    passed_over: dict[str, list[str]] = {}
+    for candidate in AUTO if name == "auto" else (name,):
+        try:
+            backend = load(candidate)
+            whys = reasons(backend, problem)
+            if static and backend.static is None:
+                whys.append(f"the call is planned; {candidate} takes calls without a plan")
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name != _PACKAGES.get(candidate):
+                raise
+            whys = [f"the package {error.name} is not installed; pip install {error.name}"]
+        if not whys:
+            return candidate, passed_over
+        passed_over[candidate] = whys
+    return None, passed_over

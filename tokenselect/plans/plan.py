@@ -1,0 +1,512 @@
+"""A plan: the memory for a capacity, taken once, and then attention any number of times."""
+
+import itertools
+from bisect import bisect_right
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, Literal, overload
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from tokenselect.api import AttentionInfo, check_out, info_of, refuse_grad
+from tokenselect.contract import CacheState, Problem, Selection
+from tokenselect.dispatch import ops, registry
+from tokenselect.dispatch.step import Step, run_step
+from tokenselect.errors import InvalidProblem
+from tokenselect.plans.cuda_graph import address, setting
+from tokenselect.plans.stream_order import StreamSerializer
+from tokenselect.scratch import Scratch, empty
+from tokenselect.selection_cache import SelectionCache, used
+
+_plans: WeakValueDictionary[int, "Plan"] = WeakValueDictionary()
+_handles = itertools.count()
+
+# What every call has in common with the problem that was planned.
+_EQUAL = ("Lq", "Hq", "Hkv", "D", "Dv")
+
+
+def plan(problem: Problem, backend: str = "auto") -> "Plan":
+    """Plan attention for problems like this one, and smaller: see `Plan`.
+
+    problem  gives the settings, the capacity (its B requests and its Lk tokens), and dtypes, layout
+             and device. No value in its tensors matters. With a SelectionCache, say the cache's
+             max_reuse in Problem.build.
+    backend  a registered name, which never falls back, or "auto"; chosen here, once
+
+    >>> from tokenselect import SelectConfig
+    >>> q, cached = torch.ones(1, 8, 1, 64), torch.ones(1, 2, 99, 64)
+    >>> like = Problem.build(q, cached, cached, SelectConfig(k=16, n_sink=4, n_local=8))
+    >>> step = plan(like)
+    >>> step(q, cached, cached, torch.tensor([70], dtype=torch.int32)).shape, step.backend
+    (torch.Size([1, 8, 1, 64]), 'cpu')
+
+    Raises InvalidProblem, UnsupportedProblem (with the reasons of every backend tried) or
+    UnknownBackend.
+    """
+    if not isinstance(problem, Problem):
+        raise InvalidProblem(
+            f"problem is a {type(problem).__name__}",
+            "a plan is made for a tokenselect.Problem",
+            "make one with Problem.build(q, k_cache, v_cache, SelectConfig(...))",
+        )
+    refuse_grad(problem)
+    return Plan(problem, registry.resolve(backend, problem, static=True))
+
+
+class Plan:
+    """Attention whose memory, backend and settings are fixed. Made by `tokenselect.plan`.
+
+    A call allocates nothing and waits for nothing, so it can be captured in a CUDA graph; lengths,
+    block tables and tensors may differ from call to call within the capacity. One plan serves any
+    number of layers of one model, one after the other, each with a SelectionCache of its own.
+
+    backend  the name of the backend
+    bytes    of the memory that it holds
+    """
+
+    def __init__(self, problem: Problem, backend: str) -> None:
+        chosen = registry.load(backend)
+        assert chosen.static is not None  # resolve saw to it
+        rope = problem.rope
+        if rope is not None:
+            # The plan's own: it does not change, and tables made for it stay. Not in inference
+            # mode, in which a tensor does not tell whether it was changed.
+            with torch.inference_mode(False):
+                rope = replace(rope, inv_freq=rope.inv_freq.clone())
+        self.backend = backend
+        self._stages = chosen.static
+        self._reuse = registry.reuse_of(chosen)
+        self._like = replace(problem, rope=rope)
+        self._scratch = Scratch()
+        self._nobody = torch.zeros((problem.B,), dtype=torch.bool, device=problem.q.device)
+        self._order = StreamSerializer(problem.q.device)
+        self._graphs = None if chosen.replays is None else chosen.replays()
+        self._checked: dict[Any, list[int]] = {}
+        self._handle = next(_handles)
+        _plans[self._handle] = self
+        self._warm_up()
+
+    @property
+    def bytes(self) -> int:
+        return self._scratch.bytes
+
+    def __repr__(self) -> str:
+        return f"Plan({self._like.describe()}; {self.backend}, {self.bytes} bytes)"
+
+    def __deepcopy__(self, memo: Any) -> "Plan":
+        """A plan for the same, with memory of its own: models that hold plans can be copied."""
+        return Plan(self._like, self.backend)
+
+    def prepare(self, *caches: SelectionCache) -> None:
+        """Make the state of SelectionCaches, which then stays where it is, with room for this plan.
+
+        A call does so too; but what torch.compile compiles cannot, and a cache for several plans
+        has to be prepared for the one with the largest K first: the one with most queries.
+        """
+        for cache in caches:
+            self._check_cache(self._like.B, cache)
+            cache.state(self._like, stays=True)
+
+    @overload
+    def __call__(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        cache_seqlens: Tensor,
+        *,
+        block_table: Tensor | None = None,
+        sink_logits: Tensor | None = None,
+        cache: SelectionCache | None = None,
+        out: Tensor | None = None,
+        return_info: Literal[False] = False,
+    ) -> Tensor: ...
+
+    @overload
+    def __call__(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        cache_seqlens: Tensor,
+        *,
+        block_table: Tensor | None = None,
+        sink_logits: Tensor | None = None,
+        cache: SelectionCache | None = None,
+        out: Tensor | None = None,
+        return_info: Literal[True],
+    ) -> tuple[Tensor, AttentionInfo]: ...
+
+    def __call__(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        cache_seqlens: Tensor,
+        *,
+        block_table: Tensor | None = None,
+        sink_logits: Tensor | None = None,
+        cache: SelectionCache | None = None,
+        out: Tensor | None = None,
+        return_info: bool = False,
+    ) -> Tensor | tuple[Tensor, AttentionInfo]:
+        """Attend: see `tokenselect.attention`, with the settings of the plan.
+
+        q              (B, Hq, Lq, D), B at most the plan's
+        k_cache, v_cache
+                       (B, Hkv, Lk, D) and Dv, or paged; Lk at most the plan's
+        cache_seqlens  (B,) int32. Not checked, which would read it: a value out of range gives
+                       nonsense for that request, and reads and writes nothing out of bounds
+        block_table, sink_logits
+                       as in `attention`, each if the planned problem has one
+        cache          a SelectionCache with the plan's max_reuse; then B is the plan's, and an
+                       absent request has length 0
+        out            (B, Hq, Lq, Dv) contiguous, in q's dtype: written to and returned
+        return_info    also return an `AttentionInfo`, which allocates: its tensors are its own
+
+        Without `out`, the result is the plan's own memory: the next call overwrites it. (Inside
+        torch.compile, it is a tensor of its own.) Raises InvalidProblem.
+        """
+        given = q, k_cache, v_cache, cache_seqlens, block_table, sink_logits, out
+        self._check(given, cache)
+        like = self._like
+        problem = _with(like, *given[:-1])
+        # Of the plan's K, so that it never moves.
+        state = None if cache is None else cache.state(like, stays=True)
+        theta = None if cache is None else cache.theta
+        if torch.compiler.is_compiling():
+            result, *info = torch.ops.tokenselect.plan_step(
+                *given[:-1],
+                *([] if state is None else list(state.tensors()), theta, return_info, self._handle),
+            )
+            result = result if out is None else out.copy_(result)
+        else:
+            result, *info = self._run(problem, state, theta, out, return_info)
+        if not return_info:
+            return result  # type: ignore[no-any-return]
+        return result, info_of(problem, Step(result, *info), self.backend)
+
+    def _run(
+        self,
+        problem: Problem,
+        state: CacheState | None,
+        theta: float | None,
+        out: Tensor | None,
+        with_info: bool,
+    ) -> list[Tensor]:
+        """Return out alone, in the plan's memory if it was not given.
+
+        With info, return all of a `Step`, the rest of it in memory of its own.
+        """
+
+        def finish(done: tuple[Tensor, ...]) -> list[Tensor]:
+            result = done[0] if out is None or done[0] is out else out.copy_(done[0])
+            return [result, *(x.clone() for x in done[1:] if with_info)]
+
+        with self._order.turn(), torch.no_grad(), _without_autocast(problem.q.device.type):
+            if self._graphs is None:
+                return finish(self._step(problem, state, theta, out))
+            return self._replayed(self._graphs, problem, state, theta, finish)
+
+    def _replayed(
+        self,
+        graphs: Any,
+        problem: Problem,
+        memory: CacheState | None,
+        theta: float | None,
+        finish: Callable[[tuple[Tensor, ...]], list[Tensor]],
+    ) -> list[Tensor]:
+        """The step, captured for a size of batch that may be larger, and replayed."""
+        rows = B = problem.B
+        if problem.is_paged and graphs.batches:
+            # The rows of a contiguous cache, in contrast, are those of the batch.
+            rows = min([size for size in (*graphs.batches, self._like.B) if size >= B])
+
+        def step(q: Tensor, lengths: Tensor, table: Tensor | None) -> tuple[Tensor, ...]:
+            copied = replace(problem, q=q, cache_seqlens=lengths, block_table=table)
+            return self._step(copied, memory, theta, None)
+
+        tensors = () if memory is None else memory.tensors()
+        key = (setting(problem), theta, *map(address, tensors))
+        inputs = problem.q, problem.cache_seqlens, problem.block_table
+        done: list[Tensor] = graphs.run(key, step, inputs, rows, finish=finish)
+        return done
+
+    def _step(
+        self, problem: Problem, state: CacheState | None, theta: float | None, out: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """Run the stages, each in its own memory. Returns a `Step`, `reused` always a tensor."""
+        if state is not None:
+            used(state)
+        section = self._scratch.section
+        if out is None:
+            with section("out"):
+                shape = (problem.B, problem.Hq, problem.Lq, problem.Dv)
+                out = empty(shape, problem.q.dtype, problem.q.device)
+        score, select, attend = self._stages
+
+        def into_out(problem: Problem, selection: Selection) -> Any:
+            return attend(problem, selection, out)  # type: ignore[operator]  # loaded: no name
+
+        stages = SimpleNamespace(score=score, select=select, attend=into_out)
+        *done, reused = run_step(problem, stages, self._reuse, state, theta, section)
+        return (*done, self._nobody[: problem.B] if reused is None else reused)
+
+    def _warm_up(self) -> None:
+        """Run once at capacity, every request absent: all memory is taken, all kernels compiled."""
+        like = self._like
+        nobody = torch.zeros((like.B,), dtype=torch.int32, device=like.q.device)
+        problem = replace(like, cache_seqlens=nobody)
+        memory = SelectionCache().state(problem)
+        with self._order.turn(), torch.no_grad(), _without_autocast(like.q.device.type):
+            self._step(problem, memory, 0.9, None)
+        self._scratch.seal()
+        self._written = sorted(
+            (block.data_ptr(), block.data_ptr() + block.numel()) for block in self._scratch.blocks()
+        )
+        # Of the planned tensors nothing but shapes is needed from here on.
+        self._like = replace(
+            like,
+            q=_stand_in(like.q),
+            k_cache=_stand_in(like.k_cache),
+            v_cache=_stand_in(like.v_cache),
+            cache_seqlens=nobody,
+            block_table=None if like.block_table is None else _stand_in(like.block_table),
+            sink_logits=None if like.sink_logits is None else _stand_in(like.sink_logits),
+        )
+
+    def _check(self, given: tuple[Tensor | None, ...], cache: SelectionCache | None) -> None:
+        """Raise InvalidProblem for what the plan was not made for.
+
+        Tensors of the same shapes, strides, dtypes and devices as in a call before were checked in
+        that; where they lie may differ each time.
+        """
+        if torch.compiler.is_compiling():
+            self._check_kind(given, cache)
+            return
+        kind: Any = tuple(
+            None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.requires_grad)
+            for x in given
+            if x is None or isinstance(x, Tensor)
+        )
+        kind = (*kind, torch.is_grad_enabled())
+        sizes = self._checked.get(kind)
+        if sizes is None:
+            self._check_kind(given, cache)
+            if len(self._checked) >= _KINDS:  # of a capacity that is asked for in many sizes
+                self._checked.clear()
+            sizes = self._checked[kind] = [0 if x is None else _extent(x) for x in given]
+        elif cache is not None:
+            self._check_cache(given[0].shape[0], cache)  # type: ignore[union-attr]  # checked
+        self._check_memory(given, sizes)
+
+    def _check_kind(self, given: tuple[Tensor | None, ...], cache: SelectionCache | None) -> None:
+        """Check what shapes, dtypes and devices show."""
+        q, k_cache, v_cache, cache_seqlens, block_table, sink_logits, out = given
+        like = self._like
+        if not isinstance(cache_seqlens, Tensor) or not cache_seqlens.is_contiguous():
+            came = f"is a {type(cache_seqlens).__name__}"
+            if isinstance(cache_seqlens, Tensor):
+                came = f"has strides {cache_seqlens.stride()}"
+            raise InvalidProblem(
+                f"cache_seqlens {came}",
+                "a plan is given the length of every request: (B,) int32, contiguous, where q is",
+                "pass torch.tensor(lengths, dtype=torch.int32, device=q.device)",
+            )
+        if (block_table is not None) != like.is_paged:
+            words = {True: f"a paged cache, pages of {like.page_size}", False: "a contiguous cache"}
+            raise InvalidProblem(
+                f"the call has {'no ' if block_table is None else 'a '}block_table; "
+                f"the plan was made for {words[like.is_paged]}",
+                "calls differ from the planned problem in B, Lk and values only",
+                "pass block_table= if the cache is paged, or make another plan for it",
+            )
+        problem = Problem.build(
+            q,  # type: ignore[arg-type]  # build says what is wrong with them
+            k_cache,  # type: ignore[arg-type]
+            v_cache,  # type: ignore[arg-type]
+            like.config,
+            cache_seqlens=cache_seqlens,
+            block_table=block_table,
+            scale=like.scale,
+            softcap=like.softcap,
+            sink_logits=sink_logits,
+            rope=like.rope,
+            max_reuse=like.max_reuse,
+        )
+        self._check_sizes(problem)
+        if cache is not None:
+            self._check_cache(problem.B, cache)
+        if out is not None:
+            check_out(problem, out)
+        refuse_grad(problem)
+
+    def _check_sizes(self, problem: Problem) -> None:
+        like = self._like
+        differing = [name for name in _EQUAL if getattr(problem, name) != getattr(like, name)]
+        if problem.is_paged and problem.page_size != like.page_size:
+            differing.append("page_size")
+        planned = {name: getattr(like, name) for name in differing}
+        given = {name: getattr(problem, name) for name in differing}
+        for name in ("dtype", "device"):
+            if getattr(problem.q, name) != getattr(like.q, name):
+                planned[name], given[name] = getattr(like.q, name), getattr(problem.q, name)
+        if (problem.sink_logits is None) != (like.sink_logits is None):
+            words = {True: "none", False: "given"}
+            planned["sink_logits"] = words[like.sink_logits is None]
+            given["sink_logits"] = words[problem.sink_logits is None]
+        if given:
+            raise InvalidProblem(
+                f"the call has {_listed(given)}; the plan was made for {_listed(planned)}",
+                "calls differ from the planned problem in B, Lk and values only",
+                "make another plan for it",
+            )
+        for name in ("B", "Lk"):
+            if getattr(problem, name) > getattr(like, name):
+                raise InvalidProblem(
+                    f"the call has {name}={getattr(problem, name)}; "
+                    f"the plan was made for {name}={getattr(like, name)}",
+                    "B and Lk are at most those of the planned problem",
+                    "make a plan of larger capacity",
+                )
+
+    def _check_cache(self, B: int, cache: SelectionCache) -> None:
+        if not isinstance(cache, SelectionCache):
+            raise InvalidProblem(
+                f"cache is a {type(cache).__name__}",
+                "cache is a tokenselect.SelectionCache or None",
+                "make one a layer: SelectionCache(theta=0.9)",
+            )
+        if cache.max_reuse != self._like.max_reuse:
+            raise InvalidProblem(
+                f"cache.max_reuse={cache.max_reuse}; the plan was made for "
+                f"max_reuse={self._like.max_reuse}",
+                "a plan has room for as many appended tokens as its problem's max_reuse",
+                "say Problem.build(..., max_reuse=cache.max_reuse)",
+            )
+        if self._like.B != B:
+            raise InvalidProblem(
+                f"the call has B={B} and a cache; the plan was made for B={self._like.B}",
+                "with a SelectionCache every call has all requests of the plan, a row each",
+                "give a request that is not there the length 0",
+            )
+
+    def _check_memory(self, given: tuple[Tensor | None, ...], sizes: list[int]) -> None:
+        """Reject inputs that alias the scratch memory or `out`."""
+        *inputs, out = (
+            None if x is None else (x.data_ptr(), x.data_ptr() + size)
+            for x, size in zip(given, sizes, strict=True)
+        )
+        for name, span in zip((*_INPUTS, "out"), (*inputs, out), strict=True):
+            if span is None:
+                continue
+            last = bisect_right(self._written, (span[1], 0)) - 1
+            overlaps = last >= 0 and self._written[last][1] > span[0]
+            if out is not None and name != "out":
+                overlaps = overlaps or (out[0] < span[1] and span[0] < out[1])
+            if overlaps:
+                raise InvalidProblem(
+                    f"{name} shares memory with what the call writes to",
+                    "a call overwrites its `out`, and what earlier calls of the plan returned",
+                    "pass another out=, or clone() it",
+                )
+
+
+_INPUTS = "q", "k_cache", "v_cache", "cache_seqlens", "block_table", "sink_logits"
+# So many kinds of call (shapes, strides, dtypes) are remembered as checked.
+_KINDS = 256
+
+
+def _with(
+    like: Problem,
+    q: Any,
+    k_cache: Any,
+    v_cache: Any,
+    cache_seqlens: Any,
+    block_table: Any,
+    sink_logits: Any,
+) -> Problem:
+    """Return the planned problem with the tensors of a call."""
+    return Problem(
+        q,
+        k_cache,
+        v_cache,
+        cache_seqlens,
+        block_table,
+        like.scale,
+        like.softcap,
+        sink_logits,
+        like.rope,
+        like.max_reuse,
+        like.config,
+    )
+
+
+def _extent(x: Tensor) -> int:
+    """Return how many bytes lie from x's first to after its last."""
+    reach = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return (reach + 1) * x.itemsize
+
+
+def _stand_in(x: Tensor) -> Tensor:
+    """A tensor of x's shape that takes no memory."""
+    with torch.inference_mode(False):
+        return x.new_zeros((1,) * x.dim()).expand(x.shape)
+
+
+def _listed(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in values.items())
+
+
+def _without_autocast(device: str) -> Any:
+    """Autocast would round logits to its dtype without a word."""
+    return torch.autocast(device, enabled=False)
+
+
+# --- the operator that torch.compile sees -------------------------------------------------
+
+
+def _plan_step(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor,
+    block_table: Tensor | None,
+    sink_logits: Tensor | None,
+    state: list[Tensor],
+    theta: float | None,
+    with_info: bool,
+    handle: int,
+) -> tuple[Tensor, ...]:
+    made = _plans[handle]
+    given = q, k_cache, v_cache, cache_seqlens, block_table, sink_logits
+    problem = _with(made._like, *given)
+    out = q.new_empty((problem.B, problem.Hq, problem.Lq, problem.Dv))
+    made._check_memory((*given, None), [0 if x is None else _extent(x) for x in (*given, None)])
+    held = CacheState(*state) if state else None
+    # An operator returns tensors of its own, always as many.
+    _, *info = made._run(problem, held, theta, out, with_info)
+    return out, *(info or [out.new_empty(0) for _ in Step._fields[1:]])
+
+
+def _fake_plan_step(q: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *_, with_info, handle = rest
+    if not with_info:
+        out = q.new_empty((*q.shape[:3], v_cache.shape[3]))
+        return out, *(q.new_empty(0) for _ in Step._fields[1:])
+    like = _plans[handle]._like
+    p = replace(like, q=q, k_cache=k_cache, v_cache=v_cache, block_table=rest[1])
+    return (*ops.fake_step(p), q.new_empty((p.B,), dtype=torch.bool))
+
+
+ops.define(
+    "plan_step",
+    "Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, Tensor? block_table, "
+    "Tensor? sink_logits, Tensor(a!)[] state, float? theta, bool with_info, int plan) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _plan_step,
+    _fake_plan_step,
+)
