@@ -14,7 +14,7 @@ from torch import Tensor
 from tokenselect.api import AttentionInfo, check_out, info_of, refuse_grad
 from tokenselect.contract import CacheState, Problem, Selection
 from tokenselect.dispatch import ops, registry
-from tokenselect.dispatch.step import Step, run_step
+from tokenselect.dispatch.step import Step, run_step, without_autocast
 from tokenselect.errors import InvalidProblem
 from tokenselect.plans.cuda_graph import address, setting
 from tokenselect.plans.stream_order import StreamSerializer
@@ -206,7 +206,7 @@ class Plan:
             result = done[0] if out is None or done[0] is out else out.copy_(done[0])
             return [result, *(x.clone() for x in done[1:] if with_info)]
 
-        with self._order.turn(), torch.no_grad(), _without_autocast(problem.q.device.type):
+        with self._order.turn(), torch.no_grad(), without_autocast(problem.q.device.type):
             if self._graphs is None:
                 return finish(self._step(problem, state, theta, out))
             return self._replayed(self._graphs, problem, state, theta, finish)
@@ -261,7 +261,7 @@ class Plan:
         nobody = torch.zeros((like.B,), dtype=torch.int32, device=like.q.device)
         problem = replace(like, cache_seqlens=nobody)
         memory = SelectionCache().state(problem)
-        with self._order.turn(), torch.no_grad(), _without_autocast(like.q.device.type):
+        with self._order.turn(), torch.no_grad(), without_autocast(like.q.device.type):
             self._step(problem, memory, 0.9, None)
         self._scratch.seal()
         self._written = sorted(
@@ -459,11 +459,6 @@ def _stand_in(x: Tensor) -> Tensor:
 
 def _listed(values: dict[str, Any]) -> str:
     return ", ".join(f"{name}={value}" for name, value in values.items())
-
-
-def _without_autocast(device: str) -> Any:
-    """Autocast would round logits to its dtype without a word."""
-    return torch.autocast(device, enabled=False)
 
 
 # --- the operator that torch.compile sees -------------------------------------------------
