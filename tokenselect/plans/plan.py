@@ -91,13 +91,14 @@ class Plan:
 
     @property
     def bytes(self) -> int:
+        """Bytes of the memory that it holds."""
         return self._scratch.bytes
 
     def __repr__(self) -> str:
         return f"Plan({self._like.describe()}; {self.backend}, {self.bytes} bytes)"
 
     def __deepcopy__(self, memo: Any) -> "Plan":
-        """A plan for the same, with memory of its own: models that hold plans can be copied."""
+        """Return a plan for the same with its own memory: models that hold plans can be copied."""
         return Plan(self._like, self.backend)
 
     def prepare(self, *caches: SelectionCache) -> None:
@@ -219,7 +220,7 @@ class Plan:
         theta: float | None,
         finish: Callable[[tuple[Tensor, ...]], list[Tensor]],
     ) -> list[Tensor]:
-        """The step, captured for a size of batch that may be larger, and replayed."""
+        """Replay the step, captured for a batch that may be larger."""
         rows = B = problem.B
         if problem.is_paged and graphs.batches:
             # The rows of a contiguous cache, in contrast, are those of the batch.
@@ -345,6 +346,7 @@ class Plan:
         refuse_grad(problem)
 
     def _check_sizes(self, problem: Problem) -> None:
+        """Raise InvalidProblem for other sizes, dtypes or devices than were planned."""
         like = self._like
         differing = [name for name in _EQUAL if getattr(problem, name) != getattr(like, name)]
         if problem.is_paged and problem.page_size != like.page_size:
@@ -374,11 +376,12 @@ class Plan:
                 )
 
     def _check_cache(self, B: int, cache: SelectionCache) -> None:
+        """Raise InvalidProblem for a SelectionCache that does not fit the plan."""
         if not isinstance(cache, SelectionCache):
             raise InvalidProblem(
                 f"cache is a {type(cache).__name__}",
                 "cache is a tokenselect.SelectionCache or None",
-                "make one a layer: SelectionCache(theta=0.9)",
+                "make one per layer: SelectionCache(theta=0.9)",
             )
         if cache.max_reuse != self._like.max_reuse:
             raise InvalidProblem(
@@ -390,8 +393,8 @@ class Plan:
         if self._like.B != B:
             raise InvalidProblem(
                 f"the call has B={B} and a cache; the plan was made for B={self._like.B}",
-                "with a SelectionCache every call has all requests of the plan, a row each",
-                "give a request that is not there the length 0",
+                "with a SelectionCache every call has all requests of the plan, one row each",
+                "give an absent request the length 0",
             )
 
     def _check_memory(self, given: tuple[Tensor | None, ...], sizes: list[int]) -> None:
@@ -452,7 +455,7 @@ def _extent(x: Tensor) -> int:
 
 
 def _stand_in(x: Tensor) -> Tensor:
-    """A tensor of x's shape that takes no memory."""
+    """Return a tensor of x's shape that takes no memory."""
     with torch.inference_mode(False):
         return x.new_zeros((1,) * x.dim()).expand(x.shape)
 
@@ -476,6 +479,7 @@ def _plan_step(
     with_info: bool,
     handle: int,
 ) -> tuple[Tensor, ...]:
+    """Run a call of the plan with that handle."""
     made = _plans[handle]
     given = q, k_cache, v_cache, cache_seqlens, block_table, sink_logits
     problem = _with(made._like, *given)

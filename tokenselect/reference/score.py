@@ -52,7 +52,7 @@ def score(problem: Problem) -> Scores:
 
 
 def placed(problem: Problem, b: int, n: int, score_at: str) -> tuple[Tensor, Tensor]:
-    """Queries (Hq, Lq, D) and keys (Hkv, n, D), both where this ballot scores them.
+    """Return queries (Hq, Lq, D) and keys (Hkv, n, D), placed where this ballot scores them.
 
     "true": each where it stands. "fixed": every key n_local before every query, so that content
     alone decides.
@@ -74,14 +74,14 @@ def placed(problem: Problem, b: int, n: int, score_at: str) -> tuple[Tensor, Ten
 
 
 def logits(problem: Problem, query: Tensor, keys: Tensor) -> Tensor:
-    """One head's logits (n,) of one query (D,) over keys (n, D); -inf if not finite."""
+    """Return one head's logits (n,) of one query (D,) over keys (n, D); -inf if not finite."""
     s = problem.select_scale * added((keys * query).T)
     capped = s if problem.softcap is None else problem.softcap * torch.tanh(s / problem.softcap)
     return torch.where(s.isfinite(), capped, -math.inf)
 
 
 def added(x: Tensor) -> Tensor:
-    """The sum of x (m, L) over m, half onto half, in place: every column in the same order.
+    """Sum x (m, L) over m, half onto half, in place: every column in the same order.
 
     A matrix product, and a sum of PyTorch's, add a column in an order that depends on its place.
     """
@@ -92,7 +92,7 @@ def added(x: Tensor) -> Tensor:
 
 
 def vote(s: Tensor, candidates: slice, c: SelectConfig) -> Tensor:
-    """One head's votes for the candidates, from its logits s (n,)."""
+    """Return one head's votes for the candidates, from its logits s (n,)."""
     if c.vote == "logit":  # eq. 5
         return s[candidates]
     if c.vote == "hard":  # eq. 6
@@ -105,12 +105,12 @@ def vote(s: Tensor, candidates: slice, c: SelectConfig) -> Tensor:
 
 
 def softmax(s: Tensor) -> Tensor:
-    """Softmax that gives zeros where every logit is -inf."""
+    """Return the softmax, zeros where every logit is -inf."""
     return torch.softmax(s, 0).nan_to_num(0.0)
 
 
 def pooled(votes: Tensor, pool: int) -> Tensor:
-    """The maximum over a centred window of `pool` candidates, clipped at the edges."""
+    """Return the maximum over a centred window of `pool` candidates, clipped at the edges."""
     if pool == 1 or len(votes) == 0:
         return votes
     pool = min(pool, 2 * len(votes) - 1)

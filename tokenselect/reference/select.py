@@ -33,6 +33,6 @@ def select(votes: Tensor, problem: Problem) -> Selection:
 
 
 def best(votes: Tensor, k: int) -> Tensor:
-    """Places of the k largest of votes (L,), the lower place first among equals."""
+    """Return the places of the k largest of votes (L,), the lower place first among equals."""
     votes = votes.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     return torch.sort(votes, descending=True, stable=True).indices[:k]
