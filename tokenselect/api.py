@@ -365,7 +365,8 @@ def _max_reuse(cache: SelectionCache | None) -> int:
         raise InvalidProblem(
             f"cache is a {type(cache).__name__}",
             "cache is a tokenselect.SelectionCache or None",
-            "make one per layer: SelectionCache(theta=0.9); keys and values go into k_cache",
+            "make one per layer: SelectionCache(theta=0.9); "
+            "keys and values go into k_cache, v_cache",
         )
     return cache.max_reuse
 
