@@ -1,6 +1,7 @@
 """The page docs/benchmarks.md, made from bench/results/*.json: no figure in it is typed by hand."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -84,10 +85,10 @@ def _section(report: dict[str, Any]) -> str:
         f"{host['isa']}; torch {host['torch']}, python {host['python']}; read bandwidth "
         f"{host['read_gb_per_s']:.1f} GB/s; load average at the start "
         f"{host['load_at_start']:.1f}.\n",
-        *_rows(_OVERVIEW, [_overview(result) for result in report["workloads"]]),
+        *table(_OVERVIEW, [_overview(result) for result in report["workloads"]]),
     ]
     for result in report["workloads"]:
-        details = _rows(_DETAILS, _details(result, host["read_gb_per_s"]))
+        details = table(_DETAILS, _details(result, host["read_gb_per_s"]))
         lines += [f"\n#### {result['name']}\n", _facts(result) + "\n", *details]
     return "\n".join(lines) + "\n"
 
@@ -135,5 +136,10 @@ def _details(result: dict[str, Any], read_gb_per_s: float) -> list[tuple[str, ..
     return rows
 
 
-def _rows(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
-    return [f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *rows)]
+def table(
+    head: tuple[str, ...], rows: Iterable[tuple[str, ...]], is_padded: bool = False
+) -> list[str]:
+    """Return the lines of a Markdown table; padded, the columns line up in a terminal too."""
+    lines = [head, ("---",) * len(head), *rows]
+    widths = [max(map(len, column)) * is_padded for column in zip(*lines, strict=True)]
+    return ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines]
