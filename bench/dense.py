@@ -1,7 +1,7 @@
-"""Dense attention: the calls that a selection competes with, and the float64 truth for both.
+"""Dense attention: the variants that a selection competes with, and the float64 truth for both.
 
 All of it takes one request at a time, with contiguous keys and values whatever the cache's layout:
-a paged cache is gathered for the dense side beforehand, outside any timing.
+a paged cache is gathered for dense attention beforehand, outside any timing.
 """
 
 import math
@@ -71,7 +71,7 @@ def requests(problem: Problem) -> list[Request]:
 
 @dataclass(frozen=True)
 class Dense:
-    """A way to compute dense attention: out (Hq, Lq, Dv) of one request.
+    """A variant of dense attention: out (Hq, Lq, Dv) of one request.
 
     is_call  one attention call of torch's, rather than operators put together here
     """
@@ -144,21 +144,21 @@ class Truth(NamedTuple):
     rows     which queries of the call
     out      (B, Hq, rows, Dv) float64
     lse      (B, Hq, rows) float64
-    budget   (B, Hq, rows) float64: the root mean square over Dv of the error that an honest dense
-             attention may have
+    tolerance (B, Hq, rows) float64: the root mean square over Dv of the error that an honest dense
+              attention may have
     largest  (B, Hq, 1, 1): max |v| of the head
     """
 
     rows: list[int]
     out: Tensor
     lse: Tensor
-    budget: Tensor
+    tolerance: Tensor
     largest: Tensor
 
     def share(self, out: Tensor) -> float:
-        """The worst row's error as a share of its budget; infinite if not finite."""
+        """The worst row's error as a share of its tolerance; infinite if not finite."""
         error = (out[:, :, self.rows].double() - self.out).square().mean(-1).sqrt()
-        return float((error / self.budget).nan_to_num(nan=math.inf).max())
+        return float((error / self.tolerance).nan_to_num(nan=math.inf).max())
 
 
 def truth(several: list[Request], max_rows: int = 8) -> Truth:
@@ -170,15 +170,15 @@ def truth(several: list[Request], max_rows: int = 8) -> Truth:
     row's mean square error
 
         e_j = u32 * sqrt(D) * scale * |q| * |k_j|
-        budget**2 = 4 * mean over d of sum over j p_j**2 v_jd**2 (u**2 + e_j**2 + 2**-40)
+        tolerance**2 = 4 * mean over d of sum over j p_j**2 v_jd**2 (u**2 + e_j**2 + 2**-40)
                         + u**2 out_d**2
 
     where 4 is the margin. Unlike a worst-case bound it does not grow with n, so that it tells an
     honest call from one that rounds its logits at any length.
     """
     per_request = [_truth(r, _rows(r.q.shape[1], max_rows)) for r in several]
-    out, lse, budget, largest = (torch.stack(parts) for parts in zip(*per_request, strict=True))
-    return Truth(_rows(several[0].q.shape[1], max_rows), out, lse, budget, largest)
+    out, lse, tolerance, largest = (torch.stack(parts) for parts in zip(*per_request, strict=True))
+    return Truth(_rows(several[0].q.shape[1], max_rows), out, lse, tolerance, largest)
 
 
 def _rows(Lq: int, max_rows: int) -> list[int]:
@@ -212,13 +212,13 @@ def _truth(r: Request, rows: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]
             out += weights @ values
             variance += (weights.square() * error) @ values.square()
             largest = torch.maximum(largest, values.abs().max())
-        budget = _ALLOWANCE * (variance + (u * out).square()).mean(1).sqrt()
+        tolerance = _ALLOWANCE * (variance + (u * out).square()).mean(1).sqrt()
         shape = (G, len(rows))
         parts.append(
-            (out.view(*shape, Dv), lse.view(shape), budget.view(shape), largest.expand(G, 1, 1))
+            (out.view(*shape, Dv), lse.view(shape), tolerance.view(shape), largest.expand(G, 1, 1))
         )
-    out, lse, budget, largest = (torch.cat(part) for part in zip(*parts, strict=True))
-    return out, lse, budget, largest
+    out, lse, tolerance, largest = (torch.cat(part) for part in zip(*parts, strict=True))
+    return out, lse, tolerance, largest
 
 
 def votes(r: Request) -> Tensor:

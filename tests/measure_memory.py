@@ -4,30 +4,14 @@ python -m tests.measure_memory '{"Hq": 32, "Hkv": 1, "D": 64, "n": 1048576}'
 """
 
 import json
-import resource
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bench.machine import forget_peak, resident
 from tokenselect import Problem, Rope, SelectConfig, attend, score, select
-
-STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-
-
-def resident(name: str) -> int:
-    """Bytes of memory in use ("VmRSS"), or the most since the last `forget_peak` ("VmHWM")."""
-    if not STATUS.exists():  # macOS: only the peak is known, in bytes; the cache is its main part
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(name + ":"))
-    return int(line.split()[1]) * 1024
-
-
-def forget_peak() -> None:
-    if CLEAR_REFS.exists():
-        CLEAR_REFS.write_text("5")
 
 
 def filled(*shape: int, dtype: torch.dtype) -> Tensor:
