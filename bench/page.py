@@ -60,7 +60,7 @@ _DETAILS = ("", "ms", "MB", "GB/s", "of read", "error / tolerance")
 
 
 def page(results: Path = RESULTS) -> str:
-    """The whole page as Markdown. Raises `bench.gpu.page.Refused`, with the file's name."""
+    """Return the page as Markdown. Raises `bench.gpu.page.Refused`, with the file's name."""
     reports, on_gpus = [], []
     for path in sorted(results.glob("*.json")):
         report = json.loads(path.read_text("utf-8"))

@@ -29,9 +29,9 @@ Launches = Callable[[Problem, str], list[Any]]
 
 
 def name_of(kernel: Any) -> str:
-    """Return a kernel's module and name, whether it is compiled or interpreted."""
-    module = kernel.fn.__module__.rpartition(".")[2]
-    return f"{module}.{kernel.fn.__name__.lstrip('_')}"
+    """Return a kernel's stage and name, whether it is compiled or interpreted."""
+    stage = kernel.fn.__module__.rpartition(".")[2].partition("_")[0]
+    return f"{stage}.{kernel.fn.__name__.lstrip('_')}"
 
 
 class Row(NamedTuple):
