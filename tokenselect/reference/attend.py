@@ -1,4 +1,8 @@
-"""Stage 3, attend: softmax attention of each query over the selected tokens it may see (eq. 2)."""
+"""Stage 3, attend: softmax attention of each query over the selected tokens it may see.
+
+s_{h,i,j}  = softcap(scale * q_{h,i} . k_{h // G, j})              j selected, j <= n - Lq + i
+out_{h,i}  = sum over j of softmax_j(s_{h,i}) v_{h // G, j}        eq. 2
+"""
 
 import math
 
@@ -31,9 +35,9 @@ def attend(problem: Problem, selection: Selection) -> AttentionOutput:
                     seen = positions <= n - Lq + i
                     if not seen.any():
                         continue
-                    logits = problem.scale * (keys[g, seen] @ queries[h, i])
+                    logits = problem.scale * (keys[g, seen] @ queries[h, i])  # s_j
                     logits = capped(logits, problem.softcap)
-                    out[b, h, i] = weights(logits, sink) @ values[g, seen]
+                    out[b, h, i] = softmax_weights(logits, sink) @ values[g, seen]  # eq. 2
                     lse[b, h, i] = logits.logsumexp(0)
     return AttentionOutput(out, lse)
 
@@ -70,7 +74,7 @@ def capped(logits: Tensor, softcap: float | None) -> Tensor:
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def weights(logits: Tensor, sink: Tensor | None) -> Tensor:
+def softmax_weights(logits: Tensor, sink: Tensor | None) -> Tensor:
     """Return the softmax, the sink's logit in its denominator and without a value (gpt-oss)."""
     if sink is None:
         return torch.softmax(logits, 0)
