@@ -18,11 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 from properties import guard
 from properties.backends import chosen
-from properties.devices import back, device_of, on
 from properties.guard import poisoned
-from properties.law import RAN, CannotRun, able, of_the_profile
 from properties.recorded import Recorded, opaque_kernels
-from properties.strategies import Case, cases, fitted
 from tokenselect import (
     AttentionInfo,
     Backend,
@@ -36,6 +33,11 @@ from tokenselect import (
     plan,
     reasons,
 )
+from tokenselect.conformance.devices import back, device_of, on
+from tokenselect.conformance.laws.fitting import CannotRun, fitted
+from tokenselect.conformance.laws.law import RAN, able, of_the_profile
+from tokenselect.conformance.laws.strategies import cases
+from tokenselect.conformance.problems import Case
 from tokenselect.conformance.tolerances import attend_budget, choice_finding, score_budget
 from tokenselect.contract import StaticStages
 from tokenselect.dispatch import registry

@@ -13,9 +13,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from properties import guard
-from properties.devices import back, device_of, for_the_cpu, on
-from properties.law import RAN, SHARES, of_the_profile
-from properties.laws_attention import run
 from properties.planted import PLANTED_CACHES, PlantedCache
 from properties.recorded import Recorded
 from tokenselect import (
@@ -29,6 +26,9 @@ from tokenselect import (
     plan,
     reasons,
 )
+from tokenselect.conformance.devices import back, device_of, for_the_cpu, on
+from tokenselect.conformance.laws.attention import run
+from tokenselect.conformance.laws.law import RAN, SHARES, of_the_profile
 from tokenselect.conformance.tolerances import attend_budget, choice_finding, score_budget
 from tokenselect.contract import CacheState
 from tokenselect.dispatch import registry

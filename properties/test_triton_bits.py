@@ -2,8 +2,8 @@
 
 import pytest
 
-from properties.strategies import Case
 from tokenselect import SelectConfig
+from tokenselect.conformance.problems import Case
 from tokenselect.conformance.tolerances import score_budget
 
 # One key of the tile points along a query, as keys of rare tokens do; the others do not.

@@ -115,7 +115,7 @@ def unit_roundoff(problem: Problem) -> float:
 def score_budget(problem: Problem) -> ScoreBudget:
     """What `score(problem)` may return."""
     truth = exact(problem)
-    votes, lse = REFERENCE.score(truth)  # type: ignore[operator]
+    votes, lse = REFERENCE.score(truth)
     u, c = unit_roundoff(problem), problem.config
     vote_slack = torch.zeros_like(votes, dtype=torch.float64)
     lse_slack = torch.zeros_like(lse, dtype=torch.float64)
@@ -238,7 +238,7 @@ def _soft_slack(share: Tensor, relative: Tensor, problem: Problem, u: float) -> 
 def attend_budget(problem: Problem, selection: Selection) -> AttendBudget:
     """What `attend(problem, selection)` may return."""
     truth = exact(problem)
-    out, lse = REFERENCE.attend(truth, selection)  # type: ignore[operator]
+    out, lse = REFERENCE.attend(truth, selection)
     u, dtype = unit_roundoff(problem), problem.q.dtype
     # Below this, a weight or a result may vanish: float32 flushed to zero, or half a subnormal.
     finfo = torch.finfo(dtype)

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from properties.strategies import Case
 from tokenselect import AttentionOutput, Scores, SelectConfig, Selection
+from tokenselect.conformance.problems import Case
 from tokenselect.conformance.tolerances import (
     Budget,
     attend_budget,

@@ -6,16 +6,19 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from properties.law import CannotRun, law
-from properties.laws_attention import rows_of, run
-from properties.strategies import FILL, Case, at, by_token, cases, with_config
-from tokenselect import Backend, Problem, Scores, SelectConfig
+from tokenselect.conformance.laws.attention import rows_of, run
+from tokenselect.conformance.laws.fitting import CannotRun
+from tokenselect.conformance.laws.law import law
+from tokenselect.conformance.laws.strategies import cases
+from tokenselect.conformance.paging import at, by_token
+from tokenselect.conformance.problems import FILL, Case, with_config
 from tokenselect.conformance.tolerances import (
     Budget,
     attend_budget,
     compare_selection,
     score_budget,
 )
+from tokenselect.contract import Backend, Problem, Scores, SelectConfig
 
 
 def same(backend: Backend, name: str, one: Tensor, other: Tensor) -> None:
@@ -31,6 +34,7 @@ def near(name: str, one: Tensor, other: Tensor, budget: Budget) -> None:
 
 
 def near_scores(one: Scores, other: Scores, problem: Problem) -> None:
+    """Both within the tolerance of one truth."""
     budget = score_budget(problem)
     near("votes", one.votes, other.votes, budget.votes)
     near("lse", one.lse, other.lse, budget.lse)
@@ -43,15 +47,15 @@ def near_scores(one: Scores, other: Scores, problem: Problem) -> None:
     layouts=("paged",),
 )
 def moving_pages_within_the_pool_changes_nothing(backend: Backend, case: Case) -> None:
+    """Not a bit: only the block table says where a page is."""
     problem = case.problem()
-    n_pages = problem.k_cache.shape[0]
+    n_pages, pages = problem.k_cache.shape[0], problem.block_table
+    assert pages is not None, "a law about pages"
     order = torch.randperm(n_pages, generator=torch.Generator().manual_seed(case.seed))
     place = torch.empty_like(order)
     place[order] = torch.arange(n_pages)
-    in_pool = (problem.block_table >= 0) & (problem.block_table < n_pages)
-    table = torch.where(
-        in_pool, place[problem.block_table.clamp(0, n_pages - 1).long()], problem.block_table
-    )
+    in_pool = (pages >= 0) & (pages < n_pages)
+    table = torch.where(in_pool, place[pages.clamp(0, n_pages - 1).long()], pages)
     moved = replace(
         problem,
         k_cache=problem.k_cache[order],
@@ -95,6 +99,7 @@ def paging_changes_nothing(backend: Backend, case: Case) -> None:
 
 @law(cases(), Case(lengths=(40, 0, 9), G=3))
 def a_request_gets_the_same_alone(backend: Backend, case: Case) -> None:
+    """Within tolerance: votes, selection and attention."""
     problem = case.problem()
     scores = backend.score(problem)
     selection = backend.select(scores.votes, problem)
@@ -109,7 +114,7 @@ def a_request_gets_the_same_alone(backend: Backend, case: Case) -> None:
             cache_seqlens=problem.cache_seqlens[one],
             k_cache=problem.k_cache if problem.is_paged else problem.k_cache[one],
             v_cache=problem.v_cache if problem.is_paged else problem.v_cache[one],
-            block_table=problem.block_table[one] if problem.is_paged else None,
+            block_table=None if problem.block_table is None else problem.block_table[one],
         )
         votes, lse = backend.score(alone)
         near("votes", scores.votes[one], votes, Budget(votes, score_room.votes.slack[one]))
@@ -140,10 +145,10 @@ def heads_of_a_group_may_be_permuted(backend: Backend, case: Case) -> None:
     permuted_lse = Budget(budget.lse.truth[:, order], budget.lse.slack[:, order])
     near("lse", scores.lse[:, order], shuffled.lse, permuted_lse)
     selection = backend.select(scores.votes, problem)
-    budget = attend_budget(problem, selection)
-    attended, shuffled = backend.attend(problem, selection), backend.attend(permuted, selection)
-    room = Budget(budget.out.truth[:, order], budget.out.slack[:, order])
-    near("out", attended.out[:, order], shuffled.out, room)
+    allowed = attend_budget(problem, selection).out
+    attended, moved = backend.attend(problem, selection), backend.attend(permuted, selection)
+    room = Budget(allowed.truth[:, order], allowed.slack[:, order])
+    near("out", attended.out[:, order], moved.out, room)
 
 
 @law(cases(), Case(lengths=(40,), page_size=53), Case(lengths=(40, 0), filler="inf"))
@@ -180,6 +185,7 @@ def unselected_values_change_nothing(backend: Backend, case: Case) -> None:
     sink_logits=(False,),
 )
 def a_constant_added_to_all_values_moves_the_output_by_it(backend: Backend, case: Case) -> None:
+    """Weights add up to one."""
     problem = replace(case, filler="zeros").problem()
     constant = 4.0
     shifted = replace(problem, v_cache=problem.v_cache + constant)
@@ -211,6 +217,7 @@ def keys_may_be_cached_rotated_or_raw(backend: Backend, case: Case) -> None:
     """Raw queries and keys, against the same rotated at their true positions beforehand."""
     raw = case.problem()
     rope, n = raw.rope, raw.cache_seqlens
+    assert rope is not None, "a law about raw keys"
     new = torch.arange(-raw.Lq, 0) + n[:, None]
     k_cache = raw.k_cache.clone()
     for b in range(raw.B):
@@ -235,8 +242,8 @@ def keys_may_be_cached_rotated_or_raw(backend: Backend, case: Case) -> None:
     budget, room = score_budget(raw), 1.5
     near("votes", one.votes, other.votes, budget.votes._replace(slack=room * budget.votes.slack))
     near("lse", one.lse, other.lse, budget.lse._replace(slack=room * budget.lse.slack))
-    budget = attend_budget(raw, selection).out
-    near("out", attended.out, moved.out, budget._replace(slack=room * budget.slack))
+    allowed = attend_budget(raw, selection).out
+    near("out", attended.out, moved.out, allowed._replace(slack=room * allowed.slack))
 
 
 @law(
@@ -289,6 +296,7 @@ def it_repeats_twenty_times_to_the_bit(backend: Backend, case: Case) -> None:
 
 @law(cases(), Case(lengths=(60,), content="equal", Lq=5), Case(lengths=(60, 9), page_size=2))
 def what_is_declared_deterministic_repeats_to_the_bit(backend: Backend, case: Case) -> None:
+    """The same call twice."""
     if not backend.capability.deterministic:
         raise CannotRun("deterministic")
     problem = case.problem()

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from properties.devices import back, device_of, on
-from properties.law import able, law
-from properties.strategies import NAMED, Case, at, by_token, cases, with_config
-from tokenselect import AttentionInfo, Backend, Problem, SelectConfig, Selection
-from tokenselect.api import attention
+from tokenselect import api
+from tokenselect.api import AttentionInfo
+from tokenselect.conformance.devices import back, device_of, on
+from tokenselect.conformance.laws.law import able, law
+from tokenselect.conformance.laws.strategies import cases
+from tokenselect.conformance.paging import at, by_token
+from tokenselect.conformance.problems import Case, with_config
 from tokenselect.conformance.tolerances import (
     Budget,
     attend_budget,
@@ -20,33 +22,24 @@ from tokenselect.conformance.tolerances import (
     exact,
     score_budget,
 )
+from tokenselect.contract import Backend, Problem, SelectConfig, Selection
 from tokenselect.dispatch.registry import load
+from tokenselect.selection_cache import SelectionCache
 
 EVERYTHING = 10_000
 
 
-def run(backend: Backend, problem: Problem, **more) -> tuple[Tensor, AttentionInfo]:
-    """`tokenselect.attention` on a problem that is already built, where the backend runs.
+def run(
+    backend: Backend, problem: Problem, cache: SelectionCache | None = None
+) -> tuple[Tensor, AttentionInfo]:
+    """Run the whole call where the backend runs, with as much room as the cache asks for.
 
-    Raises CannotRun if it is beyond what the backend declares.
+    Raises CannotRun if the problem is beyond what the backend declares.
     """
     registered = load(backend.name)
+    problem = replace(problem, max_reuse=0 if cache is None else cache.max_reuse)
     problem = able(registered, on(device_of(registered), problem))
-    out, info = attention(
-        problem.q,
-        problem.k_cache,
-        problem.v_cache,
-        **problem.config,
-        cache_seqlens=problem.cache_seqlens,
-        block_table=problem.block_table,
-        scale=problem.scale,
-        softcap=problem.softcap,
-        sink_logits=problem.sink_logits,
-        rope=problem.rope,
-        backend=backend.name,
-        return_info=True,
-        **more,
-    )
+    out, info = api.run(problem, backend.name, cache=cache, return_info=True)
     lse, mass, reused = back(info.lse, info.retained_mass, info.reused)
     selection = Selection(*back(*info.selection))
     return out.cpu(), AttentionInfo(lse, selection, mass, reused, info.backend)
@@ -113,10 +106,10 @@ def torch_dense(problem: Problem) -> Tensor:
             lengths=(90, 7),
             Lq=Lq,
             page_size=size,
-            strides=strides,
+            strides=strides,  # type: ignore[arg-type]
             Dv=6,
             dtype=torch.float64,
-            config=SelectConfig(EVERYTHING, 2, 3, vote=vote, scope=scope),
+            config=SelectConfig(EVERYTHING, 2, 3, vote=vote, scope=scope),  # type: ignore[arg-type]
         )
         for Lq, size, strides, vote, scope in [
             (1, None, "plain", "soft", "layer"),
@@ -171,9 +164,9 @@ def with_every_candidate_it_is_dense_attention_in_every_dtype(backend: Backend, 
     Case(lengths=(90, 0), config=SelectConfig(5, 2, 3, pool=3), content="integers"),
     Case(lengths=(90,), rope="rotated", config=SelectConfig(5, 2, 3, score_at="split")),
     Case(lengths=(90, 80), Lq=5, page_size=2, config=SelectConfig(5, 2, 3, n_query_means=2)),
-    *NAMED,
 )
 def it_chooses_what_the_votes_allow_and_attends_to_that(backend: Backend, case: Case) -> None:
+    """Hold the whole call to a choice that votes within tolerance could have made."""
     problem = replace(case, max_reuse=0).problem()
     out, info = run(backend, problem)
     assert info.backend == backend.name, f"{info.backend} ran"
@@ -316,6 +309,7 @@ def no_other_set_of_k_candidates_retains_more_mass(backend: Backend, case: Case)
     **VOTES_ARE_MASS,
 )
 def retained_mass_never_falls_as_k_grows(backend: Backend, case: Case) -> None:
+    """Retain all of the mass where all is selected."""
     problem = case.problem()
     slack = score_budget(problem)
     before = torch.zeros(problem.B, dtype=torch.float64)
