@@ -28,10 +28,10 @@ class Named(Case):
 NAMED = tuple(Named(workload=workload.name) for workload in TINY)
 SELECTED = tuple(Chosen(case, 0.3, 0) for case in NAMED)
 MORE: dict[str, tuple[Any, ...]] = {
-    "out_and_lse_are_within_budget": SELECTED,
+    "out_and_lse_are_within_tolerance": SELECTED,
     "rows_that_are_not_selected_have_no_influence": SELECTED,
     "it_chooses_what_the_votes_allow_and_attends_to_that": NAMED,
-    "votes_and_lse_are_within_budget": NAMED,
+    "votes_and_lse_are_within_tolerance": NAMED,
 }
 
 

@@ -38,7 +38,7 @@ from tokenselect.conformance.laws.fitting import CannotRun, fitted
 from tokenselect.conformance.laws.law import RAN, able, of_the_profile
 from tokenselect.conformance.laws.strategies import cases
 from tokenselect.conformance.problems import Case
-from tokenselect.conformance.tolerances import attend_budget, choice_finding, score_budget
+from tokenselect.conformance.tolerances import attend_tolerance, choice_finding, score_tolerance
 from tokenselect.contract import StaticStages
 from tokenselect.dispatch import registry
 from tokenselect.dispatch.registry import load
@@ -120,10 +120,10 @@ def test_a_plan_chooses_what_the_votes_allow_and_attends_to_that(plannable: str)
             problem = problem_of(case, plannable)
             out, info = called(plan(problem, plannable), problem)
             here = fitted(case, load(plannable)).problem()
-            finding = choice_finding(here, info.selection, score_budget(here).votes)
+            finding = choice_finding(here, info.selection, score_tolerance(here).votes)
             assert finding.holds, finding
-            budget = attend_budget(here, info.selection)
-            finding = max(budget.out.compare("out", out), budget.lse.compare("lse", info.lse))
+            tolerance = attend_tolerance(here, info.selection)
+            finding = max(tolerance.out.compare("out", out), tolerance.lse.compare("lse", info.lse))
             assert finding.holds, finding
             RAN[plannable, "plans"] += 1
             ran += 1

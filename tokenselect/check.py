@@ -2,8 +2,8 @@
 
 Prints versions, devices, and each backend: available or why not, and what it takes. Then seeded
 problems per backend, held to the reference by the rules of the contract, stage by stage: scores
-and attention within an error budget derived from float64, selections bit for bit, and the whole
-call within the budget for a choice that its votes allow. Errors are shares of the budget: at most
+and attention within a tolerance derived from float64, selections bit for bit, and the whole
+call within that of a choice that its votes allow. Errors are shares of the tolerance: at most
 1 is right.
 
 It takes seconds. Without a GPU, Triton's kernels run in its interpreter and get a few small
@@ -31,13 +31,13 @@ from torch import Tensor
 
 from tokenselect import api
 from tokenselect.conformance.tolerances import (
-    AttendBudget,
+    AttendTolerance,
     Finding,
-    ScoreBudget,
-    attend_budget,
+    ScoreTolerance,
+    attend_tolerance,
     choice_finding,
     compare_selection,
-    score_budget,
+    score_tolerance,
 )
 from tokenselect.contract import (
     CONFIG_NAMES,
@@ -217,18 +217,18 @@ class Outcome(NamedTuple):
 class Truth(NamedTuple):
     """What one problem's scores may be, the reference's selection, what attending to it may be."""
 
-    scores: ScoreBudget
+    scores: ScoreTolerance
     selection: Selection
-    attended: AttendBudget
+    attended: AttendTolerance
 
 
 @cache
 def truth(kind: str, seed: int) -> Truth:
     """What a problem's results are compared with."""
     problem = draw(kind, seed)
-    scores = score_budget(problem)
+    scores = score_tolerance(problem)
     selection = _reference_selection(scores.votes.truth.float(), problem)
-    return Truth(scores, selection, attend_budget(problem, selection))
+    return Truth(scores, selection, attend_tolerance(problem, selection))
 
 
 def _reference_selection(votes: Tensor, problem: Problem) -> Selection:
@@ -276,7 +276,7 @@ def _stages(name: str, kind: str, seed: int, device: str) -> Iterator[Outcome]:
     if torch.equal(done.selection.positions, expected.selection.positions):
         allowed = expected.attended
     else:
-        allowed = attend_budget(problem, done.selection)
+        allowed = attend_tolerance(problem, done.selection)
     yield Outcome("attention", allowed.compare(done.attended))
 
 
@@ -310,9 +310,9 @@ def _reuse(name: str, kind: str, seed: int, device: str) -> Iterator[Outcome]:
             done.selection.count.masked_fill(done.reused[:, None], 0),
         )
         chosen_by = replace(problem, cache_seqlens=n.masked_fill(done.reused, 0))
-        votes = score_budget(chosen_by).votes
+        votes = score_tolerance(chosen_by).votes
         yield Outcome("attention", choice_finding(chosen_by, fresh, votes))
-        allowed = attend_budget(problem, done.selection)
+        allowed = attend_tolerance(problem, done.selection)
         yield Outcome("attention", allowed.compare(done.attended))
 
 
@@ -512,7 +512,7 @@ def main(arguments: list[str] | None = None) -> int:
     seeds = range(options.seed, options.seed + options.problems)
     tallies: dict[str, Tally] = {}
     for backend in available:
-        print(f"\n{backend.name} on {where(backend)}: worst error as a share of its budget")
+        print(f"\n{backend.name} on {where(backend)}: worst error as a share of its tolerance")
         with nullcontext() if options.thorough else _one_thread():
             tallies[backend.name] = check(
                 backend,

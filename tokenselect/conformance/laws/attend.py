@@ -1,4 +1,4 @@
-"""Stage 3: attention over any selection is within its budget, row by row."""
+"""Stage 3: attention over any selection is within its tolerance, row by row."""
 
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ from tokenselect.conformance.laws.law import law
 from tokenselect.conformance.laws.strategies import chosen
 from tokenselect.conformance.paging import at, by_token, overwrite_unselected
 from tokenselect.conformance.problems import FAR, FILL, Case, Chosen
-from tokenselect.conformance.tolerances import attend_budget
+from tokenselect.conformance.tolerances import attend_tolerance
 from tokenselect.contract import Backend, Problem, SelectConfig, Selection
 
 ATTENDED = (
@@ -58,10 +58,10 @@ ATTENDED = (
 
 
 @law(chosen(), *ATTENDED)
-def out_and_lse_are_within_budget(backend: Backend, drawn: Chosen) -> None:
+def out_and_lse_are_within_tolerance(backend: Backend, drawn: Chosen) -> None:
     """Hold attention over any selection to its tolerance."""
     problem, selection = drawn.make()
-    finding = attend_budget(problem, selection).compare(backend.attend(problem, selection))
+    finding = attend_tolerance(problem, selection).compare(backend.attend(problem, selection))
     assert finding.holds, finding
 
 
@@ -98,8 +98,8 @@ def the_newest_value_leaves_earlier_queries_as_they_were(backend: Backend, drawn
         if n > 0:
             by_token(problem, v_cache)[at(problem, b, n[None] - 1)] = newest
     spoiled = backend.attend(replace(problem, v_cache=v_cache), selection)
-    budget = attend_budget(problem, selection).out
-    finding = budget.compare("out", replace_rows(budget.truth, spoiled.out.double()))
+    tolerance = attend_tolerance(problem, selection).out
+    finding = tolerance.compare("out", replace_rows(tolerance.truth, spoiled.out.double()))
     assert finding.holds, finding
 
 
@@ -128,7 +128,7 @@ def logits_that_are_all_minus_infinity_give_what_dense_attention_gives(
         q=torch.ones_like(problem.q),
         k_cache=torch.full_like(problem.k_cache, -torch.inf),
     )
-    finding = attend_budget(filled, selection).compare(backend.attend(filled, selection))
+    finding = attend_tolerance(filled, selection).compare(backend.attend(filled, selection))
     assert finding.holds, finding
 
 
@@ -167,7 +167,7 @@ def an_infinite_value_of_weight_zero_is_not_a_number(backend: Backend, case: Cas
     values[at(problem, 0, torch.arange(1))] = torch.inf
     selection = first(problem, 12)
     attended = backend.attend(problem, selection)
-    finding = attend_budget(problem, selection).compare(attended)
+    finding = attend_tolerance(problem, selection).compare(attended)
     assert finding.holds, finding
     assert attended.out.isnan().all(), "0 * inf is NaN"
 
@@ -188,5 +188,5 @@ def an_infinite_value_of_weight_zero_is_not_a_number(backend: Backend, case: Cas
 def keys_far_out_are_attended_to_exactly(backend: Backend, drawn: Chosen) -> None:
     """Moved all the way to the front, or raw and turned at where they are: as in scoring."""
     problem, selection = drawn.make()
-    finding = attend_budget(problem, selection).compare(backend.attend(problem, selection))
+    finding = attend_tolerance(problem, selection).compare(backend.attend(problem, selection))
     assert finding.holds, finding
