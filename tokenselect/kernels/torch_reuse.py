@@ -4,8 +4,8 @@
                were appended since, no more than max_reuse of them, and the result fits K
 
 Unlike the stages, which answer for a number within a tolerance, a decision is right or wrong; so
-its arithmetic is laid down, and every backend takes the same decision from the same queries. Sums are
-float64, of 512 columns that add up one after the other, then by halves; products of two float32
+its arithmetic is laid down, and every backend takes the same decision from the same queries. Sums
+are float64, of 512 columns that add up one after the other, then by halves; products of two float32
 numbers are exact in it. All of it runs on the device and waits for nothing.
 """
 
