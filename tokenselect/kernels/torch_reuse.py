@@ -3,9 +3,9 @@
     reused  =  cos(qbar, stored qbar) >= theta, one cosine over all heads, and only new tokens
                were appended since, no more than max_reuse of them, and the result fits K
 
-Unlike the stages, which answer for a number within a budget, a decision is right or wrong; so its
-arithmetic is specified, and every backend takes the same decision from the same queries. Sums are
-float64, of 512 columns that add up one after the other, then by halves; products of two float32
+Unlike the stages, which answer for a number within a tolerance, a decision is right or wrong; so
+its arithmetic is specified, and every backend takes the same decision from the same queries. Sums
+are float64, of 512 columns that add up one after the other, then by halves; products of two float32
 numbers are exact in it. All of it runs on the device and waits for nothing.
 """
 

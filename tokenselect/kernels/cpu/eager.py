@@ -32,7 +32,7 @@ _PART = 2**16
 
 
 def score(problem: Problem) -> Scores:
-    """See `tokenselect.reference.score`: votes within the error budget, in one pass over the keys.
+    """See `tokenselect.reference.score`: votes within the tolerance, in one pass over the keys.
 
     In two where the logits of all tokens would take too much memory; hard votes, which rank them,
     then take a pass for each block of query rows.
