@@ -149,7 +149,7 @@ def bad_selections(right: Selection, problem: Problem) -> Iterator[tuple[str, in
 
 
 class Kept(NamedTuple):
-    """All that `keep` may change."""
+    """All that `update` may change."""
 
     query: Tensor
     stored_positions: Tensor
@@ -186,11 +186,11 @@ class _Stages:
         self._reuse.update(problem, memory, decision, fresh)
         return Kept(*memory.tensors(), *fresh)
 
-    keep_afresh = update
+    update_again = update
 
 
 # What stages write to of what they are given.
-_CHANGES = {"keep": (CacheState, Selection), "keep_afresh": (CacheState, Selection)}
+_CHANGES = {"update": (CacheState, Selection), "update_again": (CacheState, Selection)}
 
 
 def arguments(
@@ -200,15 +200,15 @@ def arguments(
     memory: CacheState,
     decision: ReuseDecision,
 ) -> dict[str, tuple[Any, ...]]:
-    """What each stage is given of a problem. `keep` meets requests that all reuse, and none."""
+    """What each stage is given of a problem. `update` meets requests that all reuse, and none."""
     none = decision._replace(reused=~decision.reused)
     return {
         "score": (problem,),
         "select": (votes, problem),
         "attend": (problem, selection),
-        "decide": (problem, memory),
-        "keep": (problem, memory, decision, selection),
-        "keep_afresh": (problem, memory, none, selection),
+        "decide_reuse": (problem, memory),
+        "update": (problem, memory, decision, selection),
+        "update_again": (problem, memory, none, selection),
     }
 
 

@@ -368,6 +368,39 @@ def test_without_theta_nothing_is_reused(backend: Backend) -> None:
     )
 
 
+@pytest.mark.parametrize("theta", [0.9, -1.0, None])
+@pytest.mark.parametrize("Lq", [1, 3])
+def test_steps_leave_what_the_reference_leaves(backend: Backend, Lq: int, theta: float) -> None:
+    """Every tensor of the state and the selection, bit-identical, after each step of a trace."""
+    generator = torch.Generator().manual_seed(Lq)
+    D = head_dim(load(backend.name))
+    device = device_of(load(backend.name))
+    steps_of = [reuse_of(load(name)) for name in ("reference", backend.name)]
+    base = torch.randn(2, HKV * G, Lq, D, generator=generator)
+    keys = torch.randn(2, HKV, 80, D, generator=generator)
+    states, reused = [], 0
+    for t in range(6):
+        q = base + (0.2 + 0.3 * (t % 2)) * torch.randn(2, HKV * G, Lq, D, generator=generator)
+        n = torch.tensor([30 + t * Lq, 0 if t == 3 else 20 + 2 * t * Lq], dtype=torch.int32)
+        p = Problem.build(q, keys, keys, CONFIG, cache_seqlens=n, max_reuse=MAX_REUSE)
+        states = states or [SelectionCache(max_reuse=MAX_REUSE).state(p) for _ in steps_of]
+        left = []
+        for i, (steps_, where) in enumerate(zip(steps_of, ("cpu", device), strict=True)):
+            there, state = on(where, p), CacheState(*(on(where, x) for x in states[i].tensors()))
+            decision = steps_.decide_reuse(there, state, theta)
+            missing = on(where, replace(p, cache_seqlens=back(decision.cache_seqlens)[0]))
+            reference = load("reference")
+            at_home = on("cpu", missing)
+            selection = reference.select(reference.score(at_home).votes, at_home)
+            selection = type(selection)(*(on(where, x) for x in selection))
+            steps_.update(there, state, decision, selection)
+            states[i] = CacheState(*back(*state.tensors()))
+            left.append((*states[i].tensors(), *back(*selection, *decision)))
+        assert all(map(torch.equal, *left)), f"step {t}"
+        reused += int(left[0][-3].sum())
+    assert (reused > 0) == (theta is not None)
+
+
 _SEARCH = settings(
     steps(80, 40),
     max_examples=80,  # in every profile: each planted cache has to be caught

@@ -25,7 +25,7 @@ from tokenselect.conformance.laws.metamorphic import same
 from tokenselect.conformance.problems import Case
 from tokenselect.contract import CacheState, Reuse, ReuseDecision
 from tokenselect.dispatch.registry import load
-from tokenselect.reference import BACKEND as REFERENCE
+from tokenselect.kernels.cpu import BACKEND as CPU
 from tokenselect.scratch import Scratch
 
 CONFIG = SelectConfig(k=9, n_sink=2, n_local=3)
@@ -71,7 +71,7 @@ def remembering(problem: Problem, query: Tensor, seen: list[int], wider: int = 3
 def as_the_reference_decides(
     reuse: Reuse, device: str, problem: Problem, memory: CacheState, theta: float | None
 ) -> ReuseDecision:
-    right = REFERENCE.reuse.decide_reuse(problem, memory, theta)
+    right = CPU.reuse.decide_reuse(problem, memory, theta)
     there = (copied(x, lambda x: x.to(device)) for x in (problem, memory))
     for name, one, other in zip(
         right._fields, right, reuse.decide_reuse(*there, theta), strict=True
@@ -94,7 +94,7 @@ def as_the_reference_keeps(
     fresh: Selection,
 ) -> None:
     results = []
-    for steps, where in ((REFERENCE.reuse, "cpu"), (reuse, device)):
+    for steps, where in ((CPU.reuse, "cpu"), (reuse, device)):
         given = [copied(x, lambda x, to=where: x.clone().to(to)) for x in (memory, fresh)]
         others = [copied(x, lambda x, to=where: x.to(to)) for x in (problem, decision)]
         steps.update(others[0], given[0], others[1], given[1])
@@ -118,7 +118,7 @@ def largest_theta(problem: Problem, memory: CacheState, cosine: float) -> float:
     """The last number at which the reference still reuses the one request's selection."""
     low, high = cosine - 1e-9, cosine + 1e-9
     while low < (middle := (low + high) / 2) < high:
-        if REFERENCE.reuse.decide_reuse(problem, memory, middle).reused:
+        if CPU.reuse.decide_reuse(problem, memory, middle).reused:
             low = middle
         else:
             high = middle
@@ -132,7 +132,7 @@ def check_decisions(
     q = queries(D + Lq, 6, Hq, 2 * Lq, 2 * D, dtype)[:, :, ::2, ::2]
     lengths, seen = [50, 70, -3, 50, 50, 50], [49 - Lq, 60 - Lq, 3, 48, 60, 50 - Lq]
     p = call(q, lengths)
-    query = REFERENCE.reuse.decide_reuse(p, None, None).query
+    query = CPU.reuse.decide_reuse(p, None, None).query
     memory = remembering(p, near(query, D), seen)
     cosines = torch.cosine_similarity(query.double(), memory.query.double())
     for theta in (None, -1.0, 0.0, float(cosines[0])):
@@ -181,7 +181,7 @@ def neighbours(query: Tensor, theta: float) -> tuple[Tensor, Tensor]:
 
     def is_reused(stored: Tensor) -> bool:
         memory = remembering(problem, stored[None], [48])
-        return bool(REFERENCE.reuse.decide_reuse(problem, memory, theta).reused)
+        return bool(CPU.reuse.decide_reuse(problem, memory, theta).reused)
 
     low, high = 0.0, 1.0
     while low < (middle := (low + high) / 2) < high:
@@ -238,7 +238,7 @@ def test_lengths_that_nobody_checked(triton: Backend, Lq: int) -> None:
     pairs = list(itertools.product(LENGTHS, (0, 1, 53, 54, 58, 60)))
     q = queries(0, 1, 2, Lq, 64, torch.float32).expand(len(pairs), -1, -1, -1)
     p = call(q, [n for n, _ in pairs], scope="group")
-    query = REFERENCE.reuse.decide_reuse(p, None, None).query
+    query = CPU.reuse.decide_reuse(p, None, None).query
     memory = remembering(p, query, [seen for _, seen in pairs])
     memory.count[:, 1] += torch.arange(len(pairs)).int() % 11
     right = as_the_reference_decides(triton.reuse, device_of(triton), p, memory, 0.9)
@@ -256,7 +256,7 @@ def check_keeping(reuse: Reuse, device: str, scope: str, wider: int, places: int
     generator = torch.Generator().manual_seed(wider)
     positions = torch.randint(-1, 60, (p.B, p.S, p.K), generator=generator).int()
     fresh = Selection(positions, positions.amax(2))
-    decision = REFERENCE.reuse.decide_reuse(p, memory, None)
+    decision = CPU.reuse.decide_reuse(p, memory, None)
     some = torch.tensor([True, False, True, False, True, True, True])
     for reused in (some, ~some, some | True, some & False):
         given = decision._replace(reused=reused)
