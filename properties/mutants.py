@@ -17,7 +17,8 @@ class Mutant(NamedTuple):
     """In `module`, `old` becomes `new`; it stands there `times` times, and all of them change.
 
     `stage` is the one whose laws should notice; "reuse": the Selection Cache's steps, which have to
-    be the reference's; None: only bad values show it, and the fences do.
+    be the reference's; None: only bad values show it, and the fences do. `law`: one that is known
+    to notice, which is tried first.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Mutant(NamedTuple):
     new: str
     stage: str | None
     times: int = 1
+    law: str | None = None
 
 
 MUTANTS = (

@@ -337,7 +337,7 @@ def caught_by(mutant: mutants.Mutant, where: Path) -> str:
             return THE_REFERENCE
         return "nobody"
     SHARES[backend.name] = 0.2 if launch.INTERPRETED else 1
-    return catcher(backend, mutant.stage, Exception) or "nobody"
+    return catcher(backend, mutant.stage, Exception, mutant.law) or "nobody"
 
 
 @pytest.mark.slow

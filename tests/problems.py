@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from tokenselect import Problem, Rope, SelectConfig
+from tokenselect.conformance.paging import scatter
+from tokenselect.conformance.problems import content
 
 SMALL = {"k": 4, "n_sink": 2, "n_local": 4}
 
@@ -25,30 +27,18 @@ def tensors(
     """q (B, Hq, Lq, D), k_cache (B, Hkv, Lk, D), v_cache (B, Hkv, Lk, Dv)."""
     generator = torch.Generator().manual_seed(seed)
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(dtype)
-
-    return normal(B, Hq, Lq, D), normal(B, Hkv, Lk, D), normal(B, Hkv, Lk, Dv)
+    shapes = (B, Hq, Lq, D), (B, Hkv, Lk, D), (B, Hkv, Lk, Dv)
+    q, k_cache, v_cache = (content("normal", shape, generator).to(dtype) for shape in shapes)
+    return q, k_cache, v_cache
 
 
 def paged(
     k_cache: Tensor, v_cache: Tensor, page_size: int = 4, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same tokens in shuffled pages, three spare pages of NaN among them; and block_table."""
-    B, Hkv, Lk, _ = k_cache.shape
-    max_pages = -(-Lk // page_size)
-    n_pages = B * max_pages + 3
-    order = torch.randperm(n_pages, generator=torch.Generator().manual_seed(seed))
-    block_table = order[: B * max_pages].view(B, max_pages)
-
-    def pool(cache: Tensor) -> Tensor:
-        pages = torch.full((n_pages, page_size, Hkv, cache.shape[3]), torch.nan, dtype=cache.dtype)
-        for b in range(B):
-            for j in range(Lk):
-                pages[block_table[b, j // page_size], j % page_size] = cache[b, :, j]
-        return pages
-
-    return pool(k_cache), pool(v_cache), block_table.int()
+    generator = torch.Generator().manual_seed(seed)
+    (k_pages, v_pages), block_table = scatter((k_cache, v_cache), page_size, generator, n_spare=3)
+    return k_pages, v_pages, block_table
 
 
 def lengths(*n: int) -> Tensor:

@@ -13,7 +13,8 @@ from torch.utils._device import _device_constructors
 
 from tests import fresh
 from tests.problems import SMALL, lengths, paged, problem, rope, tensors
-from tokenselect import SelectionCache, attention, check, plan
+from tokenselect import SelectionCache, attention, plan
+from tokenselect.conformance.check import judge, kinds
 from tokenselect.dispatch import registry
 
 ROPE = rope()
@@ -160,13 +161,13 @@ def test_a_tensor_made_without_a_device_is_found() -> None:
 
 @pytest.mark.parametrize("kind", ["votes that tie", "extrapolate, paged chunk", "reuse, paged"])
 def test_a_check_is_the_same_under_another_default_device(kind: str) -> None:
-    check.draw.cache_clear()
-    check.truth.cache_clear()
+    kinds.draw.cache_clear()
+    judge.truth.cache_clear()
     with torch.device("meta"):
-        got = check.judge("cpu", kind, 0, "cpu")
-    check.draw.cache_clear()
-    check.truth.cache_clear()
-    assert got == check.judge("cpu", kind, 0, "cpu")
+        got = judge.judge("cpu", kind, 0, "cpu")
+    kinds.draw.cache_clear()
+    judge.truth.cache_clear()
+    assert got == judge.judge("cpu", kind, 0, "cpu")
 
 
 @pytest.mark.parametrize("first", [True, False])

@@ -14,16 +14,17 @@ def scatter(
     page_size: int,
     generator: torch.Generator,
     filler: float = torch.nan,
+    n_spare: int = 2,
 ) -> tuple[list[Tensor], Tensor]:
     """Return contiguous caches (B, Hkv, n, width) in pages of one pool each, and the block table.
 
-    The pages are in random order, the same in every pool. Page 0 and one more are nobody's, so that
-    a stray index shows. `filler` lies wherever no token does.
+    The pages are in random order, the same in every pool. `n_spare` of them are nobody's, page 0
+    first, so that a stray index shows. `filler` lies wherever no token does.
     """
     B, Hkv, n, _ = caches[0].shape
     per_request = -(-n // page_size)
-    n_pages = B * per_request + 2
-    order = torch.randperm(n_pages - 1, generator=generator)[: B * per_request] + 1
+    n_pages = B * per_request + n_spare
+    order = torch.randperm(n_pages - 1, generator=generator, device="cpu")[: B * per_request] + 1
     pools = []
     for cache in caches:
         whole = cache.new_full((B, Hkv, per_request * page_size, cache.shape[-1]), filler)

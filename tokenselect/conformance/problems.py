@@ -76,7 +76,7 @@ class Case:
         if self.content == "needles":
             k = with_needles(k, q, generator)
         if self.content == "few keys":
-            k = k[:, :, torch.arange(capacity) % 7]
+            k = k[:, :, torch.arange(capacity, device="cpu") % 7]
         for b, n in enumerate(self.lengths):
             k[b, :, n:] = v[b, :, n:] = FILL[self.filler]
         q, k, v = q.to(self.dtype), k.to(self.dtype), v.to(self.dtype)
@@ -86,13 +86,15 @@ class Case:
             for b, n in enumerate(self.lengths):  # past the last page in use
                 block_table[b, -(-n // self.page_size) :] = (-1, 2**31 - 1, -(2**31))[b % 3]
         # Some that take nearly all of the weight, and some that take none.
-        sinks = 4 * torch.randn(Hq, generator=generator) if self.has_sink_logits else None
+        sinks = None
+        if self.has_sink_logits:
+            sinks = 4 * torch.randn(Hq, generator=generator, device="cpu")
         return Problem.build(
             strided(q, self.strides),
             strided(k, self.strides),
             strided(v, self.strides),
             self.config,
-            cache_seqlens=torch.tensor(self.lengths, dtype=torch.int32),
+            cache_seqlens=torch.tensor(self.lengths, dtype=torch.int32, device="cpu"),
             block_table=block_table,
             scale=self.scale,
             softcap=self.softcap,
@@ -105,7 +107,7 @@ class Case:
         if self.rope is None:
             return None
         dims = min(self.rotary_dim, self.D - self.D % 2)
-        inv_freq = 10000.0 ** (-torch.arange(0, dims, 2, dtype=torch.float32) / dims)
+        inv_freq = 10000.0 ** (-torch.arange(0, dims, 2, dtype=torch.float32, device="cpu") / dims)
         return Rope(inv_freq, self.interleaved, self.rope, self.rope_scaling)
 
     def __repr__(self) -> str:
@@ -121,18 +123,19 @@ FILL = {"zeros": 0.0, "nan": float("nan"), "inf": float("inf")}
 def content(kind: Content, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Return float64 numbers of one kind; all kinds but "normal" are made to collide."""
     if kind in ("normal", "needles"):
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
+        return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
     if kind in ("integers", "few keys"):
-        return torch.randint(-2, 3, shape, generator=generator).double()
+        return torch.randint(-2, 3, shape, generator=generator, device="cpu").double()
     if kind == "signed zeros":
-        signs = torch.randint(0, 2, shape, generator=generator).double() * 2 - 1
+        signs = torch.randint(0, 2, shape, generator=generator, device="cpu").double() * 2 - 1
         return 0.0 * signs
     if kind == "zeros":
-        return torch.zeros(shape, dtype=torch.float64)
-    row = torch.randn(*shape[:-2], 1, shape[-1], generator=generator, dtype=torch.float64)
+        return torch.zeros(shape, dtype=torch.float64, device="cpu")
+    rows = (*shape[:-2], 1, shape[-1])
+    row = torch.randn(rows, generator=generator, dtype=torch.float64, device="cpu")
     if kind == "equal":
         return row.expand(shape).clone()
-    rising = torch.linspace(0, 1, shape[-2], dtype=torch.float64)[:, None]
+    rising = torch.linspace(0, 1, shape[-2], dtype=torch.float64, device="cpu")[:, None]
     return row.abs() * rising
 
 
@@ -140,7 +143,7 @@ def with_needles(k: Tensor, q: Tensor, generator: torch.Generator) -> Tensor:
     """Return keys of which a few point along a query, so that their logits reach the hundreds."""
     groups = q.shape[1] // k.shape[1]
     for _ in range(3):
-        places = torch.randint(0, k.shape[2], (k.shape[0],), generator=generator)
+        places = torch.randint(0, k.shape[2], (k.shape[0],), generator=generator, device="cpu")
         for b, place in enumerate(places.tolist()):
             k[b, :, place] = q[b, ::groups, 0] * 50
     return k
@@ -151,7 +154,7 @@ def strided(x: Tensor, kind: Strides) -> Tensor:
     if kind == "token-major":
         return x.transpose(1, 2).contiguous().transpose(1, 2)
     if kind == "sliced":
-        wide = torch.full((*x.shape[:-1], x.shape[-1] + 3), float("nan"), dtype=x.dtype)
+        wide = x.new_full((*x.shape[:-1], x.shape[-1] + 3), torch.nan)
         wide[..., 1:-2] = x
         return wide[..., 1:-2]
     if kind == "reversed dims":
@@ -179,17 +182,18 @@ class Ballots:
         generator = torch.Generator().manual_seed(self.seed)
         shape = (problem.B, problem.R, problem.S, problem.Lk)
         if self.votes == "few values":
-            votes = torch.randint(0, 3, shape, generator=generator).float()
+            votes = torch.randint(0, 3, shape, generator=generator, device="cpu").float()
         elif self.votes == "all equal":
-            votes = torch.full(shape, 0.5)
+            votes = torch.full(shape, 0.5, device="cpu")
         elif self.votes == "signed zeros":
-            votes = 0.0 * (torch.randint(0, 2, shape, generator=generator).float() - 0.5)
+            signs = torch.randint(0, 2, shape, generator=generator, device="cpu").float() - 0.5
+            votes = 0.0 * signs
         elif self.votes == "rising":
-            votes = torch.arange(shape[-1]).float().expand(shape).clone()
+            votes = torch.arange(shape[-1], device="cpu").float().expand(shape).clone()
         else:
-            votes = torch.randn(shape, generator=generator)
+            votes = torch.randn(shape, generator=generator, device="cpu")
         if self.votes in ("infinite", "nan"):
-            which = torch.randint(0, 3, shape, generator=generator)
+            which = torch.randint(0, 3, shape, generator=generator, device="cpu")
             votes[which == 0] = -torch.inf
             votes[which == 1] = torch.nan if self.votes == "nan" else torch.inf
         for b, n in enumerate(problem.cache_seqlens.tolist()):
@@ -219,11 +223,11 @@ class Chosen:
         problem = self.case.problem()
         generator = torch.Generator().manual_seed(self.seed)
         shape = (problem.B, problem.S, problem.K)
-        positions = torch.full(shape, -1, dtype=torch.int32)
-        count = torch.zeros(shape[:2], dtype=torch.int32)
+        positions = torch.full(shape, -1, dtype=torch.int32, device="cpu")
+        count = torch.zeros(shape[:2], dtype=torch.int32, device="cpu")
         for b, n in enumerate(problem.cache_seqlens.tolist()):
             for s in range(problem.S):
-                drawn = torch.rand(n, generator=generator) < self.density
+                drawn = torch.rand(n, generator=generator, device="cpu") < self.density
                 # Never position 0 alone: a padding of -1 read as row 0 must not be hidden.
                 picked = drawn.nonzero()[:, 0][-problem.K :]
                 positions[b, s, : len(picked)] = picked.int()

@@ -96,5 +96,4 @@ def draw(kind: str, seed: int) -> Problem:
     if not chosen.has_these_lengths:
         random = Random(seed)
         lengths = tuple(random.randint(n // 2, n) for n in lengths)
-    with torch.device("cpu"):
-        return replace(chosen.case, lengths=lengths, seed=seed).problem()
+    return replace(chosen.case, lengths=lengths, seed=seed).problem()

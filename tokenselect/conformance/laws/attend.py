@@ -92,7 +92,7 @@ def the_newest_value_leaves_earlier_queries_as_they_were(backend: Backend, drawn
     """NaN and inf in the newest token's value leave the call's earlier queries as they were."""
     problem, selection = drawn.make()
     v_cache = problem.v_cache.clone()
-    newest = torch.full((problem.Dv,), torch.nan, dtype=v_cache.dtype)
+    newest = torch.full((problem.Dv,), torch.nan, dtype=v_cache.dtype, device="cpu")
     newest[0] = torch.inf
     for b, n in enumerate(problem.cache_seqlens):
         if n > 0:
@@ -134,10 +134,10 @@ def logits_that_are_all_minus_infinity_give_what_dense_attention_gives(
 
 def first(problem: Problem, count: int) -> Selection:
     """So many positions from 0 on, for each request."""
-    places = torch.arange(problem.K, dtype=torch.int32)
+    places = torch.arange(problem.K, dtype=torch.int32, device="cpu")
     shape = (problem.B, problem.S)
     positions = torch.where(places < count, places, -1).expand(*shape, -1).contiguous()
-    return Selection(positions, torch.full(shape, count, dtype=torch.int32))
+    return Selection(positions, torch.full(shape, count, dtype=torch.int32, device="cpu"))
 
 
 @law(
@@ -150,7 +150,7 @@ def a_sink_takes_all_where_no_logit_is_finite(backend: Backend, case: Case) -> N
     problem = case.problem()
     problem.k_cache.fill_(-torch.inf)
     problem.q.fill_(1)
-    sinks = torch.tensor([-105.0, -3e38, 0.0, 3e38, -1e4, 105.0]).repeat(problem.G)
+    sinks = torch.tensor([-105.0, -3e38, 0.0, 3e38, -1e4, 105.0], device="cpu").repeat(problem.G)
     problem = replace(problem, sink_logits=sinks)
     out = backend.attend(problem, first(problem, 9)).out
     assert (out == 0).all(), f"{out[out != 0][0]} beside a sink that takes all"
@@ -162,9 +162,9 @@ def an_infinite_value_of_weight_zero_is_not_a_number(backend: Backend, case: Cas
     problem = case.problem()
     problem.q[:] = 20
     keys, values = by_token(problem, problem.k_cache), by_token(problem, problem.v_cache)
-    keys[at(problem, 0, torch.arange(12))] = 1
-    keys[at(problem, 0, torch.arange(3))] = -100
-    values[at(problem, 0, torch.arange(1))] = torch.inf
+    keys[at(problem, 0, torch.arange(12, device="cpu"))] = 1
+    keys[at(problem, 0, torch.arange(3, device="cpu"))] = -100
+    values[at(problem, 0, torch.arange(1, device="cpu"))] = torch.inf
     selection = first(problem, 12)
     attended = backend.attend(problem, selection)
     finding = attend_tolerance(problem, selection).compare(attended)

@@ -47,7 +47,7 @@ def run(
 
 def everything(problem: Problem) -> Selection:
     """Every position of every request."""
-    places = torch.arange(problem.Lk, dtype=torch.int32)
+    places = torch.arange(problem.Lk, dtype=torch.int32, device="cpu")
     n = problem.cache_seqlens
     positions = torch.where(places < n[:, None], places, -1)
     shape = (problem.B, problem.S)
@@ -58,7 +58,7 @@ def everything(problem: Problem) -> Selection:
 
 def rows_of(problem: Problem, cache: Tensor, b: int) -> Tensor:
     """The first n rows of request b: (Hkv, n, width)."""
-    positions = torch.arange(int(problem.cache_seqlens[b]))
+    positions = torch.arange(int(problem.cache_seqlens[b]), device="cpu")
     return by_token(problem, cache)[at(problem, b, positions)].transpose(0, 1)
 
 
@@ -67,7 +67,7 @@ def in_place(problem: Problem, b: int) -> tuple[Tensor, Tensor]:
     truth, n = exact(problem), int(problem.cache_seqlens[b])
     q, keys = truth.q[b], rows_of(truth, truth.k_cache, b).repeat_interleave(problem.G, 0)
     if problem.rope is not None and problem.rope.cached == "raw":
-        positions = torch.arange(n)
+        positions = torch.arange(n, device="cpu")
         keys = problem.rope.reposition(keys, positions, positions)
         q = problem.rope.reposition(q, positions[-problem.Lq :], positions[-problem.Lq :])
     return q, keys
@@ -78,13 +78,13 @@ def torch_dense(problem: Problem) -> Tensor:
 
     Softcap and sink logits are what it lacks: for them the same formula by hand.
     """
-    out = torch.zeros((*problem.q.shape[:3], problem.Dv), dtype=torch.float64)
+    out = torch.zeros((*problem.q.shape[:3], problem.Dv), dtype=torch.float64, device="cpu")
     for b, n in enumerate(problem.cache_seqlens.tolist()):
         if n == 0:
             continue
         q, k = in_place(problem, b)
         v = rows_of(problem, problem.v_cache, b).double().repeat_interleave(problem.G, 0)
-        mask = torch.ones(problem.Lq, n, dtype=torch.bool).tril(n - problem.Lq)
+        mask = torch.ones(problem.Lq, n, dtype=torch.bool, device="cpu").tril(n - problem.Lq)
         if problem.softcap is None and problem.sink_logits is None:
             out[b] = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=problem.scale)
             continue
@@ -180,7 +180,7 @@ def it_chooses_what_the_votes_allow_and_attends_to_that(backend: Backend, case: 
 
 def true_mass(problem: Problem, selection: Selection) -> Tensor:
     """Share of the dense softmax on the selection, head by head, in float64: (B, Hq). Lq = 1."""
-    mass = torch.full((problem.B, problem.Hq), math.nan, dtype=torch.float64)
+    mass = torch.full((problem.B, problem.Hq), math.nan, dtype=torch.float64, device="cpu")
     for b, n in enumerate(problem.cache_seqlens.tolist()):
         if n == 0:
             continue
@@ -254,7 +254,7 @@ def what_is_left_out_bounds_the_error(backend: Backend, case: Case) -> None:
         [
             rows_of(problem, problem.v_cache, b).double().abs().flatten(1).amax(1)
             if n > 0
-            else torch.zeros(problem.Hkv, dtype=torch.float64)
+            else torch.zeros(problem.Hkv, dtype=torch.float64, device="cpu")
             for b, n in enumerate(problem.cache_seqlens.tolist())
         ]
     ).repeat_interleave(problem.G, 1)
@@ -314,7 +314,7 @@ def retained_mass_never_falls_as_k_grows(backend: Backend, case: Case) -> None:
     """Retain all of the mass where all is selected."""
     problem = case.problem()
     slack = score_tolerance(problem)
-    before = torch.zeros(problem.B, dtype=torch.float64)
+    before = torch.zeros(problem.B, dtype=torch.float64, device="cpu")
     for k in (0, 1, 2, 4, 8, 16, 64, EVERYTHING):
         grown = with_config(problem, k=k)
         _, info = run(backend, grown)
@@ -323,5 +323,5 @@ def retained_mass_never_falls_as_k_grows(backend: Backend, case: Case) -> None:
         assert (mass >= before - room).all(), f"k={k}: {mass} after {before}"
         before = mass
     present = problem.cache_seqlens > 0
-    whole = torch.tensor(float(problem.Hq), dtype=torch.float64)
+    whole = torch.tensor(float(problem.Hq), dtype=torch.float64, device="cpu")
     assert torch.allclose(mass[present], whole), f"{mass} of {whole} where all is selected"

@@ -51,9 +51,10 @@ def moving_pages_within_the_pool_changes_nothing(backend: Backend, case: Case) -
     problem = case.problem()
     n_pages, pages = problem.k_cache.shape[0], problem.block_table
     assert pages is not None, "a law about pages"
-    order = torch.randperm(n_pages, generator=torch.Generator().manual_seed(case.seed))
+    generator = torch.Generator().manual_seed(case.seed)
+    order = torch.randperm(n_pages, generator=generator, device="cpu")
     place = torch.empty_like(order)
-    place[order] = torch.arange(n_pages)
+    place[order] = torch.arange(n_pages, device="cpu")
     in_pool = (pages >= 0) & (pages < n_pages)
     table = torch.where(in_pool, place[pages.clamp(0, n_pages - 1).long()], pages)
     moved = replace(
@@ -80,8 +81,7 @@ def paging_changes_nothing(backend: Backend, case: Case) -> None:
     Lk = paged.Lk
     caches = []
     for cache in (paged.k_cache, paged.v_cache):
-        whole = torch.full((paged.B, paged.Hkv, Lk, cache.shape[-1]), FILL[case.filler])
-        whole = whole.to(cache.dtype)
+        whole = cache.new_full((paged.B, paged.Hkv, Lk, cache.shape[-1]), FILL[case.filler])
         for b, n in enumerate(paged.cache_seqlens.tolist()):
             whole[b, :, :n] = rows_of(paged, cache, b)
         caches.append(whole)
@@ -132,9 +132,10 @@ def heads_of_a_group_may_be_permuted(backend: Backend, case: Case) -> None:
     """The same votes; the outputs permuted likewise."""
     problem = case.problem()
     generator = torch.Generator().manual_seed(case.seed)
-    order = torch.cat(
-        [g * problem.G + torch.randperm(problem.G, generator=generator) for g in range(problem.Hkv)]
-    )
+    orders = [
+        torch.randperm(problem.G, generator=generator, device="cpu") for _ in range(problem.Hkv)
+    ]
+    order = torch.cat([g * problem.G + within for g, within in enumerate(orders)])
     sinks = problem.sink_logits
     permuted = replace(
         problem, q=problem.q[:, order], sink_logits=None if sinks is None else sinks[order]
@@ -170,7 +171,7 @@ def unselected_values_change_nothing(backend: Backend, case: Case) -> None:
     out, info = run(backend, problem)
     v_cache = problem.v_cache.clone()
     for b, n in enumerate(problem.cache_seqlens.tolist()):
-        left_out = torch.ones(n, dtype=torch.bool)
+        left_out = torch.ones(n, dtype=torch.bool, device="cpu")
         kept = info.selection.positions[b].flatten()
         left_out[kept[kept >= 0].long()] = False
         by_token(problem, v_cache)[at(problem, b, left_out.nonzero()[:, 0])] = torch.nan
@@ -221,10 +222,10 @@ def keys_may_be_cached_rotated_or_raw(backend: Backend, case: Case) -> None:
     raw = case.problem()
     rope, n = raw.rope, raw.cache_seqlens
     assert rope is not None, "a law about raw keys"
-    new = torch.arange(-raw.Lq, 0) + n[:, None]
+    new = torch.arange(-raw.Lq, 0, device="cpu") + n[:, None]
     k_cache = raw.k_cache.clone()
     for b in range(raw.B):
-        places = torch.arange(int(n[b]))
+        places = torch.arange(int(n[b]), device="cpu")
         turned = rope.reposition(rows_of(raw, raw.k_cache, b), places, places)
         by_token(raw, k_cache)[at(raw, b, places)] = turned.transpose(0, 1)
     rotated = replace(

@@ -34,8 +34,8 @@ def sorted_selection(votes: Tensor, problem: Problem) -> Selection:
             counts.append(len(selected))
     shape = (problem.B, problem.S)
     return Selection(
-        torch.tensor(positions, dtype=torch.int32).view(*shape, problem.K),
-        torch.tensor(counts, dtype=torch.int32).view(shape),
+        torch.tensor(positions, dtype=torch.int32, device="cpu").view(*shape, problem.K),
+        torch.tensor(counts, dtype=torch.int32, device="cpu").view(shape),
     )
 
 
