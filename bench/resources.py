@@ -245,9 +245,9 @@ def _memory(problem: Problem) -> CacheState:
 
 
 def name_of(kernel: Any) -> str:
-    """A kernel's module and name, whether it is compiled or interpreted."""
-    module = kernel.fn.__module__.rpartition(".")[2]
-    return f"{module}.{kernel.fn.__name__.lstrip('_')}"
+    """A kernel's stage and name, whether it is compiled or interpreted."""
+    stage = kernel.fn.__module__.rpartition(".")[2].partition("_")[0]
+    return f"{stage}.{kernel.fn.__name__.lstrip('_')}"
 
 
 def specialised(launch: Any, target: str) -> tuple[ASTSource, Any]:

@@ -16,6 +16,7 @@ PACKAGE = "tokenselect.kernels.triton"
 class Mutant(NamedTuple):
     """In `module`, `old` becomes `new`; it stands there `times` times, and all of them change.
 
+    A stage's module is all its files: `score` is score.py, score_logits.py and so on.
     `stage` is the one whose laws should notice; "reuse": the Selection Cache's steps, which have to
     be the reference's; None: only bad values show it, and the fences do.
     """
@@ -144,13 +145,14 @@ def build(mutant: Mutant, where: Path) -> tuple[Backend, ModuleType]:
     package = "mutant_" + mutant.name.replace("-", "_")
     source = Path(sys.modules[PACKAGE].__file__).parent
     (where / package).mkdir()
+    found = 0
     for path in source.glob("*.py"):
         text = path.read_text()
-        if path.stem == mutant.module:
-            found = text.count(mutant.old)
-            assert found == mutant.times, f"{mutant.old!r} is {found} times in {path}"
+        if path.stem.partition("_")[0] == mutant.module:
+            found += text.count(mutant.old)
             text = text.replace(mutant.old, mutant.new)
         (where / package / path.name).write_text(text.replace(PACKAGE, package))
+    assert found == mutant.times, f"{mutant.old!r} is {found} times in {mutant.module}"
     sys.path.insert(0, str(where))
     try:
         module = importlib.import_module(package)
