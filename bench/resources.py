@@ -225,7 +225,7 @@ def shipped(problem: Problem, arch: str) -> list[Any]:
     scores, scoring = score.launches(problem, arch)
     _, planned = score.launches(problem, arch, fills=False)
     selection, selecting = select.launches(scores.votes, problem, arch)
-    _, keeping = reuse.keep_launches(problem, memory, decision, selection)
+    _, keeping = reuse.update_launches(problem, memory, decision, selection)
     _, attending = attend.launches(problem, selection, arch)
     return [*deciding, *scoring, *planned, *selecting, *keeping, *attending]
 

@@ -50,7 +50,7 @@ MUTANTS = (
         "score",
     ),
     Mutant("reads-one-segment-too-many", "score", "segment < used", "segment <= used", "score"),
-    Mutant("adds-up-one-run-of-queries-twice", "score", "< larger).to", "<= larger).to", "score"),
+    Mutant("adds-up-one-run-of-queries-twice", "score", "< longer).to", "<= longer).to", "score"),
     Mutant("votes-of-the-wrong-head", "score", "+ u // n_voting", "+ u % (Hkv // S)", "score"),
     Mutant("pools-to-one-side", "score", "range(-reach, reach + 1)", "range(-reach, 1)", "score"),
     Mutant(
@@ -80,8 +80,8 @@ MUTANTS = (
     Mutant(
         "query-does-not-see-itself",
         "attend",
-        "stands[None, :] <= query_position[:, None]",
-        "stands[None, :] < query_position[:, None]",
+        "visible_from[None, :] <= query_position[:, None]",
+        "visible_from[None, :] < query_position[:, None]",
         "attend",
     ),
     Mutant(
@@ -119,8 +119,8 @@ MUTANTS = (
     ),
     Mutant(
         "remembers-who-is-gone", "reuse",
-        "tl.store(seen_at, n, mask=is_first)\n",
-        "tl.store(seen_at, n, mask=is_first & (n > 0))\n", "reuse",
+        "tl.store(stored_seqlen_at, n, mask=is_first)\n",
+        "tl.store(stored_seqlen_at, n, mask=is_first & (n > 0))\n", "reuse",
     ),
     Mutant(
         "trusts-lengths", "device", "tl.minimum(tl.maximum(tl.load(seqlens_ptr + b), 0), Lk)",

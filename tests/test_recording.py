@@ -167,7 +167,7 @@ def all_stages(p: Problem) -> None:
     scores: Scores = compared(score, "launches", p, fills=True)
     compared(score, "launches", p, fills=False)
     selection: Selection = compared(select, "launches", scores.votes, p)
-    compared(reuse, "keep_launches", p, memory, decision, selection)
+    compared(reuse, "update_launches", p, memory, decision, selection)
     compared(attend, "launches", p, selection, out=None)
     out = torch.empty(p.B, p.Hq, p.Lq, p.Dv, dtype=p.q.dtype)
     compared(attend, "launches", p, selection, out=out)

@@ -110,7 +110,7 @@ def launches(
                 half=half,
                 S=p.S,
                 ONE_QUERY=Lq == 1,
-                MOVES=moves,
+                ROTATES=moves,
                 CONTIGUOUS=p.config.positions == "contiguous",
                 RAW=is_raw,
                 # Raw keys lack the factor on cos and sin too: it is theirs and the query's.

@@ -165,7 +165,7 @@ def softcap(problem: Problem) -> float:
 
 
 def cache_arguments(problem: Problem, cache: Tensor) -> dict[str, Any]:
-    """What `device.rows` takes of a cache, contiguous (one page a request) or paged."""
+    """What `device.locate` takes of a cache, contiguous (one page a request) or paged."""
     table = problem.block_table
     page, head, row = (0, 2, 1) if table is not None else (0, 1, 2)
     return {

@@ -1,11 +1,12 @@
-"""The Selection Cache's two steps, to the bit what `tokenselect.kernels.torch_reuse` makes of them.
+"""The Selection Cache's two steps, bit-identical to `tokenselect.kernels.torch_reuse`.
 
-mean    the mean query of a chunk; the one query of a decode needs none
-decide  the cosine with the stored query, and who reuses its selection
-keep    selections made afresh stored, those that are reused completed
+mean    the mean query of a chunk; a decode needs none
+decide  the cosine with the stored query, and which requests reuse their selection
+update  stores recomputed selections, completes reused ones
 
-Sums are float64, and each is of two numbers that the reference adds up too: down a column, then
-half onto half. Products of two float32 numbers are exact in float64, so that fusing changes none.
+The kernels are in `reuse_kernels`. Sums are float64, each of two numbers that `torch_reuse` adds
+too: down a column, then half onto half. Products of two float32 numbers are exact in float64, so
+fusing a multiplication with an addition changes no result.
 """
 
 import math
@@ -20,20 +21,20 @@ from tokenselect.contract import CacheState, Problem, ReuseDecision, Selection
 from tokenselect.kernels.triton import recording, reuse_kernels
 from tokenselect.kernels.triton.launch import SOURCE, Launch, Source
 
-# Columns of the mean query, and places of a selection, of one program.
+# Columns of the mean query, and places of a selection, per program.
 _MEAN_BLOCK = 64
 _PLACES = 1024
 
 
 def decide_reuse(problem: Problem, memory: CacheState, theta: float | None) -> ReuseDecision:
-    """See `tokenselect.kernels.torch_reuse.decide`: bit-exact."""
+    """Decide which requests reuse their selection; bit-identical to `torch_reuse.decide_reuse`."""
     decision: ReuseDecision = recording.run(decide_launches, problem, memory, theta)
     return decision
 
 
 def update(problem: Problem, memory: CacheState, decision: ReuseDecision, fresh: Selection) -> None:
-    """See `tokenselect.kernels.torch_reuse.keep`: bit-exact."""
-    recording.run(keep_launches, problem, memory, decision, fresh)
+    """Store recomputed selections, complete reused ones; bit-identical to `torch_reuse.update`."""
+    recording.run(update_launches, problem, memory, decision, fresh)
 
 
 def decide_launches(
@@ -43,7 +44,7 @@ def decide_launches(
     arch: str = "",
     source: Source = SOURCE,
 ) -> tuple[ReuseDecision, list[Launch]]:
-    """The decision to be, and the kernels that take it."""
+    """Return the decision, yet to be filled, and the kernels that fill it."""
     p, N, device = problem, problem.Hq * problem.D, problem.q.device
     reused = source.empty((p.B,), torch.bool, device)
     lengths = source.empty((p.B,), torch.int32, device)
@@ -83,7 +84,7 @@ def decide_launches(
                 seqlens_ptr=p.cache_seqlens,
                 stored_query_ptr=memory.query,
                 stored_count_ptr=memory.count,
-                seen_ptr=memory.seqlen_at_selection,
+                seqlen_at_selection_ptr=memory.seqlen_at_selection,
                 reused_ptr=reused,
                 lengths_ptr=lengths,
                 query_ptr=query,
@@ -94,7 +95,7 @@ def decide_launches(
                 Lk=p.Lk,
                 N=N,
                 max_reuse=p.max_reuse,
-                stride_seen=memory.seqlen_at_selection.stride(0),
+                stride_seqlen_at_selection=memory.seqlen_at_selection.stride(0),
                 **q_strides,
                 **_strides("stored_query_", memory.query, ("b", "column")),
                 **_strides("stored_count_", memory.count, "bs"),
@@ -113,7 +114,7 @@ def decide_launches(
     return ReuseDecision(reused, lengths, query), todo
 
 
-def keep_launches(
+def update_launches(
     problem: Problem,
     memory: CacheState,
     decision: ReuseDecision,
@@ -121,12 +122,12 @@ def keep_launches(
     arch: str = "",
     source: Source = SOURCE,
 ) -> tuple[None, list[Launch]]:
-    """Nothing new, and the kernel that writes to memory, or to `fresh`."""
+    """Return no result, and the kernel that writes to `memory`, or to `fresh`."""
     p, K = problem, fresh.positions.shape[2]
     n_blocks = math.ceil(K / _PLACES)
     return None, [
         Launch(
-            reuse_kernels.keep,
+            reuse_kernels.update,
             (p.B * p.S * n_blocks,),
             dict(
                 seqlens_ptr=p.cache_seqlens,
@@ -137,7 +138,7 @@ def keep_launches(
                 stored_query_ptr=memory.query,
                 stored_positions_ptr=memory.positions,
                 stored_count_ptr=memory.count,
-                seen_ptr=memory.seqlen_at_selection,
+                seqlen_at_selection_ptr=memory.seqlen_at_selection,
                 hits_ptr=memory.hits,
                 misses_ptr=memory.misses,
                 S=p.S,
@@ -145,7 +146,7 @@ def keep_launches(
                 Lk=p.Lk,
                 N=p.Hq * p.D,
                 n_blocks=n_blocks,
-                stride_seen=memory.seqlen_at_selection.stride(0),
+                stride_seqlen_at_selection=memory.seqlen_at_selection.stride(0),
                 stride_hits=memory.hits.stride(0),
                 stride_misses=memory.misses.stride(0),
                 **_strides("positions_", fresh.positions, ("b", "s", "place")),
@@ -162,7 +163,7 @@ def keep_launches(
 
 
 def _bits(x: float) -> int:
-    """The 64 bits of x as an integer: see `reuse_kernels`."""
+    """Return the 64 bits of x as an integer, for `reuse_kernels` to read as a float64."""
     bits: int = struct.unpack("<q", struct.pack("<d", x))[0]
     return bits
 
@@ -172,14 +173,14 @@ def _strides(name: str, tensor: Tensor, dims: str | tuple[str, ...]) -> dict[str
 
 
 def bytes_moved(problem: Problem) -> dict[str, int]:
-    """Bytes that each kernel reads and writes; of `keep` where all is made afresh, the most."""
+    """Return the bytes that each kernel reads and writes; of `update`, if all are recomputed."""
     p, item = problem, problem.q.dtype.itemsize
     columns = p.B * p.Hq * p.D
     given = columns * p.Lq * item
     one = p.Lq == 1
     moved = {} if one else {"mean": given + 4 * columns}
     return moved | {
-        # The query is copied, and both are multiplied.
+        # A decode's query is copied too; both queries are multiplied.
         "decide": (given if one else 0) + 8 * columns,
-        "keep": 8 * (p.B * p.S * p.K + columns),
+        "update": 8 * (p.B * p.S * p.K + columns),
     }

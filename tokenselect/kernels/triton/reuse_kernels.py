@@ -1,11 +1,14 @@
-"""Device code of `reuse`: the mean query, the decision, and what is stored."""
+"""Device code of `reuse`: the mean query, the decision, and the update of what is stored.
+
+A query is the concatenation of its Hq heads: N = Hq * D columns.
+"""
 
 import triton
 import triton.language as tl
 
-from tokenselect.kernels.triton.device import COUNTS, after_previous, length
+from tokenselect.kernels.triton.device import COUNTS, length, wait_for_previous
 
-# As in the reference: queries that are added up side by side, and products of a cosine that are.
+# Queries, and products of a cosine, that are added up side by side: as `torch_reuse` does it.
 _RUN = tl.constexpr(16)
 _COLUMNS = tl.constexpr(512)
 
@@ -26,8 +29,8 @@ def mean(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr = False,
 ):
-    """The mean of all queries of a request, a block of its N columns."""
-    after_previous(PDL)
+    """Store one block of columns of the mean (B, N) of each request's queries."""
+    wait_for_previous(PDL)
     pid = tl.program_id(0)
     block, b = pid % n_blocks, pid // n_blocks
     column = block * BLOCK + tl.arange(0, BLOCK)
@@ -49,7 +52,7 @@ def decide(
     seqlens_ptr,
     stored_query_ptr,
     stored_count_ptr,
-    seen_ptr,
+    seqlen_at_selection_ptr,
     reused_ptr,
     lengths_ptr,
     query_ptr,
@@ -67,7 +70,7 @@ def decide(
     stride_stored_query_column,
     stride_stored_count_b,
     stride_stored_count_s,
-    stride_seen,
+    stride_seqlen_at_selection,
     D: tl.constexpr,
     COPIES: tl.constexpr,
     HAS_THETA: tl.constexpr,
@@ -75,27 +78,29 @@ def decide(
     SELECTIONS: tl.constexpr,
     PDL: tl.constexpr = False,
 ):
-    """Who reuses its selection, a request a program; COPIES the one query of a decode too.
+    """Decide whether one request reuses its selection; store that and its length for scoring.
 
-    theta_bits are those of theta * |theta|: cos >= theta is compared without a root or a division.
+    The length is 0 where the selection is reused. COPIES: store the one query of a decode too.
+    theta_bits are those of theta * |theta|: cos >= theta is compared without root or division.
     """
-    after_previous(PDL)
+    wait_for_previous(PDL)
     b = tl.program_id(0).to(tl.int64)
     row_ptr = q_ptr + b * stride_qb
     given = tl.load(seqlens_ptr + b)
     if HAS_THETA:
-        # What decides besides the cosine, loaded before it is computed.
-        seen = tl.load(seen_ptr + b * stride_seen)
-        appended = length(seqlens_ptr, b, Lk) - seen
+        # The conditions besides the cosine, loaded before it is computed.
+        seqlen_at_selection = tl.load(seqlen_at_selection_ptr + b * stride_seqlen_at_selection)
+        appended = length(seqlens_ptr, b, Lk) - seqlen_at_selection
         s = tl.arange(0, SELECTIONS)
         at = stored_count_ptr + b * stride_stored_count_b + s.to(tl.int64) * stride_stored_count_s
         count = tl.max(tl.load(at, mask=s < S, other=-2147483648), 0)
-        is_new = (seen > 0) & (appended >= Lq) & (appended <= max_reuse) & (count + appended <= K)
+        is_recent = (seqlen_at_selection > 0) & (appended >= Lq) & (appended <= max_reuse)
+        is_reusable = is_recent & (count + appended <= K)
     product = tl.zeros([_COLUMNS], tl.float64)
     power = tl.zeros([_COLUMNS], tl.float64)
     stored = tl.zeros([_COLUMNS], tl.float64)
     for start in range(0, N if HAS_THETA else 0, CHUNKS * _COLUMNS):
-        # Loads of several chunks are on the way at once: nothing is stored between them. Chunks
+        # Loads of several chunks are in flight at once: nothing is stored between them. Chunks
         # past N add nothing.
         for chunk in tl.static_range(CHUNKS):
             column = start + chunk * _COLUMNS + tl.arange(0, _COLUMNS)
@@ -108,7 +113,7 @@ def decide(
             stored += y * y
     reused = tl.zeros([], tl.int1)
     if HAS_THETA:
-        # All three side by side.
+        # Add up all three side by side.
         sums = tl.join(tl.join(product, power), tl.join(stored, stored))
         sums = _halved(tl.reshape(sums, [_COLUMNS, 4]), 9)
         side = tl.arange(0, 4)
@@ -118,7 +123,7 @@ def decide(
         both = power * stored
         is_alike = (both > 0) & (both < float("inf"))
         is_alike = is_alike & (product * tl.abs(product) >= both * _float64(theta_bits))
-        reused = is_alike & is_new
+        reused = is_alike & is_reusable
     tl.store(reused_ptr + b, reused)
     tl.store(lengths_ptr + b, tl.where(reused, 0, given))
     if COPIES:
@@ -129,7 +134,7 @@ def decide(
 
 
 @triton.jit(do_not_specialize=[*COUNTS, "S", "Lk"])
-def keep(
+def update(
     seqlens_ptr,
     reused_ptr,
     query_ptr,
@@ -138,7 +143,7 @@ def keep(
     stored_query_ptr,
     stored_positions_ptr,
     stored_count_ptr,
-    seen_ptr,
+    seqlen_at_selection_ptr,
     hits_ptr,
     misses_ptr,
     S,
@@ -158,18 +163,19 @@ def keep(
     stride_stored_positions_place,
     stride_stored_count_b,
     stride_stored_count_s,
-    stride_seen,
+    stride_seqlen_at_selection,
     stride_hits,
     stride_misses,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr = False,
 ):
-    """A block of places of one selection, and a share of what its request stores.
+    """Update one block of places of one selection, and a part of its request's query.
 
-    A request that reuses its selection reads what is stored and writes what is fresh, another the
-    other way round: no program reads what one beside it writes.
+    A request that reuses its selection completes it: it reads the stored one and writes the call's.
+    Any other stores its recomputed selection: it reads the call's and writes the stored one. So no
+    program reads what another writes.
     """
-    after_previous(PDL)
+    wait_for_previous(PDL)
     pid = tl.program_id(0)
     block, row = pid % n_blocks, pid // n_blocks
     s, b = (row % S).to(tl.int64), (row // S).to(tl.int64)
@@ -182,13 +188,14 @@ def keep(
     stored_at = stored_at + place * stride_stored_positions_place
     count_at = count_ptr + b * stride_count_b + s * stride_count_s
     stored_count_at = stored_count_ptr + b * stride_stored_count_b + s * stride_stored_count_s
-    seen_at = seen_ptr + b * stride_seen
+    stored_seqlen_at = seqlen_at_selection_ptr + b * stride_seqlen_at_selection
     is_first = block + s == 0
     parts = tl.full([], n_blocks, tl.int64) * S
     if tl.load(reused_ptr + b):
-        # Place r holds the stored position r, or, from count on, seen, seen + 1, ..., n - 1.
+        # Place r holds the stored position r; from count on, the positions appended since:
+        # seqlen_at_selection, ..., n - 1.
         count = tl.load(stored_count_at)
-        ahead = tl.load(seen_at) - count
+        ahead = tl.load(stored_seqlen_at) - count
         total = n - ahead
         position = tl.load(stored_at, mask=is_place & (place < count), other=0)
         position = tl.where(place < count, position, (place + ahead).to(tl.int32))
@@ -204,21 +211,21 @@ def keep(
             x = tl.load(query_ptr + b * N + column, mask=column < N, other=0.0)
             to = stored_query_ptr + b * stride_stored_query_b
             tl.store(to + column.to(tl.int64) * stride_stored_query_column, x, mask=column < N)
-        tl.store(seen_at, n, mask=is_first)
+        tl.store(stored_seqlen_at, n, mask=is_first)
         misses_at = misses_ptr + b * stride_misses
         tl.store(misses_at, tl.load(misses_at) + 1, mask=is_first & (n > 0))
 
 
 @triton.jit
 def _columns(row_ptr, column, D, N, stride_h, stride_d):
-    """Columns of all heads of a query side by side, in float32, exactly; 0 beyond N."""
+    """Load columns of a query as float32, which is exact; 0 beyond N."""
     at = (column // D).to(tl.int64) * stride_h + (column % D).to(tl.int64) * stride_d
     return tl.load(row_ptr + at, mask=column < N, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _halved(x, LEVELS: tl.constexpr):
-    """x (2**LEVELS, W) summed over its rows: half onto half, so that every sum has two terms."""
+    """Return the sum (W,) of x (2**LEVELS, W), adding half onto half: every sum has two terms."""
     for _ in tl.static_range(LEVELS):
         x = tl.sum(tl.reshape(x, [2, x.shape[0] // 2, x.shape[1]]), 0)
     return tl.sum(x, 0)
@@ -226,5 +233,5 @@ def _halved(x, LEVELS: tl.constexpr):
 
 @triton.jit
 def _float64(bits):
-    """The number whose bits came as an integer: a Python float would come as float32."""
+    """Return the float64 with these bits: a Python float would be passed as float32."""
     return bits.to(tl.int64).to(tl.float64, bitcast=True)

@@ -97,12 +97,12 @@ def launches(
                     Lk=Lk,
                     D=D,
                     half=pairs,
-                    means=means,
+                    n_query_means=means,
                     n_voters=n_voters,
                     **_strides("q", p.q, "bhid"),
                 ),
                 dict(
-                    AT=score_at if turns else "none",
+                    SCORE_AT=score_at if turns else "none",
                     INTERLEAVED=p.rope is not None and p.rope.interleaved,
                     RAW=is_raw,
                     RAW_FACTOR=raw_factor,
@@ -119,7 +119,7 @@ def launches(
         return out, factor
 
     parts = 1
-    plain_q = plain_factor = moved_q = moved_factor = p.q
+    plain_q = plain_factor = rotated_q = rotated_factor = p.q
     strides = {"qb": p.q.stride(0), "qg": G * p.q.stride(1), "qv": p.q.stride(1)}
     strides |= {"qpart": 0, "qd": p.q.stride(3)}
     needs_voters = plain >= 0 and (p.Lq > 1 or p.needs_rotation(p.config.ballots[plain][0]))
@@ -130,7 +130,7 @@ def launches(
         strides = {"qb": plain_q.stride(0), "qg": plain_q.stride(1), "qv": plain_q.stride(2)}
         strides |= {"qpart": D, "qd": 1}
     if moved >= 0:
-        moved_q, moved_factor = queries(moved, torch.float32, 1)
+        rotated_q, rotated_factor = queries(moved, torch.float32, 1)
 
     shared = B * Hkv * math.ceil(n_voters / block)
     n_programs = max(1, config.multiprocessors * config.programs // shared)
@@ -155,8 +155,8 @@ def launches(
             dict(
                 q_ptr=plain_q,
                 factor_ptr=plain_factor,
-                moved_q_ptr=moved_q,
-                moved_factor_ptr=moved_factor,
+                rotated_q_ptr=rotated_q,
+                rotated_factor_ptr=rotated_factor,
                 k_ptr=p.k_cache,
                 seqlens_ptr=p.cache_seqlens,
                 high_ptr=turn.high,
@@ -188,7 +188,7 @@ def launches(
             ),
             dict(
                 PLAIN=plain,
-                MOVED=moved,
+                ROTATED=moved,
                 R=R,
                 SIGN=sign,
                 INTERLEAVED=p.rope is not None and p.rope.interleaved,
@@ -227,7 +227,7 @@ def launches(
                 Lk=Lk,
                 n_voters=n_voters,
                 n_segments=n_segments,
-                many_rows=voter_rows,
+                n_rows=voter_rows,
                 first_lse_voter=n_voters - G,
             ),
             dict(
@@ -300,7 +300,7 @@ def launches(
 def _ballots(problem: Problem) -> tuple[int, int, int]:
     """Which ballot takes the keys as they lie, which turns them, and which way; -1 for none.
 
-    Rotated keys are turned back to the start to be scored at a fixed distance, raw ones out to
+    Rotated keys are rotate back to the start to be scored at a fixed distance, raw ones out to
     their position to be scored at the true one. No problem turns both ways.
     """
     plain = moved = -1
@@ -331,7 +331,7 @@ def _tile(config: Config, problem: Problem, moved: int, voters: int) -> int:
 
 
 def _voters_at_once(config: Config, moved: int, n_voters: int) -> int:
-    """Voters that one read of the keys serves: fewer where keys are turned."""
+    """Voters that one read of the keys serves: fewer where keys are rotate."""
     return min(16 if moved >= 0 else config.voters, padded(n_voters))
 
 

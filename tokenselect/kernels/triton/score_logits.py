@@ -1,4 +1,8 @@
-"""Device code of `score`: keys times queries, kept in three bytes, and sums of weights."""
+"""Device code of `score`: keys times queries, stored in three bytes, and sums of weights.
+
+Results are rows of (B, R, Hkv, n_voters), with tokens, runs or segments after them. Logits are
+scaled by log2(e), so that weights are powers of two.
+"""
 
 import triton
 import triton.language as tl
@@ -6,19 +10,19 @@ import triton.language as tl
 from tokenselect.kernels.triton.device import (
     COUNTS,
     LOG2E,
-    after_previous,
-    angles,
-    capped,
+    apply_softcap,
+    cos_sin,
     length,
+    locate,
     regions,
-    rotary_columns,
-    rows,
-    turned,
+    rotary_pairs,
+    rotate,
+    wait_for_previous,
 )
 
-# A logit is kept as its distance from its run's maximum, in steps: 0 to LAST, or NONE for a
-# weight that is 0 in float32 whatever the maximum (FARTHEST, in powers of two). A run is RUN tokens
-# in a row: as many as one warp of a matrix unit has, so that no warp waits for another.
+# A logit is stored as its distance below its run's maximum, in steps: 0 to LAST, or NONE where its
+# weight is 0 in float32 whatever the maximum: below 2**-FARTHEST. A run is RUN consecutive tokens:
+# as many as one warp has of a matrix product, so that no warp waits for another.
 RUN = tl.constexpr(16)
 NONE = tl.constexpr(2**24 - 1)
 _LAST = tl.constexpr(2**24 - 2)
@@ -30,8 +34,8 @@ _LARGEST = tl.constexpr(3.4e38)
 def logits(
     q_ptr,
     factor_ptr,
-    moved_q_ptr,
-    moved_factor_ptr,
+    rotated_q_ptr,
+    rotated_factor_ptr,
     k_ptr,
     table_ptr,
     seqlens_ptr,
@@ -72,7 +76,7 @@ def logits(
     stride_table_b,
     stride_table_page,
     PLAIN: tl.constexpr,
-    MOVED: tl.constexpr,
+    ROTATED: tl.constexpr,
     R: tl.constexpr,
     SIGN: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -93,15 +97,15 @@ def logits(
     LOW_ROWS: tl.constexpr,
     PDL: tl.constexpr = False,
 ):
-    """Logits of one KV head's voters over a share of the tiles; the keys are read once.
+    """Store logits and sums of weights of one KV head's voters, over some of its segments.
 
-    PLAIN is the ballot scored with keys as they lie, MOVED the one with keys turned by SIGN times
-    their position, -1 for none. If none are turned, they are multiplied in the cache's dtype by
-    PARTS of the queries; else both ballots are scored in float32, from one read. HOISTED: all dims
-    of the one part, or the three, are loaded once for all tiles.
+    PLAIN is the ballot scored with keys as cached, ROTATED the one with keys rotated by SIGN times
+    their position; -1 for none. Without ROTATED, keys are multiplied in the cache's dtype by PARTS
+    of the queries; with it both ballots are scored in float32, from one read of the keys. HOISTED:
+    all dims of all parts are loaded once for all tiles. CANDIDATES: sum over candidates too.
     """
-    after_previous(PDL)
-    # KV heads fastest: of token-major pages, neighbours read neighbouring rows.
+    wait_for_previous(PDL)
+    # KV heads vary fastest: where pages are token-major, neighbours read neighbouring rows.
     pid = tl.program_id(0)
     n_blocks = tl.cdiv(n_voters, VOTERS)
     g, pid = pid % Hkv, pid // Hkv
@@ -122,9 +126,8 @@ def logits(
     dims = tl.arange(0, BLOCK_D)
     if WIDE:
         dims = dims.to(tl.int64)
-    # Rows of the results: (B, R, Hkv, n_voters), tiles or segments after them.
     plain_row = ((b * R + PLAIN) * Hkv + g).to(tl.int64) * n_voters + voter
-    moved_row = ((b * R + MOVED) * Hkv + g).to(tl.int64) * n_voters + voter
+    rotated_row = ((b * R + ROTATED) * Hkv + g).to(tl.int64) * n_voters + voter
     q_row = (
         q_ptr
         + b.to(tl.int64) * stride_qb
@@ -132,62 +135,54 @@ def logits(
         + voter.to(tl.int64) * stride_qv
     )
     query_row = (b * Hkv + g).to(tl.int64) * n_voters + voter
-    moved_q_row = moved_q_ptr + query_row * D
+    rotated_q_row = rotated_q_ptr + query_row * D
     head_ptr = k_ptr + g.to(tl.int64) * stride_head
     plain_factor = tl.full([VOTERS], 1.0, tl.float32)
     if HAS_FACTOR:
         plain_factor = tl.load(factor_ptr + query_row, mask=is_voter, other=0.0)
-    if MOVED >= 0:
-        moved_factor = tl.load(moved_factor_ptr + query_row, mask=is_voter, other=0.0)
+    if ROTATED >= 0:
+        rotated_factor = tl.load(rotated_factor_ptr + query_row, mask=is_voter, other=0.0)
 
     if HOISTED:
-        queries = _queries(q_row, is_voter, dims, D, stride_qd, DOT)
+        queries = _load_queries(q_row, is_voter, dims, D, stride_qd, DOT)
         if PARTS == 3:
-            second_part = _queries(q_row + stride_qpart, is_voter, dims, D, stride_qd, DOT)
-            third_part = _queries(q_row + 2 * stride_qpart, is_voter, dims, D, stride_qd, DOT)
+            second_part = _load_queries(q_row + stride_qpart, is_voter, dims, D, stride_qd, DOT)
+            third_part = _load_queries(q_row + 2 * stride_qpart, is_voter, dims, D, stride_qd, DOT)
     RUNS: tl.constexpr = TILE // RUN
     plain_max = tl.full([RUNS, VOTERS], float("-inf"), tl.float32)
     plain_sum = tl.zeros([RUNS, VOTERS], tl.float32)
-    plain_cmax = plain_max
-    plain_csum = plain_sum
-    moved_max = plain_max
-    moved_sum = plain_sum
-    moved_cmax = plain_max
-    moved_csum = plain_sum
+    plain_candidate_max = plain_max
+    plain_candidate_sum = plain_sum
+    rotated_max = plain_max
+    rotated_sum = plain_sum
+    rotated_candidate_max = plain_max
+    rotated_candidate_sum = plain_sum
     for tile in tl.range(first_tile, last_tile):
         position = tile * TILE + tl.arange(0, TILE)
-        offset, is_token = rows(
-            table_ptr,
-            b,
-            position,
-            position < n,
-            page_size,
-            n_pages,
-            stride_page,
-            stride_row,
-            stride_table_b,
-            stride_table_page,
-            PAGED,
-        )
+        page, row, is_token = locate(
+            table_ptr, b, position, position < n,
+            page_size, n_pages, stride_table_b, stride_table_page, PAGED,
+        )  # fmt: skip
+        offset = page * stride_page + row * stride_row
         is_candidate = (position >= sink_end) & (position < local_start)
-        is_end = ((tile + 1) % SEGMENT == 0) | (tile + 1 == last_tile)
+        is_segment_end = ((tile + 1) % SEGMENT == 0) | (tile + 1 == last_tile)
         segment = tile // SEGMENT
         s = tl.zeros([TILE, VOTERS], tl.float32)
         if HOISTED:
-            keys = _keys(head_ptr + offset, is_token, dims, D, stride_d, DOT)
+            keys = _load_keys(head_ptr + offset, is_token, dims, D, stride_d, DOT)
             if PARTS == 3:  # the smallest first
                 s = tl.dot(keys, third_part, s, input_precision=PRECISION)
                 s = tl.dot(keys, second_part, s, input_precision=PRECISION)
             s = tl.dot(keys, queries, s, input_precision=PRECISION)
-        elif MOVED < 0 and not CHUNKED:
-            s = _product(
+        elif ROTATED < 0 and not CHUNKED:
+            s = _add_product(
                 s, head_ptr + offset, is_token, q_row, is_voter, dims,
                 D, stride_d, stride_qd, stride_qpart, PARTS, DOT, PRECISION,
             )  # fmt: skip
-        elif MOVED < 0:
+        elif ROTATED < 0:
             for first_d in range(0, D, BLOCK_D):
                 d = first_d + dims
-                s = _product(
+                s = _add_product(
                     s, head_ptr + offset, is_token, q_row, is_voter, d,
                     D, stride_d, stride_qd, stride_qpart, PARTS, DOT, PRECISION,
                 )  # fmt: skip
@@ -198,7 +193,7 @@ def logits(
             high = tl.full([1], tile * TILE // LOW_ROWS, tl.int32)
             for first_column in range(0, half, BLOCK_D):
                 column = first_column + dims
-                first_dim, second_dim = rotary_columns(column, half, INTERLEAVED)
+                first_dim, second_dim = rotary_pairs(column, half, INTERLEAVED)
                 is_key = is_token[:, None] & (column < half)[None, :]
                 first = tl.load(key_row + first_dim[None, :] * stride_d, mask=is_key, other=0.0)
                 second = tl.load(key_row + second_dim[None, :] * stride_d, mask=is_key, other=0.0)
@@ -211,32 +206,34 @@ def logits(
                     x, y = x.to(tl.float32), y.to(tl.float32)
                     s = tl.dot(first, x, s, input_precision=PRECISION)
                     s = tl.dot(second, y, s, input_precision=PRECISION)
-                cos, sin = angles(high_ptr, low_ptr, high, low, column, half, SIGN)
-                first, second = turned(first, second, cos, sin)
-                x = tl.load(moved_q_row[None, :] + first_dim[:, None], mask=is_query, other=0.0)
-                y = tl.load(moved_q_row[None, :] + second_dim[:, None], mask=is_query, other=0.0)
+                cos, sin = cos_sin(high_ptr, low_ptr, high, low, column, half, SIGN)
+                first, second = rotate(first, second, cos, sin)
+                x = tl.load(rotated_q_row[None, :] + first_dim[:, None], mask=is_query, other=0.0)
+                y = tl.load(rotated_q_row[None, :] + second_dim[:, None], mask=is_query, other=0.0)
                 t = tl.dot(first, x, t, input_precision=PRECISION)
                 t = tl.dot(second, y, t, input_precision=PRECISION)
             for first_d in range(2 * half, D, BLOCK_D):
                 d = first_d + dims
-                t = _product(
-                    t, head_ptr + offset, is_token, moved_q_row, is_voter, d,
+                t = _add_product(
+                    t, head_ptr + offset, is_token, rotated_q_row, is_voter, d,
                     D, stride_d, 1, 0, 1, tl.float32, PRECISION,
                 )  # fmt: skip
                 if PLAIN >= 0:
-                    s = _product(
+                    s = _add_product(
                         s, head_ptr + offset, is_token, q_row, is_voter, d,
                         D, stride_d, stride_qd, 0, 1, tl.float32, PRECISION,
                     )  # fmt: skip
-            t = _in_powers_of_two(t * moved_factor[None, :] * scale, is_token, softcap, SOFTCAP)
-            at_tile = moved_row * n_tiles + tile
-            at_segment = moved_row * n_segments + segment
-            _keep(t, is_candidate, at_tile, is_voter, code_ptr, fine_ptr, top_ptr, step_ptr, TILE)
-            moved_max, moved_sum = _add(
+            t = _log2_scaled(t * rotated_factor[None, :] * scale, is_token, softcap, SOFTCAP)
+            at_tile = rotated_row * n_tiles + tile
+            at_segment = rotated_row * n_segments + segment
+            _store_logits(
+                t, is_candidate, at_tile, is_voter, code_ptr, fine_ptr, top_ptr, step_ptr, TILE
+            )
+            rotated_max, rotated_sum = _add_to_sums(
                 t,
-                moved_max,
-                moved_sum,
-                is_end,
+                rotated_max,
+                rotated_sum,
+                is_segment_end,
                 max_ptr + at_segment,
                 sum_ptr + at_segment,
                 is_voter,
@@ -245,20 +242,22 @@ def logits(
             if CANDIDATES:
                 t = tl.where(is_candidate[:, None], t, float("-inf"))
                 at_segment += candidate_sums
-                moved_cmax, moved_csum = _add(
-                    t, moved_cmax, moved_csum, is_end,
+                rotated_candidate_max, rotated_candidate_sum = _add_to_sums(
+                    t, rotated_candidate_max, rotated_candidate_sum, is_segment_end,
                     max_ptr + at_segment, sum_ptr + at_segment, is_voter, TILE,
                 )  # fmt: skip
         if PLAIN >= 0:
-            s = _in_powers_of_two(s * plain_factor[None, :] * scale, is_token, softcap, SOFTCAP)
+            s = _log2_scaled(s * plain_factor[None, :] * scale, is_token, softcap, SOFTCAP)
             at_tile = plain_row * n_tiles + tile
             at_segment = plain_row * n_segments + segment
-            _keep(s, is_candidate, at_tile, is_voter, code_ptr, fine_ptr, top_ptr, step_ptr, TILE)
-            plain_max, plain_sum = _add(
+            _store_logits(
+                s, is_candidate, at_tile, is_voter, code_ptr, fine_ptr, top_ptr, step_ptr, TILE
+            )
+            plain_max, plain_sum = _add_to_sums(
                 s,
                 plain_max,
                 plain_sum,
-                is_end,
+                is_segment_end,
                 max_ptr + at_segment,
                 sum_ptr + at_segment,
                 is_voter,
@@ -267,14 +266,14 @@ def logits(
             if CANDIDATES:
                 s = tl.where(is_candidate[:, None], s, float("-inf"))
                 at_segment += candidate_sums
-                plain_cmax, plain_csum = _add(
-                    s, plain_cmax, plain_csum, is_end,
+                plain_candidate_max, plain_candidate_sum = _add_to_sums(
+                    s, plain_candidate_max, plain_candidate_sum, is_segment_end,
                     max_ptr + at_segment, sum_ptr + at_segment, is_voter, TILE,
                 )  # fmt: skip
 
 
 @triton.jit
-def _product(
+def _add_product(
     s,
     key_row,
     is_token,
@@ -289,27 +288,27 @@ def _product(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """s (TILE, VOTERS) and the products of dims d of the keys and of each part of the queries."""
-    keys = _keys(key_row, is_token, d, D, stride_d, DOT)
+    """Add the products of dims d of keys and of each part of queries to s (TILE, VOTERS)."""
+    keys = _load_keys(key_row, is_token, d, D, stride_d, DOT)
     for part in tl.static_range(PARTS):
         # The smallest part first.
         at = q_row + (PARTS - 1 - part) * stride_qpart
-        queries = _queries(at, is_voter, d, D, stride_qd, DOT)
+        queries = _load_queries(at, is_voter, d, D, stride_qd, DOT)
         s = tl.dot(keys, queries, s, input_precision=PRECISION)
     return s
 
 
 @triton.jit
-def _queries(q_row, is_voter, d, D, stride_qd, DOT: tl.constexpr):
-    """Dims d of the voters' queries (d, VOTERS)."""
+def _load_queries(q_row, is_voter, d, D, stride_qd, DOT: tl.constexpr):
+    """Load dims d of the voters' queries (d, VOTERS)."""
     is_query = is_voter[None, :] & (d < D)[:, None]
     at = q_row[None, :] + d[:, None] * stride_qd
     return tl.load(at, mask=is_query, other=0.0).to(DOT)
 
 
 @triton.jit
-def _keys(key_row, is_token, d, D, stride_d, DOT: tl.constexpr):
-    """Dims d of a tile's keys (TILE, d); they are read once."""
+def _load_keys(key_row, is_token, d, D, stride_d, DOT: tl.constexpr):
+    """Load dims d of a tile's keys (TILE, d), which are read only once."""
     return tl.load(
         key_row[:, None] + d[None, :] * stride_d,
         mask=is_token[:, None] & (d < D)[None, :],
@@ -319,26 +318,26 @@ def _keys(key_row, is_token, d, D, stride_d, DOT: tl.constexpr):
 
 
 @triton.jit
-def _in_powers_of_two(s, is_token, softcap, SOFTCAP: tl.constexpr):
-    """Logits times log2(e), -inf where not finite and where there is no token."""
+def _log2_scaled(s, is_token, softcap, SOFTCAP: tl.constexpr):
+    """Return logits times log2(e), -inf where they are not finite or there is no token."""
     is_finite = is_token[:, None] & (tl.abs(s) < float("inf"))
     if SOFTCAP:
-        s = capped(s, softcap)
+        s = apply_softcap(s, softcap)
     s = tl.minimum(tl.maximum(s * LOG2E, -_LARGEST), _LARGEST)
     return tl.where(is_finite, s, float("-inf"))
 
 
 @triton.jit
-def _keep(
+def _store_logits(
     s, is_candidate, at_tile, is_voter, code_ptr, fine_ptr, top_ptr, step_ptr, TILE: tl.constexpr
 ):
-    """Store a tile of the candidates' logits (TILE, VOTERS): runs' maxima, and steps below them.
+    """Store the candidates' logits (TILE, VOTERS) of a tile: runs' maxima, and steps below them.
 
-    24 bits a logit: 16 in one plane, 8 in another. The error is half a step, 2**-25 of the run's
-    range: what one rounding of float32 makes of the farthest distance. (In 16 bits it would be
-    2**-17, beyond what float32 arithmetic explains.)
+    24 bits per logit: the upper 16 at code_ptr, the lower 8 at fine_ptr. The error is half a step,
+    2**-25 of the run's range: that of rounding the largest distance to float32 once. (With 16 bits
+    it would be 2**-17, beyond the tolerance of float32 arithmetic.)
     """
-    s = _in_runs(tl.where(is_candidate[:, None], s, float("-inf")), TILE)
+    s = _split_into_runs(tl.where(is_candidate[:, None], s, float("-inf")), TILE)
     top = tl.max(s, 1)
     top = tl.where(top == float("-inf"), 0.0, top)
     distance = top[:, None, :] - s
@@ -358,22 +357,23 @@ def _keep(
 
 
 @triton.jit
-def _in_runs(s, TILE: tl.constexpr):
-    """(TILE, VOTERS) as (runs, RUN, VOTERS)."""
+def _split_into_runs(s, TILE: tl.constexpr):
+    """Reshape (TILE, VOTERS) to (runs, RUN, VOTERS)."""
     return tl.reshape(s, TILE // RUN, RUN, s.shape[1])
 
 
 @triton.jit
-def _add(s, largest, total, is_end, max_at, sum_at, is_voter, TILE: tl.constexpr):
-    """Each run's running maximum and sum of 2**(s - maximum), with the logits of one more tile.
+def _add_to_sums(s, largest, total, is_segment_end, max_at, sum_at, is_voter, TILE: tl.constexpr):
+    """Add a tile's logits s (TILE, VOTERS) to running maxima and sums; return both.
 
-    At the end of a segment the runs are put together and stored, and start anew.
+    largest and total (runs, VOTERS): of each run of the segment's tiles, the maximum and the sum
+    of 2**(s - maximum). At the end of a segment the runs are merged and stored, and start again.
     """
-    s = _in_runs(s, TILE)
+    s = _split_into_runs(s, TILE)
     new = tl.maximum(largest, tl.max(s, 1))
     safe = tl.where(new == float("-inf"), 0.0, new)
     total = total * tl.exp2(largest - safe) + tl.sum(tl.exp2(s - safe[:, None, :]), 1)
-    if is_end:
+    if is_segment_end:
         top = tl.max(new, 0)
         below = new - tl.where(top == float("-inf"), 0.0, top)[None, :]
         tl.store(max_at, top, mask=is_voter)

@@ -1,9 +1,9 @@
-"""Device code of `score`: from sums to logsumexp, from logits to votes, and pooling."""
+"""Device code of `score`: from sums to logsumexp, from stored logits to votes, and pooling."""
 
 import triton
 import triton.language as tl
 
-from tokenselect.kernels.triton.device import COUNTS, LN2, after_previous, length, regions
+from tokenselect.kernels.triton.device import COUNTS, LN2, length, regions, wait_for_previous
 from tokenselect.kernels.triton.score_logits import NONE, RUN
 
 
@@ -19,7 +19,7 @@ def normalize(
     Lk,
     n_voters,
     n_segments,
-    many_rows,
+    n_rows,
     first_lse_voter,
     R: tl.constexpr,
     CANDIDATES: tl.constexpr,
@@ -27,11 +27,12 @@ def normalize(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr = False,
 ):
-    """Add up one voter's segments, in order. norm, in powers of two, is what its softmax takes.
+    """Add up one voter's segments in order; store norm, and lse if the voter is a mean of all.
 
-    lse (B, Hq), natural, is that of the mean of all queries on the last ballot.
+    norm (B, R, Hkv, n_voters): log2 of the sum that the voter's softmax divides by.
+    lse (B, Hq): natural, of the mean of all queries on the last ballot.
     """
-    after_previous(PDL)
+    wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     v, group = row % n_voters, row // n_voters
     g, r, b = group % Hkv, group // Hkv % R, group // Hkv // R
@@ -40,7 +41,7 @@ def normalize(
     all_tokens = _logsumexp(max_ptr, sum_ptr, row * n_segments, used, BLOCK)
     norm = all_tokens
     if CANDIDATES:
-        norm = _logsumexp(max_ptr, sum_ptr, (many_rows + row) * n_segments, used, BLOCK)
+        norm = _logsumexp(max_ptr, sum_ptr, (n_rows + row) * n_segments, used, BLOCK)
     tl.store(norm_ptr + row, norm)
     h = v - first_lse_voter
     is_lse = (h >= 0) & (h < G) & (r == R - 1)
@@ -49,7 +50,7 @@ def normalize(
 
 @triton.jit
 def _logsumexp(max_ptr, sum_ptr, at, used, BLOCK: tl.constexpr):
-    """log2 of the sum of `used` segments' sums."""
+    """Return log2 of the sum of the first `used` segments' sums."""
     largest = tl.full([1], float("-inf"), tl.float32)
     total = tl.zeros([1], tl.float32)
     for start in range(0, used, BLOCK):
@@ -90,17 +91,18 @@ def vote(
     FILLS: tl.constexpr,
     PDL: tl.constexpr = False,
 ):
-    """Votes of every n_programs-th tile: the softmax weights of all voters, KV head by KV head.
+    """Store the votes (B, R, S, Lk) of every n_programs-th tile of one row of (B, R, S).
 
-    FILLS: tiles without candidates are filled too.
+    Votes are the softmax weights of all voters, added KV head by KV head; -inf off the candidates.
+    FILLS: fill tiles without candidates too.
     """
-    after_previous(PDL)
+    wait_for_previous(PDL)
     pid = tl.program_id(0)
     program, row = pid % n_programs, pid // n_programs
     s, r, b = row % S, row // S % R, row // S // R
     n = length(seqlens_ptr, b, Lk)
     sink_end, local_start = regions(n, Lq, n_sink, n_local)
-    many = Hkv // S * n_voting
+    n_row_voters = Hkv // S * n_voting
     first_tile, last_tile = sink_end // TILE, tl.cdiv(local_start, TILE)
     if FILLS:
         first_tile, last_tile = 0, n_tiles
@@ -109,11 +111,11 @@ def vote(
         position = tile * TILE + place
         is_candidate = (position >= sink_end) & (position < local_start)
         votes = tl.zeros([TILE], tl.float32)
-        # No voter has kept anything of a tile without candidates.
+        # Nothing was stored of a tile without candidates.
         has_candidates = _has_candidates(tile, sink_end, local_start, TILE)
-        for start in range(0, tl.where(has_candidates, many, 0), VOTERS):
+        for start in range(0, tl.where(has_candidates, n_row_voters, 0), VOTERS):
             u = start + tl.arange(0, VOTERS)
-            is_voter = u < many
+            is_voter = u < n_row_voters
             head = (b * R + r) * Hkv + s * (Hkv // S) + u // n_voting
             voter = head.to(tl.int64) * n_voters + u % n_voting
             at_tile = voter * n_tiles + tile
@@ -148,8 +150,8 @@ def pool(
     FILLS: tl.constexpr,
     PDL: tl.constexpr = False,
 ):
-    """The maximum over the candidates at most `reach` away; FILLS as in `_vote`."""
-    after_previous(PDL)
+    """Store the maximum vote of the candidates at most `reach` away; FILLS as in `vote`."""
+    wait_for_previous(PDL)
     pid = tl.program_id(0)
     block, row = pid % n_blocks, pid // n_blocks
     n = length(seqlens_ptr, row // rows_per_request, Lk)
@@ -170,5 +172,6 @@ def pool(
 
 @triton.jit
 def _has_candidates(block, sink_end, local_start, BLOCK: tl.constexpr):
+    """Return whether a block of BLOCK positions has candidates."""
     first = block * BLOCK
     return (first < local_start) & (first + (BLOCK - 1) >= sink_end)

@@ -8,7 +8,7 @@ narrow     histogram of the third digit
 tally      how many of each block are above the threshold, and how many on it
 collect    positions in ascending order, after the winners of all blocks before
 
-A key is a vote's bits, so turned that keys order as votes do; its digits have 10, 11 and 11 bits.
+A key is a vote's bits, so rotate that keys order as votes do; its digits have 10, 11 and 11 bits.
 A block's shortlist has room for the whole block: votes may tie in any number. The second ballot of
 a split ranks what the first one chose above everything.
 """

@@ -1,22 +1,26 @@
-"""Device code of `select`: a radix select whose keys order as votes do."""
+"""Device code of `select`: a radix select whose keys order as votes do.
+
+A row is one of (B, S). Each has n_blocks blocks of BLOCK positions, one per program. What a row has
+found is in its FOUND numbers; histograms are (R, rows, ALL_BINS).
+"""
 
 import triton
 import triton.language as tl
 
-from tokenselect.kernels.triton.device import COUNTS, after_previous, length, regions
+from tokenselect.kernels.triton.device import COUNTS, length, regions, wait_for_previous
 
 # Bins of a row's three histograms, one after the other.
 FIRST_BINS = tl.constexpr(1024)
 BINS = tl.constexpr(2048)
 ALL_BINS = tl.constexpr(1024 + 2048 + 2048)
-# What a kernel tells the next one of a row: twice digits and a number, and once the last key.
+# Numbers per row that kernels pass on: leading digits and how many are needed, three times.
 FOUND = tl.constexpr(6)
 
 
 @triton.jit
 def clear(ptr, size, BLOCK: tl.constexpr, PDL: tl.constexpr = False):
     """Store zeros."""
-    after_previous(PDL)
+    wait_for_previous(PDL)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     tl.store(ptr + at, tl.zeros([BLOCK], ptr.dtype.element_ty), mask=at < size)
 
@@ -44,18 +48,21 @@ def count(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr = False,
 ):
-    """UNTAKES: before the first of several ballots, no candidate is taken."""
-    after_previous(PDL)
+    """Add the first digits of one block's candidates to the histogram.
+
+    UNTAKES: before the first of several ballots, mark no candidate as taken.
+    """
+    wait_for_previous(PDL)
     pid = tl.program_id(0)
     block, row = pid % n_blocks, pid // n_blocks
-    sink_end, local_start, _ = _row(row, seqlens_ptr, S, Lq, Lk, n_sink, n_local, share)
+    sink_end, local_start, _ = _bounds(row, seqlens_ptr, S, Lq, Lk, n_sink, n_local, share)
     if block * BLOCK >= local_start:
         return
     position = block * BLOCK + tl.arange(0, BLOCK)
     is_candidate = (position >= sink_end) & (position < local_start)
     votes_ptr += first_vote
     votes_ptr += (row // S).to(tl.int64) * stride_b + (row % S).to(tl.int64) * stride_s
-    key = _keys(votes_ptr, taken_ptr, row, position, is_candidate, Lk, stride_j, TAKEN)
+    key = _load_keys(votes_ptr, taken_ptr, row, position, is_candidate, Lk, stride_j, TAKEN)
     _add_counts(
         histogram_ptr + (first_row + row).to(tl.int64) * ALL_BINS,
         key >> 22,
@@ -97,20 +104,20 @@ def shortlist(
 
     Add the second digits of those that are on it to the histogram.
     """
-    after_previous(PDL)
+    wait_for_previous(PDL)
     pid = tl.program_id(0)
     block, row = pid % n_blocks, pid // n_blocks
-    sink_end, local_start, need = _row(row, seqlens_ptr, S, Lq, Lk, n_sink, n_local, share)
+    sink_end, local_start, need = _bounds(row, seqlens_ptr, S, Lq, Lk, n_sink, n_local, share)
     if block * BLOCK >= local_start:
         return
     histogram_ptr += (first_row + row).to(tl.int64) * ALL_BINS
     first, need = _threshold(histogram_ptr, need, FIRST_BINS)
-    _hand_on(found_ptr + row * FOUND, block, first, need)
+    _store_found(found_ptr + row * FOUND, block, first, need)
     position = block * BLOCK + tl.arange(0, BLOCK)
     is_candidate = (position >= sink_end) & (position < local_start)
     votes_ptr += first_vote
     votes_ptr += (row // S).to(tl.int64) * stride_b + (row % S).to(tl.int64) * stride_s
-    key = _keys(votes_ptr, taken_ptr, row, position, is_candidate, Lk, stride_j, TAKEN)
+    key = _load_keys(votes_ptr, taken_ptr, row, position, is_candidate, Lk, stride_j, TAKEN)
     is_listed = is_candidate & (key >> 22 >= first)
     place = tl.cumsum(is_listed.to(tl.int32), 0) - 1
     at = (row.to(tl.int64) * n_blocks + block) * BLOCK + place
@@ -118,7 +125,7 @@ def shortlist(
     tl.store(positions_ptr + at, position, mask=is_listed)
     tl.store(sizes_ptr + row * n_blocks + block, tl.sum(is_listed.to(tl.int32), 0))
     is_second = is_listed & (key >> 22 == first)
-    _add_few(histogram_ptr + FIRST_BINS, key >> 11 & 2047, is_second, BLOCK)
+    _add_few_counts(histogram_ptr + FIRST_BINS, key >> 11 & 2047, is_second, BLOCK)
 
 
 @triton.jit(do_not_specialize=[*COUNTS, "S", "Lk"])
@@ -140,21 +147,21 @@ def narrow(
     PDL: tl.constexpr = False,
 ):
     """Add the third digits of one block's listed candidates to the histogram."""
-    after_previous(PDL)
+    wait_for_previous(PDL)
     pid = tl.program_id(0)
     block, row = pid % n_blocks, pid // n_blocks
-    _, local_start, _ = _row(row, seqlens_ptr, S, Lq, Lk, n_sink, n_local, share)
+    _, local_start, _ = _bounds(row, seqlens_ptr, S, Lq, Lk, n_sink, n_local, share)
     if block * BLOCK >= local_start:
         return
     histogram_ptr += (first_row + row).to(tl.int64) * ALL_BINS
     found_ptr += row * FOUND
-    first, need = _handed(found_ptr)
+    first, need = _load_found(found_ptr)
     second, need = _threshold(histogram_ptr + FIRST_BINS, need, BINS)
     digits = first << 11 | second
-    _hand_on(found_ptr + 2, block, digits, need)
-    key, is_listed = _listed(keys_ptr, sizes_ptr, row, block, n_blocks, BLOCK)
+    _store_found(found_ptr + 2, block, digits, need)
+    key, is_listed = _load_shortlist(keys_ptr, sizes_ptr, row, block, n_blocks, BLOCK)
     is_third = is_listed & (key >> 11 == digits)
-    _add_few(histogram_ptr + FIRST_BINS + BINS, key & 2047, is_third, BLOCK)
+    _add_few_counts(histogram_ptr + FIRST_BINS + BINS, key & 2047, is_third, BLOCK)
 
 
 @triton.jit(do_not_specialize=[*COUNTS, "S", "Lk"])
@@ -178,19 +185,19 @@ def tally(
     PDL: tl.constexpr = False,
 ):
     """Count the listed candidates of one block above the threshold, and those on it."""
-    after_previous(PDL)
+    wait_for_previous(PDL)
     pid = tl.program_id(0)
     block, row = pid % n_blocks, pid // n_blocks
-    _, local_start, _ = _row(row, seqlens_ptr, S, Lq, Lk, n_sink, n_local, share)
+    _, local_start, _ = _bounds(row, seqlens_ptr, S, Lq, Lk, n_sink, n_local, share)
     if block * BLOCK >= local_start:
         return
     found_ptr += row * FOUND
-    digits, need = _handed(found_ptr + 2)
+    digits, need = _load_found(found_ptr + 2)
     histogram_ptr += (first_row + row).to(tl.int64) * ALL_BINS
     third, need = _threshold(histogram_ptr + FIRST_BINS + BINS, need, BINS)
     last = digits << 11 | third
-    _hand_on(found_ptr + 4, block, last, need)
-    key, is_listed = _listed(keys_ptr, sizes_ptr, row, block, n_blocks, BLOCK)
+    _store_found(found_ptr + 4, block, last, need)
+    key, is_listed = _load_shortlist(keys_ptr, sizes_ptr, row, block, n_blocks, BLOCK)
     at = row * n_blocks + block
     tl.store(above_ptr + at, tl.sum((is_listed & (key > last)).to(tl.int32), 0))
     tl.store(tied_ptr + at, tl.sum((is_listed & (key == last)).to(tl.int32), 0))
@@ -220,17 +227,18 @@ def collect(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr = False,
 ):
-    """Write the winners of one block, and a share of the sink, the local window and the padding.
+    """Store the winners of one block, and a part of the sink, the local window and the padding.
 
-    Or, before a further ballot, MARK the winners as taken.
+    positions (B, S, K): ascending, -1 from count (B, S) on. Or, before another ballot, MARK the
+    winners as taken, and store nothing else.
     """
-    after_previous(PDL)
+    wait_for_previous(PDL)
     pid = tl.program_id(0)
     block, row = pid % n_blocks, pid // n_blocks
-    sink_end, local_start, need = _row(row, seqlens_ptr, S, Lq, Lk, n_sink, n_local, share)
+    sink_end, local_start, need = _bounds(row, seqlens_ptr, S, Lq, Lk, n_sink, n_local, share)
     won = need
     if block * BLOCK < local_start:
-        last, need = _handed(found_ptr + row * FOUND + 4)
+        last, need = _load_found(found_ptr + row * FOUND + 4)
         above = tl.zeros([BLOCK], tl.int32)
         tied = tl.zeros([BLOCK], tl.int32)
         for start in range(0, block, BLOCK):
@@ -240,7 +248,7 @@ def collect(
             tied += tl.load(tied_ptr + row * n_blocks + other, mask=is_before, other=0)
         tied_before = tl.sum(tied, 0)
         won_before = tl.sum(above, 0) + tl.minimum(tied_before, need)
-        key, is_listed = _listed(keys_ptr, sizes_ptr, row, block, n_blocks, BLOCK)
+        key, is_listed = _load_shortlist(keys_ptr, sizes_ptr, row, block, n_blocks, BLOCK)
         at = (row.to(tl.int64) * n_blocks + block) * BLOCK + tl.arange(0, BLOCK)
         position = tl.load(positions_ptr + at, mask=is_listed, other=0)
         is_tied = is_listed & (key == last)
@@ -265,16 +273,18 @@ def collect(
 
 
 @triton.jit
-def _row(row, seqlens_ptr, S, Lq, Lk, n_sink, n_local, share):
-    """The candidates' bounds and how many of them are needed, of one row of (B, S)."""
+def _bounds(row, seqlens_ptr, S, Lq, Lk, n_sink, n_local, share):
+    """Return a row's first candidate, the end of its candidates, and how many have to win."""
     sink_end, local_start = regions(length(seqlens_ptr, row // S, Lk), Lq, n_sink, n_local)
     return sink_end, local_start, tl.minimum(share, local_start - sink_end)
 
 
 @triton.jit
-def _keys(votes_ptr, taken_ptr, row, position, is_candidate, Lk, stride_j, TAKEN: tl.constexpr):
-    """Unsigned keys that order as the votes: -0.0 as 0.0, NaN as -inf, what is taken on top."""
-    # More is loaded than the candidates, so that loads are wide.
+def _load_keys(
+    votes_ptr, taken_ptr, row, position, is_candidate, Lk, stride_j, TAKEN: tl.constexpr
+):
+    """Return unsigned keys that order as votes do: -0.0 as 0.0, NaN as -inf, taken ones first."""
+    # Load more than the candidates, so that loads are wide.
     vote = tl.load(votes_ptr + position.to(tl.int64) * stride_j, mask=position < Lk, other=0.0)
     vote = tl.where(vote != vote, float("-inf"), vote)
     bits = tl.where(vote == 0.0, 0.0, vote).to(tl.int32, bitcast=True)
@@ -287,8 +297,8 @@ def _keys(votes_ptr, taken_ptr, row, position, is_candidate, Lk, stride_j, TAKEN
 
 
 @triton.jit
-def _listed(keys_ptr, sizes_ptr, row, block, n_blocks, BLOCK: tl.constexpr):
-    """A block's shortlist: keys, and which of the BLOCK places hold one."""
+def _load_shortlist(keys_ptr, sizes_ptr, row, block, n_blocks, BLOCK: tl.constexpr):
+    """Load a block's shortlist (BLOCK,): keys, and which places hold one."""
     place = tl.arange(0, BLOCK)
     is_listed = place < tl.load(sizes_ptr + row * n_blocks + block)
     at = (row.to(tl.int64) * n_blocks + block) * BLOCK + place
@@ -298,15 +308,15 @@ def _listed(keys_ptr, sizes_ptr, row, block, n_blocks, BLOCK: tl.constexpr):
 
 @triton.jit
 def _add_counts(histogram_ptr, digit, is_counted, BINS: tl.constexpr):
-    """Add a block's digits to a row's histogram; whole numbers add up in any order."""
+    """Add a block's digits to a row's histogram; the order of integer additions is free."""
     counts = tl.histogram(digit.to(tl.int32), BINS, mask=is_counted)
     bins = tl.arange(0, BINS)
     tl.atomic_add(histogram_ptr + bins, counts, mask=counts > 0, sem="relaxed")
 
 
 @triton.jit
-def _add_few(histogram_ptr, digit, is_counted, BLOCK: tl.constexpr):
-    """The same of digits that few of a block have: one by one, but for blocks of ties."""
+def _add_few_counts(histogram_ptr, digit, is_counted, BLOCK: tl.constexpr):
+    """Add digits that few of a block have to a histogram: one by one, unless many tie."""
     if tl.sum(is_counted.to(tl.int32), 0) > BLOCK // 8:
         _add_counts(histogram_ptr, digit, is_counted, BINS)
     else:
@@ -316,7 +326,7 @@ def _add_few(histogram_ptr, digit, is_counted, BLOCK: tl.constexpr):
 
 @triton.jit
 def _threshold(histogram_ptr, need, BINS: tl.constexpr):
-    """The digit of the need-th largest, and how many of that digit are still needed."""
+    """Return the digit of the need-th largest, and how many of that digit are still needed."""
     bins = tl.arange(0, BINS)
     counts = tl.load(histogram_ptr + bins)
     reaching = tl.cumsum(counts, 0, reverse=True)
@@ -326,14 +336,15 @@ def _threshold(histogram_ptr, need, BINS: tl.constexpr):
 
 
 @triton.jit
-def _hand_on(found_ptr, block, digits, need):
-    """Tell the next kernel what each block has found: leading digits of the last winner's key,
-    and how many of those that begin with them win.
+def _store_found(found_ptr, block, digits, need):
+    """Store, once per row, the leading digits of the last winner's key, and how many of the keys
+    that begin with them win.
     """
     tl.store(found_ptr, digits.to(tl.int32, bitcast=True), mask=block == 0)
     tl.store(found_ptr + 1, need, mask=block == 0)
 
 
 @triton.jit
-def _handed(found_ptr):
+def _load_found(found_ptr):
+    """Load what `_store_found` stored: the digits and the number."""
     return tl.load(found_ptr).to(tl.uint32, bitcast=True), tl.load(found_ptr + 1)

@@ -1,4 +1,4 @@
-"""Cosines and sines of whole numbers of positions, exact to float32: see `device.angles`."""
+"""Cosines and sines of whole numbers of positions, exact to float32: see `device.cos_sin`."""
 
 from typing import NamedTuple
 
