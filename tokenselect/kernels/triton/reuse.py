@@ -11,15 +11,13 @@ fusing a multiplication with an addition changes no result.
 
 import math
 import struct
-from typing import Any
 
 import torch
 import triton
-from torch import Tensor
 
 from tokenselect.contract import CacheState, Problem, ReuseDecision, Selection
 from tokenselect.kernels.triton import recording, reuse_kernels
-from tokenselect.kernels.triton.launch import SOURCE, Launch, Source
+from tokenselect.kernels.triton.launch import SOURCE, Launch, Source, strides
 
 # Columns of the mean query, and places of a selection, per program.
 _MEAN_BLOCK = 64
@@ -68,7 +66,7 @@ def decide_launches(
                     D=p.D,
                     N=N,
                     n_blocks=n_blocks,
-                    **_strides("q", p.q, "bhid"),
+                    **strides("q", p.q, "bhid"),
                 ),
                 dict(BLOCK=_MEAN_BLOCK),
                 4,
@@ -97,8 +95,8 @@ def decide_launches(
                 max_reuse=p.max_reuse,
                 stride_seqlen_at_selection=memory.seqlen_at_selection.stride(0),
                 **q_strides,
-                **_strides("stored_query_", memory.query, ("b", "column")),
-                **_strides("stored_count_", memory.count, "bs"),
+                **strides("stored_query_", memory.query, ("b", "column")),
+                **strides("stored_count_", memory.count, "bs"),
             ),
             dict(
                 D=p.D,
@@ -149,11 +147,11 @@ def update_launches(
                 stride_seqlen_at_selection=memory.seqlen_at_selection.stride(0),
                 stride_hits=memory.hits.stride(0),
                 stride_misses=memory.misses.stride(0),
-                **_strides("positions_", fresh.positions, ("b", "s", "place")),
-                **_strides("count_", fresh.count, "bs"),
-                **_strides("stored_query_", memory.query, ("b", "column")),
-                **_strides("stored_positions_", memory.positions, ("b", "s", "place")),
-                **_strides("stored_count_", memory.count, "bs"),
+                **strides("positions_", fresh.positions, ("b", "s", "place")),
+                **strides("count_", fresh.count, "bs"),
+                **strides("stored_query_", memory.query, ("b", "column")),
+                **strides("stored_positions_", memory.positions, ("b", "s", "place")),
+                **strides("stored_count_", memory.count, "bs"),
             ),
             dict(BLOCK=_PLACES),
             4,
@@ -166,10 +164,6 @@ def _bits(x: float) -> int:
     """Return the 64 bits of x as an integer, for `reuse_kernels` to read as a float64."""
     bits: int = struct.unpack("<q", struct.pack("<d", x))[0]
     return bits
-
-
-def _strides(name: str, tensor: Tensor, dims: str | tuple[str, ...]) -> dict[str, Any]:
-    return {f"stride_{name}{dim}": tensor.stride(i) for i, dim in enumerate(dims)}
 
 
 def bytes_moved(problem: Problem) -> dict[str, int]:

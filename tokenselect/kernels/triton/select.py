@@ -1,16 +1,16 @@
-"""Stage 2: radix select over as many blocks as there are; exact for any mass of ties.
+"""Stage 2, on the host: what `select` launches, a radix select that is exact for any ties.
 
-clear      histograms that start at zero
-count      histogram of the first digit of every candidate's key; nothing is taken yet
+clear      sets the histograms to zero
+count      histogram of the first digit of every candidate's key
 shortlist  in each block, the candidates that reach the first digit's threshold, in order; and the
            histogram of the second digit
 narrow     histogram of the third digit
 tally      how many of each block are above the threshold, and how many on it
-collect    positions in ascending order, after the winners of all blocks before
+collect    positions in ascending order, after the winners of all previous blocks
 
-A key is a vote's bits, so rotate that keys order as votes do; its digits have 10, 11 and 11 bits.
-A block's shortlist has room for the whole block: votes may tie in any number. The second ballot of
-a split ranks what the first one chose above everything.
+The kernels are in `select_kernels`. A key is a vote's bits, changed so that keys order as votes do;
+its digits have 10, 11 and 11 bits. A block's shortlist has room for the whole block: any number of
+votes may tie. The second ballot of a split ranks what the first one chose above everything else.
 """
 
 import math
@@ -26,7 +26,7 @@ from tokenselect.kernels.triton.launch import SOURCE, Launch, Source
 
 
 def select(votes: Tensor, problem: Problem) -> Selection:
-    """See `tokenselect.reference.select`: bit-exact."""
+    """Return positions (B, S, K), ascending, and count (B, S); bit-identical to the reference."""
     selection: Selection = recording.run(launches, votes, problem)
     return selection
 
@@ -34,7 +34,7 @@ def select(votes: Tensor, problem: Problem) -> Selection:
 def launches(
     votes: Tensor, problem: Problem, arch: str, source: Source = SOURCE
 ) -> tuple[Selection, list[Launch]]:
-    """The selection to be, and the kernels that fill it."""
+    """Return the selection, yet to be filled, and the kernels that fill it."""
     p, block = problem, TABLE[arch].select_block
     n_rows, n_blocks = p.B * p.S, math.ceil(p.Lk / block)
 
@@ -47,15 +47,19 @@ def launches(
     histograms = empty(p.R, n_rows, select_kernels.ALL_BINS.value)
     found = empty(n_rows, select_kernels.FOUND.value)
     taken = histograms
-    todo = [_cleared(histograms)]
     if p.R > 1:
         taken = source.empty((n_rows, p.Lk), torch.int8, votes.device)
-    grid = (n_blocks * n_rows,)
+
+    shortlists: dict[str, Any] = {"found_ptr": found, "keys_ptr": keys, "sizes_ptr": sizes}
+    tallies: dict[str, Any] = {"above_ptr": above, "tied_ptr": tied}
+    results: dict[str, Any] = {"positions_ptr": places, "taken_ptr": taken, "out_ptr": positions}
+    results |= {"count_ptr": count, "K": p.K}
+    todo = [_clear_launch(histograms)]
     share = 0
     for ballot, (_, more) in enumerate(p.config.ballots):
         share = min(share + more, p.Lk)
         is_last = ballot == p.R - 1
-        where: dict[str, Any] = {
+        bounds: dict[str, Any] = {
             "seqlens_ptr": p.cache_seqlens,
             "S": p.S,
             "Lq": p.Lq,
@@ -65,7 +69,7 @@ def launches(
             "share": share,
             "n_blocks": n_blocks,
         }
-        voted: dict[str, Any] = {
+        ballots: dict[str, Any] = {
             "votes_ptr": votes,
             "taken_ptr": taken,
             "first_vote": ballot * votes.stride(1),
@@ -73,65 +77,36 @@ def launches(
             "stride_s": votes.stride(2),
             "stride_j": votes.stride(3),
         }
-        counted: dict[str, Any] = {"histogram_ptr": histograms, "first_row": ballot * n_rows}
-        listed: dict[str, Any] = {"found_ptr": found, "keys_ptr": keys, "sizes_ptr": sizes}
-        tallied: dict[str, Any] = {"above_ptr": above, "tied_ptr": tied}
-        results: dict[str, Any] = {
-            "positions_ptr": places,
-            "taken_ptr": taken,
-            "out_ptr": positions,
-        }
-        results |= {"count_ptr": count, "K": p.K}
-        sized = {"BLOCK": block}
-        ranked = sized | {"TAKEN": ballot > 0}
-        todo += [
-            Launch(
-                select_kernels.count,
-                grid,
-                where | voted | counted,
-                ranked | {"UNTAKES": ballot == 0 and not is_last},
-                8,
-                1,
-            ),
-            Launch(
-                select_kernels.shortlist,
-                grid,
-                where | voted | counted | listed | {"positions_ptr": places},
-                ranked,
-                8,
-                1,
-            ),
-            Launch(select_kernels.narrow, grid, where | counted | listed, sized, 8, 1),
-            Launch(select_kernels.tally, grid, where | counted | listed | tallied, sized, 4, 1),
-            Launch(
-                select_kernels.collect,
-                grid,
-                where | listed | tallied | results,
-                sized | {"MARK": not is_last},
-                4,
-                1,
-            ),
-        ]
+        histogram = {"histogram_ptr": histograms, "first_row": ballot * n_rows}
+        counted = bounds | ballots | histogram
+        listed = bounds | shortlists
+        size = {"BLOCK": block}
+        ranks = size | {"TAKEN": ballot > 0}
+        untakes = {"UNTAKES": ballot == 0 and not is_last}
+        shortlisted = counted | shortlists | {"positions_ptr": places}
+        collected = listed | tallies | results
+        for kernel, args, constants, warps in (
+            (select_kernels.count, counted, ranks | untakes, 8),
+            (select_kernels.shortlist, shortlisted, ranks, 8),
+            (select_kernels.narrow, listed | histogram, size, 8),
+            (select_kernels.tally, listed | histogram | tallies, size, 4),
+            (select_kernels.collect, collected, size | {"MARK": not is_last}, 4),
+        ):
+            todo.append(Launch(kernel, (n_blocks * n_rows,), args, constants, warps, 1))
     return Selection(positions, count), todo
 
 
-def _cleared(tensor: Tensor) -> Launch:
+def _clear_launch(tensor: Tensor) -> Launch:
     size, block = tensor.numel(), 4096
-    return Launch(
-        select_kernels.clear,
-        (math.ceil(size / block),),
-        {"ptr": tensor, "size": size},
-        {"BLOCK": block},
-        4,
-        1,
-    )
+    grid = (math.ceil(size / block),)
+    return Launch(select_kernels.clear, grid, {"ptr": tensor, "size": size}, {"BLOCK": block}, 4, 1)
 
 
 def bytes_moved(problem: Problem) -> dict[str, int]:
-    """Bytes that each kernel reads and writes, for requests as long as the cache.
+    """Return the bytes that each kernel reads and writes, for requests as long as the cache.
 
-    If a candidate in 30 reaches the first digit's threshold, or all winners and as many again,
-    whichever is more. Votes that tie in masses take up to 8 times `shortlist` more.
+    Assumes that one candidate in 30 reaches the first digit's threshold, or twice the winners if
+    those are more. If most votes tie, `shortlist` takes up to 8 times more.
     """
     p = problem
     n_rows = p.B * p.S
