@@ -16,6 +16,7 @@ PACKAGE = "tokenselect.kernels.triton"
 class Mutant(NamedTuple):
     """In `module`, `old` becomes `new`; it stands there `times` times, and all of them change.
 
+    A stage's module is all its files: `score` is score.py, score_logits.py and so on.
     `stage` is the one whose laws should notice; "reuse": the Selection Cache's steps, which have to
     be the reference's; None: only bad values show it, and the fences do. `law`: one that is known
     to notice, which is tried first.
@@ -51,7 +52,7 @@ MUTANTS = (
         "score",
     ),
     Mutant("reads-one-segment-too-many", "score", "segment < used", "segment <= used", "score"),
-    Mutant("adds-up-one-run-of-queries-twice", "score", "< larger).to", "<= larger).to", "score"),
+    Mutant("adds-up-one-run-of-queries-twice", "score", "< longer).to", "<= longer).to", "score"),
     Mutant("votes-of-the-wrong-head", "score", "+ u // n_voting", "+ u % (Hkv // S)", "score"),
     Mutant("pools-to-one-side", "score", "range(-reach, reach + 1)", "range(-reach, 1)", "score"),
     Mutant(
@@ -81,8 +82,8 @@ MUTANTS = (
     Mutant(
         "query-does-not-see-itself",
         "attend",
-        "stands[None, :] <= query_position[:, None]",
-        "stands[None, :] < query_position[:, None]",
+        "visible_from[None, :] <= query_position[:, None]",
+        "visible_from[None, :] < query_position[:, None]",
         "attend",
     ),
     Mutant(
@@ -120,8 +121,8 @@ MUTANTS = (
     ),
     Mutant(
         "remembers-who-is-gone", "reuse",
-        "tl.store(seen_at, n, mask=is_first)\n",
-        "tl.store(seen_at, n, mask=is_first & (n > 0))\n", "reuse",
+        "tl.store(stored_seqlen_at, n, mask=is_first)\n",
+        "tl.store(stored_seqlen_at, n, mask=is_first & (n > 0))\n", "reuse",
     ),
     Mutant(
         "trusts-lengths", "device", "tl.minimum(tl.maximum(tl.load(seqlens_ptr + b), 0), Lk)",
@@ -146,13 +147,14 @@ def build(mutant: Mutant, where: Path) -> tuple[Backend, ModuleType]:
     package = "mutant_" + mutant.name.replace("-", "_")
     source = Path(sys.modules[PACKAGE].__file__).parent
     (where / package).mkdir()
+    found = 0
     for path in source.glob("*.py"):
         text = path.read_text()
-        if path.stem == mutant.module:
-            found = text.count(mutant.old)
-            assert found == mutant.times, f"{mutant.old!r} is {found} times in {path}"
+        if path.stem.partition("_")[0] == mutant.module:
+            found += text.count(mutant.old)
             text = text.replace(mutant.old, mutant.new)
         (where / package / path.name).write_text(text.replace(PACKAGE, package))
+    assert found == mutant.times, f"{mutant.old!r} is {found} times in {mutant.module}"
     sys.path.insert(0, str(where))
     try:
         module = importlib.import_module(package)

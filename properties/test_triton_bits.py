@@ -23,13 +23,13 @@ def test_bits_of_a_logit(bits: int, holds: bool, monkeypatch: pytest.MonkeyPatch
     """The share of the tolerance that votes take if a logit has this many bits."""
     import triton.language as tl
 
-    from tokenselect.kernels.triton import configs, launch, score
+    from tokenselect.kernels.triton import configs, launch, score, score_logits
 
     if not launch.INTERPRETED:
         pytest.skip("compiled kernels have this constant in them; CI tries it in the interpreter")
     wide = configs.TABLE["interpreter"]._replace(tile=128)
     monkeypatch.setitem(configs.TABLE, "interpreter", wide)
-    monkeypatch.setattr(score, "_LAST", tl.constexpr(2**bits - 2))
+    monkeypatch.setattr(score_logits, "_LAST", tl.constexpr(2**bits - 2))
     problem = STANDS_OUT.problem()
     finding = score_tolerance(problem).compare(score.score(problem))
     print(f"{bits} bits: {finding.share:.3g} of the tolerance")

@@ -4,6 +4,7 @@ import contextlib
 import inspect
 from dataclasses import fields, replace
 from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -166,7 +167,7 @@ def all_stages(p: Problem) -> None:
     scores: Scores = compared(score, "launches", p, fills=True)
     compared(score, "launches", p, fills=False)
     selection: Selection = compared(select, "launches", scores.votes, p)
-    compared(reuse, "keep_launches", p, memory, decision, selection)
+    compared(reuse, "update_launches", p, memory, decision, selection)
     compared(attend, "launches", p, selection, out=None)
     out = torch.empty(p.B, p.Hq, p.Lq, p.Dv, dtype=p.q.dtype)
     compared(attend, "launches", p, selection, out=out)
@@ -354,7 +355,8 @@ def test_profilers_see_every_launch(kernel: Kernel, monkeypatch: pytest.MonkeyPa
 
 def test_no_constexpr_is_called_a_count() -> None:
     """Triton refuses that when it compiles."""
-    modules = (score, select, attend, reuse)
+    files = Path(launch.__file__).parent.glob("[a-z]*.py")
+    modules = [import_module(f"{PACKAGE}.{file.stem}") for file in files]
     kernels = [x for module in modules for x in vars(module).values() if hasattr(x, "arg_names")]
     seen = set()
     for one in kernels:

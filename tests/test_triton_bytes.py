@@ -92,7 +92,7 @@ memory = CacheState(torch.ones(1, 512), torch.zeros(1, 1, p.K, dtype=torch.int32
 decision = run(reuse.decide_launches(p, memory, 0.9))
 scores = run(score.launches(p, "interpreter"))
 selection = run(select.launches(scores.votes, p, "interpreter"))
-run(reuse.keep_launches(p, memory, decision, selection))
+run(reuse.update_launches(p, memory, decision, selection))
 run(attend.launches(p, selection, "interpreter"))
 stages = (reuse.bytes_moved(p), score.bytes_moved(p, "interpreter"), select.bytes_moved(p),
           attend.bytes_moved(p, "interpreter"))

@@ -10,7 +10,7 @@ from tokenselect import Problem, Rope, SelectConfig
 from tokenselect.contract import CacheState, reasons
 from tokenselect.kernels.triton import BACKEND
 from tokenselect.kernels.triton.attend import launches as attend_launches
-from tokenselect.kernels.triton.reuse import decide_launches, keep_launches
+from tokenselect.kernels.triton.reuse import decide_launches, update_launches
 from tokenselect.kernels.triton.score import launches as score_launches
 from tokenselect.kernels.triton.select import launches as select_launches
 
@@ -143,6 +143,6 @@ def shipped(problem: Problem, arch: str) -> list[Any]:
     scores, scoring = score_launches(problem, arch)
     _, planned = score_launches(problem, arch, fills=False)
     selection, selecting = select_launches(scores.votes, problem, arch)
-    _, keeping = keep_launches(problem, state, decision, selection)
+    _, keeping = update_launches(problem, state, decision, selection)
     _, attending = attend_launches(problem, selection, arch)
     return [*deciding, *scoring, *planned, *selecting, *keeping, *attending]

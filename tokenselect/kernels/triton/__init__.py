@@ -1,8 +1,17 @@
 """The triton backend: every stage as kernels for a GPU, interpreted on the CPU for tests.
 
-`score` reads the keys once, `select` uses as many blocks as there are, `attend` touches selected
-rows only, `reuse` is a launch before them and one between. Nothing waits for the device, and no
-result depends on the batch or the grid.
+On the host, each stage works out what to launch; device code is in files of its own:
+
+stage   launches   device code
+score   score.py   score_voters.py, score_logits.py, score_votes.py
+select  select.py  select_kernels.py
+attend  attend.py  attend_kernels.py, attend_tile.py
+reuse   reuse.py   reuse_kernels.py
+shared  launch.py, recording.py, configs.py, tables.py   device.py
+
+`score` reads the keys once, `select` uses one program per block of candidates, `attend` touches
+selected rows only, `reuse` is one launch before these (two for a chunk) and one after `select`.
+Nothing waits for the device, and no result depends on the batch or the grid.
 """
 
 import torch

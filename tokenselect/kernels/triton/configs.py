@@ -1,4 +1,4 @@
-"""How large the kernels' tiles are, by architecture. Nothing is tuned at run time."""
+"""The sizes of the kernels' tiles, by architecture. Nothing is tuned at run time."""
 
 from typing import NamedTuple
 
@@ -6,18 +6,18 @@ from typing import NamedTuple
 class Config(NamedTuple):
     """Sizes of one architecture.
 
-    multiprocessors     how many the grid of `score` is to fill
+    multiprocessors     those of a GPU, which the grids of `score` are to fill
     programs            programs of `score` per multiprocessor
     tile                tokens that `score` multiplies at once, at a head dim of up to 128
     segment             tiles whose sums of weights are kept together
     voters              the most voters that one read of the keys serves
-    warps               of `logits`
-    few_warps           of `logits` for up to 32 voters of a decode, if D is a power of two
-    float32_warps       of `logits`, where it multiplies in float32
-    stages              tiles whose keys `logits` has on the way, in the cache's dtype
-    mean_stages         likewise for mean queries, which take three times the room of others
+    warps               warps of `logits`
+    few_warps           likewise for up to 32 voters of a decode, if D is a power of two
+    float32_warps       likewise where it multiplies in float32
+    stages              tiles whose keys `logits` has in flight, in the cache's dtype
+    mean_stages         likewise for mean queries, which take three times the memory of others
     hoisted_parts       whether `logits` loads mean queries once for all tiles
-    pairs               pairs of dims that `logits` turns at once
+    pairs               pairs of dims that `logits` rotates at once
     queries             queries that `voters` adds up at once
     normalize_block     segments that `normalize` adds up at once
     vote_programs       programs of `vote` per multiprocessor
@@ -25,10 +25,10 @@ class Config(NamedTuple):
     pool_block          candidates per program of `pool`
     select_block        candidates per program of `select`
     gather              selected tokens that `attend` multiplies at once, for 16 query rows
-    gather_pairs        pairs of dims that `attend` turns at once
-    query_rows          query rows that a program of `attend` takes of a few queries
-    chunk_rows          likewise of a chunk: more than that
-    chunk_stages        tiles whose rows `attend` has on the way for a chunk, in the cache's dtype
+    gather_pairs        pairs of dims that `attend` rotates at once
+    query_rows          query rows of a program of `attend` for up to that many; more are a chunk
+    chunk_rows          likewise for a chunk
+    chunk_stages        tiles whose rows `attend` has in flight for a chunk, in the cache's dtype
     float32             how a matrix unit multiplies float32: "ieee", or "tf32x3": 22 bits
     split, long_split   selected tokens per program of `attend`, for few query rows and for more
     dependent_launch    whether a kernel may be launched while the previous one runs
@@ -65,7 +65,7 @@ class Config(NamedTuple):
 
 TABLE = {
     "sm_80": Config(multiprocessors=108, voters=32, vote_voters=16),
-    # 99 KiB of shared memory a block.
+    # 99 KiB of shared memory per block.
     "sm_86": Config(
         multiprocessors=84,
         voters=32,
@@ -93,7 +93,7 @@ TABLE = {
         queries=8,
         dependent_launch=True,
     ),
-    # Each load under its own mask takes two scalar registers: few places a thread, no pipelining.
+    # A load under its own mask takes two scalar registers: few places per thread, no pipelining.
     "gfx942": Config(
         multiprocessors=304,
         tile=64,
@@ -109,7 +109,7 @@ TABLE = {
         chunk_rows=32,
         float32="ieee",
     ),
-    # Small, so that every loop and every border is met at the sizes of the properties.
+    # Small, so that the problems of the properties reach every loop and every border.
     "interpreter": Config(
         multiprocessors=1,
         hoisted_parts=True,

@@ -1,4 +1,4 @@
-"""What the kernels share: where a token's row lies, regions, rotation, softcap."""
+"""Device code that the stages share: lengths, regions, rows of the cache, rotation, softcap."""
 
 import triton
 import triton.language as tl
@@ -7,26 +7,27 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
-# Arguments that a kernel is not compiled anew for. Triton would where one becomes 1, or divisible
-# by 16 or no longer: seconds, in the middle of serving. None of these says how rows of values are
-# aligned, which wide loads and stores depend on; S, Lk and K are added where they do not.
+# Arguments whose values no kernel is compiled for. By default Triton compiles a kernel again, for
+# seconds in the middle of serving, when an argument becomes 1, or starts or stops being divisible
+# by 16. None of these tells how rows of values are aligned, which wide loads and stores depend on.
+# Kernels add S, Lk and K where those do not tell it either.
 COUNTS = (
     *("B", "Hkv", "G", "Lq", "share", "max_reuse", "theta_bits", "reciprocal_bits"),
-    *("n_sink", "n_local", "n_voters", "n_voting", "first_lse_voter", "means", "reach"),
+    *("n_sink", "n_local", "n_voters", "n_voting", "first_lse_voter", "n_query_means", "reach"),
     *("n_tiles", "n_segments", "n_splits", "n_blocks", "n_programs", "n_pages", "page_size"),
-    *("many_rows", "first_row", "rows_per_request", "candidate_sums"),
+    *("n_rows", "first_row", "rows_per_request", "candidate_sums"),
     *("stride_sinks", "stride_table_b", "stride_count_b", "stride_count_s"),
     *("stride_stored_count_b", "stride_stored_count_s"),
-    *("stride_seen", "stride_hits", "stride_misses"),
+    *("stride_seqlen_at_selection", "stride_hits", "stride_misses"),
 )
 
 
 @triton.jit
-def after_previous(PDL: tl.constexpr):
-    """Wait until the previous kernel is complete: the first statement of every kernel.
+def wait_for_previous(PDL: tl.constexpr):
+    """Wait until the previous kernel is complete; the first statement of every kernel.
 
-    With programmatic dependent launch this kernel may have been launched while that one still ran.
-    Nothing may be loaded or stored before; the next kernel may be launched from here on.
+    With programmatic dependent launch this kernel may start while the previous one still runs.
+    Nothing may be loaded or stored before this; the next kernel may be launched after it.
     """
     if PDL:
         gdc_wait()
@@ -35,34 +36,33 @@ def after_previous(PDL: tl.constexpr):
 
 @triton.jit
 def length(seqlens_ptr, b, Lk):
-    """n of request b, kept within the cache whatever is stored there."""
+    """Return the length n of request b, clamped to 0 ... Lk: a bad length stays in bounds."""
     return tl.minimum(tl.maximum(tl.load(seqlens_ptr + b), 0), Lk)
 
 
 @triton.jit
 def regions(n, Lq, n_sink, n_local):
-    """End of the sink, start of the local window; the candidates lie between."""
+    """Return the end of the sink and the start of the local window: candidates lie between."""
     local_start = tl.maximum(0, n - Lq + 1 - n_local)
     return tl.minimum(n_sink, local_start), local_start
 
 
 @triton.jit
-def rows(
+def locate(
     table_ptr,
     b,
     position,
     is_token,
     page_size,
     n_pages,
-    stride_page,
-    stride_row,
     stride_table_b,
     stride_table_page,
     PAGED: tl.constexpr,
 ):
-    """Where the rows of request b at `position` start, in elements, and which of them exist.
+    """Return the page and the row in it of request b's tokens at `position`, and which exist.
 
-    A contiguous cache is the paged case with one page a request.
+    position, is_token and the results are (TILE,), but for the page of a contiguous cache: that is
+    request b's only one, a number.
     """
     if PAGED:
         entry = (position // page_size).to(tl.int64) * stride_table_page
@@ -74,12 +74,12 @@ def rows(
     else:
         page = b.to(tl.int64)
         row = position.to(tl.int64)
-    return page * stride_page + row * stride_row, is_token
+    return page, row, is_token
 
 
 @triton.jit
-def rotary_columns(column, half, INTERLEAVED: tl.constexpr):
-    """The dims that rotate together: (first, second) of each pair."""
+def rotary_pairs(column, half, INTERLEAVED: tl.constexpr):
+    """Return the dims of each pair that rotates together: (first, second)."""
     if INTERLEAVED:
         first, second = 2 * column, 2 * column + 1
     else:
@@ -88,10 +88,10 @@ def rotary_columns(column, half, INTERLEAVED: tl.constexpr):
 
 
 @triton.jit
-def angles(high_ptr, low_ptr, high, low, column, half, SIGN: tl.constexpr):
-    """Cosines and sines of SIGN * (LOW * high + low) * inv_freq, by the sum of two angles.
+def cos_sin(high_ptr, low_ptr, high, low, column, half, SIGN: tl.constexpr):
+    """Return cos and sin of SIGN * (LOW * high + low) * inv_freq, as the sum of two angles.
 
-    high (N,) or (1,), low (N,), column (H,): (N, H) each. 0 beyond the rotated dims.
+    high (N,) or (1,), low (N,), column (H,) -> (N, H) each; 0 beyond the rotated dims.
     """
     is_rotated = (column < half)[None, :]
     at_high = high_ptr + high[:, None].to(tl.int64) * (2 * half) + column[None, :]
@@ -108,14 +108,14 @@ def angles(high_ptr, low_ptr, high, low, column, half, SIGN: tl.constexpr):
 
 
 @triton.jit
-def turned(first, second, cos, sin):
-    """Pairs, rotated."""
+def rotate(first, second, cos, sin):
+    """Rotate pairs of dims."""
     return first * cos - second * sin, first * sin + second * cos
 
 
 @triton.jit
-def capped(s, softcap):
-    """softcap * tanh(s / softcap), to a few roundings of the result, however small s / softcap."""
+def apply_softcap(s, softcap):
+    """Return softcap * tanh(s / softcap), within a few roundings however small s / softcap is."""
     x = s / softcap
     y = x * x
     near = 1.0 + y * (-1.0 / 3 + y * (2.0 / 15 + y * (-17.0 / 315 + y * (62.0 / 2835))))

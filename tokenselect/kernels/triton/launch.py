@@ -1,4 +1,4 @@
-"""What the three stages share on the host: memory, launches, and which machine this is."""
+"""What the stages share on the host: memory, launches, and which machine this is."""
 
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -21,10 +21,10 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
 class Launch(NamedTuple):
-    """One kernel to run, with everything that it is given.
+    """One kernel to run, with all its arguments.
 
-    args holds runtime arguments by name, constants the compile-time ones. A tensor that a problem
-    lacks is stood in for by another, which a constant keeps from being read.
+    args holds runtime arguments by name, constants the compile-time ones. In the place of a tensor
+    that a problem lacks is any other; a constant says that it is not to be read.
     """
 
     kernel: Any
@@ -36,11 +36,11 @@ class Launch(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A launch as it is recorded: without its tensors, which are told to it by number.
+    """A recorded launch: without its tensors, which it takes by number.
 
-    pick      the kernel's arguments, in order, out of all tensors and constants of a recording
-    options   what Triton is told besides
-    compiled  what Triton made of it, for each way in which the tensors may be aligned
+    pick      picks the kernel's arguments, in order, from a recording's tensors and constants
+    options   Triton's own options
+    compiled  the compiled kernel, for each way in which the tensors may be aligned
     """
 
     kernel: Any
@@ -56,15 +56,15 @@ def run(
     constants: Sequence[Any],
     device: torch.device,
 ) -> None:
-    """Launch the steps in order, on the tensors' device. Waits for nothing."""
+    """Launch the steps in order, on the tensors' device, without waiting for it."""
     if INTERPRETED:
-        # The interpreter's numpy would warn of every inf and NaN that is meant.
+        # The interpreter's numpy would warn of every intended inf and NaN.
         with numpy.errstate(all="ignore"):
             for step in steps:
                 step.kernel[step.grid](*step.pick((*tensors, *constants)), **step.options)
         return
     addresses = [0 if x is None else x.data_ptr() for x in tensors]
-    # Triton compiles for this, and for what is the same in all that a recording is for.
+    # Triton compiles for this, and for what is equal in all calls that share a recording.
     aligned = bytes([address % 16 == 0 for address in addresses])
     located = (*addresses, *constants)
     is_watched = _is_watched()
@@ -76,7 +76,7 @@ def run(
                 arguments = step.pick((*tensors, *constants))
                 step.compiled[aligned] = step.kernel[step.grid](*arguments, **step.options)
                 continue
-            # How Triton's JITFunction.run ends, but for the hooks; addresses may stand for tensors.
+            # As Triton's JITFunction.run ends, without its hooks; addresses may replace tensors.
             compiled.run(
                 *(step.grid[0], 1, 1, stream, compiled.function, compiled.packed_metadata),
                 *(None, None, None),
@@ -85,8 +85,8 @@ def run(
 
 
 def _is_watched() -> bool:
-    """Whether Triton is to see every launch: for profilers; and on AMD's GPUs, since it compiles
-    there for the size of a tensor's memory too.
+    """Return whether every launch has to go through Triton: for profilers, and on AMD's GPUs,
+    where Triton compiles for the size of a tensor's memory too.
     """
     runtime = triton.knobs.runtime
     for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
@@ -97,8 +97,8 @@ def _is_watched() -> bool:
 
 
 def options(one: Launch, arch: str) -> dict[str, Any]:
-    """What a launch is given besides arguments and constants, on an architecture of `TABLE`."""
-    # Fusion is specified, since triton's default for it is about to change.
+    """Return a launch's options for Triton, on an architecture of `TABLE`."""
+    # Fusion is named, since Triton's default for it is about to change.
     chosen = {"num_warps": one.num_warps, "num_stages": one.num_stages, "enable_fp_fusion": True}
     if TABLE[arch].dependent_launch:
         chosen |= {"PDL": True, "launch_pdl": True}
@@ -110,7 +110,7 @@ empty = scratch.empty
 
 
 class Source:
-    """Where the launches of a stage have tensors from, besides what the stage is given."""
+    """Where a stage's launches get memory and tables from."""
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         return empty(shape, dtype, device)
@@ -124,7 +124,7 @@ SOURCE = Source()
 
 @cache
 def arch(device: torch.device) -> str:
-    """The architecture whose configurations fit this device: a name in `configs.TABLE`."""
+    """Return the architecture whose sizes fit this device: a name in `configs.TABLE`."""
     if INTERPRETED:
         return "interpreter"
     if torch.version.hip is not None:
@@ -142,30 +142,38 @@ def arch(device: torch.device) -> str:
 
 
 def padded(size: int) -> int:
-    """A size that a matrix unit takes: a power of two, at least 16."""
+    """Round a size up to one that a matrix unit takes: a power of two, at least 16."""
     return max(16, int(triton.next_power_of_2(size)))
 
 
 def dot_dtype(dtype: torch.dtype) -> tl.dtype:
-    """What unmoved rows are multiplied in: the interpreter is wrong on products of bfloat16."""
+    """Return the dtype in which rows as cached are multiplied.
+
+    The interpreter is wrong on products of bfloat16.
+    """
     if dtype == torch.bfloat16:
         return tl.float32 if INTERPRETED else tl.bfloat16
     return tl.float16 if dtype == torch.float16 else tl.float32
 
 
 def is_wide(*tensors: Tensor) -> bool:
-    """Whether offsets along a single dimension of one of them take more than 31 bits."""
+    """Return whether offsets along one dimension of any tensor take more than 31 bits."""
     spans = (n * stride for x in tensors for n, stride in zip(x.shape, x.stride(), strict=True))
     return max(spans) >= 2**31
 
 
 def softcap(problem: Problem) -> float:
-    """What kernels divide by: a normal float32, or 1 where there is no softcap."""
+    """Return the softcap as kernels divide by it: a normal float32, or 1 if there is none."""
     return 1.0 if problem.softcap is None else max(problem.softcap, torch.finfo(torch.float32).tiny)
 
 
+def strides(name: str, tensor: Tensor, dims: str | Sequence[str]) -> dict[str, int]:
+    """Return a tensor's strides as arguments: `stride_`, name and the dimension's name."""
+    return {f"stride_{name}{dim}": tensor.stride(i) for i, dim in enumerate(dims)}
+
+
 def cache_arguments(problem: Problem, cache: Tensor) -> dict[str, Any]:
-    """What `device.rows` takes of a cache, contiguous (one page a request) or paged."""
+    """Return what `device.locate` takes of a cache, contiguous (one page per request) or paged."""
     table = problem.block_table
     page, head, row = (0, 2, 1) if table is not None else (0, 1, 2)
     return {

@@ -1,9 +1,9 @@
-"""What a stage launches, worked out once for all calls of the same structure.
+"""Record what a stage launches, once for all calls of the same structure.
 
 Launches follow from shapes, strides, dtypes and settings. So a stage's `launches` is called with
-stand-ins, which have a structure and nothing else, and what it returns is kept under that structure
-with numbers in the place of tensors. A call puts its own tensors there. Nothing else can get into a
-recording: no address, no value, and no number that its key does not hold.
+slots, which have a structure and nothing else, and its result is kept under that structure, with
+numbers in the place of tensors. Each call puts its own tensors there. Nothing else can get into a
+recording: no address, no value of a tensor, and no number that its key does not hold.
 """
 
 import copy
@@ -27,7 +27,7 @@ _MOST = 1024
 
 
 class Slot:
-    """Stands in for a tensor while launches are worked out."""
+    """The structure of a tensor, in its place while launches are recorded."""
 
     def __init__(
         self,
@@ -46,12 +46,13 @@ class Slot:
 
 
 class Recording(NamedTuple):
-    """A stage's steps. Its tensors are numbered: what is given, then memory, then tables.
+    """A stage's steps. Its tensors are numbered: arguments, then memory, then tables.
 
-    memory     shapes and dtypes to ask for
-    tables     the number of an inv_freq, limit and position: see `tables.tables`
-    result     the numbers of what the stage returns, and their type
+    memory     shapes and dtypes to allocate
+    tables     numbers of an inv_freq, with limit and position: see `tables.tables`
     constants  what steps pick besides tensors; numbered after them
+    result     the numbers of the tensors that the stage returns
+    kind       the type of the result, None for none
     """
 
     memory: tuple[tuple[tuple[int, ...], torch.dtype], ...]
@@ -66,13 +67,13 @@ _recordings: dict[Any, Recording] = {}
 
 
 def run(launches: Callable[..., tuple[Any, list[Launch]]], *given: Any, **more: Any) -> Any:
-    """Run what `launches(*given, arch=, source=, **more)` returns, and return its result."""
+    """Run the steps of `launches(*given, arch=, source=, **more)`, and return its result."""
     parts = [_parts(x) for x in (*given, *more.values())]
     tensors = [x for of, _ in parts for x in of]
     device = tensors[0].device
     arch = launch.arch(device)
     structure = tuple([None if x is None else (x.shape, x.stride(), x.dtype) for x in tensors])
-    # The sizes of an architecture, and not its name only: tests have others.
+    # The sizes of an architecture, not only its name: tests change them.
     key = (launches, device, TABLE[arch], structure, *[settings for _, settings in parts])
     recording = _recordings.get(key)
     if recording is None:
@@ -88,28 +89,28 @@ def run(launches: Callable[..., tuple[Any, list[Launch]]], *given: Any, **more: 
 
 
 def _parts(x: Any) -> tuple[tuple[Any, ...], Any]:
-    """The tensors of an argument, in order, and everything else of it."""
+    """Return the tensors of an argument, in order, and its other settings."""
     if isinstance(x, Problem):
-        rope, inv_freq, turning = x.rope, None, None
+        rope, inv_freq, rotation = x.rope, None, None
         if rope is not None:
-            inv_freq, turning = rope.inv_freq, (rope.interleaved, rope.cached, rope.scaling)
+            inv_freq, rotation = rope.inv_freq, (rope.interleaved, rope.cached, rope.scaling)
         return (
             (x.q, x.k_cache, x.v_cache, x.cache_seqlens, x.block_table, x.sink_logits, inv_freq),
-            (turning, x.scale, x.softcap, x.max_reuse, x.config),
+            (rotation, x.scale, x.softcap, x.max_reuse, x.config),
         )
     if isinstance(x, CacheState):
         return x.tensors(), CacheState
-    if isinstance(x, tuple):  # Selection or Decision
+    if isinstance(x, tuple):  # Selection or ReuseDecision
         return x, type(x)
     return ((x,), Tensor) if isinstance(x, Tensor) else ((), x)
 
 
 def _with(x: Any, tensors: list[Any]) -> Any:
-    """The argument, with others in the place of its tensors."""
+    """Return the argument with its tensors replaced."""
     if isinstance(x, Problem):
         *own, inv_freq = tensors
         rope = copy.copy(x.rope)
-        if rope is not None:  # nor checked: a stand-in is no tensor
+        if rope is not None:  # not by replace(), which would check that it is a tensor
             object.__setattr__(rope, "inv_freq", inv_freq)
         names = ("q", "k_cache", "v_cache", "cache_seqlens", "block_table", "sink_logits")
         return replace(x, rope=rope, **dict(zip(names, own, strict=True)))
@@ -119,12 +120,12 @@ def _with(x: Any, tensors: list[Any]) -> Any:
 
 
 class _Recorder(Source):
-    """Gives out stand-ins, and remembers what for."""
+    """Gives out slots, and records what was asked for."""
 
     def __init__(self) -> None:
         self.memory: list[Slot] = []
-        self.turns: list[tuple[Any, int, int]] = []
-        self.tabled: list[Slot] = []
+        self.table_requests: list[tuple[Any, int, int]] = []
+        self.table_slots: list[Slot] = []
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
         strides = [math.prod(max(size, 1) for size in shape[i + 1 :]) for i in range(len(shape))]
@@ -132,9 +133,9 @@ class _Recorder(Source):
         return self.memory[-1]
 
     def tables(self, inv_freq: Any, limit: int, at: int) -> Tables:
-        self.turns.append((inv_freq, limit, at))
+        self.table_requests.append((inv_freq, limit, at))
         made: list[Any] = [Slot((), (), torch.float32, inv_freq.device) for _ in Tables._fields]
-        self.tabled += made
+        self.table_slots += made
         return Tables(*made)
 
 
@@ -144,9 +145,10 @@ def _record(
     more: dict[str, Any],
     arch: str,
 ) -> Recording:
+    """Call `launches` with slots, and number what it asked for and returned."""
     inputs: list[Slot | None] = []
 
-    def stand_in(x: Any) -> Any:
+    def with_slots(x: Any) -> Any:
         slots = [
             None if t is None else Slot(t.shape, t.stride(), t.dtype, t.device)
             for t in _parts(x)[0]
@@ -155,10 +157,10 @@ def _record(
         return _with(x, slots)
 
     recorder = _Recorder()
-    stood_in = [stand_in(x) for x in given]
-    settings = {name: stand_in(x) for name, x in more.items()}
-    result, todo = launches(*stood_in, arch=arch, source=recorder, **settings)
-    tensors = [*inputs, *recorder.memory, *recorder.tabled]
+    slotted = [with_slots(x) for x in given]
+    settings = {name: with_slots(x) for name, x in more.items()}
+    result, todo = launches(*slotted, arch=arch, source=recorder, **settings)
+    tensors = [*inputs, *recorder.memory, *recorder.table_slots]
     number = {id(slot): i for i, slot in enumerate(tensors) if slot is not None}
     constants: list[Any] = []
 
@@ -179,7 +181,7 @@ def _record(
     steps = tuple(step(one) for one in todo)
     return Recording(
         memory=tuple((slot.shape, slot.dtype) for slot in recorder.memory),
-        tables=tuple((number[id(slot)], limit, at) for slot, limit, at in recorder.turns),
+        tables=tuple((number[id(slot)], limit, at) for slot, limit, at in recorder.table_requests),
         steps=steps,
         constants=tuple(constants),
         result=() if result is None else tuple(number[id(slot)] for slot in result),

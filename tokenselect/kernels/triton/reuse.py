@@ -1,267 +1,38 @@
-"""The Selection Cache's two steps, to the bit what `tokenselect.kernels.torch_reuse` makes of them.
+"""The Selection Cache's two steps, bit-identical to `tokenselect.kernels.torch_reuse`.
 
-mean    the mean query of a chunk; the one query of a decode needs none
-decide  the cosine with the stored query, and who reuses its selection
-keep    selections made afresh stored, those that are reused completed
+mean    the mean query of a chunk; a decode needs none
+decide  the cosine with the stored query, and which requests reuse their selection
+update  stores recomputed selections, completes reused ones
 
-Sums are float64, and each is of two numbers that the reference adds up too: down a column, then
-half onto half. Products of two float32 numbers are exact in float64, so that fusing changes none.
+The kernels are in `reuse_kernels`. Sums are float64, each of two numbers that `torch_reuse` adds
+too: down a column, then half onto half. Products of two float32 numbers are exact in float64, so
+fusing a multiplication with an addition changes no result.
 """
 
 import math
 import struct
-from typing import Any
 
 import torch
 import triton
-import triton.language as tl
-from torch import Tensor
 
 from tokenselect.contract import CacheState, Problem, ReuseDecision, Selection
-from tokenselect.kernels.triton import recording
-from tokenselect.kernels.triton.device import COUNTS, after_previous, length
-from tokenselect.kernels.triton.launch import SOURCE, Launch, Source
+from tokenselect.kernels.triton import recording, reuse_kernels
+from tokenselect.kernels.triton.launch import SOURCE, Launch, Source, strides
 
-# As in the reference: queries that are added up side by side, and products of a cosine that are.
-_RUN = tl.constexpr(16)
-_COLUMNS = tl.constexpr(512)
-# Columns of the mean query, and places of a selection, of one program.
+# Columns of the mean query, and places of a selection, per program.
 _MEAN_BLOCK = 64
 _PLACES = 1024
 
 
 def decide_reuse(problem: Problem, memory: CacheState, theta: float | None) -> ReuseDecision:
-    """See `tokenselect.kernels.torch_reuse.decide`: bit-exact."""
+    """Decide which requests reuse their selection; bit-identical to `torch_reuse.decide_reuse`."""
     decision: ReuseDecision = recording.run(decide_launches, problem, memory, theta)
     return decision
 
 
 def update(problem: Problem, memory: CacheState, decision: ReuseDecision, fresh: Selection) -> None:
-    """See `tokenselect.kernels.torch_reuse.keep`: bit-exact."""
-    recording.run(keep_launches, problem, memory, decision, fresh)
-
-
-@triton.jit
-def _halved(x, LEVELS: tl.constexpr):
-    """x (2**LEVELS, W) summed over its rows: half onto half, so that every sum has two terms."""
-    for _ in tl.static_range(LEVELS):
-        x = tl.sum(tl.reshape(x, [2, x.shape[0] // 2, x.shape[1]]), 0)
-    return tl.sum(x, 0)
-
-
-@triton.jit
-def _float64(bits):
-    """The number whose bits came as an integer: a Python float would come as float32."""
-    return bits.to(tl.int64).to(tl.float64, bitcast=True)
-
-
-@triton.jit(do_not_specialize=COUNTS)
-def _mean(
-    q_ptr,
-    query_ptr,
-    reciprocal_bits,
-    Lq,
-    D,
-    N,
-    n_blocks,
-    stride_qb,
-    stride_qh,
-    stride_qi,
-    stride_qd,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr = False,
-):
-    """The mean of all queries of a request, a block of its N columns."""
-    after_previous(PDL)
-    pid = tl.program_id(0)
-    block, b = pid % n_blocks, pid // n_blocks
-    column = block * BLOCK + tl.arange(0, BLOCK)
-    at = q_ptr + b.to(tl.int64) * stride_qb
-    at = at + (column // D).to(tl.int64) * stride_qh + (column % D).to(tl.int64) * stride_qd
-    sums = tl.zeros([_RUN, BLOCK], tl.float64)
-    for start in range(0, Lq, _RUN):
-        i = start + tl.arange(0, _RUN)
-        is_query = (i < Lq)[:, None] & (column < N)[None, :]
-        x = tl.load(at[None, :] + (i.to(tl.int64) * stride_qi)[:, None], mask=is_query, other=0.0)
-        sums += x.to(tl.float32).to(tl.float64)
-    mean = _halved(sums, 4) * _float64(reciprocal_bits)
-    tl.store(query_ptr + b.to(tl.int64) * N + column, mean.to(tl.float32), mask=column < N)
-
-
-@triton.jit(do_not_specialize=[*COUNTS, "S", "Lk", "K"])
-def _decide(
-    q_ptr,
-    seqlens_ptr,
-    stored_query_ptr,
-    stored_count_ptr,
-    seen_ptr,
-    reused_ptr,
-    lengths_ptr,
-    query_ptr,
-    theta_bits,
-    S,
-    K,
-    Lq,
-    Lk,
-    N,
-    max_reuse,
-    stride_qb,
-    stride_qh,
-    stride_qd,
-    stride_stored_query_b,
-    stride_stored_query_column,
-    stride_stored_count_b,
-    stride_stored_count_s,
-    stride_seen,
-    D: tl.constexpr,
-    COPIES: tl.constexpr,
-    HAS_THETA: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    SELECTIONS: tl.constexpr,
-    PDL: tl.constexpr = False,
-):
-    """Who reuses its selection, a request a program; COPIES the one query of a decode too.
-
-    theta_bits are those of theta * |theta|: cos >= theta is compared without a root or a division.
-    """
-    after_previous(PDL)
-    b = tl.program_id(0).to(tl.int64)
-    row_ptr = q_ptr + b * stride_qb
-    given = tl.load(seqlens_ptr + b)
-    if HAS_THETA:
-        # What decides besides the cosine, loaded before it is computed.
-        seen = tl.load(seen_ptr + b * stride_seen)
-        appended = length(seqlens_ptr, b, Lk) - seen
-        s = tl.arange(0, SELECTIONS)
-        at = stored_count_ptr + b * stride_stored_count_b + s.to(tl.int64) * stride_stored_count_s
-        count = tl.max(tl.load(at, mask=s < S, other=-2147483648), 0)
-        is_new = (seen > 0) & (appended >= Lq) & (appended <= max_reuse) & (count + appended <= K)
-    product = tl.zeros([_COLUMNS], tl.float64)
-    power = tl.zeros([_COLUMNS], tl.float64)
-    stored = tl.zeros([_COLUMNS], tl.float64)
-    for start in range(0, N if HAS_THETA else 0, CHUNKS * _COLUMNS):
-        # Loads of several chunks are on the way at once: nothing is stored between them. Chunks
-        # past N add nothing.
-        for chunk in tl.static_range(CHUNKS):
-            column = start + chunk * _COLUMNS + tl.arange(0, _COLUMNS)
-            x = _columns(row_ptr, column, D, N, stride_qh, stride_qd).to(tl.float64)
-            y_at = stored_query_ptr + b * stride_stored_query_b
-            y_at = y_at + column.to(tl.int64) * stride_stored_query_column
-            y = tl.load(y_at, mask=column < N, other=0.0).to(tl.float64)
-            product += x * y
-            power += x * x
-            stored += y * y
-    reused = tl.zeros([], tl.int1)
-    if HAS_THETA:
-        # All three side by side.
-        sums = tl.join(tl.join(product, power), tl.join(stored, stored))
-        sums = _halved(tl.reshape(sums, [_COLUMNS, 4]), 9)
-        side = tl.arange(0, 4)
-        product = tl.sum(tl.where(side == 0, sums, 0.0), 0)
-        stored = tl.sum(tl.where(side == 1, sums, 0.0), 0)
-        power = tl.sum(tl.where(side == 2, sums, 0.0), 0)
-        both = power * stored
-        is_alike = (both > 0) & (both < float("inf"))
-        is_alike = is_alike & (product * tl.abs(product) >= both * _float64(theta_bits))
-        reused = is_alike & is_new
-    tl.store(reused_ptr + b, reused)
-    tl.store(lengths_ptr + b, tl.where(reused, 0, given))
-    if COPIES:
-        for start in range(0, N, _COLUMNS):
-            column = start + tl.arange(0, _COLUMNS)
-            x = _columns(row_ptr, column, D, N, stride_qh, stride_qd)
-            tl.store(query_ptr + b * N + column, x, mask=column < N)
-
-
-@triton.jit
-def _columns(row_ptr, column, D, N, stride_h, stride_d):
-    """Columns of all heads of a query side by side, in float32, exactly; 0 beyond N."""
-    at = (column // D).to(tl.int64) * stride_h + (column % D).to(tl.int64) * stride_d
-    return tl.load(row_ptr + at, mask=column < N, other=0.0).to(tl.float32)
-
-
-@triton.jit(do_not_specialize=[*COUNTS, "S", "Lk"])
-def _keep(
-    seqlens_ptr,
-    reused_ptr,
-    query_ptr,
-    positions_ptr,
-    count_ptr,
-    stored_query_ptr,
-    stored_positions_ptr,
-    stored_count_ptr,
-    seen_ptr,
-    hits_ptr,
-    misses_ptr,
-    S,
-    K,
-    Lk,
-    N,
-    n_blocks,
-    stride_positions_b,
-    stride_positions_s,
-    stride_positions_place,
-    stride_count_b,
-    stride_count_s,
-    stride_stored_query_b,
-    stride_stored_query_column,
-    stride_stored_positions_b,
-    stride_stored_positions_s,
-    stride_stored_positions_place,
-    stride_stored_count_b,
-    stride_stored_count_s,
-    stride_seen,
-    stride_hits,
-    stride_misses,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr = False,
-):
-    """A block of places of one selection, and a share of what its request stores.
-
-    A request that reuses its selection reads what is stored and writes what is fresh, another the
-    other way round: no program reads what one beside it writes.
-    """
-    after_previous(PDL)
-    pid = tl.program_id(0)
-    block, row = pid % n_blocks, pid // n_blocks
-    s, b = (row % S).to(tl.int64), (row // S).to(tl.int64)
-    n = length(seqlens_ptr, b, Lk)
-    place = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    is_place = place < K
-    at = positions_ptr + b * stride_positions_b + s * stride_positions_s
-    at = at + place * stride_positions_place
-    stored_at = stored_positions_ptr + b * stride_stored_positions_b + s * stride_stored_positions_s
-    stored_at = stored_at + place * stride_stored_positions_place
-    count_at = count_ptr + b * stride_count_b + s * stride_count_s
-    stored_count_at = stored_count_ptr + b * stride_stored_count_b + s * stride_stored_count_s
-    seen_at = seen_ptr + b * stride_seen
-    is_first = block + s == 0
-    parts = tl.full([], n_blocks, tl.int64) * S
-    if tl.load(reused_ptr + b):
-        # Place r holds the stored position r, or, from count on, seen, seen + 1, ..., n - 1.
-        count = tl.load(stored_count_at)
-        ahead = tl.load(seen_at) - count
-        total = n - ahead
-        position = tl.load(stored_at, mask=is_place & (place < count), other=0)
-        position = tl.where(place < count, position, (place + ahead).to(tl.int32))
-        tl.store(at, tl.where(place < total, position, -1), mask=is_place)
-        tl.store(count_at, total, mask=block == 0)
-        hits_at = hits_ptr + b * stride_hits
-        tl.store(hits_at, tl.load(hits_at) + 1, mask=is_first & (n > 0))
-    else:
-        tl.store(stored_at, tl.load(at, mask=is_place, other=0), mask=is_place)
-        tl.store(stored_count_at, tl.load(count_at), mask=block == 0)
-        for start in range((s * n_blocks + block) * BLOCK, N, parts * BLOCK):
-            column = start + tl.arange(0, BLOCK)
-            x = tl.load(query_ptr + b * N + column, mask=column < N, other=0.0)
-            to = stored_query_ptr + b * stride_stored_query_b
-            tl.store(to + column.to(tl.int64) * stride_stored_query_column, x, mask=column < N)
-        tl.store(seen_at, n, mask=is_first)
-        misses_at = misses_ptr + b * stride_misses
-        tl.store(misses_at, tl.load(misses_at) + 1, mask=is_first & (n > 0))
-
-
-# --- the host's side ----------------------------------------------------------------------
+    """Store recomputed selections, complete reused ones; bit-identical to `torch_reuse.update`."""
+    recording.run(update_launches, problem, memory, decision, fresh)
 
 
 def decide_launches(
@@ -271,7 +42,7 @@ def decide_launches(
     arch: str = "",
     source: Source = SOURCE,
 ) -> tuple[ReuseDecision, list[Launch]]:
-    """The decision to be, and the kernels that take it."""
+    """Return the decision, yet to be filled, and the kernels that fill it."""
     p, N, device = problem, problem.Hq * problem.D, problem.q.device
     reused = source.empty((p.B,), torch.bool, device)
     lengths = source.empty((p.B,), torch.int32, device)
@@ -285,7 +56,7 @@ def decide_launches(
         n_blocks = math.ceil(N / _MEAN_BLOCK)
         todo.append(
             Launch(
-                _mean,
+                reuse_kernels.mean,
                 (p.B * n_blocks,),
                 dict(
                     q_ptr=p.q,
@@ -295,7 +66,7 @@ def decide_launches(
                     D=p.D,
                     N=N,
                     n_blocks=n_blocks,
-                    **_strides("q", p.q, "bhid"),
+                    **strides("q", p.q, "bhid"),
                 ),
                 dict(BLOCK=_MEAN_BLOCK),
                 4,
@@ -304,14 +75,14 @@ def decide_launches(
         )
     todo.append(
         Launch(
-            _decide,
+            reuse_kernels.decide,
             (p.B,),
             dict(
                 q_ptr=q,
                 seqlens_ptr=p.cache_seqlens,
                 stored_query_ptr=memory.query,
                 stored_count_ptr=memory.count,
-                seen_ptr=memory.seqlen_at_selection,
+                seqlen_at_selection_ptr=memory.seqlen_at_selection,
                 reused_ptr=reused,
                 lengths_ptr=lengths,
                 query_ptr=query,
@@ -322,10 +93,10 @@ def decide_launches(
                 Lk=p.Lk,
                 N=N,
                 max_reuse=p.max_reuse,
-                stride_seen=memory.seqlen_at_selection.stride(0),
+                stride_seqlen_at_selection=memory.seqlen_at_selection.stride(0),
                 **q_strides,
-                **_strides("stored_query_", memory.query, ("b", "column")),
-                **_strides("stored_count_", memory.count, "bs"),
+                **strides("stored_query_", memory.query, ("b", "column")),
+                **strides("stored_count_", memory.count, "bs"),
             ),
             dict(
                 D=p.D,
@@ -341,7 +112,7 @@ def decide_launches(
     return ReuseDecision(reused, lengths, query), todo
 
 
-def keep_launches(
+def update_launches(
     problem: Problem,
     memory: CacheState,
     decision: ReuseDecision,
@@ -349,12 +120,12 @@ def keep_launches(
     arch: str = "",
     source: Source = SOURCE,
 ) -> tuple[None, list[Launch]]:
-    """Nothing new, and the kernel that writes to memory, or to `fresh`."""
+    """Return no result, and the kernel that writes to `memory`, or to `fresh`."""
     p, K = problem, fresh.positions.shape[2]
     n_blocks = math.ceil(K / _PLACES)
     return None, [
         Launch(
-            _keep,
+            reuse_kernels.update,
             (p.B * p.S * n_blocks,),
             dict(
                 seqlens_ptr=p.cache_seqlens,
@@ -365,7 +136,7 @@ def keep_launches(
                 stored_query_ptr=memory.query,
                 stored_positions_ptr=memory.positions,
                 stored_count_ptr=memory.count,
-                seen_ptr=memory.seqlen_at_selection,
+                seqlen_at_selection_ptr=memory.seqlen_at_selection,
                 hits_ptr=memory.hits,
                 misses_ptr=memory.misses,
                 S=p.S,
@@ -373,14 +144,14 @@ def keep_launches(
                 Lk=p.Lk,
                 N=p.Hq * p.D,
                 n_blocks=n_blocks,
-                stride_seen=memory.seqlen_at_selection.stride(0),
+                stride_seqlen_at_selection=memory.seqlen_at_selection.stride(0),
                 stride_hits=memory.hits.stride(0),
                 stride_misses=memory.misses.stride(0),
-                **_strides("positions_", fresh.positions, ("b", "s", "place")),
-                **_strides("count_", fresh.count, "bs"),
-                **_strides("stored_query_", memory.query, ("b", "column")),
-                **_strides("stored_positions_", memory.positions, ("b", "s", "place")),
-                **_strides("stored_count_", memory.count, "bs"),
+                **strides("positions_", fresh.positions, ("b", "s", "place")),
+                **strides("count_", fresh.count, "bs"),
+                **strides("stored_query_", memory.query, ("b", "column")),
+                **strides("stored_positions_", memory.positions, ("b", "s", "place")),
+                **strides("stored_count_", memory.count, "bs"),
             ),
             dict(BLOCK=_PLACES),
             4,
@@ -390,24 +161,20 @@ def keep_launches(
 
 
 def _bits(x: float) -> int:
-    """The 64 bits of x as an integer: see `_float64`."""
+    """Return the 64 bits of x as an integer, for `reuse_kernels` to read as a float64."""
     bits: int = struct.unpack("<q", struct.pack("<d", x))[0]
     return bits
 
 
-def _strides(name: str, tensor: Tensor, dims: str | tuple[str, ...]) -> dict[str, Any]:
-    return {f"stride_{name}{dim}": tensor.stride(i) for i, dim in enumerate(dims)}
-
-
 def bytes_moved(problem: Problem) -> dict[str, int]:
-    """Bytes that each kernel reads and writes; of `keep` where all is made afresh, the most."""
+    """Return the bytes that each kernel reads and writes; of `update`, if all are recomputed."""
     p, item = problem, problem.q.dtype.itemsize
     columns = p.B * p.Hq * p.D
     given = columns * p.Lq * item
     one = p.Lq == 1
     moved = {} if one else {"mean": given + 4 * columns}
     return moved | {
-        # The query is copied, and both are multiplied.
+        # A decode's query is copied too; both queries are multiplied.
         "decide": (given if one else 0) + 8 * columns,
-        "keep": 8 * (p.B * p.S * p.K + columns),
+        "update": 8 * (p.B * p.S * p.K + columns),
     }

@@ -1,4 +1,4 @@
-"""Cosines and sines of whole numbers of positions, exact to float32: see `device.angles`."""
+"""Cosines and sines of integer positions, exact to float32, for `device.cos_sin`."""
 
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ LOW = 128
 
 
 class Tables(NamedTuple):
-    """(rows, 2 * half) float32: cosines, then sines, of position * inv_freq, a row a position.
+    """(rows, 2 * half) float32: cosines, then sines, of position * inv_freq; one row per position.
 
     low has the positions 0 to LOW - 1, high the multiples of LOW, shift the one position `at`.
     """
@@ -27,12 +27,12 @@ _made = WeakTensorKeyDictionary()
 
 
 def tables(inv_freq: Tensor, limit: int, at: int) -> Tables:
-    """Tables for positions up to `limit`, and for `at`; kept while inv_freq lives unchanged."""
-    # Limits are powers of two, so that a cache that grows by a token a step does not fill memory.
+    """Return tables for positions up to `limit`, and for `at`; kept while inv_freq is unchanged."""
+    # Limits are powers of two, so that a cache that grows token by token does not fill memory.
     limit = max(LOW, triton.next_power_of_2(limit + 1))
     version = None if inv_freq.is_inference() else inv_freq._version
     known = _made.get(inv_freq)
-    # A tensor made in inference mode does not tell whether it was changed.
+    # A tensor made in inference mode has no version to tell whether it was changed.
     if known is None or version is None or known[0] != version:
         known = _made[inv_freq] = (version, {})
     if (limit, at) not in known[1]:
@@ -46,6 +46,7 @@ def tables(inv_freq: Tensor, limit: int, at: int) -> Tables:
 
 
 def _rows(inv_freq: Tensor, positions: range) -> Tensor:
+    """Return cosines, then sines (len(positions), 2 * half), computed in float64."""
     first, stop, step = positions.start, positions.stop, positions.step
     position = torch.arange(first, stop, step, dtype=torch.float64, device=inv_freq.device)
     angle = position[:, None] * inv_freq.double()
