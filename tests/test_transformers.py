@@ -4,6 +4,7 @@ import copy
 import importlib.util
 import io
 import os
+import threading
 import tomllib
 import warnings
 from collections.abc import Iterator
@@ -58,7 +59,7 @@ from tests.models import (
     shared,
     tokens,
 )
-from tokenselect.integrations.transformers import TokenSelectCache, enable, options
+from tokenselect.integrations.transformers import TokenSelectCache, enable, options, recorded
 from tokenselect.integrations.transformers.masks import TokenMask, token_mask
 
 pytestmark = [
@@ -344,6 +345,31 @@ class TestSelection:
                 q[:, :, start:stop], k[:, :, :stop], v[:, :, :stop], **SMALL, scale=more["scaling"]
             )
             torch.testing.assert_close(out[:, real][:, start:stop], alone.transpose(1, 2))
+
+    def test_what_was_selected_is_recorded(self, recorder: Recorder) -> None:
+        """One info per call of `attention`, with everything that it tells; dense layers none."""
+        model, ids, mask = model_of("gemma2"), tokens(2), mask_of("20#", "5. 15#")
+        with enable(model, **SMALL, chunk=8), recorded() as infos:
+            with recorded() as inner:
+                model(ids, attention_mask=mask)
+            thread = threading.Thread(target=torch.no_grad()(model), args=[ids])
+            thread.start()
+            thread.join()
+            assert infos == []
+            model(ids[:, :9])
+        model(ids)
+        _, q, k, v, _, more, _ = next(call for call in recorder.calls if call[4].window is None)
+        alike = {"scale": more["scaling"], "softcap": more["softcap"], "return_info": True}
+        calls = [(0, 0, 0, 8), (0, 0, 8, 16), (0, 0, 16, 20), (1, 5, 5, 13), (1, 5, 13, 20)]
+        for info, (b, first, start, stop) in zip(inner, calls, strict=True):
+            row = (slice(b, b + 1), slice(None))
+            tokens_of = (*row, slice(first, stop))
+            _, expected = tokenselect.attention(
+                q[*row, start:stop], k[tokens_of], v[tokens_of], **SMALL, **alike
+            )
+            assert torch.equal(info.selection.positions, expected.selection.positions)
+            assert torch.equal(info.lse, expected.lse)
+        assert [info.selection.positions.shape[0] for info in infos] == [2, 2]
 
 
 # Selections of few tokens, made afresh every few tokens and reused between.

@@ -33,7 +33,7 @@ from tokenselect.errors import InvalidProblem
 from tokenselect.integrations.transformers.cache import TokenSelectCache, slides_everywhere
 from tokenselect.integrations.transformers.causality import unwatch_logits, watch_logits
 from tokenselect.integrations.transformers.interface import not_through_it, text_part, watch
-from tokenselect.integrations.transformers.layers import attention_forward
+from tokenselect.integrations.transformers.layers import attention_forward, recorded
 from tokenselect.integrations.transformers.masks import token_mask
 from tokenselect.integrations.transformers.options import (
     NAME,
@@ -47,7 +47,7 @@ from tokenselect.integrations.transformers.refusals import refuse_mla
 from tokenselect.integrations.transformers.rotation import RawLayers, is_raw
 from tokenselect.scalars import plain
 
-__all__ = ["NAME", "Enabled", "Options", "TokenSelectCache", "enable"]
+__all__ = ["NAME", "Enabled", "Options", "TokenSelectCache", "enable", "recorded"]
 
 AttentionInterface.register(NAME, attention_forward)
 AttentionMaskInterface.register(NAME, token_mask)
@@ -99,7 +99,7 @@ class Enabled:
         setattr(self._part, _INNERMOST, self)
         self._is_on = True
         self._raw: RawLayers | None = None
-        if parsed.moves and not is_raw(self._part):
+        if parsed.needs_raw_keys and not is_raw(self._part):
             try:
                 self._raw = RawLayers(self._part)
             except BaseException:

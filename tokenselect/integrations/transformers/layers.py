@@ -1,7 +1,9 @@
 """One layer's attention: selected over the whole cache, or dense within a sliding window."""
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -36,6 +38,30 @@ _HARMLESS = frozenset(
         "use_cache",
     }
 )
+
+
+class _Recording(threading.local):
+    """Where the selecting calls of one thread leave their `AttentionInfo`; None: nowhere."""
+
+    infos: list[tokenselect.AttentionInfo] | None = None
+
+
+_recording = _Recording()
+
+
+@contextmanager
+def recorded() -> Iterator[list[tokenselect.AttentionInfo]]:
+    """Append the `AttentionInfo` of every selecting call on this thread, layer after layer.
+
+    One layer makes one call per chunk of at most `chunk` queries and per `TokenSpan` of requests;
+    sliding layers make none.
+    """
+    infos: list[tokenselect.AttentionInfo] = []
+    outer, _recording.infos = _recording.infos, infos
+    try:
+        yield infos
+    finally:
+        _recording.infos = outer
 
 
 @torch.compiler.disable
@@ -99,14 +125,13 @@ def _selected(
         cache = None if selections is None else selections.of(layer, run, options, query.dtype)
         for queries, n in run.chunks(options.chunk):
             q = query[run.rows][:, :, queries]
-            attended = tokenselect.attention(
-                q,
-                **_tokens(key, value, run, n),
-                **options.select,
-                **more,
-                cache=cache,
-                backend=options.backend,
-            )
+            given = {**_tokens(key, value, run, n), **options.select, **more}
+            given |= {"cache": cache, "backend": options.backend}
+            if _recording.infos is None:
+                attended = tokenselect.attention(q, **given)
+            else:
+                attended, info = tokenselect.attention(q, **given, return_info=True)
+                _recording.infos.append(info)
             out[run.rows, queries] = attended.transpose(1, 2)
             select, Lq = options.select, q.shape[2]
             if n >= select.n_sink + select.k + select.n_local + Lq:  # else all was selected
@@ -135,7 +160,7 @@ def _rope(module: Any, query: Tensor, mask: TokenMask, options: Options) -> Rope
     raw_layer = raw_layer_of(module)
     if raw_layer is not None:
         return raw_layer.take(module, query, mask)
-    if options.moves and mask.window is None:
+    if options.needs_raw_keys and mask.window is None:
         asked = f"positions={options.select.positions!r}, score_at={options.select.score_at!r}"
         raise refuse_layer(
             module,

@@ -37,8 +37,8 @@ class Options:
     chunk: int = 512
 
     @property
-    def moves(self) -> bool:
-        """Whether keys have to be moved, which takes the model's rope."""
+    def needs_raw_keys(self) -> bool:
+        """Whether keys are moved: cached before their rotation, which takes the model's rope."""
         return (self.select.positions, self.select.score_at) != ("original", "true")
 
     def selection_cache(self) -> SelectionCache:
