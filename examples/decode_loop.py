@@ -24,7 +24,7 @@ def read(tokens, n, attend):
     x, L = embed(tokens), tokens.shape[1]
     slots = (n[:, None] - L + torch.arange(L)).long()[None, :, None, :, None]
     for i in range(N_LAYERS):
-        q, *kv = qkv[i](x).unflatten(2, (-1, D)).transpose(1, 2).split((HQ, HKV, HKV), dim=1)
+        q, *kv = qkv[i](x).view(B, L, -1, D).transpose(1, 2).split((HQ, HKV, HKV), dim=1)
         caches[i].scatter_(3, slots.expand(2, B, HKV, L, D), torch.stack(kv))
         out = attend(q, *caches[i], cache_seqlens=n, cache=selections[i])
         x = x + out.transpose(1, 2).flatten(2)

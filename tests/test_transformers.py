@@ -637,7 +637,7 @@ class TestReuse:
 
     def test_layers_that_share_keys_share_no_selection(self) -> None:
         selections = TokenSelectCache(model_of("llama")).layers[0].selections
-        run = token_mask(1, 4, 4).runs[0]
+        run = token_mask(1, 4, 4).spans[0]
         settings = options.parse({"theta": 0.5})
         first = selections.of(0, run, settings, torch.float32)
         assert selections.of(0, run, settings, torch.float32) is first
@@ -1588,7 +1588,7 @@ class TestMask:
         assert (mask.at, mask.window, mask.shape) == (2, None, (2, 1, 1, 5))
         for twin in (mask.to(torch.device("meta")), mask.contiguous(), mask.to("cpu")):
             assert isinstance(twin, TokenMask)
-            assert (twin.at, twin.runs) == (2, mask.runs)
+            assert (twin.at, twin.spans) == (2, mask.spans)
             assert twin.calls is mask.calls
         for use in (
             lambda: torch.zeros(2, 1, 3, 5) + mask,
@@ -1614,14 +1614,14 @@ class TestMask:
         assert isinstance(newest, TokenMask)
         for name in ("at", "Lq", "window", "begin", "shape"):
             assert getattr(newest, name) == getattr(later, name)
-        for mine, theirs in zip(newest.runs, later.runs, strict=True):
+        for mine, theirs in zip(newest.spans, later.spans, strict=True):
             for a, b in zip(mine, theirs, strict=True):
                 assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
         assert newest.calls is whole.calls
 
     def test_requests_padded_alike_go_together(self) -> None:
         mask = token_mask(4, L, L, attention_mask=PADDINGS["left"])
-        rows = [(run.rows.start, run.rows.stop, run.first, run.n) for run in mask.runs]
+        rows = [(run.rows.start, run.rows.stop, run.first, run.n) for run in mask.spans]
         assert rows == [(0, 1, 0, 20), (1, 3, 5, 15), (3, 4, 13, 7)]
 
     def test_it_is_registered(self) -> None:
