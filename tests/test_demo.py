@@ -46,13 +46,7 @@ def test_the_picture_is_one_file_with_needle_answers_and_numbers() -> None:
     page = draw(make_scene())
     assert not re.search(r"https?:|\b(src|href|@import|url\()|<script", page)
     shown = re.sub(r"<[^>]+>", "", page)
-    for said in (
-        "The same answer from 21%",
-        "40917",
-        "87.5%",
-        "a &amp; b",
-        "I &lt;do&gt; not know",
-    ):
+    for said in ("answer from 21%", "40917", "87.5%", "a &amp; b", "I &lt;do&gt; not know"):
         assert said in shown
     marked = re.search(r"<mark>(.*?)</mark>", page)
     assert marked is not None
@@ -62,7 +56,7 @@ def test_the_picture_is_one_file_with_needle_answers_and_numbers() -> None:
     assert "read by 2.0 of 3 layers" in page
 
 
-def test_the_picture_claims_the_same_answer_only_where_it_is_the_same() -> None:
+def test_the_picture_claims_no_more_than_there_is() -> None:
     scene = make_scene()
     dense, chosen, window = scene.sides
     found = draw(replace(scene, sides=[dense, replace(chosen, answer="40917!"), window]))
@@ -70,13 +64,9 @@ def test_the_picture_claims_the_same_answer_only_where_it_is_the_same() -> None:
     assert "The needle, found with 21%" in found
     assert "Attending to 21%" in lost
     assert "same answer" not in found + lost
-
-
-def test_the_picture_of_a_short_text_and_an_empty_answer() -> None:
-    scene = make_scene()
-    everything = [list(range(scene.n))]
-    page = draw(replace(scene, n_local=scene.n + 5, selected=everything, wrote=""))
-    assert "end the answer at once" in page
+    n, everything = scene.n, [list(range(scene.n))]
+    short = draw(replace(scene, n_local=n + 5, selected=everything, wrote=""))
+    assert "end the answer at once" in short
 
 
 def test_a_missing_package_is_named_with_what_to_do(
@@ -131,9 +121,8 @@ SENTENCES = " ".join(f"Here is sentence w{i} of many." for i in range(40))
 @pytest.mark.parametrize("depth", [0.1, 0.5, 0.8])
 def test_the_needle_lies_where_it_is_said_to_and_the_text_goes_on(depth: float) -> None:
     tokenizer = WordTokenizer()
-    passage = lay_out(
-        tokenizer, "t", SENTENCES, number="40917", n_context=100, n_held=7, depth=depth
-    )
+    sizes = {"n_context": 100, "n_held": 7, "depth": depth}
+    passage = lay_out(tokenizer, "t", SENTENCES, number="40917", **sizes)
     first, last = passage.needle
     needle = "The secret number is 40917. Remember it."
     assert "".join(passage.pieces[first:last]).strip() == needle
@@ -149,19 +138,14 @@ def test_the_needle_lies_where_it_is_said_to_and_the_text_goes_on(depth: float) 
     assert said.endswith("Question: What is the secret number?\nAnswer:")
 
 
-def test_a_text_that_does_not_fit_is_refused() -> None:
+def test_a_text_that_does_not_fit_is_refused_and_the_standard_library_has_a_long_one() -> None:
     with pytest.raises(UnusableText, match="240 tokens, and --context 500 with 7 held back"):
         lay_out(WordTokenizer(), "t", SENTENCES, number="1", n_context=500, n_held=7, depth=0.5)
     with pytest.raises(UnusableText, match="smaller --depth"):
         lay_out(WordTokenizer(), "t", SENTENCES, number="1", n_context=100, n_held=7, depth=1.0)
     with pytest.raises(UnusableText, match="neither kjv nor pydoc nor a file"):
         read_text("no-such-text")
-
-
-def test_the_standard_library_has_a_long_text() -> None:
-    title, text = read_text("pydoc")
-    assert title == "the Python documentation"
-    assert len(text) > 300_000
+    assert len(read_text("pydoc")[1]) > 300_000
 
 
 def make_model(vocabulary: int) -> Any:
