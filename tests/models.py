@@ -7,14 +7,23 @@ mask, an offset or a head is a thousand times more.
 """
 
 import functools
+import importlib.util
 import inspect
+import itertools
+import os
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import Tensor
+
+if importlib.util.find_spec("transformers") is None:
+    if os.environ.get("CI"):
+        pytest.fail("NOT TESTED: the integration; transformers is not installed", pytrace=False)
+    pytest.skip("NOT TESTED: transformers is not installed", allow_module_level=True)
+
+import transformers
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
@@ -29,6 +38,7 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
     StaticCache,
+    modeling_utils,
 )
 
 from tokenselect.integrations.transformers import TokenSelectCache
@@ -55,6 +65,7 @@ SIZES: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": None,
 }
+NO_HEAD_DIM = {name: value for name, value in SIZES.items() if name != "head_dim"}
 YARN = {
     "rope_type": "yarn",
     "rope_theta": 10000.0,
@@ -76,6 +87,11 @@ BOTH_KINDS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_w
 IS_RENAMED = "cache" in inspect.signature(LlamaForCausalLM.forward).parameters
 CACHE = "cache" if IS_RENAMED else "past_key_values"
 THE_OLD_NAME = "ignore:`past_key_values` is deprecated:FutureWarning"
+
+MOVING: dict[str, dict[str, Any]] = {
+    "fixed": {"positions": "contiguous", "score_at": "fixed"},
+    "split": {"positions": "contiguous", "score_at": "split"},
+}
 
 FAMILIES: dict[str, Callable[[], Any]] = {
     "llama": lambda: LlamaConfig(**SIZES),
@@ -100,12 +116,16 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 }
 
 
-def model_of(family: str, **changes: Any) -> Any:
+def made(config: Any, attention: str = "eager") -> Any:
     torch.manual_seed(1)
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+
+
+def model_of(family: str, **changes: Any) -> Any:
     config = FAMILIES[family]()
     for name, value in changes.items():
         setattr(config, name, value)
-    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    return made(config)
 
 
 L = 20
@@ -137,6 +157,24 @@ PADDINGS: dict[str, Tensor | None] = {
     "mixed": mask_of("3. 17#", "12# 8.", "4. 9# 7.", "20#", "20."),
     "holes": mask_of("20#", "8# 4. 8#", "2. 5# 3. 6# 4."),
 }
+
+
+def counted(mask: Tensor) -> Tensor:
+    """Each token's number in its request, as generate counts positions."""
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def read(
+    model: Any, ids: Tensor, cache: Any, *ends: int, mask: Tensor | None = None, **given: Tensor
+) -> Tensor:
+    """Logits of ids[:, ends[0] : ends[-1]], read up to each end in turn; `given` goes along."""
+    parts = []
+    for start, end in itertools.pairwise(ends):
+        more = {name: value[:, start:end] for name, value in given.items()}
+        seen = None if mask is None else mask[:, :end]
+        out = model(ids[:, start:end], attention_mask=seen, past_key_values=cache, **more)
+        parts.append(out.logits)
+    return torch.cat(parts, 1)
 
 
 def assert_close(actual: Tensor, expected: Tensor, real: Tensor | None = None) -> None:
@@ -184,6 +222,30 @@ def generated(model: Any, ids: Tensor, **how: Any) -> Tensor:
     torch.manual_seed(3)
     how = {"do_sample": False, "max_new_tokens": 8, "pad_token_id": 0} | how
     return model.generate(ids, **how)
+
+
+def state(model: Any) -> Any:
+    """All that `enable` may change of a model."""
+    return model.config.to_dict(), [
+        (name, set(vars(part)), len(part._forward_hooks), len(part._forward_pre_hooks))
+        for name, part in model.named_modules()
+    ]
+
+
+class Recorder:
+    """Stands in for the registered attention function, and keeps what each layer got and gave."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[tuple[Any, Tensor, Tensor, Tensor, Any, dict[str, Any], Tensor]] = []
+        # Not by a name of this module, whose `Alone` does not know the interface.
+        interface = modeling_utils.ALL_ATTENTION_FUNCTIONS
+        self.attend = interface["tokenselect"]
+        monkeypatch.setitem(interface._global_mapping, "tokenselect", self)
+
+    def __call__(self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **more: Any) -> Any:
+        out, weights = self.attend(module, q, k, v, mask, **more)
+        self.calls.append((module, q, k, v, mask, more, out))
+        return out, weights
 
 
 class Alone(PreTrainedModel):

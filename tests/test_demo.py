@@ -1,20 +1,17 @@
 import importlib.util
 import math
 import re
+from copy import deepcopy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
-from examples.demo.__main__ import PACKAGES, main
+from examples.demo.__main__ import PACKAGES, main, parse
 from examples.demo.errors import UnusableText
 from examples.demo.picture import Scene, Side, draw
 from examples.demo.text import lay_out, read_text
-
-needs_transformers = pytest.mark.skipif(
-    importlib.util.find_spec("transformers") is None,
-    reason="the demo's hook needs transformers, which is not installed: not tested here",
-)
 
 
 def make_scene() -> Scene:
@@ -45,24 +42,11 @@ def make_scene() -> Scene:
     )
 
 
-def test_the_picture_is_one_file_that_loads_nothing() -> None:
+def test_the_picture_is_one_file_with_needle_answers_and_numbers() -> None:
     page = draw(make_scene())
-    assert "http:" not in page
-    assert "https:" not in page
-    assert not re.search(r"\b(src|href|@import|url\()", page)
-    assert "<script" not in page
-
-
-def test_the_picture_shows_needle_answers_and_numbers() -> None:
-    page = draw(make_scene())
+    assert not re.search(r"https?:|\b(src|href|@import|url\()|<script", page)
     shown = re.sub(r"<[^>]+>", "", page)
-    for said in (
-        "The same answer from 21%",
-        "40917",
-        "87.5%",
-        "a &amp; b",
-        "I &lt;do&gt; not know",
-    ):
+    for said in ("answer from 21%", "40917", "87.5%", "a &amp; b", "I &lt;do&gt; not know"):
         assert said in shown
     marked = re.search(r"<mark>(.*?)</mark>", page)
     assert marked is not None
@@ -72,7 +56,7 @@ def test_the_picture_shows_needle_answers_and_numbers() -> None:
     assert "read by 2.0 of 3 layers" in page
 
 
-def test_the_picture_claims_the_same_answer_only_where_it_is_the_same() -> None:
+def test_the_picture_claims_no_more_than_there_is() -> None:
     scene = make_scene()
     dense, chosen, window = scene.sides
     found = draw(replace(scene, sides=[dense, replace(chosen, answer="40917!"), window]))
@@ -80,13 +64,9 @@ def test_the_picture_claims_the_same_answer_only_where_it_is_the_same() -> None:
     assert "The needle, found with 21%" in found
     assert "Attending to 21%" in lost
     assert "same answer" not in found + lost
-
-
-def test_the_picture_of_a_short_text_and_an_empty_answer() -> None:
-    scene = make_scene()
-    n = len(scene.pieces)
-    page = draw(replace(scene, n_local=n + 5, selected=[list(range(n))], wrote=""))
-    assert "end the answer at once" in page
+    n, everything = scene.n, [list(range(scene.n))]
+    short = draw(replace(scene, n_local=n + 5, selected=everything, wrote=""))
+    assert "end the answer at once" in short
 
 
 def test_a_missing_package_is_named_with_what_to_do(
@@ -117,7 +97,7 @@ class WordTokenizer:
     """A token is a word with the space before it; its id is its number in the vocabulary."""
 
     is_fast = True
-    chat_template = None
+    chat_template = eos_token_id = None
     bos_token = "<s>"
 
     def __init__(self) -> None:
@@ -131,8 +111,8 @@ class WordTokenizer:
             "offset_mapping": [word.span() for word in words],
         }
 
-    def decode(self, ids: list[int]) -> str:
-        return "".join(self.vocabulary[i] for i in ids)
+    def decode(self, ids: list[int], **_: object) -> str:
+        return "".join(self.vocabulary[i] for i in ids if i < len(self.vocabulary))
 
 
 SENTENCES = " ".join(f"Here is sentence w{i} of many." for i in range(40))
@@ -141,9 +121,8 @@ SENTENCES = " ".join(f"Here is sentence w{i} of many." for i in range(40))
 @pytest.mark.parametrize("depth", [0.1, 0.5, 0.8])
 def test_the_needle_lies_where_it_is_said_to_and_the_text_goes_on(depth: float) -> None:
     tokenizer = WordTokenizer()
-    passage = lay_out(
-        tokenizer, "t", SENTENCES, number="40917", n_context=100, n_held=7, depth=depth
-    )
+    sizes = {"n_context": 100, "n_held": 7, "depth": depth}
+    passage = lay_out(tokenizer, "t", SENTENCES, number="40917", **sizes)
     first, last = passage.needle
     needle = "The secret number is 40917. Remember it."
     assert "".join(passage.pieces[first:last]).strip() == needle
@@ -159,222 +138,117 @@ def test_the_needle_lies_where_it_is_said_to_and_the_text_goes_on(depth: float) 
     assert said.endswith("Question: What is the secret number?\nAnswer:")
 
 
-def test_a_text_that_does_not_fit_is_refused() -> None:
+def test_a_text_that_does_not_fit_is_refused_and_the_standard_library_has_a_long_one() -> None:
     with pytest.raises(UnusableText, match="240 tokens, and --context 500 with 7 held back"):
         lay_out(WordTokenizer(), "t", SENTENCES, number="1", n_context=500, n_held=7, depth=0.5)
     with pytest.raises(UnusableText, match="smaller --depth"):
         lay_out(WordTokenizer(), "t", SENTENCES, number="1", n_context=100, n_held=7, depth=1.0)
     with pytest.raises(UnusableText, match="neither kjv nor pydoc nor a file"):
         read_text("no-such-text")
+    assert len(read_text("pydoc")[1]) > 300_000
 
 
-def test_the_standard_library_has_a_long_text() -> None:
-    title, text = read_text("pydoc")
-    assert title == "the Python documentation"
-    assert len(text) > 300_000
+def make_model(vocabulary: int) -> Any:
+    transformers = pytest.importorskip("transformers", reason="NOT TESTED: reading with a model")
+    torch.manual_seed(7)
+    sizes = {"hidden_size": 36, "intermediate_size": 40, "num_hidden_layers": 3, "head_dim": 8}
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 2, "eos_token_id": None}
+    config = transformers.LlamaConfig(vocab_size=vocabulary, **sizes, **heads)
+    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
 
 
-@needs_transformers
-class TestHook:
-    def make_model(self):
-        from transformers import LlamaConfig, LlamaForCausalLM
+def make_branches(model: Any) -> list[Any]:
+    """Dense, everything selected, and few tokens, over 30 tokens."""
+    from examples.demo import measure
+    from tokenselect.integrations.transformers import TokenSelectCache
 
-        torch.manual_seed(7)
-        config = LlamaConfig(
-            vocab_size=61,
-            hidden_size=36,
-            intermediate_size=40,
-            num_hidden_layers=3,
-            num_attention_heads=6,
-            num_key_value_heads=2,
-            head_dim=8,
-            attn_implementation="sdpa",
+    cache = TokenSelectCache(model, max_length=40)
+    measure.prefill(model, cache, list(range(30)), lambda _: None)
+    budget = {"n_sink": 1, "n_local": 2}
+    return [
+        measure.Branch("dense", cache),
+        measure.Branch("all", deepcopy(cache), budget | {"k": 40}),
+        measure.Branch("few", deepcopy(cache), budget | {"k": 3}),
+    ]
+
+
+@torch.inference_mode()
+def test_reading_on_is_teacher_forcing_for_each_branch() -> None:
+    from examples.demo import measure
+
+    model, held_back = make_model(61), [5, 9, 33, 2, 17, 40]
+    branches = make_branches(model)
+    attend = measure.ALL_ATTENTION_FUNCTIONS["sdpa"]
+    measure.read_on(model, branches, held_back, lambda _: None)
+    assert measure.ALL_ATTENTION_FUNCTIONS["sdpa"] is attend
+    assert model.config._attn_implementation == "sdpa"
+    logits = model(input_ids=torch.tensor([[*range(30), *held_back]])).logits[0, 30:35]
+    expected = torch.nn.functional.cross_entropy(
+        logits, torch.tensor(held_back[1:]), reduction="none"
+    )
+    dense, everything, few = branches
+    for branch in (dense, everything):
+        torch.testing.assert_close(
+            torch.stack([step.logits for step in branch.steps]), logits, rtol=1e-5, atol=1e-5
         )
-        return LlamaForCausalLM(config).eval()
-
-    def make_hook(self, k: int):
-        from examples.demo.model import SelectedAttention
-
-        return SelectedAttention(k=k, n_sink=1, n_local=2, backend="reference")
-
-    @torch.inference_mode()
-    def decode(self, model, cache, tokens) -> torch.Tensor:
-        from examples.demo.model import named
-
-        steps = [
-            model(input_ids=torch.tensor([[token]]), **named(model, cache)).logits[0, -1]
-            for token in tokens
-        ]
-        return torch.stack(steps)
-
-    def prefilled(self, model):
-        from examples.demo import measure
-        from examples.demo.model import PreallocatedCache
-
-        cache = PreallocatedCache.of(model, 40)
-        measure.prefill(model, cache, list(range(30)), lambda _: None)
-        return cache
-
-    def test_equals_sdpa_where_everything_is_selected(self) -> None:
-        model = self.make_model()
-        cache = self.prefilled(model)
-        twin = cache.fork()
-        dense = self.decode(model, cache, [5, 9, 33, 2])
-        hook = self.make_hook(k=40)
-        with hook.attached(model):
-            selected = self.decode(model, twin, [5, 9, 33, 2])
-        assert model.config._attn_implementation == "sdpa"
-        torch.testing.assert_close(selected, dense, rtol=1e-5, atol=1e-5)
-        assert [record.layer for record in hook.records] == [0, 1, 2] * 4
-        assert [record.n for record in hook.records[::3]] == [31, 32, 33, 34]
-        assert hook.records[-1].positions.tolist() == list(range(34))
-        assert all(math.isclose(r.retained_mass, 1, abs_tol=1e-5) for r in hook.records)
-
-    def test_selects_and_differs_with_a_small_budget(self) -> None:
-        model = self.make_model()
-        cache = self.prefilled(model)
-        twin = cache.fork()
-        hook = self.make_hook(k=3)
-        with hook.attached(model):
-            selected = self.decode(model, twin, [5])
-        positions = hook.records[-1].positions.tolist()
-        assert len(positions) == 1 + 3 + 2
-        assert {0, 29, 30} < set(positions)
-        assert 0 < hook.records[-1].retained_mass < 1
-        assert not torch.allclose(selected, self.decode(model, cache, [5]), atol=1e-5)
-
-    @torch.inference_mode()
-    def test_reading_on_is_teacher_forcing_for_each_branch(self) -> None:
-        from examples.demo import measure
-        from examples.demo.model import DenseAttention
-
-        model = self.make_model()
-        held_back = [5, 9, 33, 2, 17, 40]
-        cache = self.prefilled(model)
-        branches = [
-            measure.Branch("dense", DenseAttention(), cache),
-            measure.Branch("all", self.make_hook(k=40), cache.fork()),
-            measure.Branch("few", self.make_hook(k=3), cache.fork()),
-        ]
-        measure.read_on(model, branches, held_back, lambda _: None)
-        logits = model(input_ids=torch.tensor([[*range(30), *held_back]])).logits[0, 30:35]
-        nll = torch.nn.functional.cross_entropy(
-            logits, torch.tensor(held_back[1:]), reduction="none"
-        )
-        dense, everything, few = (branch.reading for branch in branches)
-        for reading in (dense, everything):
-            assert reading.nll == pytest.approx(nll.tolist(), abs=1e-5)
-            assert reading.guesses == logits.argmax(-1).tolist()
-            assert reading.perplexity == pytest.approx(float(nll.mean().exp()), rel=1e-5)
-        assert everything.agreement(dense) == 1
-        assert few.nll != pytest.approx(dense.nll, abs=1e-5)
-        assert [branch.cache.get_seq_length() for branch in branches] == [30, 30, 30]
-        assert branches[0].attended == (33, 33)
-        assert branches[2].attended == (6, 33)
-        masses = measure.mass_by_layer(branches[2].records, 3)
-        assert all(0 < mass < 1 for mass in masses)
-
-    def test_an_answer_is_greedy_and_stops(self) -> None:
-        from examples.demo import measure
-
-        model = self.make_model()
-        branch = measure.Branch("few", self.make_hook(k=3), self.prefilled(model))
-        long = measure.answer(model, branch, [3, 4], n_new=4, stop=set(), tick=lambda _: None)
-        assert len(long.tokens) == 4
-        assert [[r.layer for r in query] for query in long.records] == [[0, 1, 2]] * 5
-        assert [query[0].n for query in long.records] == [32, 33, 34, 35, 36]
-        stop = {long.tokens[0]}
-        short = measure.answer(model, branch, [3, 4], n_new=4, stop=stop, tick=lambda _: None)
-        assert short.tokens == []
-        assert len(short.records) == 1
+        assert branch.nll == pytest.approx(expected.tolist(), abs=1e-5)
+        assert branch.perplexity == pytest.approx(float(expected.mean().exp()), rel=1e-5)
+    assert everything.agreement(dense) == 1
+    assert everything.retained_mass == pytest.approx(1, abs=1e-5)
+    assert measure.positions(everything.infos[-1]) == list(range(35))
+    assert few.nll != pytest.approx(dense.nll, abs=1e-5)
+    assert {0, 33, 34} < set(measure.positions(few.infos[-1]))
+    assert (dense.infos, len(few.infos)) == ([], 3 * 5)
+    assert [branch.attended for branch in branches] == [(33, 33), (33, 33), (6, 33)]
+    assert all(0 < mass < 1 for mass in measure.mass_by_layer(few.infos, 3))
+    for branch in branches:
         assert branch.cache.get_seq_length() == 30
+        assert all(0 < step.attention_seconds < step.seconds for step in branch.steps)
 
-    def test_forks_share_nothing_and_a_rewound_cache_starts_over(self) -> None:
-        model = self.make_model()
-        cache = self.prefilled(model)
-        twin = cache.fork()
-        before = self.decode(model, cache, [5, 9])
-        self.decode(model, twin, [1, 2, 3])
-        cache.rewind(30)
-        torch.testing.assert_close(self.decode(model, cache, [5, 9]), before, rtol=0, atol=0)
-        assert (cache.get_seq_length(), twin.get_seq_length()) == (32, 33)
 
-    def test_the_cache_gives_what_dynamic_cache_gives(self) -> None:
-        from transformers import DynamicCache
+@torch.inference_mode()
+def test_an_answer_is_greedy_and_stops() -> None:
+    from examples.demo import measure
 
-        model = self.make_model()
-        cache = DynamicCache()
-        self.decode(model, cache, range(30))
-        expected = self.decode(model, cache, [5, 9])
-        actual = self.decode(model, self.prefilled(model), [5, 9])
-        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    model = make_model(61)
+    for branch in make_branches(model)[::2]:
+        how: dict[str, Any] = {"n_new": 4, "tick": lambda _: None}
+        measure.answer(model, branch, [3, 4], stop=set(), **how)
+        written, branch.written = branch.written, []
+        n = [len(measure.positions(infos[2])) for infos in branch.queries if infos]
+        assert n == ([] if branch.title == "dense" else [6] * 5)
+        measure.answer(model, branch, [3, 4], stop={written[1]}, **how)
+        assert branch.written == written[: written.index(written[1])]
+        assert branch.cache.get_seq_length() == 30
+    # The last branch wrote what the likeliest tokens of its own steps are.
+    ids = [3, 4, *written]
+    assert [int(branch.step(model, i).logits.argmax()) for i in ids][1:-1] == written
 
-    def test_a_full_cache_is_refused(self) -> None:
-        from examples.demo.errors import UnsupportedModel
-        from examples.demo.model import named
 
-        model = self.make_model()
-        with pytest.raises(UnsupportedModel, match=r"30 \+ 11 tokens .* capacity 40"):
-            model(
-                input_ids=torch.zeros(1, 11, dtype=torch.long),
-                **named(model, self.prefilled(model)),
-            )
+def test_the_story_is_told_to_the_end() -> None:
+    pytest.importorskip("rich")
+    from rich.console import Console
+    from rich.progress import Progress
 
-    @torch.inference_mode()
-    def test_padding_is_refused(self) -> None:
-        from examples.demo.errors import UnsupportedModel
+    from examples.demo.errors import UnsupportedModel
+    from examples.demo.story import Story
 
-        model = self.make_model()
-        tokens = torch.arange(8).reshape(2, 4)
-        mask = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1]])
-        with (
-            self.make_hook(k=8).attached(model),
-            pytest.raises(UnsupportedModel, match="hides 1 tokens"),
-        ):
-            model(input_ids=tokens, attention_mask=mask)
-
-    @torch.inference_mode()
-    def test_an_unpadded_batch_is_not(self) -> None:
-        model = self.make_model()
-        tokens = torch.arange(8).reshape(2, 4)
-        dense = model(input_ids=tokens).logits
-        with self.make_hook(k=8).attached(model):
-            selected = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
-        torch.testing.assert_close(selected, dense, rtol=1e-5, atol=1e-5)
-
-    @torch.inference_mode()
-    def test_a_sliding_window_is_refused(self) -> None:
-        from transformers import MistralConfig, MistralForCausalLM
-
-        from examples.demo.errors import UnsupportedModel
-
-        config = MistralConfig(
-            vocab_size=61,
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            sliding_window=4,
-        )
-        model = MistralForCausalLM(config).eval()
-        with (
-            self.make_hook(k=8).attached(model),
-            pytest.raises(UnsupportedModel, match="more than causal"),
-        ):
-            model(input_ids=torch.arange(8)[None])
-
-    @torch.inference_mode()
-    def test_a_static_cache_is_refused(self) -> None:
-        from transformers import StaticCache
-
-        from examples.demo.errors import UnsupportedModel
-        from examples.demo.model import named
-
-        model = self.make_model()
-        cache = StaticCache(config=model.config, max_cache_len=16)
-        with (
-            self.make_hook(k=8).attached(model),
-            pytest.raises(UnsupportedModel, match="16 keys from position 0"),
-        ):
-            model(input_ids=torch.arange(8)[None], **named(model, cache))
+    tokenizer, model = WordTokenizer(), make_model(400)
+    arguments = ["--context", "100", "--k", "8", "--n-local", "8", "--held-back", "7"]
+    options = parse([*arguments, "--new-tokens", "3"])
+    story = Story(options, "small", model, tokenizer, "a text", SENTENCES)
+    with Progress(disable=True) as bars:
+        story.live(bars)
+    console = Console(record=True, width=100)
+    for part in story.report():
+        console.print(part)
+    said = console.export_text()
+    assert "tokenselect: 16 first + 8 voted + 8 newest" in said
+    assert re.search(r"attended +│ +\d+ of \d+ │ +32 of \d+ │ +32 of \d+", said)
+    assert re.search(r"^ +0 █*░* +\d+\.\d%", said, re.MULTILINE)
+    scene = story.scene()
+    assert [len(positions) for positions in scene.selected] == [32] * 3
+    assert "small has read" in draw(scene)
+    model.config.max_position_embeddings = 100
+    with pytest.raises(UnsupportedModel, match="was trained to 100"):
+        Story(options, "small", model, tokenizer, "a text", SENTENCES)

@@ -759,20 +759,22 @@ def test_a_cache_in_use_by_a_capture_must_not_move(graphed: Recorded) -> None:
 
 
 def test_the_tutorials_loop_writes_the_same_text_through_a_graph() -> None:
-    """Its first block as it runs here, and as it runs on a GPU but for CUDA."""
+    """The example, which the page quotes, as it runs here, and as on a GPU but for CUDA."""
     page = (fresh.ROOT / "docs" / "tutorials" / "decoding.md").read_text(encoding="utf-8")
-    block = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0]
-    assert len([line for line in block.splitlines() if line.strip()]) <= 60
-    choice = 'step = tokenselect.capture(decode) if device == "cuda" else decode\n'
+    block = (fresh.ROOT / "examples" / "decode_loop.py").read_text(encoding="utf-8")
+    assert re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0] == block
+    assert len([line for line in block.splitlines() if line.strip()]) <= 40
+    choice = "step = capture(decode) if torch.cuda.is_available() else decode\n"
     assert choice in block
     recorded = Recorded()
     texts, hits = [], []
-    for line in (choice, "step = tokenselect.capture(decode, interface=RECORDED)\n"):
+    for line in (choice, "step = capture(decode, interface=RECORDED)\n"):
         names: dict[str, Any] = {"RECORDED": recorded, "print": lambda *words: None}
         with torch.no_grad():  # the block sets it for good
-            exec(compile(block.replace(choice, line), "decoding.md", "exec"), names)
+            exec(compile(block.replace(choice, line), "decode_loop.py", "exec"), names)
+            torch.set_default_device(None)
         texts.append(names["text"])
-        hits.append([layer.selections.hits.tolist() for layer in names["layers"]])
+        hits.append([cache.hits.tolist() for cache in names["selections"]])
     assert torch.equal(*texts)
     assert hits[0] == hits[1]
     assert min(map(min, hits[0])) > 0

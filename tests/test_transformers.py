@@ -1,9 +1,8 @@
 """The integration for transformers, held to stock eager attention on small random models."""
 
 import copy
-import importlib.util
 import io
-import os
+import threading
 import tomllib
 import warnings
 from collections.abc import Iterator
@@ -13,31 +12,24 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from torch import Tensor
-
-import tokenselect
-from tests import fresh
-from tokenselect.errors import InvalidProblem, UnknownBackend, UnsupportedProblem
-
-if importlib.util.find_spec("transformers") is None:
-    if os.environ.get("CI"):
-        pytest.fail("NOT TESTED: the integration; transformers is not installed", pytrace=False)
-    pytest.skip("NOT TESTED: transformers is not installed", allow_module_level=True)
-
 import transformers
+from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 from transformers.masking_utils import (
-    AttentionMaskInterface,
     create_causal_mask,
     create_sliding_window_causal_mask,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+import tokenselect
+from tests import fresh
 from tests.models import (
     CACHE,
     EVERYTHING,
     FAMILIES,
     MODES,
+    MOVING,
+    NO_HEAD_DIM,
     OTHERWISE,
     PADDINGS,
     SIZES,
@@ -48,17 +40,24 @@ from tests.models import (
     Alone,
     Around,
     L,
+    Recorder,
     assert_close,
     caches,
+    counted,
     generated,
     has_full_attention,
     lacking,
+    made,
     mask_of,
     model_of,
+    read,
     shared,
+    state,
     tokens,
 )
-from tokenselect.integrations.transformers import TokenSelectCache, enable, options
+from tokenselect.errors import InvalidProblem, UnknownBackend, UnsupportedProblem
+from tokenselect.integrations.transformers import TokenSelectCache, enable, options, recorded
+from tokenselect.integrations.transformers.cache import RawKeys
 from tokenselect.integrations.transformers.masks import TokenMask, token_mask
 
 pytestmark = [
@@ -87,150 +86,149 @@ def _no_grad() -> Iterator[None]:
         yield
 
 
-class TestPrompt:
-    @pytest.mark.parametrize("chunk", [512, 7])
+HOWS: dict[str, dict[str, Any]] = {"still": {}, **MOVING}
+
+
+class TestEverythingSelected:
+    """Stock eager attention's logits and tokens again, whether keys move or not.
+
+    Where they do, nothing moves in effect, but every rotation is tokenselect's own.
+    """
+
+    @pytest.mark.parametrize(("how", "chunk"), [("still", 512), *((how, 7) for how in HOWS)])
     @pytest.mark.parametrize("padding", PADDINGS)
-    def test_equals_eager_where_everything_is_selected(
-        self, model: Any, padding: str, chunk: int
-    ) -> None:
+    def test_prompt(self, model: Any, padding: str, how: str, chunk: int) -> None:
         mask = PADDINGS[padding]
         ids = tokens(2 if mask is None else len(mask))
-        expected = model(ids, attention_mask=mask).logits
-        with enable(model, **EVERYTHING, chunk=chunk):
-            actual = model(ids, attention_mask=mask).logits
+        at = {} if mask is None or padding != "holes" else {"position_ids": counted(mask)}
+        expected = model(ids, attention_mask=mask, **at).logits
+        with enable(model, **EVERYTHING, **HOWS[how], chunk=chunk):
+            actual = model(ids, attention_mask=mask, **at).logits
         assert actual.isfinite().all()
         assert_close(actual, expected, mask)
+        assert torch.equal(model(ids, attention_mask=mask, **at).logits, expected)
 
-    def test_without_a_cache(self, model: Any) -> None:
+    def test_prompt_without_a_cache(self, model: Any) -> None:
         mask = PADDINGS["mixed"]
         assert mask is not None
-        ids = tokens(len(mask))
-        expected = model(ids, attention_mask=mask, use_cache=False).logits
+        given = {"input_ids": tokens(len(mask)), "attention_mask": mask, "use_cache": False}
+        expected = model(**given).logits
         with enable(model, **EVERYTHING):
-            actual = model(ids, attention_mask=mask, use_cache=False).logits
-        assert_close(actual, expected, mask)
-
-    def test_a_small_budget_is_another_result(self, llama: Any) -> None:
-        ids = tokens(2)
-        dense = llama(ids).logits
-        with enable(llama, **SMALL, chunk=1):
-            selected = llama(ids).logits
-        assert (selected - dense).abs().max() > 0.01 * dense.abs().max()
+            assert_close(model(**given).logits, expected, mask)
 
     @pytest.mark.parametrize(
-        ("dtype", "family", "padding", "bound"),
+        ("dtype", "family", "padding", "bound", "how"),
         [
             # A few roundings to dtype a layer; eager rounds logits and weights too.
-            (torch.bfloat16, "gpt_oss", "left", 0.1),
-            (torch.float16, "gemma2", "left", 0.02),
+            (torch.bfloat16, "gpt_oss", "left", 0.1, "still"),
+            (torch.bfloat16, "gpt_oss", "left", 0.1, "split"),
+            (torch.float16, "gemma2", "left", 0.02, "still"),
+            (torch.float16, "gemma3", "left", 0.02, "split"),
             # Eager's own left padding gives NaN in float64; its softmax is float32 throughout.
-            (torch.float64, "gemma2", "right", 1e-6),
+            (torch.float64, "gemma2", "right", 1e-6, "still"),
         ],
     )
     def test_other_dtypes(
-        self, dtype: torch.dtype, family: str, padding: str, bound: float
+        self, dtype: torch.dtype, family: str, padding: str, bound: float, how: str
     ) -> None:
         model, mask = model_of(family).to(dtype), PADDINGS[padding]
         assert mask is not None
         ids = tokens(len(mask))
         expected = model(ids, attention_mask=mask).logits[mask.bool()]
-        with enable(model, **EVERYTHING):
+        with enable(model, **EVERYTHING, **HOWS[how]):
             actual = model(ids, attention_mask=mask).logits[mask.bool()]
         assert actual.dtype == dtype
         assert (actual - expected).abs().max() / expected.abs().max() < bound
 
-
-class TestDecode:
-    """Reading on, in steps of 1 and of more, is the same as reading all at once."""
-
-    STEPS = (9, 1, 1, 4, 1, 1, 3)
-
-    @pytest.mark.parametrize("kind", caches(None))
+    @pytest.mark.parametrize(
+        ("how", "kind"),
+        [
+            *(("still", kind) for kind in caches(None)),
+            *((how, kind) for how in MOVING for kind in ("dynamic", "static", "ours")),
+        ],
+    )
     @pytest.mark.parametrize("padding", ["none", "left", "holes"])
-    def test_equals_eager(self, model: Any, kind: str, padding: str) -> None:
+    def test_steps(self, model: Any, how: str, kind: str, padding: str) -> None:
+        """Reading on, in steps of 1 and of more, is the same as reading all at once."""
         mask = PADDINGS[padding]
         ids = tokens(2 if mask is None else len(mask))
-        expected = model(ids, attention_mask=mask, use_cache=False).logits
-        cache, logits = caches(model)[kind](), []
-        with enable(model, **EVERYTHING, chunk=4):
-            for start, step in zip(self.starts(), self.STEPS, strict=True):
-                end = start + step
-                seen = None if mask is None else mask[:, :end]
-                out = model(ids[:, start:end], attention_mask=seen, past_key_values=cache)
-                logits.append(out.logits)
-        assert_close(torch.cat(logits, 1), expected, mask)
+        at = {} if mask is None or how == "still" else {"position_ids": counted(mask)}
+        expected = model(ids, attention_mask=mask, use_cache=False, **at).logits
+        cache = caches(model)[kind]()
+        with enable(model, **EVERYTHING, **HOWS[how], chunk=4):
+            actual = read(model, ids, cache, 0, 9, 10, 11, 15, 16, 17, 20, mask=mask, **at)
+        assert_close(actual, expected, mask)
+        assert isinstance(cache, RawKeys) == (how != "still" and has_full_attention(model))
 
-    def starts(self) -> list[int]:
-        return [sum(self.STEPS[:i]) for i in range(len(self.STEPS))]
-
-    def test_a_request_that_is_not_there_yet(self, llama: Any) -> None:
+    def test_a_request_that_is_absent_at_first(self, llama: Any) -> None:
         """Its row is all padding; then it begins."""
         ids, mask = tokens(2), mask_of("20#", "14. 6#")
         expected = llama(ids, attention_mask=mask).logits
-        cache = TokenSelectCache(llama)
         with enable(llama, **EVERYTHING):
-            first = llama(ids[:, :10], attention_mask=mask[:, :10], past_key_values=cache).logits
-            then = llama(ids[:, 10:], attention_mask=mask, past_key_values=cache).logits
-        assert_close(torch.cat([first, then], 1), expected, mask)
+            actual = read(llama, ids, TokenSelectCache(llama), 0, 10, 20, mask=mask)
+        assert_close(actual, expected, mask)
 
-
-class TestGenerate:
     @pytest.mark.parametrize("mode", MODES)
-    def test_same_tokens_as_eager(self, model: Any, mode: str) -> None:
+    @pytest.mark.parametrize("how", ["still", "split"])
+    def test_generate(self, model: Any, mode: str, how: str) -> None:
         mask = mask_of("20#", "5. 15#", "5. 15#", "13. 7#")
         ids = tokens(4).where(mask.bool(), 0)
         expected = generated(model, ids, attention_mask=mask, **MODES[mode])
-        with enable(model, **EVERYTHING):
+        with enable(model, **EVERYTHING, **HOWS[how]):
             actual = generated(model, ids, attention_mask=mask, **MODES[mode])
         assert expected.shape[1] == L + 8
         assert actual.tolist() == expected.tolist()
 
     @pytest.mark.parametrize("mode", ["greedy", "sampling", "beams"])
-    def test_with_our_cache_and_reuse(self, model: Any, mode: str) -> None:
+    @pytest.mark.parametrize("how", ["still", "split"])
+    def test_generate_with_reuse(self, model: Any, mode: str, how: str) -> None:
         """What is reused is everything, and everything appended since: eager's tokens again."""
         mask = mask_of("20#", "5. 15#")
         ids = tokens(2).where(mask.bool(), 0)
-        expected = generated(model, ids, attention_mask=mask, **MODES[mode])
+        given = {"attention_mask": mask, **MODES[mode]}
+        expected = generated(model, ids, **given)
         cache = TokenSelectCache(model)
-        with enable(model, **EVERYTHING, theta=-1.0):
-            actual = generated(
-                model, ids, attention_mask=mask, past_key_values=cache, **MODES[mode]
-            )
-        assert actual.tolist() == expected.tolist()
+        with enable(model, **EVERYTHING, **HOWS[how], theta=-1.0):
+            assert generated(model, ids, past_key_values=cache, **given).equal(expected)
         assert (cache.hits > 0) == has_full_attention(model)
 
-    @pytest.mark.parametrize("assistant", ["prompt_lookup", "draft"])
+    @pytest.mark.parametrize("assistant", ["prompt_lookup", "draft", "other_draft"])
+    @pytest.mark.parametrize("how", ["still", "split"])
     @ASSISTED
-    def test_assisted(self, model: Any, assistant: str) -> None:
+    def test_assisted(self, model: Any, assistant: str, how: str) -> None:
+        """The draft is the model itself, or another one, which goes on rotating."""
         ids = tokens(1).repeat(1, 2)
-        how: dict[str, Any] = {"prompt_lookup_num_tokens": 3}
-        if assistant == "draft":
-            how = {"assistant_model": model}
-        expected = generated(model, ids)
-        cache = TokenSelectCache(model)
-        with enable(model, **EVERYTHING, theta=-1.0 if assistant == "prompt_lookup" else None):
-            plain = generated(model, ids, past_key_values=TokenSelectCache(model))
-            assisted = generated(model, ids, past_key_values=cache, **how)
-        assert plain.tolist() == expected.tolist()
-        assert assisted.tolist() == expected.tolist()
+        # A draft takes the padding token for padding also where it was generated: a hole.
+        more: dict[str, Any] = {} if how == "still" else {"suppress_tokens": [0]}
+        expected = generated(model, ids, **more)
+        more |= {
+            "prompt_lookup": lambda: {"prompt_lookup_num_tokens": 3},
+            "draft": lambda: {"assistant_model": model},
+            "other_draft": lambda: {"assistant_model": model_of("llama")},
+        }[assistant]()
+        theta = -1.0 if (assistant, how) == ("prompt_lookup", "still") else None
+        with enable(model, **EVERYTHING, **HOWS[how], theta=theta):
+            cache = TokenSelectCache(model)
+            assert generated(model, ids, past_key_values=cache, **more).equal(expected)
 
     @pytest.mark.slow
-    def test_compiled_over_a_static_cache(self) -> None:
+    @pytest.mark.parametrize("how", ["still", "split"])
+    def test_compiled_over_a_static_cache(self, how: str) -> None:
         """As generate does on a GPU by itself: selection stays outside of what is compiled."""
         from transformers import CompileConfig
 
-        how = CompileConfig(backend="eager", mode=None)
-        how._compile_all_devices = True
+        compiled = CompileConfig(backend="eager", mode=None)
+        compiled._compile_all_devices = True
         model, mask = model_of("gemma2"), mask_of("20#", "5. 15#")
         ids = tokens(2).where(mask.bool(), 0)
-        torch._dynamo.utils.counters.clear()
+        static = {"cache_implementation": "static", "compile_config": compiled}
+        torch._dynamo.reset()
         expected = generated(model, ids, attention_mask=mask)
-        with enable(model, **EVERYTHING):
-            actual = generated(
-                model, ids, attention_mask=mask, cache_implementation="static", compile_config=how
-            )
-        assert actual.tolist() == expected.tolist()
+        torch._dynamo.utils.counters.clear()
+        with enable(model, **EVERYTHING, **HOWS[how]):
+            assert generated(model, ids, attention_mask=mask, **static).equal(expected)
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+        assert generated(model, ids, attention_mask=mask, **static).equal(expected)
 
     def test_going_on_with_a_cache(self, llama: Any) -> None:
         """A chat: a second turn on the cache of the first."""
@@ -241,21 +239,7 @@ class TestGenerate:
         cache = TokenSelectCache(llama)
         with enable(llama, **EVERYTHING, theta=0.5):
             generated(llama, ids, past_key_values=cache)
-            assert generated(llama, longer, past_key_values=cache).tolist() == expected.tolist()
-
-
-class Recorder:
-    """Stands in for the registered attention function, and keeps what each layer got and gave."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.calls: list[tuple[Any, Tensor, Tensor, Tensor, Any, dict[str, Any], Tensor]] = []
-        self.attend = ALL_ATTENTION_FUNCTIONS["tokenselect"]
-        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "tokenselect", self)
-
-    def __call__(self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **more: Any) -> Any:
-        out, weights = self.attend(module, q, k, v, mask, **more)
-        self.calls.append((module, q, k, v, mask, more, out))
-        return out, weights
+            assert generated(llama, longer, past_key_values=cache).equal(expected)
 
 
 @pytest.fixture
@@ -265,6 +249,13 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
 
 class TestSelection:
     """With a small k each layer gives what tokenselect.attention gives for its q, k, v."""
+
+    def test_a_small_budget_is_another_result(self, llama: Any) -> None:
+        ids = tokens(2)
+        dense = llama(ids).logits
+        with enable(llama, **SMALL, chunk=1):
+            selected = llama(ids).logits
+        assert (selected - dense).abs().max() > 0.01 * dense.abs().max()
 
     @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
     def test_prompt_and_decode(self, family: str, recorder: Recorder) -> None:
@@ -293,27 +284,30 @@ class TestSelection:
                 torch.testing.assert_close(out[:, start:stop], expected.transpose(1, 2))
                 assert int(info.selection.count.max()) < n or n < 12
 
-    def test_padding_is_never_selected_and_moves_nothing(self, recorder: Recorder) -> None:
-        """A padded request attends as it does alone."""
+    @pytest.mark.parametrize(
+        "mask", [mask_of("20#", "5. 15#", "3. 11# 6."), mask_of("2. 5# 3. 6# 4.")]
+    )
+    def test_a_padded_request_attends_as_it_does_alone(
+        self, mask: Tensor, recorder: Recorder
+    ) -> None:
+        """Padding, holes too, is never selected and moves nothing."""
         model = model_of("llama")
-        ids, mask = tokens(3), mask_of("20#", "5. 15#", "3. 11# 6.")
         with enable(model, **SMALL, chunk=4):
-            model(ids, attention_mask=mask)
+            model(tokens(len(mask)), attention_mask=mask)
         _, q, k, v, _, more, out = recorder.calls[0]
-        for b, (first, end) in enumerate([(0, 20), (5, 20), (3, 14)]):
-            for start in range(first, end, 4):
-                stop = min(start + 4, end)
-                alone = tokenselect.attention(
-                    q[b : b + 1, :, start:stop],
-                    k[b : b + 1, :, first:stop],
-                    v[b : b + 1, :, first:stop],
+        for b, real in enumerate(mask.bool()):
+            alone = [x[b : b + 1, :, real] for x in (q, k, v)]
+            for start in range(0, int(real.sum()), 4):
+                stop = min(start + 4, int(real.sum()))
+                expected = tokenselect.attention(
+                    alone[0][:, :, start:stop],
+                    *(x[:, :, :stop] for x in alone[1:]),
                     **SMALL,
                     scale=more["scaling"],
                 )
-                torch.testing.assert_close(out[b : b + 1, start:stop], alone.transpose(1, 2))
-        assert (out[1, :5] == 0).all()
-        assert (out[2, :3] == 0).all()
-        assert (out[2, 14:] == 0).all()
+                actual = out[b : b + 1, real][:, start:stop]
+                torch.testing.assert_close(actual, expected.transpose(1, 2))
+            assert (out[b, ~real] == 0).all()
 
     @pytest.mark.parametrize("family", ["llama", "gemma2"])
     @pytest.mark.parametrize("kind", ["static", "ours", "ours_with_room"])
@@ -322,28 +316,34 @@ class TestSelection:
         mask = mask_of("20#", "5. 15#")
         ids = tokens(2).where(mask.bool(), 0)
         with enable(model, **SMALL):
-            made = [caches(model)[name]() for name in ("dynamic", kind)]
-            for start, end in ((0, 14), (14, 17), (17, 18), (18, 19)):
-                seen = {"attention_mask": mask[:, :end]}
-                stock, ours = (
-                    model(ids[:, start:end], past_key_values=cache, **seen).logits for cache in made
-                )
-                torch.testing.assert_close(ours, stock)
+            both = [caches(model)[name]() for name in ("dynamic", kind)]
+            stock, ours = (read(model, ids, each, 0, 14, 17, 18, 19, mask=mask) for each in both)
+        torch.testing.assert_close(ours, stock)
 
-    def test_holes_are_as_if_they_were_not_there(self, recorder: Recorder) -> None:
-        model, ids = model_of("llama"), tokens(1)
-        mask = mask_of("2. 5# 3. 6# 4.")
-        with enable(model, **SMALL, chunk=3):
-            model(ids, attention_mask=mask)
-        _, q, k, v, _, more, out = recorder.calls[0]
-        real = mask[0].bool()
-        q, k, v = q[:, :, real], k[:, :, real], v[:, :, real]
-        for start in range(0, 11, 3):
-            stop = min(start + 3, 11)
-            alone = tokenselect.attention(
-                q[:, :, start:stop], k[:, :, :stop], v[:, :, :stop], **SMALL, scale=more["scaling"]
+    def test_what_was_selected_is_recorded(self, recorder: Recorder) -> None:
+        """One info per call of `attention`, with everything that it tells; dense layers none."""
+        model, ids, mask = model_of("gemma2"), tokens(2), mask_of("20#", "5. 15#")
+        with enable(model, **SMALL, chunk=8), recorded() as infos:
+            with recorded() as inner:
+                model(ids, attention_mask=mask)
+            thread = threading.Thread(target=torch.no_grad()(model), args=[ids])
+            thread.start()
+            thread.join()
+            assert infos == []
+            model(ids[:, :9])
+        model(ids)
+        _, q, k, v, _, more, _ = next(call for call in recorder.calls if call[4].window is None)
+        alike = {"scale": more["scaling"], "softcap": more["softcap"], "return_info": True}
+        calls = [(0, 0, 0, 8), (0, 0, 8, 16), (0, 0, 16, 20), (1, 5, 5, 13), (1, 5, 13, 20)]
+        for info, (b, first, start, stop) in zip(inner, calls, strict=True):
+            row = (slice(b, b + 1), slice(None))
+            tokens_of = (*row, slice(first, stop))
+            _, expected = tokenselect.attention(
+                q[*row, start:stop], k[tokens_of], v[tokens_of], **SMALL, **alike
             )
-            torch.testing.assert_close(out[:, real][:, start:stop], alone.transpose(1, 2))
+            assert torch.equal(info.selection.positions, expected.selection.positions)
+            assert torch.equal(info.lse, expected.lse)
+        assert [info.selection.positions.shape[0] for info in infos] == [2, 2]
 
 
 # Selections of few tokens, made afresh every few tokens and reused between.
@@ -356,7 +356,6 @@ HYBRID = lacking("caches of hybrid layers that are not the model's own")
 
 def sharing_keys() -> Any:
     """A Gemma 4 whose layer 3 reads the keys of layer 1."""
-    torch.manual_seed(1)
     config = transformers.Gemma4TextConfig(
         **SIZES | {"num_hidden_layers": 4},
         layer_types=["sliding_attention", "full_attention"] * 2,
@@ -366,12 +365,11 @@ def sharing_keys() -> Any:
         vocab_size_per_layer_input=VOCABULARY,
         global_head_dim=8,
     )
-    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    return made(config)
 
 
 def hybrid(kind: str) -> Any:
     """A model with layers that attend and hold a state space model."""
-    torch.manual_seed(1)
     heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 2}
     more: dict[str, Any] = {
         "FalconH1": {
@@ -394,36 +392,25 @@ def hybrid(kind: str) -> Any:
             "adapter_rank": 4,
         },
     }
-    sizes = {name: size for name, size in SIZES.items() if kind != "Zamba2" or name != "head_dim"}
+    sizes = NO_HEAD_DIM if kind == "Zamba2" else SIZES
     config = getattr(transformers, f"{kind}Config")(**sizes | heads | more[kind])
-    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    return made(config)
 
 
 class TestReuse:
-    def steps(self, model: Any, cache: Any, ids: Tensor, n: int = 8) -> Tensor:
-        """Logits of n single tokens after a prompt."""
-        model(ids[:, :-n], past_key_values=cache)
-        parts = ids[:, -n:].split(1, dim=1)
-        return torch.cat([model(part, past_key_values=cache).logits for part in parts], dim=1)
+    STEPS = (0, *range(L - 8, L + 1))  # a prompt, and single tokens after it
 
-    def test_theta_none_is_no_reuse(self, llama: Any) -> None:
-        ids = tokens(2)
+    @pytest.mark.parametrize("theta", [None, 1.0])
+    def test_no_theta_and_one_that_nothing_reaches_change_nothing(
+        self, llama: Any, theta: float | None
+    ) -> None:
+        ids, cache = tokens(2), TokenSelectCache(llama)
         with enable(llama, **SMALL):
-            stock = self.steps(llama, DynamicCache(), ids)
-        cache = TokenSelectCache(llama)
-        with enable(llama, **SMALL, theta=None):
-            assert torch.equal(self.steps(llama, cache, ids), stock)
-        assert (cache.hits, cache.misses) == (0, 0)
-
-    def test_a_theta_that_nothing_reaches_changes_nothing(self, llama: Any) -> None:
-        ids = tokens(2)
-        with enable(llama, **SMALL):
-            stock = self.steps(llama, DynamicCache(), ids)
-        cache = TokenSelectCache(llama)
-        with enable(llama, **SMALL, theta=1.0):
-            torch.testing.assert_close(self.steps(llama, cache, ids), stock)
-        assert cache.hits == 0
-        assert cache.misses == 2 * 2 * (1 + 8)  # layers, requests, calls
+            stock = read(llama, ids, DynamicCache(), *self.STEPS)
+        with enable(llama, **SMALL, theta=theta):
+            torch.testing.assert_close(read(llama, ids, cache, *self.STEPS), stock)
+        # Layers, requests, calls.
+        assert (cache.hits, cache.misses) == (0, 0 if theta is None else 2 * 2 * (1 + 8))
 
     @pytest.mark.parametrize(
         ("make", "layers"),
@@ -435,7 +422,7 @@ class TestReuse:
         model, ids = make(), tokens(2)
         cache = TokenSelectCache(model)
         with enable(model, **SMALL, theta=-1.0, max_reuse=2):
-            self.steps(model, cache, ids)
+            read(model, ids, cache, *self.STEPS)
         for layer in layers:
             twin = tokenselect.SelectionCache(-1.0, 2)
             for module, q, k, v, _, more, out in recorder.calls:
@@ -460,18 +447,14 @@ class TestReuse:
             cache = TokenSelectCache(llama)
             seen = mask
             with enable(llama, **SMALL, **REUSED):
-                for start, end in ((0, 16), (16, 17), (17, 18)):
-                    part = None if mask is None else mask[:, :end]
-                    llama(ids[:, start:end], attention_mask=part, past_key_values=cache)
+                read(llama, ids, cache, 0, 16, 17, 18, mask=mask)
                 before = cache.hits
                 if swap:
                     cache.reorder_cache(torch.tensor([1, 0]))
                     seen = None if mask is None else mask.flip(0)
                 new = ids.flip(0) if swap else ids
-                part = None if seen is None else seen[:, :19]
-                out = llama(new[:, 18:19], attention_mask=part, past_key_values=cache)
-            logits = out.logits.flip(0) if swap else out.logits
-            return logits, before, cache.hits
+                logits = read(llama, new, cache, 18, 19, mask=seen)
+            return logits.flip(0) if swap else logits, before, cache.hits
 
         plain, swapped = ends(False), ends(True)
         assert plain[2] == plain[1] + 4
@@ -486,8 +469,7 @@ class TestReuse:
         ids, cache, twin = tokens(2), TokenSelectCache(llama), TokenSelectCache(llama)
         with enable(llama, **SMALL, **REUSED):
             for each in (cache, twin):
-                for start, end in ((0, 16), (16, 17), (17, 18)):
-                    llama(ids[:, start:end], past_key_values=each)
+                read(llama, ids, each, 0, 16, 17, 18)
             cache.reorder_cache(torch.tensor([1, 1]))
             both = llama(ids[1:, 18:19].repeat(2, 1), past_key_values=cache).logits
             one = llama(ids[:, 18:19], past_key_values=twin).logits[1]
@@ -501,10 +483,7 @@ class TestReuse:
     ) -> None:
         ids, cache = tokens(2), TokenSelectCache(llama)
         with enable(llama, **SMALL, theta=0.0):
-            for end in range(12, 18):
-                begin = 0 if end == 12 else end - 1
-                seen = None if mask is None else mask[:, :end]
-                llama(ids[:, begin:end], attention_mask=seen, past_key_values=cache)
+            read(llama, ids, cache, 0, *range(12, 18), mask=mask)
             layers = [layer.selections._caches.values() for layer in cache.layers]
             rows = [torch.cat([c.hits for c in caches]).tolist() for caches in layers]
             assert all(a != b for a, b in rows)  # a row that counts twice would show
@@ -512,8 +491,7 @@ class TestReuse:
             assert sum(before) == 2 * 2 * 6  # layers, requests, calls
             cache.reorder_cache(torch.tensor(order))
             assert (cache.hits, cache.misses) == before
-            seen = None if mask is None else mask[order, :18]
-            llama(ids[order, 17:18], attention_mask=seen, past_key_values=cache)
+            read(llama, ids[order], cache, 17, 18, mask=None if mask is None else mask[order])
             assert cache.hits + cache.misses == sum(before) + 2 * 2
 
     def test_counts_after_a_call_that_failed(
@@ -536,15 +514,14 @@ class TestReuse:
     def test_crop_drops_what_saw_cropped_tokens(self, llama: Any) -> None:
         ids, cache = tokens(1), TokenSelectCache(llama)
         with enable(llama, **SMALL, theta=-1.0):
-            for start, end in ((0, 12), (12, 13), (13, 14)):
-                llama(ids[:, start:end], past_key_values=cache)
+            read(llama, ids, cache, 0, 12, 13, 14)
             assert (cache.hits, cache.misses) == (4, 2)
             cache.crop(-1)  # the selections were made at 12: they stay
-            llama(ids[:, 13:14], past_key_values=cache)
+            read(llama, ids, cache, 13, 14)
             assert (cache.hits, cache.misses) == (6, 2)
             cache.crop(-3)
             assert cache.get_seq_length() == 11
-            llama(ids[:, 11:13], past_key_values=cache)
+            read(llama, ids, cache, 11, 13)
             assert (cache.hits, cache.misses) == (6, 4)
 
     @pytest.mark.parametrize("padding", ["none", "left", "right", "mixed", "holes"])
@@ -556,22 +533,19 @@ class TestReuse:
         """What comes first after it may be read densely, and tells the selections nothing."""
         mask = PADDINGS[padding]
         ids = tokens(2 if mask is None else len(mask))
-        seen = torch.ones_like(ids) if mask is None else mask
         others = ids.flip(1)
         with enable(llama, **SMALL, theta=-1.0):
             cache = TokenSelectCache(llama)
-            llama(ids[:, :14], attention_mask=seen[:, :14], past_key_values=cache)
+            read(llama, ids, cache, 0, 14, mask=mask)
             cache.crop(-cropped)
             assert len(cache.layers[0].selections._caches) > 0
             forgetful = copy.deepcopy(cache)
             for layer in forgetful.layers:
                 layer.selections.clear()
         for i, (start, end) in enumerate(((14 - cropped, 15), (15, 16), (16, 18))):
-            more = {"attention_mask": seen[:, :end]}
             with nullcontext() if densely and i == 0 else enable(llama, **SMALL, theta=-1.0):
                 a, b = (
-                    llama(others[:, start:end], past_key_values=each, **more).logits
-                    for each in (cache, forgetful)
+                    read(llama, others, each, start, end, mask=mask) for each in (cache, forgetful)
                 )
             assert torch.equal(a, b)
 
@@ -581,8 +555,7 @@ class TestReuse:
         assert mask is not None
         ids, cache = tokens(len(mask)), TokenSelectCache(llama)
         with enable(llama, **SMALL, theta=-1.0):
-            for start, end in ((0, 18), (18, 19), (19, 20)):
-                llama(ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache)
+            read(llama, ids, cache, 0, 18, 19, 20, mask=mask)
         before = cache.hits, cache.misses
         assert min(before) > 0
         cache.crop(-1)
@@ -592,7 +565,7 @@ class TestReuse:
         ids, cache = tokens(2), TokenSelectCache(llama)
         layer = cache.layers[0]
         with enable(llama, **SMALL, theta=-1.0):
-            self.steps(llama, cache, ids)
+            read(llama, ids, cache, *self.STEPS)
             assert len(layer.selections._caches) == 1
             cache.batch_repeat_interleave(2)
             assert len(layer.selections._caches) == 0
@@ -611,7 +584,7 @@ class TestReuse:
 
     def test_layers_that_share_keys_share_no_selection(self) -> None:
         selections = TokenSelectCache(model_of("llama")).layers[0].selections
-        run = token_mask(1, 4, 4).runs[0]
+        run = token_mask(1, 4, 4).spans[0]
         settings = options.parse({"theta": 0.5})
         first = selections.of(0, run, settings, torch.float32)
         assert selections.of(0, run, settings, torch.float32) is first
@@ -718,29 +691,21 @@ class TestCausality:
             model(tokens(1, 40))
         assert state(model) == before
 
-    @pytest.mark.parametrize(
-        "options", [SMALL, {**SMALL, "chunk": 1}, {**EVERYTHING, "chunk": 8}], ids=str
-    )
-    def test_causal_ones_do_not(self, llama: Any, options: dict[str, Any]) -> None:
-        with enable(llama, **options):
-            llama(tokens(1, 40))
-
-    @pytest.mark.parametrize("mode", MODES)
-    def test_generate_does_not(self, llama: Any, mode: str) -> None:
-        with enable(llama, **SMALL, chunk=8):
-            generated(llama, tokens(1, 40), **MODES[mode])
-
-    @ASSISTED
-    def test_drafts_do_not(self, llama: Any) -> None:
-        with enable(llama, **SMALL, chunk=8):
-            generated(llama, tokens(1, 40), prompt_lookup_num_tokens=3)
-
-    def test_a_prompt_without_logits_does_not(self, llama: Any) -> None:
+    def test_causal_ones_and_a_prompt_without_logits_do_not(self, llama: Any) -> None:
+        for given in (SMALL, {**SMALL, "chunk": 1}, {**EVERYTHING, "chunk": 8}):
+            with enable(llama, **given):
+                llama(tokens(1, 40))
         cache = DynamicCache()
         with enable(llama, **SMALL, chunk=8):
             llama.model(tokens(1, 40), **{CACHE: cache})
             llama(tokens(1, 1), **{CACHE: cache})
             llama(tokens(1, 40), logits_to_keep=torch.tensor([39]))
+
+    @pytest.mark.parametrize("mode", [*MODES, pytest.param("drafts", marks=ASSISTED)])
+    def test_generate_does_not(self, llama: Any, mode: str) -> None:
+        how = MODES.get(mode, {"prompt_lookup_num_tokens": 3})
+        with enable(llama, **SMALL, chunk=8):
+            generated(llama, tokens(1, 40), **how)
 
     def test_a_model_that_is_made_to_attend_otherwise_does_not(self, llama: Any) -> None:
         before = state(llama)
@@ -949,27 +914,32 @@ class TestOptions:
         del llama.config.tokenselect
         assert_close(llama(ids).logits, dense)  # the defaults' k is beyond the length
 
-    def test_from_pretrained_and_saved_options(self, tmp_path: Any, llama: Any) -> None:
-        llama.config.tokenselect = dict(SMALL)
+    @pytest.mark.parametrize("are_saved", [True, False])
+    def test_from_pretrained(self, tmp_path: Any, llama: Any, are_saved: bool) -> None:
+        if are_saved:
+            llama.config.tokenselect = dict(SMALL)
         llama.save_pretrained(tmp_path)
-        again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="tokenselect")
-        llama.set_attn_implementation("tokenselect")
-        assert torch.equal(again(tokens(1)).logits, llama(tokens(1)).logits)
+        how = {"attn_implementation": "tokenselect"} | ({} if are_saved else {"tokenselect": SMALL})
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, **how).eval()
+        assert loaded.config.tokenselect == SMALL
+        with enable(llama, **SMALL):
+            assert torch.equal(loaded(tokens(1)).logits, llama(tokens(1)).logits)
 
-    def test_enable_is_reversible(self, model: Any) -> None:
+    @pytest.mark.parametrize(
+        ("preset", "options"),
+        [("paper", {"select_scale": 1.0}), ("extrapolate", {"positions": "contiguous"})],
+    )
+    def test_enable_is_reversible(self, model: Any, preset: str, options: dict[str, Any]) -> None:
         ids = tokens(2)
-        before = model(ids).logits
-        attributes = {name: set(vars(part)) for name, part in model.named_modules()}
-        config = model.config.to_dict()
-        handle = enable(model, "paper", **SMALL)
-        assert model.config.tokenselect == {"select_scale": 1.0, **SMALL}
-        model(ids)
+        before, was = model(ids).logits, state(model)
+        handle = enable(model, preset, **SMALL, chunk=1)
+        assert options.items() <= model.config.tokenselect.items() >= SMALL.items()
+        assert torch.equal(model(ids).logits, before) != has_full_attention(model)
         handle.disable()
         handle.disable()
         assert torch.equal(model(ids).logits, before)
         assert model.config._attn_implementation == "eager"
-        assert model.config.to_dict() == config
-        assert {name: set(vars(part)) for name, part in model.named_modules()} == attributes
+        assert state(model) == was
 
     def test_enable_within_enable_and_after_an_error(self, llama: Any) -> None:
         with enable(llama, k=3):
@@ -1022,14 +992,6 @@ class TestOptions:
         llama.config.tokenselect = {"backend": "cpuu"}
         with pytest.raises(UnknownBackend, match="did you mean 'cpu'"):
             llama(tokens(1))
-
-    def test_options_given_to_from_pretrained(self, llama: Any, tmp_path: Any) -> None:
-        llama.save_pretrained(tmp_path)
-        how = {"attn_implementation": "tokenselect", "tokenselect": SMALL}
-        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, **how).eval()
-        assert loaded.config.tokenselect == SMALL
-        with enable(llama, **SMALL):
-            assert torch.equal(loaded(tokens(1)).logits, llama(tokens(1)).logits)
 
     def test_numbers_of_numpy_and_torch_are_numbers(self, llama: Any) -> None:
         given = {"k": numpy.int64(3), "n_sink": torch.tensor(1), "n_local": 2}
@@ -1084,10 +1046,9 @@ def test_a_model_whose_layers_all_slide(how: dict[str, Any], mode: str) -> None:
     """It has a mask made for full attention too, over a cache that has dropped tokens."""
     from transformers import MinistralConfig
 
-    torch.manual_seed(1)
     config = MinistralConfig(**SIZES, sliding_window=WINDOW)
     assert set(config.layer_types) == {"sliding_attention"}
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    model = made(config)
     mask = mask_of("20#", "5. 15#")
     ids = tokens(2).where(mask.bool(), 0)
     expected = generated(model, ids, attention_mask=mask, **MODES[mode])
@@ -1134,7 +1095,6 @@ def test_a_model_that_cuts_its_masks_to_the_newest_queries(padding: str) -> None
 @pytest.mark.parametrize("kind", ["Bart", "Marian"])
 def test_a_decoder_without_its_encoder(kind: str, padding: str) -> None:
     """It makes a mask for cross-attention, which no layer reads."""
-    torch.manual_seed(1)
     config = getattr(transformers, f"{kind}Config")(
         vocab_size=VOCABULARY,
         d_model=32,
@@ -1147,7 +1107,7 @@ def test_a_decoder_without_its_encoder(kind: str, padding: str) -> None:
         eos_token_id=None,
         forced_eos_token_id=None,
     )
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    model = made(config)
     mask = PADDINGS[padding]
     ids = tokens(2) if mask is None else tokens(len(mask)).where(mask.bool(), 0)
     dense, written = (
@@ -1268,6 +1228,16 @@ BY_THEMSELVES: dict[str, dict[str, Any]] = {
     "XLNet": {"d_model": 32, "n_layer": 1, "n_head": 4, "d_inner": 48},
 }
 
+TRIANGLE = torch.ones(L, L).tril().bool()[None, None]
+PACKED = torch.cat([torch.arange(12), torch.arange(8)])[None]
+
+
+def call_layer(model: Any, mask: Any) -> Any:
+    """Call the first attention layer by itself, over 4 tokens."""
+    hidden = torch.zeros(1, 4, 32)
+    angles = model.model.rotary_emb(hidden, torch.arange(4)[None])
+    return model.model.layers[0].self_attn(hidden, angles, mask)
+
 
 class TestRefusals:
     @pytest.fixture
@@ -1275,45 +1245,37 @@ class TestRefusals:
         llama.set_attn_implementation("tokenselect")
         return llama
 
-    def test_weights(self, on: Any) -> None:
-        with pytest.raises(UnsupportedProblem, match=r"layer 0\n.*output_attentions(?s:.*)'eager'"):
-            on(tokens(1), output_attentions=True)
+    @pytest.mark.parametrize(
+        ("given", "told"),
+        [
+            ({"output_attentions": True}, r"layer 0\n.*output_attentions(?s:.*)'eager'"),
+            ({"attention_mask": TRIANGLE}, r"custom mask \(1, 1, 20, 20\)"),
+            ({"attention_mask": TRIANGLE[0]}, r"attention_mask \(1, 20, 20\)"),
+            ({"is_causal": False}, "bidirectional"),
+            ({"position_ids": PACKED, "use_cache": False}, "packed sequences"),
+            ({"cu_seq_lens_q": torch.tensor([0, 12, 20])}, "cu_seq_lens_q: packed"),
+            ({"position_bias": torch.zeros(1)}, "position_bias: selected keys get no bias"),
+            ({"some_new_argument": torch.zeros(1)}, "some_new_argument: not known"),
+        ],
+    )
+    def test_arguments(self, on: Any, given: dict[str, Any], told: str) -> None:
+        with pytest.raises(UnsupportedProblem, match=told):
+            on(tokens(1), **given)
+
+    def test_weights_in_generate(self, on: Any) -> None:
         with pytest.raises(UnsupportedProblem, match="output_attentions"):
             generated(on, tokens(1), output_attentions=True, return_dict_in_generate=True)
 
-    def test_custom_and_bidirectional_masks(self, on: Any) -> None:
-        ids = tokens(1)
-        causal = torch.ones(L, L).tril().bool()[None, None]
-        with pytest.raises(UnsupportedProblem, match=r"custom mask \(1, 1, 20, 20\)"):
-            on(ids, attention_mask=causal)
-        with pytest.raises(UnsupportedProblem, match=r"attention_mask \(1, 20, 20\)"):
-            on(ids, attention_mask=causal[0])
-        on.config.is_causal = False
-        with pytest.raises(UnsupportedProblem, match="bidirectional"):
-            on(ids)
-
-    def test_is_causal_false(self, on: Any) -> None:
-        with pytest.raises(UnsupportedProblem, match="bidirectional"):
-            on(tokens(1), is_causal=False)
-
-    def test_a_layer_that_is_not_causal(self, on: Any) -> None:
+    def test_what_the_config_or_a_layer_asks_for(self, on: Any) -> None:
         on.model.layers[1].self_attn.is_causal = False
         with pytest.raises(UnsupportedProblem, match=r"layer 1\n.*bidirectional"):
             on(tokens(1))
-
-    def test_weights_that_the_config_asks_for(self, on: Any) -> None:
         on.config._output_attentions = True  # as was allowed with eager attention
-        layer, hidden = on.model.layers[0].self_attn, torch.zeros(1, 4, 32)
-        angles = on.model.rotary_emb(hidden, torch.arange(4)[None])
         with pytest.raises(UnsupportedProblem, match=r"layer 0\n.*output_attentions"):
-            layer(hidden, angles, token_mask(1, 4, 4))
-
-    def test_packed_sequences(self, on: Any) -> None:
-        positions = torch.cat([torch.arange(12), torch.arange(8)])[None]
-        with pytest.raises(UnsupportedProblem, match="packed sequences"):
-            on(tokens(1), position_ids=positions, use_cache=False)
-        with pytest.raises(UnsupportedProblem, match="cu_seq_lens_q: packed"):
-            on(tokens(1), cu_seq_lens_q=torch.tensor([0, 12, 20]))
+            call_layer(on, token_mask(1, 4, 4))
+        on.config.is_causal = False
+        with pytest.raises(UnsupportedProblem, match="bidirectional"):
+            on(tokens(1))
 
     @pytest.mark.parametrize("which", ["or_mask_function", "and_mask_function"])
     @pytest.mark.parametrize("kind", ["causal", "sliding"])
@@ -1324,27 +1286,37 @@ class TestRefusals:
         def everything(b: Any, h: Any, q: Any, k: Any) -> Any:
             return q >= 0
 
-        hidden = torch.zeros(1, 4, 32)
-        angles = on.model.rotary_emb(hidden, torch.arange(4)[None])
-        mask = make(on.config, hidden, None, **{CACHE: None, which: everything})
+        mask = make(on.config, torch.zeros(1, 4, 32), None, **{CACHE: None, which: everything})
         with pytest.raises(UnsupportedProblem, match=r"_masks\(.*everything"):
-            on.model.layers[0].self_attn(hidden, angles, mask)
+            call_layer(on, mask)
 
-    def test_chunked_attention(self) -> None:
-        from transformers import Llama4TextConfig
-
-        config = Llama4TextConfig(
-            **SIZES, attention_chunk_size=8, num_local_experts=2, intermediate_size_mlp=48
-        )
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="tokenselect").eval()
-        with pytest.raises(UnsupportedProblem, match="chunked attention"):
-            model(tokens(1))
+    @pytest.mark.parametrize(
+        ("kind", "more", "told"),
+        [
+            (
+                "Llama4Text",
+                {"attention_chunk_size": 8, "num_local_experts": 2, "intermediate_size_mlp": 48},
+                "chunked attention",
+            ),
+            # It puts compressed keys behind the others, and as many columns to the mask.
+            pytest.param(
+                *("DeepseekV4", {"num_experts_per_tok": 1}),
+                r"reads its masks itself \(it calls cat",
+                marks=lacking("DeepSeek V4"),
+            ),
+        ],
+    )
+    def test_masks_of_other_kinds(self, kind: str, more: dict[str, Any], told: str) -> None:
+        sizes = SIZES if kind == "Llama4Text" else NO_HEAD_DIM
+        model = made(getattr(transformers, f"{kind}Config")(**sizes, **more), "tokenselect")
+        with pytest.raises(UnsupportedProblem, match=told):
+            model(tokens(1, 150))
 
     def test_mla(self) -> None:
         from transformers import DeepseekV3Config
 
         config = DeepseekV3Config(
-            **{k: v for k, v in SIZES.items() if k != "head_dim"},
+            **NO_HEAD_DIM,
             moe_intermediate_size=16,
             n_routed_experts=4,
             n_group=1,
@@ -1356,7 +1328,7 @@ class TestRefusals:
             qk_nope_head_dim=4,
             v_head_dim=8,
         )
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+        model = made(config)
         with pytest.raises(UnsupportedProblem, match=r"deepseek_v3.*\n.*latent.*\n.*densely"):
             enable(model)
         model.set_attn_implementation("tokenselect")
@@ -1374,8 +1346,8 @@ class TestRefusals:
             with pytest.raises(UnsupportedProblem, match=told):
                 AutoModelForCausalLM.from_config(config, attn_implementation="tokenselect")
         else:
-            made = AutoModelForCausalLM.from_config(config, attn_implementation="tokenselect")
-            for part in (made, made.base_model):
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="tokenselect")
+            for part in (model, model.base_model):
                 for call in (part, part.forward):
                     with pytest.raises(UnsupportedProblem, match=told):
                         call(tokens(1))
@@ -1391,10 +1363,10 @@ class TestRefusals:
     def test_a_model_from_elsewhere(self) -> None:
         """What attends in it may have any name."""
         told = r"a Alone\n.*of its own"
-        made = Alone._from_config(FAMILIES["llama"](), attn_implementation="tokenselect")
+        first = Alone._from_config(FAMILIES["llama"](), attn_implementation="tokenselect")
         later = Alone(FAMILIES["llama"]())
         calls = (
-            lambda: made(tokens(1)),
+            lambda: first(tokens(1)),
             lambda: enable(later),
             lambda: later.set_attn_implementation("tokenselect"),
         )
@@ -1404,13 +1376,13 @@ class TestRefusals:
         assert later(tokens(1)).isfinite().all()
 
     def test_a_model_from_elsewhere_made_of_one_of_transformers(self) -> None:
-        made = Around._from_config(FAMILIES["llama"](), attn_implementation="tokenselect").eval()
-        made.config.tokenselect = EVERYTHING
-        actual = made(tokens(1))
-        made.set_attn_implementation("eager")
-        assert_close(actual, made(tokens(1)))
-        made.set_attn_implementation("tokenselect")
-        assert torch.equal(made(tokens(1)), actual)
+        model = Around._from_config(FAMILIES["llama"](), attn_implementation="tokenselect").eval()
+        model.config.tokenselect = EVERYTHING
+        actual = model(tokens(1))
+        model.set_attn_implementation("eager")
+        assert_close(actual, model(tokens(1)))
+        model.set_attn_implementation("tokenselect")
+        assert torch.equal(model(tokens(1)), actual)
 
     def test_a_part_that_attends_by_itself(self) -> None:
         """Only the part that generates text has to attend through the interface."""
@@ -1489,11 +1461,6 @@ class TestRefusals:
             actual = on(ids, **{CACHE: cache, "cache": cache}).logits
             assert torch.equal(actual, expected)
 
-    @pytest.mark.parametrize("name", ["position_bias", "some_new_argument"])
-    def test_arguments_that_may_change_the_result(self, on: Any, name: str) -> None:
-        with pytest.raises(UnsupportedProblem, match=name):
-            on(tokens(1), **{name: torch.zeros(1)})
-
     def test_a_mask_that_leaves_out_the_newest(self, on: Any) -> None:
         cache = DynamicCache()
         on(tokens(1), past_key_values=cache)
@@ -1501,37 +1468,19 @@ class TestRefusals:
             on(tokens(1)[:, :1], attention_mask=torch.ones(1, 1), past_key_values=cache)
 
     def test_an_attention_that_got_no_mask_or_that_of_another(self, on: Any) -> None:
-        layer = on.model.layers[0].self_attn
-        hidden = torch.zeros(1, 4, 32)
-        angles = on.model.rotary_emb(hidden, torch.arange(4)[None])
-        with pytest.raises(UnsupportedProblem, match="no mask arrived"):
-            layer(hidden, angles, None)
-        with pytest.raises(UnsupportedProblem, match="a mask for 2 requests of 4 keys"):
-            layer(hidden, angles, token_mask(2, 4, 4))
-        with pytest.raises(UnsupportedProblem, match="a mask for 1 requests of 5 keys"):
-            layer(hidden, angles, token_mask(1, 4, 5))
+        for mask, told in (
+            (None, "no mask arrived"),
+            (token_mask(2, 4, 4), "a mask for 2 requests of 4 keys"),
+            (token_mask(1, 4, 5), "a mask for 1 requests of 5 keys"),
+        ):
+            with pytest.raises(UnsupportedProblem, match=told):
+                call_layer(on, mask)
 
     def test_a_window_that_the_mask_does_not_have(self) -> None:
         model = model_of("mistral")
         model.set_attn_implementation("tokenselect")
-        model.config.sliding_window = None
-        layer = model.model.layers[0].self_attn
-        model.config.sliding_window = WINDOW
-        hidden = torch.zeros(1, 4, 32)
-        angles = model.model.rotary_emb(hidden, torch.arange(4)[None])
         with pytest.raises(UnsupportedProblem, match="whose window is None"):
-            layer(hidden, angles, token_mask(1, 4, 4))
-
-    @lacking("DeepSeek V4")
-    def test_a_model_that_changes_its_masks(self) -> None:
-        """DeepSeek V4 puts compressed keys behind the others, and as many columns to the mask."""
-        from transformers import DeepseekV4Config
-
-        sizes = {name: value for name, value in SIZES.items() if name != "head_dim"}
-        config = DeepseekV4Config(**sizes, num_experts_per_tok=1)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="tokenselect").eval()
-        with pytest.raises(UnsupportedProblem, match=r"reads its masks itself \(it calls cat"):
-            model(tokens(1, 150))
+            call_layer(model, token_mask(1, 4, 4))
 
     def test_full_attention_over_a_cache_that_slides(self, on: Any) -> None:
         cache = DynamicCache(config=model_of("mistral").config)
@@ -1562,7 +1511,7 @@ class TestMask:
         assert (mask.at, mask.window, mask.shape) == (2, None, (2, 1, 1, 5))
         for twin in (mask.to(torch.device("meta")), mask.contiguous(), mask.to("cpu")):
             assert isinstance(twin, TokenMask)
-            assert (twin.at, twin.runs) == (2, mask.runs)
+            assert (twin.at, twin.spans) == (2, mask.spans)
             assert twin.calls is mask.calls
         for use in (
             lambda: torch.zeros(2, 1, 3, 5) + mask,
@@ -1588,18 +1537,15 @@ class TestMask:
         assert isinstance(newest, TokenMask)
         for name in ("at", "Lq", "window", "begin", "shape"):
             assert getattr(newest, name) == getattr(later, name)
-        for mine, theirs in zip(newest.runs, later.runs, strict=True):
+        for mine, theirs in zip(newest.spans, later.spans, strict=True):
             for a, b in zip(mine, theirs, strict=True):
                 assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
         assert newest.calls is whole.calls
 
     def test_requests_padded_alike_go_together(self) -> None:
         mask = token_mask(4, L, L, attention_mask=PADDINGS["left"])
-        rows = [(run.rows.start, run.rows.stop, run.first, run.n) for run in mask.runs]
+        rows = [(run.rows.start, run.rows.stop, run.first, run.n) for run in mask.spans]
         assert rows == [(0, 1, 0, 20), (1, 3, 5, 15), (3, 4, 13, 7)]
-
-    def test_it_is_registered(self) -> None:
-        assert AttentionMaskInterface()["tokenselect"] is token_mask
 
 
 @pytest.mark.slow
@@ -1617,6 +1563,7 @@ import torch
 from tests.measure_memory import forget_peak, resident
 from tokenselect.integrations.transformers import rotation
 from tokenselect.integrations.transformers.layers import attention_forward
+from tokenselect.integrations.transformers.cache import RawKeys
 from tokenselect.integrations.transformers.masks import TokenMask, token_mask
 from tokenselect.rope import Rope
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
@@ -1658,17 +1605,6 @@ def test_a_cache_takes_one_batch() -> None:
         model(ids, past_key_values=cache)
         with pytest.raises(InvalidProblem, match="belongs to one batch"):
             model(ids[:1, :1], past_key_values=cache)
-
-
-def test_what_was_enabled_last_is_disabled_first() -> None:
-    model = model_of("llama")
-    before = model.config._attn_implementation
-    first, second = enable(model, k=1), enable(model, k=2)
-    with pytest.raises(InvalidProblem, match="disabled first"):
-        first.disable()
-    second.disable()
-    first.disable()
-    assert model.config._attn_implementation == before
 
 
 @pytest.mark.parametrize("preset", ["faithful", "extrapolate"])
@@ -1717,14 +1653,6 @@ def test_options_that_were_set_meanwhile_stay(given: dict[str, int] | None) -> N
     assert getattr(model.config, "tokenselect", None) == given
     vars(model.config).pop("tokenselect", None)
     assert state(model) == before
-
-
-def state(model: Any) -> Any:
-    """All that `enable` may change of a model."""
-    return model.config.to_dict(), [
-        (name, set(vars(part)), len(part._forward_hooks), len(part._forward_pre_hooks))
-        for name, part in model.named_modules()
-    ]
 
 
 @pytest.mark.parametrize("preset", ["faithful", "extrapolate"])

@@ -10,7 +10,7 @@ class MissingPackage(DemoError):
 
 
 class UnsupportedModel(DemoError):
-    """The model, or the way it is called, is beyond what the demo's hook does."""
+    """The model, or the length that is asked for, is beyond what the demo does."""
 
 
 class UnusableText(DemoError):

@@ -1,112 +1,145 @@
-"""Run the model over one passage with several ways of attention, from the same prefilled cache."""
+"""Let the model read on and answer, with one way of attention after the other."""
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from statistics import mean, median
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from examples.demo.model import DecodeAttention, LayerRecord, PreallocatedCache, named
+from examples.demo.model import named
+from tokenselect import AttentionInfo
+from tokenselect.integrations.transformers import TokenSelectCache, enable, recorded
 
 Tick = Callable[[int], None]
 
 
-@dataclass
-class Reading:
-    """What one way of attention made of the held-back tokens, a value per token.
+class Step(NamedTuple):
+    """What came of one token: the next one's logits, and per layer what was selected.
 
-    nll       negative log likelihood of the next token, natural log
-    guesses   the likeliest next token
-    seconds   wall time of the forward pass; attention_seconds: of its attention calls alone
+    seconds  wall time of the forward pass; attention_seconds: of its attention calls alone
     """
 
-    nll: list[float] = field(default_factory=list)
-    guesses: list[int] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    attention_seconds: list[float] = field(default_factory=list)
-
-    @property
-    def perplexity(self) -> float:
-        return math.exp(mean(self.nll))
-
-    @property
-    def median_ms(self) -> float:
-        return 1e3 * median(self.seconds)
-
-    @property
-    def median_attention_ms(self) -> float:
-        return 1e3 * median(self.attention_seconds)
-
-    def agreement(self, other: "Reading") -> float:
-        """Share of the tokens with the same likeliest next token."""
-        return mean(a == b for a, b in zip(self.guesses, other.guesses, strict=True))
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The greedy answer: its tokens, and the records of each query, by layer.
-
-    One query wrote each token; one more, the last, wrote the end or was cut off.
-    """
-
-    tokens: list[int]
-    records: list[list[LayerRecord]]
+    logits: Tensor  # (vocabulary,)
+    infos: list[AttentionInfo]  # none for dense attention
+    seconds: float
+    attention_seconds: float
 
 
 @dataclass
 class Branch:
-    """One way of attention, with a cache of its own and what came of it.
+    """One way of attention, with a KV cache of its own and what came of it.
 
-    records  what the hook recorded over the held-back tokens; none for dense attention
+    options  those of `enable`; None for transformers' own sdpa
+    steps    one per held-back token, and with each the likelihood of the following token:
+    nll      its negative logarithm
+    written  the tokens of the greedy answer
+    queries  the infos of the query that wrote each of them; one more query, the last, wrote the
+             end or was cut off
     """
 
     title: str
-    attention: DecodeAttention
-    cache: PreallocatedCache
-    reading: Reading = field(default_factory=Reading)
-    records: list[LayerRecord] = field(default_factory=list)
-    answer: Answer | None = None
+    cache: TokenSelectCache
+    options: dict[str, Any] | None = None
+    steps: list[Step] = field(default_factory=list)
+    nll: list[float] = field(default_factory=list)
+    written: list[int] = field(default_factory=list)
+    queries: list[list[AttentionInfo]] = field(default_factory=list)
+
+    @property
+    def infos(self) -> list[AttentionInfo]:
+        """Those of all held-back tokens, token after token."""
+        return [info for step in self.steps for info in step.infos]
 
     @property
     def attended(self) -> tuple[float, float]:
         """Mean number of tokens attended to, and of tokens cached, over held-back tokens."""
-        n = self.cache.get_seq_length()
-        n_cached = mean(n + i + 1 for i in range(len(self.reading.seconds)))
-        if not self.records:
-            return n_cached, n_cached
-        return mean(len(record.positions) for record in self.records), n_cached
+        n_cached = mean(self.cache.get_seq_length() + i + 1 for i in range(len(self.steps)))
+        return mean([len(positions(info)) for info in self.infos] or [n_cached]), n_cached
 
-    def step(self, model: Any, token: int) -> tuple[Tensor, float]:
-        """Feed one token; return the next token's logits and the wall time of the forward pass."""
-        with self.attention.attached(model):
-            self.attention.seconds = 0.0
+    @property
+    def perplexity(self) -> float:
+        """That of the held-back tokens."""
+        return math.exp(mean(self.nll))
+
+    @property
+    def retained_mass(self) -> float:
+        """Mean over held-back tokens, layers and query heads; NaN for dense attention."""
+        return mean([mass(info) for info in self.infos] or [math.nan])
+
+    @property
+    def median_ms(self) -> tuple[float, float]:
+        """Milliseconds per token, and of them in attention."""
+        attention = median(step.attention_seconds for step in self.steps)
+        return 1e3 * median(step.seconds for step in self.steps), 1e3 * attention
+
+    def agreement(self, other: "Branch") -> float:
+        """Return the share of the held-back tokens with the same likeliest next token."""
+        pairs = zip(self.steps, other.steps, strict=True)
+        return mean(int(a.logits.argmax()) == int(b.logits.argmax()) for a, b in pairs)
+
+    def step(self, model: Any, token: int) -> Step:
+        """Feed one token."""
+        ids = torch.tensor([[token]], device=model.device)
+        way = nullcontext() if self.options is None else enable(model, **self.options)
+        with way, timed(model.config._attn_implementation) as seconds, recorded() as infos:
             start = perf_counter()
-            logits = model(
-                input_ids=torch.tensor([[token]], device=model.device),
-                **named(model, self.cache),
-                use_cache=True,
-            ).logits[0, -1]
-            return logits, perf_counter() - start
+            out = model(input_ids=ids, **named(model, self.cache), use_cache=True)
+            return Step(out.logits[0, -1], infos, perf_counter() - start, sum(seconds))
+
+    def rewind(self, n: int) -> None:
+        """Forget every token but the first n."""
+        self.cache.crop(n - self.cache.get_seq_length())
+
+
+@contextmanager
+def timed(name: str) -> Iterator[list[float]]:
+    """Append the seconds of every call of one attention of transformers."""
+    attend, seconds = ALL_ATTENTION_FUNCTIONS[name], []
+
+    def attend_timed(*arguments: Any, **options: Any) -> Any:
+        start = perf_counter()
+        result = attend(*arguments, **options)
+        seconds.append(perf_counter() - start)
+        return result
+
+    AttentionInterface.register(name, attend_timed)
+    try:
+        yield seconds
+    finally:
+        AttentionInterface.register(name, attend)
+
+
+def positions(info: AttentionInfo) -> list[int]:
+    """Return what the first request's first query attended to, ascending."""
+    chosen: list[int] = info.selection.positions[0, 0, : int(info.selection.count[0, 0])].tolist()
+    return chosen
+
+
+def mass(info: AttentionInfo) -> float:
+    """Return the retained mass, averaged over query heads."""
+    return float(info.retained_mass.mean())
+
+
+def mass_by_layer(infos: Sequence[AttentionInfo], n_layers: int) -> list[float]:
+    """Return the mean retained mass of each layer over steps and query heads."""
+    return [mean(map(mass, infos[layer::n_layers])) for layer in range(n_layers)]
 
 
 @torch.inference_mode()
-def prefill(model: Any, cache: PreallocatedCache, tokens: Sequence[int], tick: Tick) -> None:
+def prefill(model: Any, cache: TokenSelectCache, tokens: Sequence[int], tick: Tick) -> None:
     """Fill the cache densely, chunk by chunk."""
-    n_chunk = 512
-    for start in range(0, len(tokens), n_chunk):
-        chunk = tokens[start : start + n_chunk]
-        model(
-            input_ids=torch.tensor([chunk], device=model.device),
-            **named(model, cache),
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        tick(len(chunk))
+    for start in range(0, len(tokens), 512):
+        chunk = torch.tensor([tokens[start : start + 512]], device=model.device)
+        model(input_ids=chunk, **named(model, cache), use_cache=True, logits_to_keep=1)
+        tick(chunk.shape[1])
 
 
 @torch.inference_mode()
@@ -120,45 +153,29 @@ def read_on(model: Any, branches: Sequence[Branch], tokens: Sequence[int], tick:
     for i, (token, following) in enumerate(itertools.pairwise(tokens)):
         first = i % len(branches)
         for branch in (*branches[first:], *branches[:first]):
-            logits, seconds = branch.step(model, token)
-            branch.reading.nll.append(-float(logits.log_softmax(-1)[following]))
-            branch.reading.guesses.append(int(logits.argmax()))
-            branch.reading.seconds.append(seconds)
-            branch.reading.attention_seconds.append(branch.attention.seconds)
+            step = branch.step(model, token)
+            branch.steps.append(step)
+            branch.nll.append(-float(step.logits.log_softmax(-1)[following]))
         tick(1)
     for branch in branches:
-        branch.records = list(branch.attention.records)
-        branch.cache.rewind(n)
+        branch.rewind(n)
 
 
 @torch.inference_mode()
 def answer(
     model: Any, branch: Branch, question: Sequence[int], *, n_new: int, stop: set[int], tick: Tick
-) -> Answer:
+) -> None:
     """Feed the question token by token, then write up to `n_new` tokens greedily."""
     n = branch.cache.get_seq_length()
-    branch.attention.records.clear()
     for token in question:
-        logits, _ = branch.step(model, token)
+        step = branch.step(model, token)
         tick(1)
-    written: list[int] = []
-    records: list[list[LayerRecord]] = []
-    n_layers = model.config.num_hidden_layers
     while True:
-        records.append(branch.attention.records[-n_layers:])
-        token = int(logits.argmax())
-        if len(written) == n_new or token in stop:
+        branch.queries.append(step.infos)
+        token = int(step.logits.argmax())
+        if len(branch.written) == n_new or token in stop:
             break
-        written.append(token)
-        logits, _ = branch.step(model, token)
+        branch.written.append(token)
+        step = branch.step(model, token)
         tick(1)
-    branch.cache.rewind(n)
-    return Answer(written, records)
-
-
-def mass_by_layer(records: Sequence[LayerRecord], n_layers: int) -> list[float]:
-    """Mean retained mass of each layer over steps and query heads; NaN where it is not known."""
-    return [
-        mean([record.retained_mass for record in records if record.layer == layer] or [math.nan])
-        for layer in range(n_layers)
-    ]
+    branch.rewind(n)

@@ -1,14 +1,15 @@
 """Draw what one query selected, layer by layer, as one HTML file that needs nothing else."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from html import escape
 
 LEFT, WIDTH, GAP, RIGHT = 66.0, 1000.0, 16.0, 118.0
 ROW, CROWN, BELOW = 13.0, 74.0, 44.0
-N_BINS = 500
-N_SHADES = 6
+N_BINS, N_SHADES = 500, 6
+AROUND = 62  # words of text on each side of the needle
 
 
 @dataclass(frozen=True)
@@ -57,38 +58,46 @@ class Scene:
         return len(self.pieces)
 
     @property
-    def local_start(self) -> int:
-        return max(0, self.n - self.n_local)
+    def candidates(self) -> range:
+        """The positions that were voted on."""
+        local_start = max(0, self.n - self.n_local)
+        return range(min(self.n_sink, local_start), local_start)
 
     @property
-    def sink_end(self) -> int:
-        return min(self.n_sink, self.local_start)
+    def bin_size(self) -> int:
+        return max(1, math.ceil(self.n / N_BINS))
 
-    def layers_reading(self) -> list[int]:
+    @cached_property
+    def readers(self) -> list[int]:
         """How many layers attended to each position."""
         counts = [0] * self.n
-        for positions in self.selected:
-            for position in positions:
-                counts[position] += 1
+        for position in (position for positions in self.selected for position in positions):
+            counts[position] += 1
         return counts
+
+    def x(self, position: int) -> float:
+        return LEFT + WIDTH * position / self.n
+
+    def needle_span(self) -> tuple[float, float]:
+        """Middle and half the width of the needle's column, wide enough to be seen."""
+        first, last = map(self.x, self.needle)
+        return (first + last) / 2, max(5.0, (last - first) / 2)
 
 
 def draw(scene: Scene) -> str:
     """Return the whole HTML page."""
+    shades = (_shade(step / (N_SHADES - 1)) for step in range(N_SHADES))
     return _PAGE.format(
         style=_STYLE,
         headline=escape(_headline(scene)),
         lead=_lead(scene),
         tiles=_tiles(scene),
         map=_map(scene),
-        shades="".join(
-            f'<i style="background:{_shade(step / (N_SHADES - 1))}"></i>'
-            for step in range(N_SHADES)
-        ),
+        shades="".join(f'<i style="background:{shade}"></i>' for shade in shades),
         n_layers=len(scene.selected),
         excerpt=_excerpt(scene),
         needle_count=_needle_count(scene),
-        sides="".join(_answer(side) for side in scene.sides),
+        sides="".join(map(_answer, scene.sides)),
         question=escape(scene.question),
     )
 
@@ -98,9 +107,7 @@ def _headline(scene: Scene) -> str:
     share = f"{chosen.attended_share:.0%} of the tokens"
     if chosen.answer == dense.answer:
         return f"The same answer from {share}"
-    if chosen.is_right:
-        return f"The needle, found with {share}"
-    return f"Attending to {share}"
+    return f"The needle, found with {share}" if chosen.is_right else f"Attending to {share}"
 
 
 def _lead(scene: Scene) -> str:
@@ -117,16 +124,14 @@ def _lead(scene: Scene) -> str:
 
 def _tiles(scene: Scene) -> str:
     dense, chosen = scene.sides[:2]
-    n_attended = len(scene.selected[0])
+    budget = f"{scene.n_sink} first + {scene.k} voted + {scene.n_local} newest"
+    n_attended, text = len(scene.selected[0]), "on held-back text"
+    dense_perplexity = f"perplexity; dense {dense.perplexity:.2f}"
     tiles = [
-        (f"{n_attended:,}", f"of {scene.n:,} tokens attended to", _budget(scene)),
-        (f"{chosen.agreement:.1%}", "same next token as dense", "on held-back text"),
-        (
-            f"{chosen.perplexity:.2f}",
-            f"perplexity; dense {dense.perplexity:.2f}",
-            "on held-back text",
-        ),
-        (f"{chosen.retained_mass:.1%}", "of the attention mass kept", "on held-back text"),
+        (f"{n_attended:,}", f"of {scene.n:,} tokens attended to", budget),
+        (f"{chosen.agreement:.1%}", "same next token as dense", text),
+        (f"{chosen.perplexity:.2f}", dense_perplexity, text),
+        (f"{chosen.retained_mass:.1%}", "of the attention mass kept", text),
     ]
     return "".join(
         f"<div class=tile><strong>{value}</strong><span>{label}<small>{note}</small></span></div>"
@@ -134,106 +139,80 @@ def _tiles(scene: Scene) -> str:
     )
 
 
-def _budget(scene: Scene) -> str:
-    return f"{scene.n_sink} first + {scene.k} voted + {scene.n_local} newest"
-
-
 def _map(scene: Scene) -> str:
-    """Positions from left to right, layers from top to bottom; crown above, mass at the right."""
-    height = ROW * len(scene.selected)
+    """Draw positions from left to right, layers from top to bottom; crown above, mass at right."""
+    layers = range(len(scene.selected))
+    height, right = ROW * len(layers), LEFT + WIDTH
     bottom = CROWN + height
-    total = bottom + BELOW
-    first, last = (_x(scene, position) for position in scene.needle)
-    centre = (first + last) / 2
-    sink, local = _x(scene, scene.sink_end), _x(scene, scene.local_start)
-    anchor = "start" if centre < LEFT + 130 else "end" if centre > LEFT + WIDTH - 130 else "middle"
-    first_kept = f"first {scene.sink_end}, always kept" if scene.sink_end else ""
-    wider = " (drawn wider)" if _needle_half(scene) > (last - first) / 2 else ""
-    parts = [
-        f'<svg viewBox="0 0 {LEFT + WIDTH + GAP + RIGHT:.0f} {total:.0f}" role="img" '
-        f'aria-label="Selected positions by layer">',
-        _rect(LEFT, CROWN, WIDTH, height, "field"),
-        _rect(LEFT, CROWN, sink - LEFT, height, "fixed"),
-        _rect(local, CROWN, LEFT + WIDTH - local, height, "fixed"),
-        _crown(scene),
-        *(_marks(scene, layer) for layer in range(len(scene.selected))),
-        _needle(scene),
-        *(
-            _text(LEFT - 8, _y(layer) + ROW * 0.74, str(layer), "tick", "end")
-            for layer in range(0, len(scene.selected), 5)
-        ),
-        '<text class="axis" text-anchor="middle" '
-        f'transform="translate(22 {CROWN + height / 2:.0f}) rotate(-90)">layer</text>',
-        _text(centre, 17, f"the needle{wider}", "pin", anchor),
-        _text(
-            LEFT if centre > LEFT + WIDTH / 2 else LEFT + WIDTH,
-            17,
-            "how many layers read one token, at most",
-            "axis",
-            "start" if centre > LEFT + WIDTH / 2 else "end",
-        ),
-        *(
-            _text(_x(scene, position), bottom + 17, f"{position:,}", "tick", "middle")
-            for position in _ticks(scene.n)
-        ),
-        _text(LEFT, bottom + 36, first_kept, "axis", "start"),
-        _text(LEFT + WIDTH / 2, bottom + 36, "position in the text", "axis", "middle"),
-        _text(LEFT + WIDTH, bottom + 36, f"newest {scene.n_local}, always kept", "axis", "end"),
-        _mass(scene),
-        "</svg>",
-    ]
-    return "".join(parts)
+    centre, half = scene.needle_span()
+    sink_end, sink, local = scene.candidates.start, *map(scene.x, _ends(scene.candidates))
+    anchor = "start" if centre < LEFT + 130 else "end" if centre > right - 130 else "middle"
+    first_kept = f"first {sink_end}, always kept" if sink_end else ""
+    is_wider = half > (scene.x(scene.needle[1]) - scene.x(scene.needle[0])) / 2
+    at, side = (LEFT, "start") if centre > LEFT + WIDTH / 2 else (right, "end")
+    return "".join(
+        [
+            f'<svg viewBox="0 0 {right + GAP + RIGHT:.0f} {bottom + BELOW:.0f}" role="img" '
+            f'aria-label="Selected positions by layer">',
+            _rect(LEFT, CROWN, WIDTH, height, "field"),
+            _rect(LEFT, CROWN, sink - LEFT, height, "fixed"),
+            _rect(local, CROWN, right - local, height, "fixed"),
+            _crown(scene),
+            *(_marks(scene, layer) for layer in layers),
+            _needle(scene, bottom),
+            *(_text(LEFT - 8, _y(i) + ROW * 0.74, str(i), "tick", "end") for i in layers[::5]),
+            '<text class="axis" text-anchor="middle" '
+            f'transform="translate(22 {CROWN + height / 2:.0f}) rotate(-90)">layer</text>',
+            _text(centre, 17, "the needle" + " (drawn wider)" * is_wider, "pin", anchor),
+            _text(at, 17, "how many layers read one token, at most", "axis", side),
+            *(_text(scene.x(i), bottom + 17, f"{i:,}", "tick", "middle") for i in _ticks(scene.n)),
+            _text(LEFT, bottom + 36, first_kept, "axis", "start"),
+            _text(LEFT + WIDTH / 2, bottom + 36, "position in the text", "axis", "middle"),
+            _text(right, bottom + 36, f"newest {scene.n_local}, always kept", "axis", "end"),
+            *_mass(scene),
+            "</svg>",
+        ]
+    )
 
 
 def _crown(scene: Scene) -> str:
-    """Above the map: the most layers that read any one candidate of a bin."""
-    size = _bin_size(scene.n)
-    counts = scene.layers_reading()
-    full = CROWN - 34
-    bars: dict[str, list[str]] = {"crown": [], "crown hot": []}
-    for start in range(scene.sink_end, scene.local_start, size):
-        stop = min(start + size, scene.local_start)
-        top = full * max(counts[start:stop]) / len(scene.selected)
-        x, width = _x(scene, start), _x(scene, stop) - _x(scene, start)
-        is_hot = start < scene.needle[1] and stop > scene.needle[0]
-        bars["crown hot" if is_hot else "crown"].append(
-            f"M{x:.1f} {CROWN - 5:.0f}v{-top:.1f}h{width:.1f}v{top:.1f}z"
-        )
-    y = CROWN - 5 - full
+    """Draw above the map the most layers that read any one candidate of a bin."""
+    full, base, n_layers = CROWN - 34, CROWN - 5, len(scene.selected)
+    bars: dict[str, str] = {"crown": "", "crown hot": ""}
+    for start in scene.candidates[:: scene.bin_size]:
+        stop = min(start + scene.bin_size, scene.candidates.stop)
+        top = full * max(scene.readers[start:stop]) / n_layers
+        x, width = scene.x(start), scene.x(stop) - scene.x(start)
+        name = "crown hot" if _overlap(start, stop, scene.needle) else "crown"
+        bars[name] += f"M{x:.1f} {base:.0f}v{-top:.1f}h{width:.1f}v{top:.1f}z"
+    y = base - full
     return (
-        "".join(f'<path class="{name}" d="{"".join(paths)}"/>' for name, paths in bars.items())
+        "".join(f'<path class="{name}" d="{path}"/>' for name, path in bars.items())
         + f'<path class="rule" d="M{LEFT} {y:.1f}h{WIDTH}"/>'
-        + _text(LEFT - 8, y + 4, f"all {len(scene.selected)}", "tick", "end")
-        + _text(LEFT - 8, CROWN - 5, "none", "tick", "end")
+        + _text(LEFT - 8, y + 4, f"all {n_layers}", "tick", "end")
+        + _text(LEFT - 8, base, "none", "tick", "end")
     )
 
 
 def _marks(scene: Scene, layer: int) -> str:
-    """The voted tokens of one layer: bins shaded by how many of their tokens were chosen."""
-    size = _bin_size(scene.n)
-    counts: dict[int, int] = {}
-    for position in scene.selected[layer]:
-        if scene.sink_end <= position < scene.local_start:
-            counts[position // size] = counts.get(position // size, 0) + 1
-    paths: dict[int, list[str]] = {}
-    for number, count in sorted(counts.items()):
-        start, stop = number * size, min((number + 1) * size, scene.n)
+    """Draw a layer's voted tokens: bins shaded by how many of their tokens were chosen."""
+    size, y = scene.bin_size, _y(layer) + 1
+    voted = [position // size for position in scene.selected[layer] if position in scene.candidates]
+    paths: dict[int, str] = {}
+    for i in sorted(set(voted)):
+        x, stop = scene.x(i * size), scene.x(min((i + 1) * size, scene.n))
         # Full from half a bin on: the eye should tell a few tokens from many, not 7 from 8.
-        paths.setdefault(_step(2 * count / size), []).append(
-            f"M{_x(scene, start):.1f} {_y(layer) + 1:.0f}h{_x(scene, stop) - _x(scene, start):.1f}"
-            f"v{ROW - 2:.0f}H{_x(scene, start):.1f}z"
-        )
-    return "".join(
-        f'<path class="mark s{step}" d="{"".join(path)}"/>' for step, path in sorted(paths.items())
-    )
+        step = _step(2 * voted.count(i) / size)
+        path = f"M{x:.1f} {y:.0f}h{stop - x:.1f}v{ROW - 2:.0f}H{x:.1f}z"
+        paths[step] = paths.get(step, "") + path
+    return "".join(f'<path class="mark s{step}" d="{d}"/>' for step, d in sorted(paths.items()))
 
 
-def _needle(scene: Scene) -> str:
-    """The needle's column, wide enough to be seen, shaded by how much of it each layer chose."""
+def _needle(scene: Scene, bottom: float) -> str:
+    """Draw the needle's column, shaded by how much of it each layer chose."""
     first, last = scene.needle
-    half = _needle_half(scene)
-    x = (_x(scene, first) + _x(scene, last)) / 2 - half
-    bottom = CROWN + ROW * len(scene.selected)
+    centre, half = scene.needle_span()
+    x = centre - half
     parts = [
         _rect(x - 2, CROWN, 2 * half + 4, bottom - CROWN, "clear"),
         _rect(x, 24, 2 * half, bottom - 24, "band"),
@@ -241,113 +220,93 @@ def _needle(scene: Scene) -> str:
     for layer, positions in enumerate(scene.selected):
         n_chosen = sum(first <= position < last for position in positions)
         if n_chosen:
-            step = _step(n_chosen / (last - first))
-            parts.append(_rect(x, _y(layer) + 1, 2 * half, ROW - 2, f"hot s{step}"))
+            shade = f"hot s{_step(n_chosen / (last - first))}"
+            parts.append(_rect(x, _y(layer) + 1, 2 * half, ROW - 2, shade))
     return "".join(parts)
 
 
-def _mass(scene: Scene) -> str:
-    """At the right of each layer's row: the share of its dense attention that it keeps."""
+def _mass(scene: Scene) -> Iterator[str]:
+    """Draw at the right of each layer's row the share of its dense attention that it keeps."""
     x, width = LEFT + WIDTH + GAP, RIGHT - 42
-    parts = [_text(x, CROWN - 20, "attention", "axis", "start")]
-    parts.append(_text(x, CROWN - 6, "mass kept", "axis", "start"))
+    yield _text(x, CROWN - 20, "attention", "axis", "start")
+    yield _text(x, CROWN - 6, "mass kept", "axis", "start")
     for layer, mass in enumerate(scene.retained_mass):
-        if math.isnan(mass):
-            continue
         y = _y(layer)
-        parts.append(_rect(x, y + 2, width, ROW - 4, "lost"))
-        parts.append(_rect(x, y + 2, width * mass, ROW - 4, "kept"))
-        parts.append(_text(x + width + 6, y + ROW * 0.76, f"{mass:.0%}", "tick", "start"))
-    return "".join(parts)
+        if not math.isnan(mass):
+            yield _rect(x, y + 2, width, ROW - 4, "lost")
+            yield _rect(x, y + 2, width * mass, ROW - 4, "kept")
+            yield _text(x + width + 6, y + ROW * 0.76, f"{mass:.0%}", "tick", "start")
 
 
-def _excerpt(scene: Scene, around: int = 62) -> str:
-    """The words around the needle, shaded by how many layers read any token of theirs."""
-    counts = scene.layers_reading()
-    words = _words(scene.pieces, scene.n_text)
+def _excerpt(scene: Scene) -> str:
+    """Return the words around the needle, shaded by how many layers read any token of theirs."""
+    words, n_layers = _words(scene), len(scene.selected)
     inside = [i for i, (start, stop) in enumerate(words) if _overlap(start, stop, scene.needle)]
-    low, high = max(0, inside[0] - around), min(len(words), inside[-1] + 1 + around)
+    low, high = max(0, inside[0] - AROUND), min(len(words), inside[-1] + 1 + AROUND)
     parts = ["… " if low else ""]
     for i in range(low, high):
         start, stop = words[i]
-        n_layers = max(counts[start:stop])
-        text = escape("".join(scene.pieces[start:stop]).strip())
-        share = n_layers / len(scene.selected)
-        tone = " class=pale" if share > 0.6 else ""
-        if i == inside[0]:
-            parts.append("<mark>")
-        parts.append(
-            f'<span{tone} style="background:{_shade(share)}" '
-            f'title="{n_layers} of {len(scene.selected)} layers">{text}</span>'
+        readers = max(scene.readers[start:stop])
+        tone = " class=pale" if readers / n_layers > 0.6 else ""
+        word = (
+            f'<span{tone} style="background:{_shade(readers / n_layers)}" '
+            f'title="{readers} of {n_layers} layers">'
+            f"{escape(''.join(scene.pieces[start:stop]).strip())}</span>"
         )
-        if i == inside[-1]:
-            parts.append("</mark>")
-        parts.append(" ")
+        parts.append("<mark>" * (i == inside[0]) + word + "</mark>" * (i == inside[-1]) + " ")
     return "".join([*parts, "…" if high < len(words) else ""])
 
 
 def _needle_count(scene: Scene) -> str:
-    counts = scene.layers_reading()
-    candidates = range(scene.sink_end, scene.local_start)
-    if not candidates:
+    if not scene.candidates:
         return ""
-    inside = [counts[position] for position in range(*scene.needle)]
-    usual = sum(counts[position] for position in candidates) / len(candidates)
+    inside, usual = (
+        sum(scene.readers[first:last]) / (last - first)
+        for first, last in (scene.needle, _ends(scene.candidates))
+    )
     return (
-        f"A token of the needle is read by {sum(inside) / len(inside):.1f} of "
-        f"{len(scene.selected)} layers, a token of the text by {usual:.1f}, on average."
+        f"A token of the needle is read by {inside:.1f} of {len(scene.selected)} layers, a token "
+        f"of the text by {usual:.1f}, on average."
     )
 
 
 def _answer(side: Side) -> str:
-    numbers = [f"{side.attended_share:.1%} of the tokens"]
-    if not math.isnan(side.agreement):
-        numbers.append(f"agreement {side.agreement:.1%}")
-    numbers.append(f"perplexity {side.perplexity:.2f}")
+    agreement = "" if math.isnan(side.agreement) else f" · agreement {side.agreement:.1%}"
     return (
         f'<div class="side{"" if side.is_right else " wrong"}"><h3>{escape(side.title)}</h3>'
-        f"<p>{escape(side.answer) or '(nothing)'}</p><small>{' · '.join(numbers)}</small></div>"
+        f"<p>{escape(side.answer) or '(nothing)'}</p><small>{side.attended_share:.1%} of the "
+        f"tokens{agreement} · perplexity {side.perplexity:.2f}</small></div>"
     )
 
 
-def _words(pieces: Sequence[str], n: int) -> list[tuple[int, int]]:
-    """Runs of positions that make a word each: a run ends where white space begins or ended."""
+def _words(scene: Scene) -> list[tuple[int, int]]:
+    """Return runs of positions, one per word: each ends where white space begins or ended."""
+    text = scene.pieces[: scene.n_text]
     starts = [
-        position
-        for position in range(n)
-        if position == 0
-        or not pieces[position]
-        or pieces[position][0].isspace()
-        or pieces[position - 1][-1:].isspace()
+        i
+        for i, piece in enumerate(text)
+        if i == 0 or not piece or piece[0].isspace() or text[i - 1][-1:].isspace()
     ]
-    runs = zip(starts, [*starts[1:], n], strict=True)
-    return [(start, stop) for start, stop in runs if "".join(pieces[start:stop]).strip()]
+    runs = zip(starts, [*starts[1:], len(text)], strict=True)
+    return [(start, stop) for start, stop in runs if "".join(text[start:stop]).strip()]
+
+
+def _ends(positions: range) -> tuple[int, int]:
+    return positions.start, positions.stop
 
 
 def _overlap(start: int, stop: int, span: tuple[int, int]) -> bool:
     return start < span[1] and stop > span[0]
 
 
-def _needle_half(scene: Scene) -> float:
-    return max(5.0, (_x(scene, scene.needle[1]) - _x(scene, scene.needle[0])) / 2)
-
-
 def _step(share: float) -> int:
     return math.ceil((N_SHADES - 1) * min(1.0, share))
 
 
-def _bin_size(n: int) -> int:
-    return max(1, math.ceil(n / N_BINS))
-
-
-def _ticks(n: int) -> list[int]:
+def _ticks(n: int) -> range:
     step = 10 ** math.floor(math.log10(max(n, 10)))
     step = step if n >= 4 * step else step // 2 if n >= 2 * step else step // 5
-    return list(range(0, n, max(step, 1)))
-
-
-def _x(scene: Scene, position: int) -> float:
-    return LEFT + WIDTH * position / scene.n
+    return range(0, n, max(step, 1))
 
 
 def _y(layer: int) -> float:
@@ -355,10 +314,8 @@ def _y(layer: int) -> float:
 
 
 def _rect(x: float, y: float, width: float, height: float, name: str) -> str:
-    return (
-        f'<rect class="{name}" x="{x:.1f}" y="{y:.1f}" '
-        f'width="{max(width, 0):.1f}" height="{height:.1f}"/>'
-    )
+    size = f'width="{max(width, 0):.1f}" height="{height:.1f}"'
+    return f'<rect class="{name}" x="{x:.1f}" y="{y:.1f}" {size}/>'
 
 
 def _text(x: float, y: float, text: str, name: str, anchor: str) -> str:
@@ -366,9 +323,8 @@ def _text(x: float, y: float, text: str, name: str, anchor: str) -> str:
 
 
 def _shade(share: float) -> str:
-    """From paper to deep blue."""
-    paper, deep = (251, 250, 246), (23, 63, 138)
-    mix = [round(a + (b - a) * share) for a, b in zip(paper, deep, strict=True)]
+    """Mix paper and deep blue."""
+    mix = [round(a + (b - a) * share) for a, b in ((251, 23), (250, 63), (246, 138))]
     return f"rgb({mix[0]},{mix[1]},{mix[2]})"
 
 

@@ -6,50 +6,27 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
-from statistics import mean
 from time import perf_counter
 from typing import Any
 
 import torch
 import transformers
-from rich.console import Console, Group
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-import tokenselect
 from examples.demo import measure
 from examples.demo.errors import UnsupportedModel
 from examples.demo.measure import Branch, Tick
-from examples.demo.model import (
-    DenseAttention,
-    PreallocatedCache,
-    SelectedAttention,
-    default_model,
-    find_gguf,
-    load,
-)
+from examples.demo.model import default_model, find_gguf, load
 from examples.demo.picture import Scene, Side, draw
-from examples.demo.text import NEEDLE, QUESTION, Passage, lay_out, read_text
+from examples.demo.text import NEEDLE, QUESTION, lay_out, read_text
+from tokenselect.integrations.transformers import TokenSelectCache, enable
 
-
-class Bars:
-    """Progress bars, one a stage."""
-
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
-
-    @contextmanager
-    def stage(self, title: str, total: int) -> Iterator[Tick]:
-        """A bar of `total` ticks, full at the end of the block."""
-        task = self.progress.add_task(title, total=total)
-
-        def tick(n: int) -> None:
-            self.progress.advance(task, n)
-
-        yield tick
-        self.progress.update(task, completed=total)
+BAR = 14  # characters of a layer's bar
 
 
 def tell(options: argparse.Namespace) -> None:
@@ -60,232 +37,191 @@ def tell(options: argparse.Namespace) -> None:
     torch.manual_seed(options.seed)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    console = Console(highlight=False)
-    columns = (
-        TextColumn("  {task.description:<24}"),
-        BarColumn(bar_width=30),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
     folder = options.model or default_model()
     gguf_file = find_gguf(folder, options.gguf_file)
     name = folder.resolve().name if gguf_file is None else Path(gguf_file).stem
     title, text = read_text(options.text)
-    _check_budget(options)
+    console = Console(highlight=False)
     console.print(f"tokenselect demo: {name}\n")
-    with Progress(*columns, console=console) as progress:
-        bars = Bars(progress)
-        with bars.stage("loading the model", 1):
-            model, tokenizer = load(folder, gguf_file)
-            passage = _lay_out(options, name, model, tokenizer, title, text)
-        branches = _run(options, model, tokenizer, passage, bars)
-    sides = [_side(branch, branches[0], tokenizer, passage) for branch in branches]
-    _print(console, options, model, passage, branches, sides)
-    page = draw(_scene(options, name, tokenizer, passage, branches, sides))
+    columns = TextColumn("  {task.description:<24}"), BarColumn(bar_width=30)
+    with Progress(*columns, MofNCompleteColumn(), TimeElapsedColumn(), console=console) as bars:
+        with stage(bars, "loading the model", 1):
+            story = Story(options, name, *load(folder, gguf_file), title, text)
+        story.live(bars)
+    for part in story.report():
+        console.print(part)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "index.html"
-    path.write_text(page, encoding="utf-8")
+    path.write_text(draw(story.scene()), encoding="utf-8")
     console.print(f"\nThe picture: {path}  ({perf_counter() - begun:.0f} s in all)")
 
 
-def _check_budget(options: argparse.Namespace) -> None:
-    """Let tokenselect refuse the budget or the backend now, and not after the prefill."""
-    q = k_cache = torch.zeros(1, 1, 1, 64, device="cpu")
-    tokenselect.explain(
-        q,
-        k_cache,
-        k_cache,
-        options.k,
-        n_sink=options.n_sink,
-        n_local=options.n_local,
-        backend=options.backend,
-    )
+@contextmanager
+def stage(bars: Progress, title: str, total: int) -> Iterator[Tick]:
+    """Show a bar of `total` ticks, full at the end of the block."""
+    task = bars.add_task(title, total=total)
+    yield lambda n: bars.advance(task, n)
+    bars.update(task, completed=total)
 
 
-def _lay_out(
-    options: argparse.Namespace, name: str, model: Any, tokenizer: Any, title: str, text: str
-) -> Passage:
-    passage = lay_out(
-        tokenizer,
-        title,
-        text,
-        number=str(random.Random(options.seed).randint(10000, 99999)),
-        n_context=options.context,
-        n_held=options.held_back,
-        depth=options.depth,
-    )
-    trained = model.config.max_position_embeddings
-    if _capacity(options, passage) > trained:
-        raise UnsupportedModel(
-            f"--context {options.context} takes {_capacity(options, passage)} positions with what "
-            f"follows, and {name} was trained to {trained}: use a smaller --context"
-        )
-    return passage
+class Story:
+    """One model and one passage, and the branches that read it.
 
+    Raises UnsupportedModel, UnusableText or a TokenSelectError for what cannot be run.
+    """
 
-def _capacity(options: argparse.Namespace, passage: Passage) -> int:
-    n_after: int = max(options.held_back, len(passage.question) + options.new_tokens)
-    return len(passage.context) + n_after
-
-
-def _run(
-    options: argparse.Namespace, model: Any, tokenizer: Any, passage: Passage, bars: Bars
-) -> list[Branch]:
-    cache = PreallocatedCache.of(model, _capacity(options, passage))
-    with bars.stage("prefill, dense", len(passage.context)) as tick:
-        measure.prefill(model, cache, passage.context, tick)
-    budget = {"n_sink": options.n_sink, "backend": options.backend}
-    selected = SelectedAttention(k=options.k, n_local=options.n_local, **budget)
-    window = SelectedAttention(
-        name="tokenselect_demo_window", k=0, n_local=options.n_local + options.k, **budget
-    )
-    branches = [
-        Branch("dense", DenseAttention(), cache),
-        Branch("tokenselect", selected, cache.fork()),
-        Branch("window only", window, cache.fork()),
-    ]
-    with bars.stage("reading on, in turns", len(passage.held_back) - 1) as tick:
-        measure.read_on(model, branches, passage.held_back, tick)
-    stop = _stop_tokens(model, tokenizer)
-    for branch in branches:
-        total = len(passage.question) + options.new_tokens
-        with bars.stage(f"answering, {branch.title}", total) as tick:
-            branch.answer = measure.answer(
-                model, branch, passage.question, n_new=options.new_tokens, stop=stop, tick=tick
+    def __init__(
+        self, options: argparse.Namespace, name: str, model: Any, tokenizer: Any, *text: str
+    ) -> None:
+        self.options, self.name, self.model, self.tokenizer = options, name, model, tokenizer
+        number = random.Random(options.seed).randint(10000, 99999)
+        sizes = {"n_context": options.context, "n_held": options.held_back}
+        self.passage = lay_out(tokenizer, *text, number=str(number), depth=options.depth, **sizes)
+        self.n = len(self.passage.context)
+        n_answer = len(self.passage.question) + options.new_tokens
+        capacity = self.n + max(options.held_back, n_answer)
+        trained = model.config.max_position_embeddings
+        if capacity > trained:
+            raise UnsupportedModel(
+                f"--context {options.context} takes {capacity} positions with what follows, and "
+                f"{name} was trained to {trained}: use a smaller --context"
             )
-    return branches
+        cache = TokenSelectCache(model, max_length=capacity)
+        given = {"n_sink": options.n_sink, "backend": options.backend}
+        selected = given | {"k": options.k, "n_local": options.n_local}
+        window = given | {"k": 0, "n_local": options.n_local + options.k}
+        self.branches = [
+            Branch("dense", cache),
+            Branch("tokenselect", cache, selected),
+            Branch("window only", cache, window),
+        ]
+        enable(model, **selected).disable()  # a bad budget is refused now, not after the prefill
+
+    def live(self, bars: Progress) -> None:
+        """Let every branch read on and answer, from equal caches."""
+        model, passage = self.model, self.passage
+        dense, *others = self.branches
+        with stage(bars, "prefill, dense", self.n) as tick:
+            measure.prefill(model, dense.cache, passage.context, tick)
+            for branch in others:
+                branch.cache = deepcopy(dense.cache)
+        with stage(bars, "reading on, in turns", len(passage.held_back) - 1) as tick:
+            measure.read_on(model, self.branches, passage.held_back, tick)
+        n_new, ends = self.options.new_tokens, model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        stop = {self.tokenizer.eos_token_id, *ends} - {None}
+        for branch in self.branches:
+            total = len(passage.question) + n_new
+            with stage(bars, f"answering, {branch.title}", total) as tick:
+                measure.answer(model, branch, passage.question, n_new=n_new, stop=stop, tick=tick)
+
+    def said(self, tokens: Sequence[int]) -> str:
+        """Return the text of tokens that were written."""
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def sides(self) -> list[Side]:
+        """Return every branch in numbers."""
+        sides, dense = [], self.branches[0]
+        for branch in self.branches:
+            answer, (n_attended, n_cached) = self.said(branch.written).strip(), branch.attended
+            sides.append(
+                Side(
+                    title=branch.title,
+                    answer=answer,
+                    is_right=self.passage.number in answer,
+                    attended_share=n_attended / n_cached,
+                    agreement=math.nan if branch is dense else branch.agreement(dense),
+                    perplexity=branch.perplexity,
+                    retained_mass=branch.retained_mass,
+                )
+            )
+        return sides
+
+    def report(self) -> Iterator[RenderableType]:
+        """Yield what to print: the setting, a table, its caption, and the mass by layer."""
+        options, config, passage = self.options, self.model.config, self.passage
+        first, last = passage.needle
+        dense, selected, _ = self.branches
+        n_kv = getattr(config, "num_key_value_heads", config.num_attention_heads)
+        yield (
+            f"\n{config.num_hidden_layers} layers, {config.num_attention_heads} query and {n_kv} "
+            f"KV heads, float32, threads: {torch.get_num_threads()}, backend: "
+            f"{selected.infos[-1].backend}\n{self.n:,} tokens of {passage.title}\nat positions "
+            f"{first:,} to {last - 1:,}: “{NEEDLE.format(number=passage.number)}”\n"
+            f"tokenselect: {options.n_sink} first + {options.k} voted + {options.n_local} newest; "
+            f"window only: {options.n_sink} first + {options.k + options.n_local} newest\n"
+        )
+        yield self.table()
+        yield (
+            f"\nOver {len(dense.steps)} held-back tokens, the three taking turns token by token; "
+            "time is the median of a token. dense is transformers' sdpa. window only is "
+            "tokenselect.attention with k=0, which scores all tokens too: its time says nothing. A "
+            "short text and a small model are no place to save time: docs/benchmarks.md shows "
+            "where.\n\nAttention mass that tokenselect retains, by layer (mean of heads and tokens)"
+        )
+        yield from bars_by_layer(measure.mass_by_layer(selected.infos, config.num_hidden_layers))
+
+    def table(self) -> Table:
+        """Return the branches side by side."""
+        table = Table(show_edge=False, pad_edge=False, header_style="bold")
+        table.add_column("", no_wrap=True)
+        for branch in self.branches:
+            table.add_column(branch.title, justify="right", ratio=1, overflow="fold")
+        sides, attended = self.sides(), (branch.attended for branch in self.branches)
+        # The window scores all tokens too: its time says nothing.
+        whole, attention = zip(*(branch.median_ms for branch in self.branches[:2]), strict=True)
+        rows = {
+            "answer": [side.answer or "(nothing)" for side in sides],
+            "number found": ["yes" if side.is_right else "no" for side in sides],
+            "agreement with dense": [percent(side.agreement) for side in sides],
+            "perplexity": [f"{side.perplexity:.3f}" for side in sides],
+            "attended": [f"{n:,.0f} of {n_cached:,.0f}" for n, n_cached in attended],
+            "share of the tokens": [f"{side.attended_share:.1%}" for side in sides],
+            "mass retained": [percent(side.retained_mass) for side in sides],
+            "ms per token": [*(f"{ms:.1f}" for ms in whole), "–"],
+            "ms in attention": [*(f"{ms:.1f}" for ms in attention), "–"],
+        }
+        for title, cells in rows.items():
+            table.add_row(title, *map(Text, cells))
+        return table
+
+    def scene(self) -> Scene:
+        """Return the query of tokenselect's answer that wrote the first digit, else the first."""
+        chosen, passage, options = self.branches[1], self.passage, self.options
+        before = [self.said(chosen.written[:i]) for i in range(len(chosen.written) + 1)]
+        place = before[-1].find(passage.number)
+        step = next((i for i, text in enumerate(before[1:]) if len(text) > place >= 0), 0)
+        written = [b.removeprefix(a) for a, b in itertools.pairwise(before)]
+        return Scene(
+            model=self.name,
+            title=passage.title,
+            question=QUESTION,
+            sides=self.sides(),
+            pieces=[*passage.pieces, *written[:step]],
+            needle=passage.needle,
+            n_text=self.n,
+            selected=[measure.positions(info) for info in chosen.queries[step]],
+            n_sink=options.n_sink,
+            n_local=options.n_local,
+            k=options.k,
+            retained_mass=[measure.mass(info) for info in chosen.queries[step]],
+            wrote=written[step] if written else "",
+        )
 
 
-def _stop_tokens(model: Any, tokenizer: Any) -> set[int]:
-    ends = model.generation_config.eos_token_id
-    return {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-
-
-def _said(tokenizer: Any, tokens: Sequence[int]) -> str:
-    return str(tokenizer.decode(tokens, skip_special_tokens=True))
-
-
-def _side(branch: Branch, dense: Branch, tokenizer: Any, passage: Passage) -> Side:
-    assert branch.answer is not None
-    said = _said(tokenizer, branch.answer.tokens).strip()
-    n_attended, n_cached = branch.attended
-    return Side(
-        title=branch.title,
-        answer=said,
-        is_right=passage.number in said,
-        attended_share=n_attended / n_cached,
-        agreement=branch.reading.agreement(dense.reading) if branch is not dense else math.nan,
-        perplexity=branch.reading.perplexity,
-        retained_mass=mean(record.retained_mass for record in branch.records)
-        if branch.records
-        else math.nan,
-    )
-
-
-def _print(
-    console: Console,
-    options: argparse.Namespace,
-    model: Any,
-    passage: Passage,
-    branches: list[Branch],
-    sides: list[Side],
-) -> None:
-    config = model.config
-    first, last = passage.needle
-    n_kv = getattr(config, "num_key_value_heads", config.num_attention_heads)
-    backend = branches[1].records[-1].backend
-    console.print(
-        f"\n{config.num_hidden_layers} layers, {config.num_attention_heads} query and {n_kv} KV "
-        f"heads, float32, threads: {torch.get_num_threads()}, backend: {backend}\n"
-        f"{len(passage.context):,} tokens of {passage.title}\n"
-        f"at positions {first:,} to {last - 1:,}: “{NEEDLE.format(number=passage.number)}”\n"
-        f"tokenselect: {options.n_sink} first + {options.k} voted + {options.n_local} newest; "
-        f"window only: {options.n_sink} first + {options.k + options.n_local} newest\n"
-    )
-    console.print(_comparison(branches, sides))
-    console.print(
-        f"\nOver {len(branches[0].reading.seconds)} held-back tokens, the three taking turns token "
-        "by token; time is the median of a token. dense is transformers' sdpa. window only is "
-        "tokenselect.attention with k=0, which scores all tokens too: its time says nothing. "
-        "A short text and a small model are no place to save time: docs/benchmarks.md shows where."
-    )
-    console.print("\nAttention mass that tokenselect retains, by layer (mean of heads and tokens)")
-    console.print(
-        _bars_by_layer(measure.mass_by_layer(branches[1].records, config.num_hidden_layers))
-    )
-
-
-def _comparison(branches: list[Branch], sides: list[Side]) -> Table:
-    table = Table(show_edge=False, pad_edge=False, header_style="bold")
-    table.add_column("", no_wrap=True)
-    for side in sides:
-        table.add_column(side.title, justify="right", ratio=1, overflow="fold")
-
-    def row(title: str, values: Sequence[str]) -> None:
-        table.add_row(title, *(Text(value) for value in values))
-
-    timed = branches[:2]
-    row("answer", [side.answer or "(nothing)" for side in sides])
-    row("number found", ["yes" if side.is_right else "no" for side in sides])
-    row("agreement with dense", [_percent(side.agreement) for side in sides])
-    row("perplexity", [f"{side.perplexity:.3f}" for side in sides])
-    row("attended", ["{:,.0f} of {:,.0f}".format(*branch.attended) for branch in branches])
-    row("share of the tokens", [f"{side.attended_share:.1%}" for side in sides])
-    row("mass retained", [_percent(side.retained_mass) for side in sides])
-    row("ms per token", [*(f"{branch.reading.median_ms:.1f}" for branch in timed), "–"])
-    row("ms in attention", [*(f"{b.reading.median_attention_ms:.1f}" for b in timed), "–"])
-    return table
-
-
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
+    """Return a share to a tenth of a percent; a dash for NaN."""
     return "–" if math.isnan(share) else f"{share:.1%}"
 
 
-def _bars_by_layer(masses: Sequence[float]) -> Group:
-    """Three columns of layers, each a bar from 0 to 100 %."""
+def bars_by_layer(masses: Sequence[float]) -> Iterator[Text]:
+    """Yield lines of three columns of layers, each a bar from 0 to 100 %."""
     n_rows = math.ceil(len(masses) / 3)
-    width = 14
-    lines = []
     for i in range(n_rows):
         line = Text()
         for layer in range(i, len(masses), n_rows):
-            filled = 0 if math.isnan(masses[layer]) else round(width * masses[layer])
-            line.append(f"{layer:>4} ")
-            line.append("█" * filled, style="blue")
-            line.append("░" * (width - filled), style="bright_black")
-            line.append(f" {_percent(masses[layer]):>6}")
-        lines.append(line)
-    return Group(*lines)
-
-
-def _scene(
-    options: argparse.Namespace,
-    name: str,
-    tokenizer: Any,
-    passage: Passage,
-    branches: list[Branch],
-    sides: list[Side],
-) -> Scene:
-    """The query of tokenselect's answer that wrote the first digit; else the question's last."""
-    answer = branches[1].answer
-    assert answer is not None
-    before = [_said(tokenizer, answer.tokens[:i]) for i in range(len(answer.tokens) + 1)]
-    place = before[-1].find(passage.number)
-    step = next((i for i, text in enumerate(before[1:]) if len(text) > place >= 0), 0)
-    written = [b.removeprefix(a) for a, b in itertools.pairwise(before)]
-    records = answer.records[step]
-    return Scene(
-        model=name,
-        title=passage.title,
-        question=QUESTION,
-        sides=sides,
-        pieces=[*passage.pieces, *written[:step]],
-        needle=passage.needle,
-        n_text=len(passage.context),
-        selected=[record.positions.tolist() for record in records],
-        n_sink=options.n_sink,
-        n_local=options.n_local,
-        k=options.k,
-        retained_mass=[record.retained_mass for record in records],
-        wrote=written[step] if written else "",
-    )
+            filled = 0 if math.isnan(masses[layer]) else round(BAR * masses[layer])
+            line.append(f"{layer:>4} ").append("█" * filled, style="blue")
+            line.append("░" * (BAR - filled), style="bright_black")
+            line.append(f" {percent(masses[layer]):>6}")
+        yield line

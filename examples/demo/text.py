@@ -1,4 +1,4 @@
-"""What the model reads: a long text with a needle in it, how the text goes on, and a question."""
+"""A long text with a needle in it, how the text goes on, and a question, as token ids."""
 
 import importlib
 import re
@@ -105,7 +105,7 @@ def lay_out(
 
 
 def frame(tokenizer: Any, question: str) -> tuple[str, str]:
-    """What stands before and after a text that is asked about: the chat template, if there is one.
+    """Return what stands around a text that is asked about: the chat template, if there is one.
 
     question  "Question: What is ...?", which follows the text
     """
@@ -125,11 +125,11 @@ def _encode(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]
 
 
 def _sentence_end(text: str, near: int) -> int:
-    """One past the last full stop before `near`."""
+    """Return one past the last full stop before `near`."""
     return text.rfind(".", 0, near) + 1
 
 
 def _pieces(text: str, offsets: Sequence[tuple[int, int]]) -> list[str]:
-    """The text from each token's start to the next one's, so that the pieces join to the text."""
+    """Cut the text from each token's start to the next one's, so that the pieces join to it."""
     starts = [start for start, _ in offsets]
     return [text[a:b] for a, b in zip(starts, [*starts[1:], offsets[-1][1]], strict=True)]

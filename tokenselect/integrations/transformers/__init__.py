@@ -1,9 +1,9 @@
-"""attn_implementation="tokenselect" for models of the package transformers, 5.4 or newer.
+"""Let models of the package transformers, 5.4 or newer, attend with tokenselect.
 
-Importing this registers the attention function and its mask function under that name, gives
-configs an attribute of it, and lets models refuse the name if they attend in code of their own.
-Options are `model.config.tokenselect = {"k": 1024, ...}`, or `enable(model, k=1024, ...)`, which
-`disable()` on what it returns takes back.
+Importing this registers an attention function and its mask function as "tokenselect", gives configs
+an attribute of that name, and makes models that attend in code of their own refuse
+attn_implementation="tokenselect". Options are `model.config.tokenselect = {"k": 1024, ...}`, or
+`enable(model, k=1024, ...)`, which `disable()` on its result undoes.
 docs/tutorials/transformers.md shows all of it.
 """
 
@@ -32,8 +32,8 @@ from transformers import (
 from tokenselect.errors import InvalidProblem
 from tokenselect.integrations.transformers.cache import TokenSelectCache, slides_everywhere
 from tokenselect.integrations.transformers.causality import unwatch_logits, watch_logits
-from tokenselect.integrations.transformers.interface import not_through_it, text_part, watch
-from tokenselect.integrations.transformers.layers import attention_forward
+from tokenselect.integrations.transformers.interface import refuse_own_attention, text_part, watch
+from tokenselect.integrations.transformers.layers import attention_forward, recorded
 from tokenselect.integrations.transformers.masks import token_mask
 from tokenselect.integrations.transformers.options import (
     NAME,
@@ -47,21 +47,21 @@ from tokenselect.integrations.transformers.refusals import refuse_mla
 from tokenselect.integrations.transformers.rotation import RawLayers, is_raw
 from tokenselect.scalars import plain
 
-__all__ = ["NAME", "Enabled", "Options", "TokenSelectCache", "enable"]
+__all__ = ["NAME", "Enabled", "Options", "TokenSelectCache", "enable", "recorded"]
 
 AttentionInterface.register(NAME, attention_forward)
 AttentionMaskInterface.register(NAME, token_mask)
 setattr(PreTrainedConfig, NAME, TextConfigOptions())
 watch()
 
-# The attribute of a model that leads to the `Enabled` in force, the last of those that are nested.
+# The attribute of a model that holds the innermost `Enabled` in force.
 _INNERMOST = "_tokenselect_enabled"
 
 
 class Enabled:
-    """What `enable` changed on a model; a context manager, and `disable()` takes it back.
+    """The changes that `enable` made to a model; `disable()` or the end of a block undoes them.
 
-    inner  what was enabled on the model after this and is still in force, or None
+    inner  the `Enabled` that came after this one and is still in force, or None
     """
 
     def __init__(self, model: Any, options: dict[str, Any]) -> None:
@@ -87,7 +87,7 @@ class Enabled:
         self._implementation = config._attn_implementation
         self._part.set_attn_implementation(NAME)
         if config._attn_implementation != NAME:
-            raise not_through_it(model)
+            raise refuse_own_attention(model)
         # The part is watched by now; with others around it, logits come from the whole.
         self._watches_the_whole = watch_logits(model)
         self._options = vars(config).get(NAME)
@@ -99,7 +99,7 @@ class Enabled:
         setattr(self._part, _INNERMOST, self)
         self._is_on = True
         self._raw: RawLayers | None = None
-        if parsed.moves and not is_raw(self._part):
+        if parsed.needs_raw_keys and not is_raw(self._part):
             try:
                 self._raw = RawLayers(self._part)
             except BaseException:
@@ -115,8 +115,8 @@ class Enabled:
             return
         if self.inner is not None:
             raise InvalidProblem(
-                "disable() of what is not in force: the model was enabled again after it",
-                "what was enabled last is disabled first",
+                "disable() of an outer enable(): the model was enabled again after it",
+                "the last enable() is disabled first",
                 "call .inner.disable() on this before, or use enable() in `with` blocks",
             )
         self._is_on = False
@@ -140,7 +140,7 @@ class Enabled:
         if not self._is_on:
             raise InvalidProblem(
                 f"`with` {self!r}",
-                "what was disabled stays so",
+                "a disabled enable() stays disabled",
                 "call enable(model, ...) again",
             )
         return self
@@ -163,7 +163,7 @@ class Enabled:
 
 
 def _warn_of_length(config: Any, options: Options) -> None:
-    """Warn of contiguous positions whose distances the model has not seen."""
+    """Warn if contiguous positions exceed the distances that the model was trained on."""
     trained = getattr(config, "max_position_embeddings", None)
     select = options.select
     sizes = (select.n_sink, select.k, select.n_local)
@@ -190,12 +190,12 @@ def enable(model: Any, preset: str | None = None, **options: Any) -> Enabled:
              the place of config.tokenselect, as a whole
 
     Options that move keys (positions="contiguous", another score_at than "true") run the model
-    twice over 16 tokens, to see how it rotates; while they are in force it caches raw keys.
+    twice over 16 tokens, to observe how it rotates; while in force, they make it cache raw keys.
 
     Raises InvalidProblem for an unknown option or a bad value, UnknownBackend, and
-    UnsupportedProblem for a model that cannot work. What `backend` can run shows with the first
-    call. Warns where contiguous positions come out longer than max_position_embeddings, and of a
-    model whose layers all slide.
+    UnsupportedProblem for a model that cannot work. The first call shows what `backend` can run.
+    Warns where contiguous positions come out longer than max_position_embeddings, and of a model
+    whose layers all slide.
     """
     # The config, which can be saved, takes Python's own numbers.
     given = {name: plain(value) for name, value in options.items()}

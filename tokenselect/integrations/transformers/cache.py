@@ -23,43 +23,44 @@ _ATTRIBUTE = "_tokenselect_selections"
 
 
 class Selections:
-    """What one layer of a cache remembers: a SelectionCache for each `Run` of requests.
+    """The selections of one layer of a cache: a SelectionCache per `TokenSpan` of requests.
 
-    A run is known by the layer that asks, its rows and its first slot: rows padded alike share one.
-    Within torch.autocast there is another one than outside, since selections have a dtype.
+    Its key is the layer that asks, the span's rows and first slot (rows padded alike share one) and
+    the dtype of the queries, which torch.autocast changes.
     """
 
     def __init__(self) -> None:
         self._options: Options | None = None
         self._caches: dict[_Key, SelectionCache] = {}
-        # Those that were asked for with holes among their tokens.
+        # The keys of spans with holes among their tokens.
         self._with_holes: set[_Key] = set()
-        # What rows that were reordered away had counted, less what their successors counted twice:
-        # hits and misses.
+        # Hits and misses of rows that were reordered away, less those that their successors count
+        # twice.
         self._moved: tuple[Any, Any] = (0, 0)
 
     def of(
-        self, layer: int, run: TokenSpan, options: Options, dtype: torch.dtype
+        self, layer: int, span: TokenSpan, options: Options, dtype: torch.dtype
     ) -> SelectionCache:
-        """The SelectionCache for this run; what was selected under other options is dropped."""
+        """Return the span's SelectionCache; drop all selections made under other options."""
         if options != self._options:
             self.clear()
             self._options = options
-        key = (layer, run.rows.start, run.rows.stop, run.first, dtype)
-        if not isinstance(run.slots, slice):
+        key = (layer, span.rows.start, span.rows.stop, span.first, dtype)
+        if not isinstance(span.slots, slice):
             self._with_holes.add(key)
         if key not in self._caches:
             self._caches[key] = options.selection_cache()
         return self._caches[key]
 
     def clear(self) -> None:
+        """Forget all selections and counts."""
         self._caches, self._with_holes, self._moved = {}, set(), (0, 0)
 
     def crop(self, slots: int, device: Any) -> None:
-        """The layer, on that device, was cut back to that many slots: drop what saw more.
+        """Drop the selections that saw more than `slots` slots, the new length of the layer.
 
-        What comes next may be read densely, and would not tell. With holes, how many tokens a run
-        has left is not known here, so nothing of it is kept.
+        At once, since the next tokens may be read densely. A span with holes is dropped whole: how
+        many of its tokens are left is unknown here.
         """
         for key, cache in self._caches.items():
             _, start, stop, first, _ = key
@@ -67,9 +68,9 @@ class Selections:
             cache.crop(torch.full((stop - start,), left, device=device))
 
     def reorder(self, order: Tensor) -> None:
-        """Row b becomes what row order[b] was. Drops what crosses from one run to another.
+        """Let row b go on as row order[b]; drop the selections of spans that mix with others.
 
-        Rows take their counts along, so that a row which goes on as two would count double.
+        Rows take their counts along, so a row that goes on as two would count double.
         """
         before = self._counted()
         for key, cache in list(self._caches.items()):
@@ -83,22 +84,22 @@ class Selections:
         self._moved = (self._moved[0] + hits, self._moved[1] + misses)
 
     def counts(self) -> tuple[int, int]:
-        """(hits, misses), summed over requests: how often a selection was reused, or made."""
+        """Return how often a selection was reused and how often made, summed over requests."""
         hits, misses = self._counted()
         return int(hits + self._moved[0]), int(misses + self._moved[1])
 
     def _counted(self) -> tuple[Any, Any]:
-        """What the rows have counted; not read off the device."""
+        """Sum hits and misses of the present rows, without waiting for the device."""
         hits: Any = 0
         misses: Any = 0
         for cache in self._caches.values():
-            with suppress(InvalidProblem):  # the call that it was made for failed
+            with suppress(InvalidProblem):  # its first call failed
                 hits, misses = hits + cache.hits.sum(), misses + cache.misses.sum()
         return hits, misses
 
 
 def selections_of(keys: Tensor) -> Selections | None:
-    """Those of the cache layer that handed out `keys`; None if it was not one of ours."""
+    """Return the `Selections` of the `GrowableLayer` that handed out `keys`, else None."""
     return getattr(keys, _ATTRIBUTE, None)
 
 
@@ -116,6 +117,7 @@ class GrowableLayer(DynamicLayer):
         self._buffers: list[Tensor] = []
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Make buffers for keys and values like these (B, Hkv, new, D)."""
         self.dtype, self.device = key_states.dtype, key_states.device
         # Buffers made in inference mode could not be written to outside of it.
         with torch.inference_mode(False):
@@ -160,6 +162,7 @@ class GrowableLayer(DynamicLayer):
         return self.keys, self.values
 
     def get_max_length(self) -> int:
+        """Return max_length; -1 if there is none."""
         return -1 if self.max_length is None else self.max_length
 
     get_max_cache_shape = get_max_length  # its name in transformers 5.4
@@ -179,7 +182,7 @@ class GrowableLayer(DynamicLayer):
             self.selections.crop(self.get_seq_length(), self.device)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row b becomes what row beam_idx[b] was."""
+        """Let row b go on as row beam_idx[b]."""
         n = self.get_seq_length()
         if n == 0:
             return
@@ -190,7 +193,7 @@ class GrowableLayer(DynamicLayer):
         self.selections.reorder(order)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row `repeats` times; drops the selections."""
+        """Repeat each row `repeats` times; drop the selections."""
         if self.is_initialized:
             rows = torch.arange(len(self.keys), device=self.device)
             self._take(rows.repeat_interleave(repeats))
@@ -199,7 +202,7 @@ class GrowableLayer(DynamicLayer):
         """Keep these rows, any index of a dimension; drops the selections."""
         if self.is_initialized:
             rows = torch.arange(len(self.keys), device=self.device)
-            self._take(_picked(rows, indices))
+            self._take(_picked_rows(rows, indices))
 
     def _take(self, rows: Tensor) -> None:
         n = self.get_seq_length()
@@ -210,7 +213,7 @@ class GrowableLayer(DynamicLayer):
         self.selections.clear()
 
     def _make_room(self, n: int, end: int, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
-        """Let the buffers hold `end` tokens of these dtypes; wider ones than theirs make them wide.
+        """Let the buffers hold `end` tokens of these dtypes, promoting their own dtype if needed.
 
         Within torch.autocast values, and unrotated keys, come in another dtype than outside.
         """
@@ -237,44 +240,45 @@ class GrowableLayer(DynamicLayer):
         setattr(self.keys, _ATTRIBUTE, self.selections)
 
 
-# What stands in for which layer of transformers; all others stay.
-_ROOMY: dict[Any, type[GrowableLayer]] = {DynamicLayer: GrowableLayer}
+# From a class of layers of transformers to its stand-in; other layers stay.
+_GROWABLE: dict[Any, type[GrowableLayer]] = {DynamicLayer: GrowableLayer}
 
 if hasattr(cache_utils, "LinearAttentionAndFullAttentionLayer"):  # not in transformers 5.4
     _Linear: Any = cache_utils.LinearAttentionLayer
     _Hybrid: Any = cache_utils.LinearAttentionAndFullAttentionLayer
 
-    class RoomyHybridLayer(GrowableLayer, _Hybrid):
-        """That of a layer with a state space model beside its full attention, as in Falcon-H1."""
+    class GrowableHybridLayer(GrowableLayer, _Hybrid):
+        """A `GrowableLayer` with the state of a state space model beside it, as in Falcon-H1."""
 
         def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+            """Make the buffers of keys and values, or those of the state."""
             # transformers hands keys and values by place, the state by name.
             kind = GrowableLayer if args else _Linear
             kind.lazy_initialization(self, *args, **kwargs)
 
         def reorder_cache(self, beam_idx: Tensor) -> None:
-            """Row b becomes what row beam_idx[b] was."""
+            """Let row b go on as row beam_idx[b]."""
             _Linear.reorder_cache(self, beam_idx)
             GrowableLayer.reorder_cache(self, beam_idx)
 
-    _ROOMY[_Hybrid] = RoomyHybridLayer
+    _GROWABLE[_Hybrid] = GrowableHybridLayer
 
 
-def _roomy(stock: Any, max_length: int | None) -> Any:
-    """The layer that stands in for an unused one of transformers, which may be that itself."""
-    if type(stock) not in _ROOMY:
+def _growable(stock: Any, max_length: int | None) -> Any:
+    """Return the stand-in of an unused layer of transformers, or the layer itself."""
+    if type(stock) not in _GROWABLE:
         return stock
-    made = _ROOMY[type(stock)](max_length)
+    made = _GROWABLE[type(stock)](max_length)
     made.__dict__.update(vars(stock))
     return made
 
 
 class RawKeys(Cache):
-    """What a cache is made to be by `expect_raw_keys`: it knows which of its layers hold raw keys.
+    """A cache that knows which of its layers hold raw keys: any cache, after `expect_raw_keys`.
 
     A layer that holds raw keys takes no rotated ones, nor the reverse; an emptied one takes either.
 
-    raw_layers  those that were last filled with raw keys
+    raw_layers  the layers that were last filled with raw keys
     starts      (B,) int64 on the CPU, the position of each request's first token, if known
     """
 
@@ -290,14 +294,15 @@ class RawKeys(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append keys: raw ones, if `expect_raw_keys` was called for this layer just before."""
-        self._look_out(layer_idx)
+        self._check_kind(layer_idx)
         shown: tuple[Tensor, Tensor] = super().update(
             key_states, value_states, layer_idx, *args, **kwargs
         )
         return shown
 
     @torch.compiler.disable
-    def _look_out(self, layer_idx: int) -> None:
+    def _check_kind(self, layer_idx: int) -> None:
+        """Raise InvalidProblem if a layer would hold both raw and rotated keys."""
         are_raw = self._expected == layer_idx
         self._expected = None
         if are_raw != (layer_idx in self.raw_layers):
@@ -306,18 +311,18 @@ class RawKeys(Cache):
                 raise InvalidProblem(
                     f"{new} keys, for layer {layer_idx} of a cache that holds {old} ones",
                     "a cache is filled while options that move keys are in force, or while they "
-                    "are not; half and half would be attended to in the wrong places",
+                    "are not; a mixture would be attended to at wrong positions",
                     "go on with a new cache, or with this one after reset()",
                 )
             self.raw_layers ^= {layer_idx}
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row b becomes what row beam_idx[b] was."""
+        """Let row b go on as row beam_idx[b]."""
         super().reorder_cache(beam_idx)
         self._take_starts(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row `repeats` times."""
+        """Repeat each row `repeats` times."""
         super().batch_repeat_interleave(repeats)
         if self.starts is not None:
             self.starts = self.starts.repeat_interleave(repeats)
@@ -329,11 +334,11 @@ class RawKeys(Cache):
 
     def _take_starts(self, rows: Any) -> None:
         if self.starts is not None:
-            self.starts = _picked(self.starts, rows)
+            self.starts = _picked_rows(self.starts, rows)
 
 
-def _picked(x: Tensor, rows: Any) -> Tensor:
-    """Those rows of x, which is on the CPU: a tensor anywhere, a sequence, an array or a slice."""
+def _picked_rows(x: Tensor, rows: Any) -> Tensor:
+    """Return rows of x, on the CPU; they are a tensor anywhere, a sequence, an array or a slice."""
     return x[(rows.cpu() if isinstance(rows, Tensor) else rows,)]
 
 
@@ -348,7 +353,7 @@ def _empty_with_raw_keys(kind: type) -> Any:
 
 
 def expect_raw_keys(cache: Any, layer_idx: int) -> None:
-    """Let the next update of this layer be one of raw keys; from now on the cache looks out."""
+    """Announce raw keys in the next update of this layer; from now on, check every update."""
     if not isinstance(cache, RawKeys):
         kind: Any = type(cache)
         cache.__class__ = _with_raw_keys(kind)
@@ -356,7 +361,7 @@ def expect_raw_keys(cache: Any, layer_idx: int) -> None:
 
 
 def slides_everywhere(config: Any) -> bool:
-    """Whether a model has layers that attend within a window, and none that sees further back."""
+    """Return whether a model has layers that attend, and all of them within a window."""
     attending = [one for one in DynamicCache(config=config).layers if isinstance(one, DynamicLayer)]
     return len(attending) > 0 and all(one.is_sliding for one in attending)
 
@@ -368,7 +373,7 @@ class TokenSelectCache(Cache):
     max_length  room for that many tokens is taken at once; None: buffers double when full
 
     Full-attention layers append in place, and with the option `theta` reuse selections, which
-    this cache keeps. Every other layer is what transformers' DynamicCache has. A cache belongs to
+    this cache keeps. Every other layer is that of transformers' DynamicCache. A cache belongs to
     one batch until `reset()`.
     """
 
@@ -388,19 +393,19 @@ class TokenSelectCache(Cache):
                 "pass an int, or leave it out: the cache then grows",
             )
         stock = DynamicCache(config=config).layers
-        super().__init__(layers=[_roomy(layer, max_length) for layer in stock])
+        super().__init__(layers=[_growable(layer, max_length) for layer in stock])
 
     @property
     def hits(self) -> int:
         """How often a layer reused a request's selection; waits for the device.
 
-        A beam is a request. Counted anew after `reset()`, other options or a change of the batch.
+        A beam is a request. `reset()`, other options and a change of the batch set it to 0.
         """
         return self._counts()[0]
 
     @property
     def misses(self) -> int:
-        """How often a layer selected afresh for a request: counted, and read, as `hits` is."""
+        """How often a layer made a selection for a request; counted and read like `hits`."""
         return self._counts()[1]
 
     def _counts(self) -> tuple[int, int]:

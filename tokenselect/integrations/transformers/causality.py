@@ -1,7 +1,7 @@
-"""Warns of logits that depend on later tokens.
+"""Warn of logits that depend on later tokens.
 
-Queries that choose together what all of them attend to have each a part in what the others get.
-`generate` asks for the logits of the last one; whoever asks for all is told, once for a model.
+Queries that select together influence each other's results. `generate` asks for the logits of the
+last one; a call that asks for all is warned, once per model.
 """
 
 import inspect
@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-# The attribute of a model that leads to its `_Logits`.
+# The attribute of a model that holds its `_LogitsWatch`.
 _ATTRIBUTE = "_tokenselect_logits"
 
 
 class _InProgress(threading.local):
-    """What the forward of a model that runs on this thread has come upon, since it made its masks.
+    """The forward pass of a model on this thread, since it made its masks.
 
-    together  how many queries, at the most, chose together less than there was
+    together  the most queries of one call that selected together, and not everything
     """
 
     together = 0
@@ -27,8 +27,8 @@ class _InProgress(threading.local):
 in_progress = _InProgress()
 
 
-class _Logits:
-    """A forward hook of one model that is asked for logits, until `remove()`."""
+class _LogitsWatch:
+    """A forward hook that warns of one model's logits, until `remove()`."""
 
     def __init__(self, model: Any) -> None:
         self._told = False
@@ -53,16 +53,16 @@ class _Logits:
 
 
 def watch_logits(model: Any) -> bool:
-    """Let a model warn, if it can be told which logits to make; return whether it did not yet."""
+    """Let a model warn, if it takes logits_to_keep; return whether it did not do so before."""
     can_be_told = "logits_to_keep" in inspect.signature(model.forward).parameters
     if not can_be_told or hasattr(model, _ATTRIBUTE):
         return False
-    setattr(model, _ATTRIBUTE, _Logits(model))
+    setattr(model, _ATTRIBUTE, _LogitsWatch(model))
     return True
 
 
 def unwatch_logits(model: Any) -> None:
-    """Let it warn no more."""
+    """Stop a model's warnings."""
     if hasattr(model, _ATTRIBUTE):
         getattr(model, _ATTRIBUTE).remove()
         delattr(model, _ATTRIBUTE)

@@ -1,7 +1,7 @@
-"""Which models attend through transformers' AttentionInterface; the others cannot be changed by it.
+"""Refuse models that do not attend through transformers' AttentionInterface.
 
 transformers takes any attn_implementation that is registered for a model whose code never looks it
-up, and the model then attends as ever. So what it takes is looked at here too.
+up, and the model then attends as ever. So models are inspected here too.
 """
 
 import functools
@@ -16,12 +16,12 @@ from tokenselect.integrations.transformers.causality import unwatch_logits, watc
 from tokenselect.integrations.transformers.options import NAME
 from tokenselect.integrations.transformers.refusals import Refusal
 
-# The attribute of what stands in for a function of transformers.
+# The attribute that marks stand-ins of functions of transformers.
 _OURS = "_tokenselect"
 
 
 def text_part(model: Any, config: Any) -> Any:
-    """The part of a model that generates text: all of it, but for models that also see or hear.
+    """Return the part of a model that generates text: all, unless it also sees or hears.
 
     Raises UnsupportedProblem if it cannot attend with tokenselect.
     """
@@ -34,14 +34,14 @@ def text_part(model: Any, config: Any) -> Any:
         )
     for part in model.modules():
         if isinstance(part, PreTrainedModel) and part.config is config:
-            if not _goes_through_it(part):
+            if not _uses_interface(part):
                 break
             return part
-    raise not_through_it(model)
+    raise refuse_own_attention(model)
 
 
-def not_through_it(model: Any) -> Refusal:
-    """The error for a model that attends in code of its own, or not at all."""
+def refuse_own_attention(model: Any) -> Refusal:
+    """Return the error for a model that attends in code of its own, or not at all."""
     fix = "use a model whose attention goes through transformers' AttentionInterface"
     if not model.can_generate():
         fix += (
@@ -64,10 +64,10 @@ def watch() -> None:
 
 
 def _refusing(check: Callable[..., str]) -> Callable[..., str]:
-    """What transformers calls for a new model, and for a model that is to attend otherwise.
+    """Wrap the method that transformers calls for each new or changed attn_implementation.
 
-    A new one is refused when it is called, since it may be a part that never is; or now, if it
-    would fail on its own. One that is to attend with tokenselect will warn of its logits.
+    A new model is refused when it is called, since it may be a part that never is, or now if it
+    would fail by itself. A model that is to attend with tokenselect will warn of its logits.
     """
 
     @functools.wraps(check)
@@ -75,10 +75,10 @@ def _refusing(check: Callable[..., str]) -> Callable[..., str]:
         self: Any, requested_attention: str | None, is_init_check: bool = False
     ) -> str:
         found, kind = check(self, requested_attention, is_init_check), type(self)
-        if _may_attend_by_itself(kind):
-            fits = _can_be_made(kind) if is_init_check else _goes_through_it(self)
+        if _may_bypass_interface(kind):
+            fits = _can_be_made(kind) if is_init_check else _uses_interface(self)
             if found == NAME and not fits:
-                raise not_through_it(self)
+                raise refuse_own_attention(self)
             if not hasattr(kind.forward, _OURS):
                 kind.forward = _guarded(kind.forward)
         if found == NAME:
@@ -92,29 +92,29 @@ def _refusing(check: Callable[..., str]) -> Callable[..., str]:
 
 
 def _guarded(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The forward of a class of models that may attend in code of their own."""
+    """Wrap the forward of a class of models that may attend in code of their own."""
 
     @functools.wraps(forward)
     def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.config._attn_implementation == NAME and not _goes_through_it(self):
-            raise not_through_it(self)
+        if self.config._attn_implementation == NAME and not _uses_interface(self):
+            raise refuse_own_attention(self)
         return forward(self, *args, **kwargs)
 
     setattr(guarded, _OURS, True)
     return guarded
 
 
-def _goes_through_it(model: Any) -> bool:
-    """Whether the code of a part of a model knows the interface."""
+def _uses_interface(model: Any) -> bool:
+    """Return whether the code of a part of a model uses the interface."""
     return _looks_it_up({type(part).__module__ for part in model.modules()})
 
 
-def _may_attend_by_itself(kind: type) -> bool:
-    """Whether the code of a class of models may have attention, and has not the interface to it.
+def _may_bypass_interface(kind: type) -> bool:
+    """Return whether a class of models may attend, in code that does not use the interface.
 
-    The code is that of the modules that it and its bases stand in. In transformers, attention has
-    that in its name, and one without it, such as that of a state space model, or of a model made of
-    others, has nothing to look up. Elsewhere it may have any name.
+    Its code is that of the modules that define it and its bases. In transformers, attention has
+    that in its class name; a module without such a class, as of a state space model or a model made
+    of others, has nothing to look up. Elsewhere attention may have any name.
     """
     modules = _modules_of(kind)
     has_attention = not all(module.startswith("transformers.") for module in modules) or any(
@@ -128,22 +128,23 @@ def _may_attend_by_itself(kind: type) -> bool:
 
 
 def _can_be_made(kind: type) -> bool:
-    """Whether a model that attends by itself looks no name up in a table of its own."""
+    """Return whether a model that attends by itself looks no name up in a table of its own."""
     tables = (one for one in _names_of(_modules_of(kind)) if isinstance(one, dict))
     return not any("eager" in table for table in tables)
 
 
 def _modules_of(kind: type) -> set[str]:
-    """Those that a class of models and its bases stand in."""
+    """Return the modules that define a class of models and its bases."""
     bases = [base for base in kind.__mro__ if issubclass(base, PreTrainedModel)]
     return {base.__module__ for base in bases if base is not PreTrainedModel}
 
 
 def _looks_it_up(modules: set[str]) -> bool:
-    """Whether the code of one of these modules knows the interface."""
+    """Return whether the code of one of these modules uses the interface."""
     return any(isinstance(one, AttentionInterface) for one in _names_of(modules))
 
 
 def _names_of(modules: set[str]) -> Iterator[Any]:
+    """Yield the values of all global names of these modules."""
     for module in modules & sys.modules.keys():
         yield from vars(sys.modules[module]).values()

@@ -1,7 +1,9 @@
 """One layer's attention: selected over the whole cache, or dense within a sliding window."""
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from tokenselect.integrations.transformers.refusals import layer_name, refuse_la
 from tokenselect.integrations.transformers.rotation import Probe, raw_layer_of
 from tokenselect.rope import Rope
 
-# What models pass on that does not change what attention computes.
+# Arguments of models that do not change what attention computes.
 _HARMLESS = frozenset(
     {
         "cache_position",
@@ -36,6 +38,30 @@ _HARMLESS = frozenset(
         "use_cache",
     }
 )
+
+
+class _Recording(threading.local):
+    """Where the selecting calls of one thread leave their `AttentionInfo`; None: nowhere."""
+
+    infos: list[tokenselect.AttentionInfo] | None = None
+
+
+_recording = _Recording()
+
+
+@contextmanager
+def recorded() -> Iterator[list[tokenselect.AttentionInfo]]:
+    """Append the `AttentionInfo` of every selecting call on this thread, layer after layer.
+
+    One layer makes one call per chunk of at most `chunk` queries and per `TokenSpan` of requests;
+    sliding layers make none.
+    """
+    infos: list[tokenselect.AttentionInfo] = []
+    outer, _recording.infos = _recording.infos, infos
+    try:
+        yield infos
+    finally:
+        _recording.infos = outer
 
 
 @torch.compiler.disable
@@ -57,9 +83,9 @@ def attention_forward(
     """Attend, as transformers asks a function in its AttentionInterface to.
 
     query (B, Hq, Lq, D); key and value (B, Hkv, slots, D and Dv); attention_mask a `TokenMask`;
-    s_aux (Hq,), one more logit a head in the softmax. Returns (B, Lq, Hq, Dv), zeros where a query
-    is padding. Within torch.autocast all three are read in its dtype, and so is what returns.
-    Raises UnsupportedProblem for what cannot be computed rightly.
+    s_aux (Hq,), one more logit per head in the softmax. Returns (B, Lq, Hq, Dv), zeros where a
+    query is padding. Within torch.autocast q, k and v are read in its dtype; the result has it.
+    Raises UnsupportedProblem for all that cannot be computed rightly.
     """
     others |= {"is_causal=False": is_causal is False or not getattr(module, "is_causal", True)}
     _refuse(module, dropout, others)
@@ -72,7 +98,7 @@ def attention_forward(
     selections = None if mask.window is not None else _selections(module, options, key)
     dtype, its_own_dtypes = _autocast(query.device)
     with its_own_dtypes:
-        q, k, v = (x if dtype is None else _lowered(x, dtype) for x in (query, key, value))
+        q, k, v = (x if dtype is None else _to_autocast(x, dtype) for x in (query, key, value))
         scale = q.shape[3] ** -0.5 if scaling is None else scaling
         if mask.window is not None:
             return sliding_window_attention(
@@ -93,21 +119,20 @@ def _selected(
     selections: Selections | None,
     more: dict[str, Any],
 ) -> Tensor:
-    """Attention over what is selected; shapes as in `attention_forward`."""
+    """Select and attend, span by span, chunk by chunk; shapes as in `attention_forward`."""
     out = query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
-    for run in mask.runs:
-        cache = None if selections is None else selections.of(layer, run, options, query.dtype)
-        for queries, n in run.chunks(options.chunk):
-            q = query[run.rows][:, :, queries]
-            attended = tokenselect.attention(
-                q,
-                **_tokens(key, value, run, n),
-                **options.select,
-                **more,
-                cache=cache,
-                backend=options.backend,
-            )
-            out[run.rows, queries] = attended.transpose(1, 2)
+    for span in mask.spans:
+        cache = None if selections is None else selections.of(layer, span, options, query.dtype)
+        for queries, n in span.chunks(options.chunk):
+            q = query[span.rows][:, :, queries]
+            given = {**_tokens(key, value, span, n), **options.select, **more}
+            given |= {"cache": cache, "backend": options.backend}
+            if _recording.infos is None:
+                attended = tokenselect.attention(q, **given)
+            else:
+                attended, info = tokenselect.attention(q, **given, return_info=True)
+                _recording.infos.append(info)
+            out[span.rows, queries] = attended.transpose(1, 2)
             select, Lq = options.select, q.shape[2]
             if n >= select.n_sink + select.k + select.n_local + Lq:  # else all was selected
                 in_progress.together = max(in_progress.together, Lq)
@@ -115,9 +140,9 @@ def _selected(
 
 
 def _autocast(device: torch.device) -> tuple[torch.dtype | None, AbstractContextManager[Any]]:
-    """The dtype that torch.autocast sets for a device, None if it is off; and a block without it.
+    """Return the dtype of torch.autocast on a device, None if it is off, and a block without it.
 
-    Inside it would round what attention computes in float32 on purpose.
+    Inside, it would round computations that are float32 on purpose.
     """
     kind = device.type
     if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
@@ -125,17 +150,17 @@ def _autocast(device: torch.device) -> tuple[torch.dtype | None, AbstractContext
     return torch.get_autocast_dtype(kind), torch.autocast(kind, enabled=False)
 
 
-def _lowered(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """What torch.autocast makes of an argument of torch's own attention: it leaves float64."""
+def _to_autocast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast as torch.autocast casts arguments of torch's own attention: float64 stays."""
     return x if x.dtype == torch.float64 else x.to(dtype)
 
 
 def _rope(module: Any, query: Tensor, mask: TokenMask, options: Options) -> Rope | None:
-    """How keys and queries are to be rotated, if they came raw; None if they came rotated."""
+    """Return the rotation of keys and queries that came raw; None if they came rotated."""
     raw_layer = raw_layer_of(module)
     if raw_layer is not None:
-        return raw_layer.take(module, query, mask)
-    if options.moves and mask.window is None:
+        return raw_layer.rope_of_call(module, query, mask)
+    if options.needs_raw_keys and mask.window is None:
         asked = f"positions={options.select.positions!r}, score_at={options.select.score_at!r}"
         raise refuse_layer(
             module,
@@ -145,18 +170,18 @@ def _rope(module: Any, query: Tensor, mask: TokenMask, options: Options) -> Rope
     return None
 
 
-def _tokens(key: Tensor, value: Tensor, run: TokenSpan, n: int) -> dict[str, Any]:
-    """The first n tokens of a run, as arguments of `tokenselect.attention`; no copy of the cache.
+def _tokens(key: Tensor, value: Tensor, span: TokenSpan, n: int) -> dict[str, Any]:
+    """Return a span's first n tokens as arguments of `tokenselect.attention`, without a copy.
 
-    Where there are holes, each slot is a page of one token, and the table says which are tokens.
+    With holes, each slot is a page of one token, and the table names the tokens.
     """
-    if isinstance(run.slots, slice):
-        tokens = slice(run.first, run.first + n)
-        return {"k_cache": key[run.rows, :, tokens], "v_cache": value[run.rows, :, tokens]}
+    if isinstance(span.slots, slice):
+        tokens = slice(span.first, span.first + n)
+        return {"k_cache": key[span.rows, :, tokens], "v_cache": value[span.rows, :, tokens]}
     pages = {"k_cache": key, "v_cache": value}
     return {
-        name: cache[run.rows.start].transpose(0, 1)[:, None] for name, cache in pages.items()
-    } | {"block_table": run.slots[None, :n].int().to(key.device)}
+        name: cache[span.rows.start].transpose(0, 1)[:, None] for name, cache in pages.items()
+    } | {"block_table": span.slots[None, :n].int().to(key.device)}
 
 
 def sliding_window_attention(
@@ -169,7 +194,7 @@ def sliding_window_attention(
     sinks: Tensor | None,
     chunk: int,
 ) -> Tensor:
-    """Dense attention within mask.window; shapes as in `attention_forward`.
+    """Attend densely within mask.window; shapes as in `attention_forward`.
 
     `chunk` queries at a time look at the keys that one of them sees, so that memory grows with
     chunk and window, not with the length.
@@ -186,7 +211,7 @@ def sliding_window_attention(
         i = torch.arange(mask.at + start, end, device=query.device)[:, None]
         j = torch.arange(begin, end, device=query.device)
         visible = valid[:, :, :, begin:end] & (j <= i) & (j > i - mask.window)
-        weights = _weights(
+        weights = softmax_weights(
             query[:, :, start:stop].unflatten(1, (Hkv, -1)),
             key[:, :, None, begin:end],
             visible[:, None],
@@ -199,7 +224,7 @@ def sliding_window_attention(
     return out
 
 
-def _weights(
+def softmax_weights(
     q: Tensor,
     k: Tensor,
     visible: Tensor,
@@ -207,7 +232,7 @@ def _weights(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Softmax of the visible logits, float32 or better; zeros for a query that sees nothing.
+    """Return the softmax of visible logits, float32 or better; zeros if a query sees nothing.
 
     q (B, Hkv, G, Lq, D); k (B, Hkv, 1, L, D); visible (B, 1, 1, Lq, L); sinks (Hkv, G, 1, 1).
     """
@@ -225,7 +250,7 @@ def _weights(
 
 
 def _selections(module: Any, options: Options, key: Tensor) -> Selections | None:
-    """The state of this layer in the cache, if selections are to be reused."""
+    """Return the layer's selections in the cache; None unless they are to be reused."""
     if options.theta is None:
         return None
     found = selections_of(key)
@@ -244,7 +269,7 @@ def _selections(module: Any, options: Options, key: Tensor) -> Selections | None
 def _checked_mask(
     module: Any, query: Tensor, key: Tensor, mask: Tensor | None, sliding_window: int | None
 ) -> TokenMask:
-    """The mask, if the model had it made by `token_mask` and for this layer."""
+    """Return the mask if `token_mask` made it, and for this layer; else raise."""
     if mask is None:
         raise refuse_layer(
             module,
@@ -252,7 +277,7 @@ def _checked_mask(
             "cross-attention",
             "use another attn_implementation for this part of the model",
         )
-    if not isinstance(mask, TokenMask) or not hasattr(mask, "runs"):
+    if not isinstance(mask, TokenMask) or not hasattr(mask, "spans"):
         raise refuse_layer(
             module,
             f"a custom mask {tuple(mask.shape)}",
@@ -278,17 +303,17 @@ def _checked_mask(
         raise refuse_layer(
             module,
             f"sliding_window={sliding_window}, with a mask whose window is {mask.window}",
-            "use another attn_implementation: what the layer means is not clear",
+            "use another attn_implementation: the layer's window is ambiguous",
         )
     return mask
 
 
 def _refuse(module: Any, dropout: float, others: dict[str, Any]) -> None:
-    """Raise UnsupportedProblem for what this function does not compute."""
+    """Raise UnsupportedProblem for arguments and settings that are not implemented."""
     config = module.config
     if getattr(config, "kv_lora_rank", None) is not None:
         raise refuse_mla(config)
-    # A cache that the layer has read may come along under any name; that of continuous batching,
+    # A cache that the layer has read may be passed on under any name; that of continuous batching,
     # which attention would have to read, is of another class.
     asked = [
         name

@@ -1,4 +1,4 @@
-"""What transformers says about who may see whom, as the tokens each request has and where.
+"""Masks of transformers, as the tokens that each request has and where.
 
 A *slot* is the index of a key in the keys that a layer is handed. With left padding a request's
 tokens begin at a later slot, with right padding they end at an earlier one; where a batch was
@@ -20,13 +20,13 @@ MaskFunction = Callable[..., Any]
 
 
 class TokenSpan(NamedTuple):
-    """Neighbouring requests of a batch whose tokens lie alike.
+    """Neighbouring requests of a batch whose tokens are in the same slots.
 
     rows     which requests
     n        how many tokens each has, this call's included
-    slots    where they are: a slice, or (n,) int64 on the CPU if there are holes
-    queries  which queries of the call are tokens, the last of the n: likewise
-    m        how many those are
+    slots    their slots: a slice, or (n,) int64 on the CPU if there are holes
+    queries  the queries of the call that are tokens, the last of the n: likewise
+    m        how many queries those are
     """
 
     rows: slice
@@ -37,11 +37,11 @@ class TokenSpan(NamedTuple):
 
     @property
     def first(self) -> int:
-        """Slot of the first token."""
+        """The slot of the first token."""
         return int(self.slots.start if isinstance(self.slots, slice) else self.slots[0])
 
     def chunks(self, size: int) -> Iterator[tuple[slice | Tensor, int]]:
-        """Which queries to take together, `size` at most, and the n of that call."""
+        """Yield the queries to take together, at most `size`, and the n of each such call."""
         for start in range(0, self.m, size):
             stop = min(start + size, self.m)
             if isinstance(self.queries, slice):
@@ -51,7 +51,7 @@ class TokenSpan(NamedTuple):
             yield part, self.n - self.m + stop
 
     def without(self, skip: int) -> "TokenSpan":
-        """The run in a call that leaves out its first `skip` queries."""
+        """Return the span of a call without its first `skip` queries."""
         if isinstance(self.queries, slice):
             start, stop = (max(0, q - skip) for q in (self.queries.start, self.queries.stop))
             return self._replace(queries=slice(start, stop), m=stop - start)
@@ -59,7 +59,7 @@ class TokenSpan(NamedTuple):
         return self._replace(queries=queries, m=len(queries))
 
 
-# What may make a tensor of a TokenMask; __get__ is an attribute, as those torch.compile looks at.
+# Functions that may make a tensor of a TokenMask; torch.compile reads attributes by __get__.
 # Besides these, a slice may take the newest queries.
 _HANDS_ON = frozenset({"__get__", "as_subclass", "contiguous", "detach", "to"})
 
@@ -73,24 +73,24 @@ class TokenMask(Tensor):
     Lq      how many queries the call has
     window  how many tokens a query sees, itself included; None: all before it
     begin   the token in slot 0: above 0 where a cache that slides has dropped those before
-    runs    the requests, gathered by `Run`; for windows none
-    calls   what the modules of this call were called with, where `rotation` has to know
-    refusal the error for a layer that attends with it, as not causal, say; None where one may
+    spans   the requests, grouped; for windows none
+    calls   by module, its arguments in this call, noted by `rotation.RawLayer`
+    refusal the error for a layer that attends with it, as it is not causal, say; or None
     """
 
     at: int
     Lq: int
     window: int | None
     begin: int
-    runs: list[TokenSpan]
+    spans: list[TokenSpan]
     calls: dict[Any, Any]
     refusal: Refusal | None
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Hand it on, copy it to another device, take its newest queries; nothing else. It is no
-        mask to add to logits: a model that attends by itself, whatever attn_implementation says,
-        would do so.
+        """Pass the mask on, copy it to another device, take its newest queries; refuse all else.
+
+        It is no mask to add to logits, as a model that attends by itself would do.
         """
         name, mask = getattr(func, "__name__", str(func)), args[0]
         is_mask, cause = isinstance(mask, cls), None
@@ -116,11 +116,11 @@ class TokenMask(Tensor):
         return made
 
     def _without(self, skip: int) -> "TokenMask":
-        """The mask of the same keys for the queries after the first `skip`."""
+        """Return the mask of the same keys for the queries after the first `skip`."""
         made = self.as_subclass(Tensor).detach().as_subclass(TokenMask)
         vars(made).update(vars(self))
         made.at, made.Lq = self.at + skip, self.Lq - skip
-        made.runs = [kept for run in self.runs if (kept := run.without(skip)).m > 0]
+        made.spans = [kept for span in self.spans if (kept := span.without(skip)).m > 0]
         return made
 
 
@@ -139,15 +139,15 @@ def token_mask(
     """Make the mask, as transformers asks a function in its AttentionMaskInterface to.
 
     attention_mask is None or (B, tokens so far) bool. Reads it, and offsets that are tensors, on
-    the host. Raises UnsupportedProblem for one that does not fit. What is not causal attention,
-    within a window or not, is refused by the layer that attends so: a decoder without its encoder
-    makes a mask for cross-attention that none reads.
+    the host. Raises UnsupportedProblem for one that does not fit. A mask that is not causal, within
+    a window or not, is refused only by a layer that attends with it: a decoder without its encoder
+    makes one for cross-attention that no layer reads.
     """
     in_progress.together = 0
     valid = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
     mask = valid[:, None, None].as_subclass(TokenMask)
     mask.at, mask.Lq, mask.window, mask.begin = 0, q_length, None, 0
-    mask.runs, mask.calls, mask.refusal = [], {}, None
+    mask.spans, mask.calls, mask.refusal = [], {}, None
     try:
         mask.window = window_of(mask_function)
     except Refusal as refusal:
@@ -167,19 +167,19 @@ def token_mask(
     if mask.window is not None:
         return mask
     if attention_mask is None:  # nothing to read: on a GPU, nothing to wait for
-        mask.runs = [_unpadded(batch_size, at + q_length, at)]
+        mask.spans = [_unpadded(batch_size, at + q_length, at)]
     else:
-        mask.runs = list(_runs(valid[:, : at + q_length].cpu(), at))
+        mask.spans = list(_spans(valid[:, : at + q_length].cpu(), at))
     return mask
 
 
 def _unpadded(batch_size: int, n: int, at: int) -> TokenSpan:
-    """All requests together: n tokens each, from the first slot on, the call's from `at` on."""
+    """Group all requests: n tokens each, from the first slot on, the call's from `at` on."""
     return TokenSpan(slice(0, batch_size), n, slice(0, n), slice(0, n - at), n - at)
 
 
 def _padding(attention_mask: Tensor, kv_offset: int, end: int, kv_length: int) -> Tensor:
-    """The 2D mask of the slots: (B, kv_length) bool; False from the end of the 2D mask on."""
+    """Return the 2D mask of the slots, (B, kv_length) bool; False beyond the given one."""
     if attention_mask.dim() != 2:
         raise Refusal(
             f"an attention_mask {tuple(attention_mask.shape)}",
@@ -197,7 +197,7 @@ def _padding(attention_mask: Tensor, kv_offset: int, end: int, kv_length: int) -
 
 
 def _skipped(mask: TokenMask, index: Any) -> int | None:
-    """How many queries mask[:, :, skip:, :] leaves out; None for any other index."""
+    """Return `skip` for an index [:, :, skip:, :], else None."""
     if not (isinstance(index, tuple) and len(index) == 4):
         return None
     if not all(isinstance(part, slice) for part in index):
@@ -208,8 +208,8 @@ def _skipped(mask: TokenMask, index: Any) -> int | None:
     return start if is_all and (stop, step) == (mask.Lq, 1) else None
 
 
-def _runs(valid: Tensor, at: int) -> Iterator[TokenSpan]:
-    """Gather the requests of valid (B, slots up to the last query) bool, on the CPU."""
+def _spans(valid: Tensor, at: int) -> Iterator[TokenSpan]:
+    """Group the requests of valid (B, slots up to the last query) bool, on the CPU."""
     if bool(valid.all()):
         yield _unpadded(len(valid), valid.shape[1], at)
         return
@@ -232,28 +232,28 @@ def _runs(valid: Tensor, at: int) -> Iterator[TokenSpan]:
 
 
 def window_of(function: MaskFunction) -> int | None:
-    """How many tokens a causal mask lets a query see; None for all before it.
+    """Return how many tokens a causal mask lets a query see; None for all before it.
 
     Raises UnsupportedProblem for a mask that is not causal, or more than that and a window.
     """
     if function is masking_utils.causal_mask_function:
         return None
-    parts = _inside(function, masking_utils.and_masks)
+    parts = _closure_of(function, masking_utils.and_masks)
     if parts is not None:
         masks = parts["mask_functions"]
         if len(masks) == 2 and masks[1] is masking_utils.causal_mask_function:
-            window = _inside(masks[0], masking_utils.sliding_window_overlay)
+            window = _closure_of(masks[0], masking_utils.sliding_window_overlay)
             if window is not None:
                 return int(window["sliding_window"])
     raise Refusal(
-        f"the mask {_described(function)}",
+        f"the mask {_describe(function)}",
         "only causal attention, within a sliding window or not, and padding are understood",
         "pass inputs without it, or model.set_attn_implementation('sdpa') or 'eager'",
     )
 
 
-def _inside(function: MaskFunction, maker: MaskFunction) -> dict[str, Any] | None:
-    """What a function that `maker` returned holds on to, by name; None if another one made it."""
+def _closure_of(function: MaskFunction, maker: MaskFunction) -> dict[str, Any] | None:
+    """Return the closure of a function that `maker` returned, by name; None for other functions."""
     code = getattr(function, "__code__", None)
     if code is None or code not in maker.__code__.co_consts:
         return None
@@ -270,12 +270,12 @@ _KINDS = {
 }
 
 
-def _described(function: MaskFunction) -> str:
-    """The makers of a mask function, and of those it is made of."""
+def _describe(function: MaskFunction) -> str:
+    """Name the makers of a mask function and of its parts."""
     for maker in (masking_utils.and_masks, masking_utils.or_masks):
-        parts = _inside(function, maker)
+        parts = _closure_of(function, maker)
         if parts is not None:
-            return f"{maker.__name__}({', '.join(map(_described, parts['mask_functions']))})"
+            return f"{maker.__name__}({', '.join(map(_describe, parts['mask_functions']))})"
     name = str(getattr(function, "__qualname__", repr(function)))
     if getattr(function, "__module__", None) != masking_utils.__name__:
         return name

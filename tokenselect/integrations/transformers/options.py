@@ -1,4 +1,4 @@
-"""The options of a model: what `config.tokenselect` and `enable` take."""
+"""The options that `config.tokenselect` and `enable` take."""
 
 import difflib
 from dataclasses import dataclass, field
@@ -23,11 +23,11 @@ PRESETS = ("faithful", "extrapolate", "paper")
 class Options:
     """How a model's full-attention layers attend.
 
-    select     what to select: `tokenselect.SelectConfig`
+    select     which tokens: `tokenselect.SelectConfig`
     theta      reuse a selection while queries are at least that alike; None: never
     max_reuse  at most that many tokens after it was made
     backend    a backend's name, or "auto"
-    chunk      at most that many queries of one request are selected for together, >= 1
+    chunk      at most that many queries of one request share a selection, >= 1
     """
 
     select: SelectConfig = field(default_factory=SelectConfig)
@@ -37,21 +37,21 @@ class Options:
     chunk: int = 512
 
     @property
-    def moves(self) -> bool:
-        """Whether keys have to be moved, which takes the model's rope."""
+    def needs_raw_keys(self) -> bool:
+        """Whether keys are moved: cached before their rotation, which takes the model's rope."""
         return (self.select.positions, self.select.score_at) != ("original", "true")
 
     def selection_cache(self) -> SelectionCache:
-        """A new, empty one with these settings; raises InvalidProblem for bad ones."""
+        """Return a new SelectionCache with these settings; raise InvalidProblem for bad ones."""
         return SelectionCache(self.theta, self.max_reuse)
 
 
 class TextConfigOptions:
     """`config.tokenselect` of any model: the options of the part of it that generates text.
 
-    A model that also sees or hears has a config of configs; its attention gets to know only that of
-    the text, so what is set in the outer one is kept there. Stored like any other attribute; None
-    where it was not set, so that from_pretrained(..., tokenselect={...}) finds the attribute.
+    A model that also sees or hears has a config of configs; its attention is given only that of the
+    text, so options of the outer config are kept there. Stored like any other attribute; None while
+    not set, so that from_pretrained(..., tokenselect={...}) finds the attribute.
     """
 
     def __get__(self, config: Any, kind: type) -> Any:
@@ -73,7 +73,7 @@ class TextConfigOptions:
 
 
 def _text_config(config: Any) -> Any:
-    """That of the part that generates text, which may be all of it."""
+    """Return the config of the part that generates text, which may be the whole."""
     found = config.get_text_config(decoder=True)
     # It returns a copy where there is no such part.
     return found if any(part is found for part in vars(config).values()) else config
@@ -103,14 +103,14 @@ def parse(given: object) -> Options:
     if not is_integer(chunk) or chunk < 1:
         raise InvalidProblem(
             f"chunk={chunk!r}",
-            "chunk is an integer >= 1: how many queries are selected for together",
+            "chunk is an integer >= 1: how many queries share a selection",
             "pass an int of 1 or more, or leave chunk out for 512",
         )
     return options
 
 
 def check(options: Options) -> None:
-    """Raise now for a value that the first call would refuse: InvalidProblem, UnknownBackend."""
+    """Raise InvalidProblem or UnknownBackend for a value that the first call would refuse."""
     options.selection_cache()
     if options.backend != "auto":
         registry.load(options.backend)
@@ -119,7 +119,7 @@ def check(options: Options) -> None:
 
 
 def preset_options(preset: str | None) -> dict[str, Any]:
-    """The options that a preset stands for; raises InvalidProblem for an unknown name."""
+    """Return the options that a preset sets; raise InvalidProblem for an unknown name."""
     if preset is None:
         return {}
     if preset not in PRESETS:
@@ -135,12 +135,13 @@ def preset_options(preset: str | None) -> dict[str, Any]:
 
 
 def _unknown(name: object) -> InvalidProblem:
+    """Return the error for an unknown option."""
     close = difflib.get_close_matches(str(name), NAMES, n=1)
     if name == "preset":
         return InvalidProblem(
             "option 'preset'",
             "a preset stands for options, and config.tokenselect holds the options themselves",
-            "use enable(model, preset), or set what it says: dict(SelectConfig.faithful()), say",
+            "use enable(model, preset), or set its options: dict(SelectConfig.faithful()), say",
         )
     return InvalidProblem(
         f"option {name!r}",

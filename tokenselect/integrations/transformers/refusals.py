@@ -1,4 +1,4 @@
-"""The errors that name a layer, a model, or what it was given."""
+"""The errors that name a layer, a model, or its arguments."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from tokenselect.errors import UnsupportedProblem
 
 
 class Refusal(UnsupportedProblem):
-    """What a model does, or was asked for, is beyond this integration; nothing was computed."""
+    """A model, or a call of it, that is beyond this integration; nothing was computed."""
 
     def __init__(self, what: str, why: str | list[str], fix: str) -> None:
         whys = [why] if isinstance(why, str) else why
@@ -23,18 +23,18 @@ class Refusal(UnsupportedProblem):
 
 
 def refuse_layer(module: Any, why: str | list[str], fix: str) -> Refusal:
-    """The error that names the layer."""
+    """Return an error that names the layer."""
     return Refusal(layer_name(module), why, fix)
 
 
 def layer_name(module: Any) -> str:
-    """The class of an attention module, and the number of its layer if it has one."""
+    """Return the class of an attention module, and the number of its layer if it has one."""
     layer = getattr(module, "layer_idx", None)
     return type(module).__name__ + ("" if layer is None else f", layer {layer}")
 
 
 def refuse_mla(config: Any) -> Refusal:
-    """The error for multi-head latent attention."""
+    """Return the error for multi-head latent attention."""
     return Refusal(
         f"a {config.model_type} model",
         f"multi-head latent attention (kv_lora_rank={config.kv_lora_rank}): the cache holds "

@@ -1,12 +1,13 @@
-"""Keys cached as they are before rotation, so that selected ones can be placed anywhere.
+"""Cache keys before their rotation, so that selected ones can be placed anywhere.
 
 A rotated key holds the angle that the model computed for it in float32: at a position of a million
-that is off by more than 1e-2, wherever the key is moved to. So while options are in force that move
-keys, the full-attention layers of that one model get cos = 1 and sin = 0, and their rotation is
-left to `tokenselect.attention`. Sliding layers, and all other models, stay as they are.
+that is off by more than 1e-2, wherever the key is moved to. So while options that move keys are in
+force, the full-attention layers of that one model get cos = 1 and sin = 0, and
+`tokenselect.attention` rotates. Sliding layers, and all other models, stay as they are.
 
-How a layer rotates is not read off its name: the model is run twice over a few tokens, with its own
-cos and sin and without, and the `Rope` made of its frequencies has to turn the one into the other.
+How a layer rotates is observed, not guessed by its name: the model is run twice over a few tokens,
+with its own cos and sin and without, and the `Rope` made of its frequencies has to map the second
+onto the first.
 """
 
 from collections.abc import Iterator
@@ -24,9 +25,9 @@ from tokenselect.integrations.transformers.options import NAME
 from tokenselect.integrations.transformers.refusals import Refusal, refuse_layer
 from tokenselect.rope import Rope
 
-# The attribute of an attention module that leads to its `RawLayer`.
+# The attribute of an attention module that holds its `RawLayer`.
 _LAYER = "_tokenselect_raw_layer"
-# The attribute of a model's cos that leads to the `_Made` that tells how it came about.
+# The attribute of a model's cos that holds its `_Made`.
 _MADE = "_tokenselect_made"
 
 _FIX = "leave positions and score_at out: original positions, scored at their true distance"
@@ -34,7 +35,7 @@ _FIX = "leave positions and score_at out: original positions, scored at their tr
 
 @dataclass(eq=False)
 class _Made:
-    """Which module made a call's cos and sin, and for which positions (B or 1, Lq)."""
+    """The origin of a call's cos and sin: the module, and positions (B or 1, Lq)."""
 
     rotary: nn.Module
     position_ids: Tensor
@@ -42,17 +43,19 @@ class _Made:
 
 
 class _Call(NamedTuple):
+    """The arguments of one call of an attention module that its attention needs to know."""
+
     made: _Made | None
     on_cpu: bool
     cache: Cache | None
 
 
 class RawLayer:
-    """A forward pre-hook of one attention module: hands it cos = 1 and sin = 0.
+    """A forward pre-hook of one attention module that gives it cos = 1 and sin = 0.
 
-    rope  how the module would have rotated; known once it was compared
+    rope  the module's own rotation; None until `RawLayers` has found it
 
-    What it was called with goes along with the call's mask, since other threads may be calling.
+    The call's arguments are noted in its mask, since other threads may be calling too.
     """
 
     def __init__(self) -> None:
@@ -78,8 +81,8 @@ class RawLayer:
             mask.calls[module] = _Call(getattr(cos, _MADE, None), cos.device.type == "cpu", cache)
         return args, kwargs | {"position_embeddings": (torch.ones_like(cos), torch.zeros_like(sin))}
 
-    def take(self, module: Any, query: Tensor, mask: TokenMask) -> Rope:
-        """How the keys and queries of this call, which came here raw, are to be rotated."""
+    def rope_of_call(self, module: Any, query: Tensor, mask: TokenMask) -> Rope:
+        """Return the rotation of this call's keys and queries, which came raw."""
         call: _Call | None = mask.calls.get(module)
         if call is None:
             raise refuse_layer(
@@ -102,12 +105,12 @@ class RawLayer:
 
 
 def raw_layer_of(module: Any) -> RawLayer | None:
-    """That of an attention module whose keys stay raw, else None."""
+    """Return the `RawLayer` of an attention module whose keys stay raw, else None."""
     return getattr(module, _LAYER, None)
 
 
-class Seen(NamedTuple):
-    """What an attention module came with, in a run of `Probe`."""
+class Observed(NamedTuple):
+    """The arguments of one attention call in a run of `Probe`."""
 
     module: Any
     window: int | None
@@ -117,27 +120,27 @@ class Seen(NamedTuple):
 
 
 class Probe:
-    """Stands in for a model's options while the model is run over a few tokens to look at it.
+    """A stand-in for a model's options while it is run over a few tokens to observe its rotation.
 
-    Every layer attends to nothing, so that what it gets does not depend on how others rotate.
+    Every layer returns zeros, so that the next one's input does not depend on how others rotate.
     """
 
     def __init__(self, config: Any) -> None:
-        self.seen: list[Seen] = []
+        self.observed: list[Observed] = []
         furthest = getattr(config, "max_position_embeddings", None) or 1024
         self.position = torch.arange(16, device="cpu") * max(1, min(64, furthest // 16))
 
     def attend(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: TokenMask
     ) -> tuple[Tensor, None]:
-        """Note what came; return zeros."""
-        self.seen.append(Seen(module, mask.window, query, key, mask.calls.get(module)))
+        """Note the arguments; return zeros."""
+        self.observed.append(Observed(module, mask.window, query, key, mask.calls.get(module)))
         B, Hq, Lq, _ = query.shape
         return query.new_zeros(B, Lq, Hq, value.shape[3]), None
 
-    def run(self, part: Any) -> list[Seen]:
-        """What the layers of a model got, for the same tokens each time."""
-        config, self.seen = part.config, []
+    def run(self, part: Any) -> list[Observed]:
+        """Return the calls of the layers of a model, for the same tokens each time."""
+        config, self.observed = part.config, []
         given, config.tokenselect = config.tokenselect, self
         # Offloaded weights are on "meta": what loads them takes tokens from anywhere.
         device = part.device if part.device.type != "meta" else torch.device("cpu")
@@ -162,14 +165,13 @@ class Probe:
             ) from error
         finally:
             config.tokenselect = given
-        return self.seen
+        return self.observed
 
 
 class RawLayers:
-    """Keeps the keys of all full-attention layers of one model raw, until `remove()`.
+    """The hooks that keep the keys of a model's full-attention layers raw, until `remove()`.
 
-    Raises UnsupportedProblem for a model whose rotation is not understood, and leaves that as it
-    was.
+    Raises UnsupportedProblem for a model whose rotation is not understood, and leaves it as it was.
     """
 
     def __init__(self, part: Any) -> None:
@@ -200,7 +202,7 @@ class RawLayers:
         rotated = probe.run(part)
         if not rotated:
             raise _refuse_model(part.config, "its layers do not attend through its own config")
-        self._layers = {seen.module: RawLayer() for seen in rotated if seen.window is None}
+        self._layers = {one.module: RawLayer() for one in rotated if one.window is None}
         for module, layer in self._layers.items():
             setattr(module, _LAYER, layer)
             self._handles.append(module.register_forward_pre_hook(layer, with_kwargs=True))
@@ -220,7 +222,7 @@ class RawLayers:
 
 
 def is_raw(part: Any) -> bool:
-    """Whether a layer of this model keeps its keys raw."""
+    """Return whether a layer of this model keeps its keys raw."""
     return any(raw_layer_of(module) is not None for module in part.modules())
 
 
@@ -228,22 +230,22 @@ def is_raw(part: Any) -> bool:
 def _remember_positions(
     rotary: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
 ) -> None:
-    """A forward hook of what makes cos and sin."""
+    """Mark cos with its origin; a forward hook of the module that makes cos and sin."""
     position_ids = kwargs.get("position_ids", args[1] if len(args) > 1 else None)
     if isinstance(out, tuple) and isinstance(position_ids, Tensor):
         setattr(out[0], _MADE, _Made(rotary, position_ids))
 
 
 def _frequencies(rotary: nn.Module) -> Iterator[tuple[Tensor, float]]:
-    """inv_freq and scaling, for each kind of layer that a module makes cos and sin for."""
+    """Yield inv_freq and scaling for each kind of layer that a module makes cos and sin for."""
     for name, buffer in rotary.named_buffers(recurse=False):
         if name.endswith("inv_freq") and not name.endswith("original_inv_freq"):
             kind = name.removesuffix("inv_freq")
             yield buffer, getattr(rotary, f"{kind}attention_scaling", 1.0)
 
 
-def _rope(module: Any, made: _Made, pairs: list[tuple[Seen, Seen]]) -> Rope:
-    """The one rope that turns what came raw into what came rotated, for all calls of a module."""
+def _rope(module: Any, made: _Made, pairs: list[tuple[Observed, Observed]]) -> Rope:
+    """Return the one rope that maps raw onto rotated queries and keys, in all calls of a module."""
     if made.position_ids.dim() != 2:
         raise refuse_layer(
             module,
@@ -252,13 +254,13 @@ def _rope(module: Any, made: _Made, pairs: list[tuple[Seen, Seen]]) -> Rope:
             _FIX,
         )
     device = pairs[0][0].q.device  # not that of the rotary module, where a model is spread
-    ropes = [Rope(torch.zeros(1, device=device), cached="raw")]  # turns nothing
+    ropes = [Rope(torch.zeros(1, device=device), cached="raw")]  # rotates nothing
     for inv_freq, scaling in _frequencies(made.rotary):
         for interleaved in (False, True)[: len(inv_freq)]:  # of one pair, there is one layout
             ropes.append(Rope(inv_freq.to(device, copy=True), interleaved, "raw", scaling))
     fitting: list[Rope] = []
     for rope in ropes:
-        fits = all(_turns(rope, raw, rotated, made.position_ids) for rotated, raw in pairs)
+        fits = all(_rotates(rope, raw, rotated, made.position_ids) for rotated, raw in pairs)
         if fits and not any(_are_equal(rope, other) for other in fitting):
             fitting.append(rope)
     if len(fitting) != 1:
@@ -272,10 +274,11 @@ def _rope(module: Any, made: _Made, pairs: list[tuple[Seen, Seen]]) -> Rope:
     return fitting[0]
 
 
-def _turns(rope: Rope, raw: Seen, rotated: Seen, position_ids: Tensor) -> bool:
-    """Whether queries and keys are the raw ones turned, but for roundings.
+def _rotates(rope: Rope, raw: Observed, rotated: Observed, position_ids: Tensor) -> bool:
+    """Return whether this rope rotates the raw queries and keys onto the rotated ones.
 
-    A float32 angle below 1,024 is off by less than 1e-4; elsewhere a few roundings to dtype.
+    Within roundings: a float32 angle below 1,024 is off by less than 1e-4, all else by a few
+    roundings to dtype.
     """
     for before, after in ((raw.q, rotated.q), (raw.k, rotated.k)):
         if rope.rotary_dim > before.shape[3]:
@@ -294,8 +297,8 @@ def _are_equal(a: Rope, b: Rope) -> bool:
     return same and torch.equal(a.inv_freq, b.inv_freq)
 
 
-def _check_cache(module: Any, cache: Cache | None, seen: list[Seen]) -> None:
-    """Raw keys must be seen to arrive: a cache of them is guarded against rotated ones."""
+def _check_cache(module: Any, cache: Cache | None, observed: list[Observed]) -> None:
+    """Refuse a layer whose raw keys do not arrive in a cache, which guards against rotated ones."""
     if cache is None:
         raise refuse_layer(
             module,
@@ -303,7 +306,7 @@ def _check_cache(module: Any, cache: Cache | None, seen: list[Seen]) -> None:
             "how it hands its keys to a cache cannot be seen",
             "enable() after model.eval()",
         )
-    known = {one.module.layer_idx for one in seen if one.window is not None}
+    known = {one.module.layer_idx for one in observed if one.window is not None}
     if isinstance(cache, RawKeys):
         known |= cache.raw_layers
         layers = enumerate(cache.layers)
@@ -316,10 +319,10 @@ def _check_cache(module: Any, cache: Cache | None, seen: list[Seen]) -> None:
 
 
 def _check_positions(module: Any, call: _Call, mask: TokenMask) -> None:
-    """Raise UnsupportedProblem unless each request's tokens stand at consecutive positions.
+    """Raise UnsupportedProblem unless each request's tokens are at consecutive positions.
 
-    From where on makes no difference, since only distances count. Once for all layers, and only
-    on the CPU: to look at a device's positions is to wait for them.
+    The first one is free, since only distances count. Checked once for all layers, and only on the
+    CPU: reading positions off a device means waiting for it.
     """
     made, cache = call.made, call.cache
     if not call.on_cpu or (made is not None and made.is_checked):
@@ -336,19 +339,19 @@ def _check_positions(module: Any, call: _Call, mask: TokenMask) -> None:
     starts = (
         known.clone() if known is not None and are_known else torch.full((B,), -1, device="cpu")
     )
-    for run in mask.runs:
-        ids = made.position_ids.long().expand(B, -1)[run.rows][:, run.queries]
-        first = run.n - run.m
+    for span in mask.spans:
+        ids = made.position_ids.long().expand(B, -1)[span.rows][:, span.queries]
+        first = span.n - span.m
         if first == 0 or not are_known:
-            starts[run.rows] = ids[:, 0] - first
+            starts[span.rows] = ids[:, 0] - first
         if not torch.equal(
-            ids, starts[run.rows, None] + torch.arange(first, run.n, device=ids.device)
+            ids, starts[span.rows, None] + torch.arange(first, span.n, device=ids.device)
         ):
             raise refuse_layer(
                 module,
-                f"position_ids that are not consecutive: tokens {first} to {run.n - 1} of a "
+                f"position_ids that are not consecutive: tokens {first} to {span.n - 1} of a "
                 f"request, counted from 0, at {ids[:, 0].tolist()} to {ids[:, -1].tolist()}, with "
-                f"token 0 at {starts[run.rows].tolist()}",
+                f"token 0 at {starts[span.rows].tolist()}",
                 "leave position_ids out, or for a padded batch pass "
                 "(attention_mask.cumsum(1) - 1)[:, -new:]",
             )
@@ -373,5 +376,6 @@ def _refuse_by_name(config: Any) -> None:
 
 
 def _refuse_model(config: Any, why: str) -> Refusal:
+    """Return an error that names the model."""
     asked = f"a {config.model_type} model with keys that move"
     return Refusal(asked, why, _FIX)
