@@ -302,7 +302,7 @@ def test_the_important_cells_come_first_and_all_are_there() -> None:
     ]
     assert {target.cell for target in report.TARGETS} == set(names[:5])
     assert [cell.name for cell in plan.cells(quick=True)] == names[:4]
-    reused = [cell.name for cell in plan.cells() if cell.static is not None]
+    reused = [cell.name for cell in plan.cells() if cell.planned is not None]
     assert reused == [
         *(names[0], names[1], "decode 32/8/128 n 32K B 1", "decode 32/8/128 n 128K B 8")
     ]
@@ -1006,7 +1006,7 @@ def test_a_backend_without_plans_is_not_held_to_them(capsys: pytest.CaptureFixtu
     assert "NOTHING IS CHECKED" in capsys.readouterr().out
 
 
-REUSED = replace(DECODE, n=160, static=plan.StaticStages(layers=2, max_reuse=10, short=120))
+REUSED = replace(DECODE, n=160, planned=plan.PlannedSteps(layers=2, max_reuse=10, short=120))
 
 
 def test_a_wrong_plan_is_not_timed() -> None:
@@ -1045,10 +1045,10 @@ def test_without_plans_a_cell_says_so_and_is_measured() -> None:
     assert found["ratios"]
 
 
-def _traced(B: int, max_reuse: int) -> tuple[Problem, plan.StaticStages]:
+def _traced(B: int, max_reuse: int) -> tuple[Problem, plan.PlannedSteps]:
     cell = replace(DECODE, n=160, B=B)
     problem = draw(cell, torch.device("cpu"), torch.bfloat16)
-    return problem, plan.StaticStages(layers=2, max_reuse=max_reuse)
+    return problem, plan.PlannedSteps(layers=2, max_reuse=max_reuse)
 
 
 def test_of_a_mixed_trace_each_request_reuses_four_in_five_and_not_all_at_once() -> None:
@@ -1280,7 +1280,7 @@ def test_a_model_whose_plans_are_wrong_is_not_shown_as_measured(
         return found._replace(reused=nobody, cache_seqlens=p.cache_seqlens)
 
     wrong = {
-        "attend": {"planned": CPU.static._replace(attend=attend)},
+        "attend": {"static": CPU.static._replace(attend=attend)},
         "reuse": {"reuse": Reuse(decide_reuse, reference.update)},
     }
     name = f"model-{stage}"

@@ -17,7 +17,7 @@ from bench.dense import Truth
 from bench.gpu import reuse, rivals, truth
 from bench.gpu.device import Captured, Device, Reading, tensors
 from bench.gpu.inputs import draw
-from bench.gpu.plan import Cell, StaticStages, memory
+from bench.gpu.plan import Cell, PlannedSteps, memory
 from bench.gpu.report import MODES
 from bench.gpu.rivals import Asked, Ready, Rival
 from bench.run import NotEquivalent, bytes_read
@@ -111,10 +111,10 @@ def measure(
         sides.append(tried(rival, over, found.exact, "gathered", None))
     sides.append(_topk(problem, found))
     sides.append(_copy(problem, asked))
-    if cell.static is not None:
+    if cell.planned is not None:
         say("step", text="planning")
         try:
-            of_plans, report["reuse"] = planned(problem, backend, cell.static, found, device)
+            of_plans, report["reuse"] = planned(problem, backend, cell.planned, found, device)
             sides += of_plans
         except NotEquivalent as error:
             if not limits.measure_anyway:
@@ -129,9 +129,9 @@ def measure(
         if "error" not in side.notes and "slow" not in side.notes:
             _say_who(side, say)
             _capture(side, device, truths.get(side.role))
-            if cell.static is not None and side.kind is not None and side.captured is not None:
+            if cell.planned is not None and side.kind is not None and side.captured is not None:
                 exactly, replay = reuse.is_exact(backend, device.at), side.captured.replay
-                reuse.hold(side.kind, replay, "replayed", cell.static.checked, exact=exactly)
+                reuse.hold(side.kind, replay, "replayed", cell.planned.checked, exact=exactly)
     say("step", text="timing")
     times = {mode: _counted(sides, mode, device, first, limits) for mode in MODES}
     report["sides"] = [summary(side, times) for side in sides]
@@ -160,7 +160,7 @@ def ours(problem: Problem, backend: str, found: truth.Found) -> list[Side]:
 
 
 def planned(
-    problem: Problem, backend: str, how: StaticStages, found: truth.Found, device: Device
+    problem: Problem, backend: str, how: PlannedSteps, found: truth.Found, device: Device
 ) -> tuple[list[Side], dict[str, Any]]:
     """Planned steps, each held to attention on the way. Where memory is short, a note instead."""
     exact = reuse.is_exact(backend, device.at)

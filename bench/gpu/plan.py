@@ -13,7 +13,7 @@ DRY = 1024  # a dry run's cells are about so much shorter
 
 
 @dataclass(frozen=True)
-class StaticStages:
+class PlannedSteps:
     """How planned steps are measured in a cell: see `bench.gpu.reuse`.
 
     short    also a plan for the whole n at this length, beside a plan for no more than that
@@ -42,7 +42,7 @@ class Cell:
     Lq: int = 1
     is_headline: bool = False
     config: SelectConfig = PAPER_SIZES
-    planned: StaticStages | None = None
+    planned: PlannedSteps | None = None
 
     @property
     def geometry(self) -> str:
@@ -79,13 +79,13 @@ CHUNK = 512
 def cells(*, quick: bool = False, dry: bool = False) -> list[Cell]:
     """All cells, the least important last; those with targets alone, if quick."""
     found = [
-        Cell("decode", *MAIN, 128 * K, is_headline=True, static=StaticStages()),
-        Cell("decode", *MAIN, K * K, is_headline=True, static=StaticStages(short=32 * K)),
+        Cell("decode", *MAIN, 128 * K, is_headline=True, planned=PlannedSteps()),
+        Cell("decode", *MAIN, K * K, is_headline=True, planned=PlannedSteps(short=32 * K)),
     ]
     found += [Cell("prefill", *MAIN, n, Lq=CHUNK, is_headline=True) for n in (128 * K, K * K)]
     if not quick:
-        found.append(Cell("decode", *MAIN, 32 * K, static=StaticStages()))
-        found.append(Cell("decode", *MAIN, 128 * K, 8, static=StaticStages()))
+        found.append(Cell("decode", *MAIN, 32 * K, planned=PlannedSteps()))
+        found.append(Cell("decode", *MAIN, 128 * K, 8, planned=PlannedSteps()))
         found.append(Cell("decode", *MAIN, 512 * K))
         found.append(Cell("prefill", *MAIN, 512 * K, Lq=CHUNK))
         lengths = (128 * K, K * K, 512 * K, 32 * K)
@@ -102,11 +102,11 @@ def _shrunk(cell: Cell) -> Cell:
     config = replace(cell.config, k=64, n_sink=8, n_local=32)
     Lq = cell.Lq if cell.kind == "decode" else 16
     B = {1: 1, 8: 2, 32: 3}[cell.B]
-    planned = cell.static
+    planned = cell.planned
     if planned is not None:
         short = planned.short and 224 + planned.short // DRY
-        planned = StaticStages(layers=2, max_reuse=10, short=short, checked=5)
-    return replace(cell, n=224 + cell.n // DRY, B=B, Lq=Lq, config=config, static=planned)
+        planned = PlannedSteps(layers=2, max_reuse=10, short=short, checked=5)
+    return replace(cell, n=224 + cell.n // DRY, B=B, Lq=Lq, config=config, planned=planned)
 
 
 def memory(cell: Cell) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import tokenselect
 from bench.gpu import truth
-from bench.gpu.plan import StaticStages
+from bench.gpu.plan import PlannedSteps
 from bench.run import NotEquivalent
 from tokenselect import Plan, Problem, SelectionCache
 
@@ -49,13 +49,13 @@ class Trace:
         return (len(self.lengths) - 1) // self.width
 
 
-def alike(problem: Problem, planned: StaticStages, *, misses: int) -> Trace:
+def alike(problem: Problem, planned: PlannedSteps, *, misses: int) -> Trace:
     """The same queries all the time."""
     T = planned.max_reuse
     return Trace(problem.q.expand(1 + T, -1, -1, -1, -1), _growing(problem, T, T), 1, misses)
 
 
-def mixed(problem: Problem, planned: StaticStages, seed: int = 0) -> Trace:
+def mixed(problem: Problem, planned: PlannedSteps, seed: int = 0) -> Trace:
     """Groups of 5 alike queries; the groups of a batch's requests do not begin at the same step.
 
     The next group has the queries of a KV head's heads in another order, and each query of a group
@@ -254,7 +254,7 @@ def shortened(problem: Problem, n: int) -> Problem:
 
 
 def kinds(
-    problem: Problem, backend: str, planned: StaticStages, layers: list[tuple[Tensor, Tensor]]
+    problem: Problem, backend: str, planned: PlannedSteps, layers: list[tuple[Tensor, Tensor]]
 ) -> Iterator[Kind]:
     """What is measured of plans. Each has to be held to `expected` before it is timed."""
     room = replace(problem, max_reuse=planned.max_reuse)
@@ -291,7 +291,7 @@ def _short(
         yield Kind(name, Steps(plan, over, trace, None), expected)
 
 
-def facts(planned: StaticStages, layers: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
+def facts(planned: PlannedSteps, layers: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
     """What a reader has to know of these sides; goes into the JSON."""
     return {
         "layers": planned.layers,
