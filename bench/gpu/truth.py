@@ -6,7 +6,7 @@ computed under.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,6 @@ from torch import Tensor
 
 import tokenselect
 from bench.dense import Request, Truth, requests, truth, votes
-from bench.gpu.device import Device, tensors
 from bench.run import NotEquivalent, _check_bound
 from tokenselect import Problem, Scores, Selection
 
@@ -35,7 +34,7 @@ class Exact:
 
 
 def exact_of(problem: Problem) -> Exact:
-    """Dense attention in float64 for up to 8 queries of each head."""
+    """Return dense attention in float64 for up to 8 queries of each head."""
     with problem.q.device:
         several = requests(problem)
         return Exact(several, truth(several, _ROWS))
@@ -43,16 +42,26 @@ def exact_of(problem: Problem) -> Exact:
 
 @dataclass(frozen=True)
 class Found:
-    """What a backend made of a problem, once it is known to be right."""
+    """What a backend made of a problem; checked, unless a wrong one is measured anyway.
+
+    gathered  the selected keys and values, (B, Hkv, m, D) each, and `exact` attention to them
+    """
 
     scores: Scores
     selection: Selection
-    exact: Truth  # of attention to the selection
-    gathered: tuple[Tensor, Tensor]  # the selected keys and values, (B, Hkv, m, D) each
-    checks: dict[str, float]
+    gathered: tuple[Tensor, Tensor]
+    exact: Truth
+    checks: dict[str, float] = field(default_factory=dict)
 
 
-def check(problem: Problem, backend: str, exact: Exact, device: Device) -> Found:
+def attention(problem: Problem, backend: str, **more: Any) -> Any:
+    """Call `tokenselect.attention`, as a user does, on a problem's tensors and settings."""
+    p = problem
+    given = {"cache_seqlens": p.cache_seqlens, "scale": p.scale, "backend": backend}
+    return tokenselect.attention(p.q, p.k_cache, p.v_cache, **p.config, **given, **more)
+
+
+def check(problem: Problem, backend: str, exact: Exact) -> Found:
     """Hold every stage and the whole call to the truth. Raises NotEquivalent."""
     checks = {"k for everything, share of budget": _everything(problem, backend)}
     scores = tokenselect.score(problem, backend)
@@ -64,21 +73,13 @@ def check(problem: Problem, backend: str, exact: Exact, device: Device) -> Found
         if not torch.equal(got, right):
             raise NotEquivalent(f"select: {name} are not those of a stable sort of the votes")
 
-    gathered = gather(problem, selection)
-    with problem.q.device:
-        over = [
-            Request(problem.q[b], gathered[0][b], gathered[1][b], problem.scale)
-            for b in range(problem.B)
-        ]
-        over_truth = truth(over, _ROWS)
+    found = found_of(problem, scores, selection)
     attended = tokenselect.attend(problem, selection, backend)
-    share = over_truth.share(attended.out)
+    checks["attend, share of budget"] = share = found.exact.share(attended.out)
     if not share <= 1:
         raise NotEquivalent(f"attend is {share:.3g} x the error budget away from float64")
-    checks["attend, share of budget"] = share
-    checks["attend, worst lse"] = _near(
-        "attend's lse", attended.lse[:, :, over_truth.rows], over_truth.lse
-    )
+    lse = attended.lse[:, :, found.exact.rows]
+    checks["attend, worst lse"] = _near("attend's lse", lse, found.exact.lse)
 
     out, info = attention(problem, backend, return_info=True)
     whole = (*info.selection, out, info.lse)
@@ -93,26 +94,21 @@ def check(problem: Problem, backend: str, exact: Exact, device: Device) -> Found
         raise NotEquivalent("retained_mass is not the share of the softmax that was retained")
     checks["retained mass, least"] = float(mass.min())
     checks["retained mass, mean"] = float(mass.mean())
-    device.synchronize()
-    return Found(scores, selection, over_truth, gathered, checks)
+    return replace(found, checks=checks)
 
 
-def attention(problem: Problem, backend: str, **more: Any) -> Any:
-    """The public call on a problem's tensors and settings."""
-    p = problem
-    given = {"cache_seqlens": p.cache_seqlens, "scale": p.scale, "backend": backend}
-    return tokenselect.attention(p.q, p.k_cache, p.v_cache, **p.config, **given, **more)
-
-
-def same(one: Any, other: Any) -> bool:
-    """Whether two results of one call are bitwise the same."""
-    pairs = zip(tensors(one), tensors(other), strict=True)
-    return all(bits(a).equal(bits(b)) for a, b in pairs)
-
-
-def bits(x: Tensor) -> Tensor:
-    sizes = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return x.contiguous().view(sizes[x.element_size()])
+def found_of(problem: Problem, scores: Scores, selection: Selection) -> Found:
+    """Gather what was selected, and compute attention to it in float64."""
+    p, lengths = problem, set(selection.count.flatten().tolist())
+    assert p.S == len(lengths) == 1, "cases have one selection per request, all as long"
+    rows = selection.positions[:, 0, : lengths.pop()].long()
+    k, v = (
+        torch.stack([cache[b].index_select(1, rows[b]) for b in range(p.B)])
+        for cache in (p.k_cache, p.v_cache)
+    )
+    with p.q.device:
+        exact = truth([Request(p.q[b], k[b], v[b], p.scale) for b in range(p.B)], _ROWS)
+    return Found(scores, selection, (k, v), exact)
 
 
 def _everything(problem: Problem, backend: str) -> float:
@@ -137,11 +133,9 @@ def _votes(problem: Problem, scores: Scores, exact: Exact) -> float:
     for b, request in enumerate(exact.several):
         with problem.q.device:
             right = votes(request).sum(0)
-        n = len(right)
-        sink_end, local_start = problem.config.regions(n, problem.Lq)
+        sink_end, local_start = problem.config.regions(len(right), problem.Lq)
         row = scores.votes[b, 0, 0]
-        outside = torch.cat((row[:sink_end], row[local_start:]))
-        if not torch.isneginf(outside).all():
+        if not torch.isneginf(torch.cat((row[:sink_end], row[local_start:]))).all():
             raise NotEquivalent(f"score: request {b} has votes off the candidates")
         right, got = right[sink_end:local_start], row[sink_end:local_start].double()
         if len(right):
@@ -163,7 +157,7 @@ def _near(what: str, got: Tensor, right: Tensor) -> float:
 
 
 def sorted_selection(votes: Tensor, problem: Problem) -> Selection:
-    """The selection by the rule, from a stable sort: equal votes, the lower position first."""
+    """Return the selection by the rule: a stable sort; equal votes, the lower position first."""
     p = problem
     positions = votes.new_full((p.B, p.S, p.K), -1, dtype=torch.int32)
     count = votes.new_zeros((p.B, p.S), dtype=torch.int32)
@@ -179,15 +173,3 @@ def sorted_selection(votes: Tensor, problem: Problem) -> Selection:
             positions[b, s, : len(found)] = found
             count[b, s] = len(found)
     return Selection(positions, count)
-
-
-def gather(problem: Problem, selection: Selection) -> tuple[Tensor, Tensor]:
-    """Selected keys and values (B, Hkv, m, D), of one selection a request, all as long."""
-    lengths = set(selection.count.flatten().tolist())
-    assert problem.S == len(lengths) == 1, "cells have one selection a request, all as long"
-    rows = selection.positions[:, 0, : lengths.pop()].long()
-    k, v = (
-        torch.stack([cache[b].index_select(1, rows[b]) for b in range(problem.B)])
-        for cache in (problem.k_cache, problem.v_cache)
-    )
-    return k, v
