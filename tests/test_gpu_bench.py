@@ -304,7 +304,7 @@ def test_baselines_are_dense_attention(case: Case, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(torch, "bmm", on_cpu)  # which has no such product
     p = draw(case, torch.device("cpu"), torch.bfloat16)
-    inputs, exact = Inputs(p.q, p.k_cache, p.v_cache, p.scale), truth.exact_of(p).dense
+    inputs, exact = Inputs(p.q, p.k_cache, p.v_cache, p.scale), truth.exact_of(p)[1]
     ran = set()
     for baseline in baselines.dense(case.Lq, case.B):
         ready = baseline.prepare(inputs)
@@ -373,7 +373,7 @@ def test_the_spread_is_linear_between_ranks_and_bytes_are_those_of_a_stage() -> 
         {"median_us": 2.5, "p10_us": 1.3, "p90_us": 3.7}
     )
     p = draw(DECODE, torch.device("cpu"), torch.bfloat16)
-    found = truth.check(p, "cpu", truth.exact_of(p))
+    found = truth.check(p, "cpu", *truth.exact_of(p))
     moved, by = measure.bytes_of(p, "cpu", "score", found)
     assert (moved, by) == (2 * 600 * 2 * 32 * 2, "read, by bench.run")
     assert measure.bytes_of(p, "cpu", "fresh", found)[0] == moved + 2 * 104 * 2 * (32 + 32) * 2

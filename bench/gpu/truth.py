@@ -25,19 +25,11 @@ _ROWS = 8
 _VOTE, _LSE = 1e-3, 1e-4
 
 
-@dataclass(frozen=True)
-class Exact:
-    """What is true of a problem: the dense attention, and the requests that it is of."""
-
-    several: list[Request]
-    dense: Truth
-
-
-def exact_of(problem: Problem) -> Exact:
-    """Return dense attention in float64 for up to 8 queries of each head."""
+def exact_of(problem: Problem) -> tuple[list[Request], Truth]:
+    """Return the requests, and dense attention in float64 for up to 8 queries of each head."""
     with problem.q.device:
         several = requests(problem)
-        return Exact(several, truth(several, _ROWS))
+        return several, truth(several, _ROWS)
 
 
 @dataclass(frozen=True)
@@ -61,11 +53,11 @@ def attention(problem: Problem, backend: str, **more: Any) -> Any:
     return tokenselect.attention(p.q, p.k_cache, p.v_cache, **p.config, **given, **more)
 
 
-def check(problem: Problem, backend: str, exact: Exact) -> Found:
+def check(problem: Problem, backend: str, several: list[Request], dense: Truth) -> Found:
     """Hold every stage and the whole call to the truth. Raises NotEquivalent."""
     checks = {"k for everything, share of budget": _everything(problem, backend)}
     scores = tokenselect.score(problem, backend)
-    checks["worst vote, relative"] = _votes(problem, scores, exact)
+    checks["worst vote, relative"] = _votes(problem, scores, several, dense)
     selection = tokenselect.select(scores.votes, problem, backend)
     for name, got, right in zip(
         Selection._fields, selection, sorted_selection(scores.votes, problem), strict=True
@@ -88,7 +80,7 @@ def check(problem: Problem, backend: str, exact: Exact) -> Found:
     ):
         if not torch.equal(got, right):
             raise NotEquivalent(f"attention's {name} differ from those of its stages, one by one")
-    mass = _check_bound("a fresh selection", out, info, exact.dense)
+    mass = _check_bound("a fresh selection", out, info, dense)
     told = info.retained_mass
     if problem.Lq == 1 and not ((told - mass[:, :, 0]).abs() <= 1e-4).all():
         raise NotEquivalent("retained_mass is not the share of the softmax that was retained")
@@ -127,10 +119,10 @@ def _everything(problem: Problem, backend: str) -> float:
     return share
 
 
-def _votes(problem: Problem, scores: Scores, exact: Exact) -> float:
+def _votes(problem: Problem, scores: Scores, several: list[Request], dense: Truth) -> float:
     """Soft votes of a layer against float64's, and -inf off the candidates; the worst, relative."""
     worst = 0.0
-    for b, request in enumerate(exact.several):
+    for b, request in enumerate(several):
         with problem.q.device:
             right = votes(request).sum(0)
         sink_end, local_start = problem.config.regions(len(right), problem.Lq)
@@ -145,7 +137,7 @@ def _votes(problem: Problem, scores: Scores, exact: Exact) -> float:
     if not worst <= _VOTE:
         raise NotEquivalent(f"score: a vote is {worst:.3g} of its size away from float64")
     if problem.Lq == 1:
-        _near("score's lse", scores.lse, exact.dense.lse[:, :, 0])
+        _near("score's lse", scores.lse, dense.lse[:, :, 0])
     return worst
 
 
