@@ -58,9 +58,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, help=f"folder of the result ({RESULTS.name})")
     options = parser.parse_args(argv)
-    options.seconds = options.seconds or (
-        DRY if options.dry_run else QUICK if options.quick else FULL
-    )
+    usual = DRY if options.dry_run else QUICK if options.quick else FULL
+    options.seconds = options.seconds or usual
     for_checks = 0.95 if options.checks_only else _FOR_CHECKS
     options.check_seconds = options.check_seconds or for_checks * options.seconds
     options.backend = options.backend or ("cpu" if options.dry_run else "triton")
@@ -116,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ends_at = begun + options.seconds - min(_TO_END + _FOR_MODEL, 0.3 * options.seconds)
     say(f"→ measuring, {ends_at - time.time():.0f} s")
     with tempfile.TemporaryDirectory(prefix="gpu-task-") as name:
-        folders = [str(folder) for folder in report.folders]
+        folders = [str(folder.absolute()) for folder in report.folders]
         anyway = options.measure_anyway
         task = Task(options.backend, ends_at, folders, **settings, measure_anyway=anyway)
         supervise(task, report, Path(name))
@@ -188,24 +187,27 @@ def _summed_up(content: dict[str, Any], options: argparse.Namespace) -> int:
 def facts(dry: bool) -> dict[str, Any]:
     """Return what the device is; "error" if it cannot be used."""
     command = [sys.executable, "-m", "bench.gpu.checks", "facts", *(["--dry-run"] if dry else [])]
-    return _asked(command, {}, 120.0, "error")
+    return _asked(command, {}, 120.0, wrong="error", late="error")
 
 
 def whole_model(options: argparse.Namespace, seconds: float) -> dict[str, Any]:
     """Return what `bench.gpu.model` reports: times, or "left_out", or "wrong"."""
     command = [sys.executable, "-m", "bench.gpu.model", "--backend", options.backend]
+    command += ["--dry-run"] if options.dry_run else []
     more = checks.INTERPRETED if options.dry_run else {}
-    limit = max(_FOR_MODEL, seconds - _TO_END)
+    return _asked(command, more, max(_FOR_MODEL, seconds - _TO_END), wrong="wrong", late="left_out")
+
+
+def _asked(
+    command: list[str], more: dict[str, str], limit: float, *, wrong: str, late: str
+) -> dict[str, Any]:
+    """Return the JSON of a process's last line; or, as `wrong` or `late`, how it ended."""
+    env = checks.environment() | more
+    settings: dict[str, Any] = {"cwd": checks.ROOT, "env": env, "timeout": limit}
     try:
-        return _asked([*command, *(["--dry-run"] if options.dry_run else [])], more, limit, "wrong")
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", **settings)
     except subprocess.TimeoutExpired:
-        return {"left_out": f"it did not end in {limit:.0f} s"}
-
-
-def _asked(command: list[str], more: dict[str, str], limit: float, wrong: str) -> dict[str, Any]:
-    """Return the JSON of a process's last line; or, as `wrong`, how it ended."""
-    done = subprocess.run(command, cwd=checks.ROOT, env=checks.environment() | more, timeout=limit,
-                          capture_output=True, encoding="utf-8", check=False)  # fmt: skip
+        return {late: f"it did not end in {limit:.0f} s"}
     said = (done.stdout.strip().splitlines() or [""])[-1]
     if said.startswith("{"):
         return dict(json.loads(said))

@@ -33,16 +33,13 @@ class Inputs:
     scale: float
 
     @property
-    def n(self) -> int:
-        return self.k.shape[2]
-
-    @property
-    def Lq(self) -> int:
-        return self.q.shape[2]
-
-    @property
     def G(self) -> int:
         return self.q.shape[1] // self.k.shape[1]
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Lq, n."""
+        return self.q.shape[2], self.k.shape[2]
 
     @property
     def folded(self) -> Tensor:
@@ -52,8 +49,8 @@ class Inputs:
     @cached_property
     def mask(self) -> Tensor:
         """(Lq, n), added to the logits."""
-        future = torch.ones(self.Lq, self.n, dtype=torch.bool, device=self.q.device)
-        future = future.triu_(self.n - self.Lq + 1)
+        Lq, n = self.sizes
+        future = torch.ones(Lq, n, dtype=torch.bool, device=self.q.device).triu_(n - Lq + 1)
         return torch.zeros_like(future, dtype=self.q.dtype).masked_fill_(future, -torch.inf)
 
 
@@ -105,7 +102,7 @@ def _folded(backend: str, a: Inputs) -> Ready:
 
 
 def _chunk_lower_right(a: Inputs) -> Ready:
-    mask = causal_lower_right(a.Lq, a.n)
+    mask = causal_lower_right(*a.sizes)
     return _sdpa("flash", a, a.q, a.k, a.v, attn_mask=mask, enable_gqa=True)
 
 
@@ -113,7 +110,7 @@ def _chunk_lower_right_expanded(a: Inputs) -> Ready:
     """For a backend that knows no groups: each group a batch entry, its keys seen by G heads."""
     q = a.q.reshape(-1, a.G, *a.q.shape[2:])
     k, v = (x.flatten(0, 1)[:, None].expand(-1, a.G, -1, -1) for x in (a.k, a.v))
-    return _sdpa("efficient", a, q, k, v, attn_mask=causal_lower_right(a.Lq, a.n))
+    return _sdpa("efficient", a, q, k, v, attn_mask=causal_lower_right(*a.sizes))
 
 
 def _chunk_masked(backend: str, a: Inputs) -> Ready:
@@ -142,13 +139,13 @@ def _flex(a: Inputs) -> Ready:
     if a.q.is_cuda:
         torch._dynamo.reset()  # or the limit on recompilations makes it fall back, in time
         attention = torch.compile(flex_attention, dynamic=False)
-    block_mask, offset = None, a.n - a.Lq
-    if a.Lq > 1:
+    block_mask, (Lq, n) = None, a.sizes
+    if Lq > 1:
 
         def sees(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            return j <= i + offset
+            return j <= i + n - Lq
 
-        block_mask = create_block_mask(sees, None, None, a.Lq, a.n, device=a.q.device)
+        block_mask = create_block_mask(sees, None, None, Lq, n, device=a.q.device)
     settings = {"block_mask": block_mask, "scale": a.scale, "enable_gqa": True}
     return Ready(partial(attention, a.q, a.k, a.v, **settings))
 

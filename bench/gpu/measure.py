@@ -71,7 +71,8 @@ def measure(
             raise
         report["not_equivalent"] = str(error)
         scores = tokenselect.score(problem, backend)
-        found = truth.found_of(problem, scores, truth.sorted_selection(scores.votes, problem))
+        selection = tokenselect.select(scores.votes, problem, "reference")
+        found = truth.found_of(problem, scores, selection)
     device.synchronize()
     report |= {"checks": found.checks, "attended": found.gathered[0].shape[2]}
     if limits.only_check:

@@ -71,12 +71,6 @@ def mixed(problem: Problem, max_reuse: int, seed: int = 0) -> Trace:
     return Trace(queries.to(p.q.dtype), _growing(p, max_reuse, T), width=GROUP)
 
 
-def constant(problem: Problem, n: int) -> Trace:
-    """Return one step at one length, again and again."""
-    lengths = torch.full((2, problem.B), n, dtype=torch.int32, device=problem.q.device)
-    return Trace(problem.q.expand(2, -1, -1, -1, -1), lengths)
-
-
 def _growing(problem: Problem, room: int, T: int) -> Tensor:
     """From the capacity less `room`, one token per step."""
     start = problem.Lk - room
@@ -244,7 +238,8 @@ def _short(problem: Problem, backend: str, n: int, layers: Layers) -> Iterator[S
     k, v = own_layers[0]
     lengths = torch.full_like(problem.cache_seqlens, n)
     own = replace(problem, k_cache=k, v_cache=v, cache_seqlens=lengths)
-    trace = constant(problem, n)
+    # One step at one length, again and again.
+    trace = Trace(problem.q.expand(2, -1, -1, -1, -1), lengths.expand(2, -1).contiguous())
     expected = attended(own, backend, trace, None)
     for name, of, over in (("short", problem, layers), ("short, own capacity", own, own_layers)):
         yield Steps(name, tokenselect.plan(of, backend), over, trace, None, expected)

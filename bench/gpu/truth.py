@@ -59,9 +59,8 @@ def check(problem: Problem, backend: str, several: list[Request], dense: Truth) 
     scores = tokenselect.score(problem, backend)
     checks["worst vote, relative"] = _votes(problem, scores, several, dense)
     selection = tokenselect.select(scores.votes, problem, backend)
-    for name, got, right in zip(
-        Selection._fields, selection, sorted_selection(scores.votes, problem), strict=True
-    ):
+    sorted_votes = tokenselect.select(scores.votes, problem, "reference")
+    for name, got, right in zip(Selection._fields, selection, sorted_votes, strict=True):
         if not torch.equal(got, right):
             raise NotEquivalent(f"select: {name} are not those of a stable sort of the votes")
 
@@ -146,22 +145,3 @@ def _near(what: str, got: Tensor, right: Tensor) -> float:
     if not error <= _LSE:
         raise NotEquivalent(f"{what} is {error:.3g} away from float64")
     return error
-
-
-def sorted_selection(votes: Tensor, problem: Problem) -> Selection:
-    """Return the selection by the rule: a stable sort; equal votes, the lower position first."""
-    p = problem
-    positions = votes.new_full((p.B, p.S, p.K), -1, dtype=torch.int32)
-    count = votes.new_zeros((p.B, p.S), dtype=torch.int32)
-    for b, n in enumerate(p.cache_seqlens.tolist()):
-        sink_end, local_start = p.config.regions(n, p.Lq)
-        for s in range(p.S):
-            candidates = votes[b, 0, s, sink_end:local_start] + 0.0
-            candidates = candidates.nan_to_num(-math.inf, math.inf, -math.inf)
-            order = candidates.sort(descending=True, stable=True).indices
-            chosen = torch.ones(n, dtype=torch.bool, device=votes.device)
-            chosen[sink_end:local_start][order[p.config.k :]] = False
-            found = chosen.nonzero()[:, 0]
-            positions[b, s, : len(found)] = found
-            count[b, s] = len(found)
-    return Selection(positions, count)
