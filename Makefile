@@ -58,8 +58,8 @@ help:
 	@echo "             other settings    [ARGS='run --settings bench/quality/settings/report.yaml']"
 	@echo "make gpu     all checks and the benchmark on an NVIDIA GPU, with the torch of \$$(PYTHON),"
 	@echo "             which needs no .venv      [PYTHON=...] [ARGS='--quick']"
-	@echo "make resources  compile the kernels for GPUs that are not here: registers, spills, memory"
-	@echo "             [ARGS='--check' or '--docs']"
+	@echo "make resources  compile the kernels for GPUs that are not here, and check registers, spills"
+	@echo "             and memory; figures in build/resources.md    [ARGS='--target sm_90 gfx942']"
 	@echo "make clean   remove caches and outputs, keep .venv (make distclean removes it too)"
 	@echo
 	@echo "The first run of a verb creates .venv and installs what it needs; later runs skip that."
@@ -163,7 +163,7 @@ gpu:
 	@PYTHONPATH=. $(PYTHON) -m bench.gpu $(ARGS)
 
 resources: $(VENV)/.stamp-dev
-	@$(PY) -m bench.resources $(ARGS)
+	@$(PY) -m bench.resources --page build/resources.md $(ARGS)
 
 clean:
 	@echo "→ removing caches and outputs"

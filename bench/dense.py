@@ -1,7 +1,7 @@
-"""Dense attention: the calls that a selection competes with, and the float64 truth for both.
+"""Dense attention: the variants that a selection competes with, and the float64 truth for both.
 
 All of it takes one request at a time, with contiguous keys and values whatever the cache's layout:
-a paged cache is gathered for the dense side beforehand, outside any timing.
+a paged cache is gathered for dense attention beforehand, outside any timing.
 """
 
 import math
@@ -28,21 +28,22 @@ class Request:
 
     @property
     def folded(self) -> Tensor:
-        """The queries of each group as the rows of one: (Hkv, G * Lq, D)."""
+        """Return the queries of each group as the rows of one: (Hkv, G * Lq, D)."""
         return self.q.reshape(len(self.k), -1, self.q.shape[2])
 
     @cached_property
     def mask(self) -> Tensor | None:
-        """What is added to the logits (Lq, n) of each head; a single query sees everything."""
+        """Return what is added to the logits (Lq, n) of each head; one query sees everything."""
         Lq, n = self.q.shape[1], self.k.shape[1]
         return None if Lq == 1 else F.pad(_future(Lq, self.q.dtype), (n - Lq, 0))
 
     @cached_property
     def folded_mask(self) -> Tensor | None:
+        """Return the mask (G * Lq, n) of the folded queries."""
         return None if self.mask is None else self.mask.repeat(len(self.q) // len(self.k), 1)
 
     def mask_(self, logits: Tensor) -> Tensor:
-        """Hide the future from folded logits (Hkv, G * Lq, n), in place: it is in the last Lq."""
+        """Hide the future in folded logits (Hkv, G * Lq, n), in place: it is in the last Lq."""
         Lq = self.q.shape[1]
         if Lq > 1:
             logits[:, :, -Lq:].unflatten(1, (-1, Lq)).add_(_future(Lq, logits.dtype))
@@ -54,7 +55,7 @@ def _future(Lq: int, dtype: torch.dtype) -> Tensor:
 
 
 def requests(problem: Problem) -> list[Request]:
-    """The problem's requests; views of a contiguous cache, copies of a paged one."""
+    """Return the problem's requests: views of a contiguous cache, copies of a paged one."""
     found = []
     for b, n in enumerate(problem.cache_seqlens.tolist()):
         if problem.block_table is None:
@@ -71,7 +72,7 @@ def requests(problem: Problem) -> list[Request]:
 
 @dataclass(frozen=True)
 class Dense:
-    """A way to compute dense attention: out (Hq, Lq, Dv) of one request.
+    """A variant of dense attention: out (Hq, Lq, Dv) of one request.
 
     is_call  one attention call of torch's, rather than operators put together here
     """
@@ -95,7 +96,7 @@ def _sdpa_folded(r: Request) -> Tensor:
 
 
 def _logits(r: Request) -> Tensor:
-    """Logits in the cache's dtype, rounded once: the scale is within the product."""
+    """Return logits in the cache's dtype, rounded once: the scale is within the product."""
     unused = torch.empty(1, dtype=r.q.dtype)
     keys = r.k.transpose(1, 2)
     return r.mask_(torch.baddbmm(unused, r.folded, keys, beta=0, alpha=r.scale))
@@ -110,7 +111,7 @@ def _matmul_float32_softmax(r: Request) -> Tensor:
 
 
 def _float32_logits(r: Request, chunk: int = 1024) -> Tensor:
-    """As the cpu backend scores: keys widened a chunk at a time, while the chunk is in cache."""
+    """Widen keys a chunk at a time, while the chunk is in cache, as the cpu backend does."""
     Hkv, n, D = r.k.shape
     q = r.folded.float() * r.scale
     logits = torch.empty(Hkv, q.shape[1], n)
@@ -144,25 +145,25 @@ class Truth(NamedTuple):
     rows     which queries of the call
     out      (B, Hq, rows, Dv) float64
     lse      (B, Hq, rows) float64
-    budget   (B, Hq, rows) float64: the root mean square over Dv of the error that an honest dense
-             attention may have
+    tolerance (B, Hq, rows) float64: the root mean square over Dv of the error that an honest dense
+              attention may have
     largest  (B, Hq, 1, 1): max |v| of the head
     """
 
     rows: list[int]
     out: Tensor
     lse: Tensor
-    budget: Tensor
+    tolerance: Tensor
     largest: Tensor
 
     def share(self, out: Tensor) -> float:
-        """The worst row's error as a share of its budget; infinite if not finite."""
+        """Return the worst row's error as a share of its tolerance; infinite if not finite."""
         error = (out[:, :, self.rows].double() - self.out).square().mean(-1).sqrt()
-        return float((error / self.budget).nan_to_num(nan=math.inf).max())
+        return float((error / self.tolerance).nan_to_num(nan=math.inf).max())
 
 
 def truth(several: list[Request], max_rows: int = 8) -> Truth:
-    """Dense attention in float64, and how far float32 arithmetic inside may be from it.
+    """Return dense attention in float64, and how far float32 arithmetic inside may be from it.
 
     Allowed are: float32 logits, an exponential good to 2**-20, weights p rounded once to the
     cache's dtype (as fused kernels do before they meet the values), the result rounded once.
@@ -170,15 +171,15 @@ def truth(several: list[Request], max_rows: int = 8) -> Truth:
     row's mean square error
 
         e_j = u32 * sqrt(D) * scale * |q| * |k_j|
-        budget**2 = 4 * mean over d of sum over j p_j**2 v_jd**2 (u**2 + e_j**2 + 2**-40)
+        tolerance**2 = 4 * mean over d of sum over j p_j**2 v_jd**2 (u**2 + e_j**2 + 2**-40)
                         + u**2 out_d**2
 
     where 4 is the margin. Unlike a worst-case bound it does not grow with n, so that it tells an
     honest call from one that rounds its logits at any length.
     """
     per_request = [_truth(r, _rows(r.q.shape[1], max_rows)) for r in several]
-    out, lse, budget, largest = (torch.stack(parts) for parts in zip(*per_request, strict=True))
-    return Truth(_rows(several[0].q.shape[1], max_rows), out, lse, budget, largest)
+    out, lse, tolerance, largest = (torch.stack(parts) for parts in zip(*per_request, strict=True))
+    return Truth(_rows(several[0].q.shape[1], max_rows), out, lse, tolerance, largest)
 
 
 def _rows(Lq: int, max_rows: int) -> list[int]:
@@ -212,17 +213,17 @@ def _truth(r: Request, rows: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]
             out += weights @ values
             variance += (weights.square() * error) @ values.square()
             largest = torch.maximum(largest, values.abs().max())
-        budget = _ALLOWANCE * (variance + (u * out).square()).mean(1).sqrt()
+        tolerance = _ALLOWANCE * (variance + (u * out).square()).mean(1).sqrt()
         shape = (G, len(rows))
         parts.append(
-            (out.view(*shape, Dv), lse.view(shape), budget.view(shape), largest.expand(G, 1, 1))
+            (out.view(*shape, Dv), lse.view(shape), tolerance.view(shape), largest.expand(G, 1, 1))
         )
-    out, lse, budget, largest = (torch.cat(part) for part in zip(*parts, strict=True))
-    return out, lse, budget, largest
+    out, lse, tolerance, largest = (torch.cat(part) for part in zip(*parts, strict=True))
+    return out, lse, tolerance, largest
 
 
 def votes(r: Request) -> Tensor:
-    """Softmax mass (Hkv, n) that the mean query's heads give each token, summed over a group."""
+    """Return the softmax mass (Hkv, n) that a group's mean queries give each token in total."""
     Hkv, n, _ = r.k.shape
     q = r.q.double().mean(1).view(Hkv, -1, r.q.shape[2])
     logits = torch.empty(*q.shape[:2], n, dtype=torch.float64)

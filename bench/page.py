@@ -1,6 +1,7 @@
 """The page docs/benchmarks.md, made from bench/results/*.json: no figure in it is typed by hand."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ _ON_CPUS = """\
 
 One attention layer, one call. *Fresh* scores all cached tokens, selects, and attends to the
 selection. *Reused* attends to the selection that a Selection Cache kept from the step before.
-*Dense* is attention to all tokens, computed in several ways:
+*Dense* is attention to all tokens, in several variants:
 
 - `sdpa, enable_gqa`: `scaled_dot_product_attention` as it comes.
 - `sdpa, group folded`: the same call with the query heads of a KV head as the rows of one query,
@@ -30,20 +31,20 @@ selection. *Reused* attends to the selection that a Selection Cache kept from th
 - `matmul, float32 logits`: the same, with keys widened to float32 a chunk at a time, as the `cpu`
   backend scores. It is no single call of torch's; it is here because it is exact and fast.
 
-A dense way counts as a baseline if it is as exact as attention with float32 inside: its error
-against float64 on the very inputs that are timed, as a share of a budget derived in
+A dense variant counts as a baseline if it is as exact as attention with float32 inside: its error
+against float64 on the very inputs that are timed, as a share of a tolerance derived in
 `bench/dense.py`, is at most 1. *Best dense* is the fastest baseline, *best dense call* the fastest
 that is one call of torch's. Before anything is timed, the backend has to equal dense attention
 where the budget `k` covers everything, to hold the error bound of its retained mass otherwise, and
 to have chosen the tokens with most votes.
 
-Both sides alternate in one process after a warm-up. Times are medians over rounds, with the least
-and the largest. Ratios are medians of the ratios within a round, likewise. The bytes are those of
-the cache that have to be read, by the formula in `bench/run.py`; *of read* is their rate as a share
-of the fastest plain read of memory found on the machine. Inputs resemble attention: see `make` in
-`bench/workloads.py`. *Retained mass* is the share of the dense softmax on the selection, least and
-mean over heads. *Threads ran at a time* is CPU time over wall time: less than the threads asked for
-means that others had the machine too.
+All contenders alternate in one process after a warm-up. Times are medians over rounds, with the
+least and the largest. Ratios are medians of the ratios within a round, likewise. The bytes are
+those of the cache that have to be read, by the formula in `bench/run.py`; *of read* is their rate
+as a share of the fastest plain read of memory found on the machine. Inputs resemble attention: see
+`make` in `bench/workloads.py`. *Retained mass* is the share of the dense softmax on the selection,
+least and mean over heads. *Threads ran at a time* is CPU time over wall time: less than the threads
+asked for means that others had the machine too.
 """
 
 
@@ -55,11 +56,11 @@ _OVERVIEW = (
     "reused / best dense",
     "reused / best dense call",
 )
-_DETAILS = ("", "ms", "MB", "GB/s", "of read", "error / budget")
+_DETAILS = ("", "ms", "MB", "GB/s", "of read", "error / tolerance")
 
 
 def page(results: Path = RESULTS) -> str:
-    """The whole page as Markdown. Raises `bench.gpu.page.Refused`, with the file's name."""
+    """Return the page as Markdown. Raises `bench.gpu.page.Refused`, with the file's name."""
     reports, on_gpus = [], []
     for path in sorted(results.glob("*.json")):
         report = json.loads(path.read_text("utf-8"))
@@ -77,63 +78,71 @@ def page(results: Path = RESULTS) -> str:
 
 
 def _section(report: dict[str, Any]) -> str:
+    parts = [headline(report), overview(report)]
+    parts += [workload_tables(result, report["machine"]) for result in report["workloads"]]
+    return "\n".join(parts) + "\n"
+
+
+def headline(report: dict[str, Any]) -> str:
+    """Return where and how a run was made."""
     host = report["machine"]
-    lines = [
-        f"### {report['date']}: {host['cpu']}, {host['threads']} thread(s)\n",
+    return (
+        f"### {report['date']}: {host['cpu']}, {host['threads']} thread(s)\n\n"
         f"`{report['command'].strip()}` at {host['commit']} on {host['cores']} cores, "
         f"{host['isa']}; torch {host['torch']}, python {host['python']}; read bandwidth "
         f"{host['read_gb_per_s']:.1f} GB/s; load average at the start "
-        f"{host['load_at_start']:.1f}.\n",
-        *_rows(_OVERVIEW, [_overview(result) for result in report["workloads"]]),
-    ]
-    for result in report["workloads"]:
-        details = _rows(_DETAILS, _details(result, host["read_gb_per_s"]))
-        lines += [f"\n#### {result['name']}\n", _facts(result) + "\n", *details]
-    return "\n".join(lines) + "\n"
-
-
-def _overview(result: dict[str, Any]) -> tuple[str, ...]:
-    mass = result["retained_mass"]
-    cells = []
-    for of in ("fresh", "reused"):
-        ratios = {r["role"]: r for r in result["ratios"] if r["of"] == of}
-        best = ratios["best dense"]
-        for ratio in (best, ratios.get("best dense call", best)):
-            cells.append(f"{ratio['median']:.3f} ({ratio['min']:.3f}–{ratio['max']:.3f})")
-    return (result["name"], f"{mass['min']:.3f}, {mass['mean']:.3f}", *cells)
-
-
-def _facts(result: dict[str, Any]) -> str:
-    facts = (
-        f"{result['inputs']}; {result['attended']} tokens attended to; "
-        f"{result['on_cpu']:.2f} threads ran at a time"
+        f"{host['load_at_start']:.1f}.\n"
     )
-    if result["peak_memory_gib"] is not None:
-        facts += f"; peak memory {result['peak_memory_gib']:.1f} GiB, checks included"
-    return facts + "."
 
 
-def _details(result: dict[str, Any], read_gb_per_s: float) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = []
-    for side in result["sides"]:
-        verdict = ""
-        if side["kind"] == "dense":
-            share = side["share_of_budget"]
-            verdict = f"{share:.2f}"
-            if not side["is_baseline"]:
-                verdict = f"not a baseline: error {share:.1f} × the budget"
-        rows.append(
-            (
-                side["name"] if side["kind"] != "stage" else f"… {side['name']}",
-                f"{side['median_ms']:.2f} ({side['min_ms']:.2f}–{side['max_ms']:.2f})",
-                f"{side['bytes'] / 1e6:.1f}",
-                f"{side['gb_per_s']:.1f}",
-                f"{side['gb_per_s'] / read_gb_per_s:.0%}",
-                verdict,
-            )
-        )
-    return rows
+def overview(report: dict[str, Any], is_padded: bool = False) -> str:
+    """Return the table of retained mass and ratios, one line per workload."""
+    lines = []
+    for result in report["workloads"]:
+        mass = result["retained_mass"]
+        cells = []
+        for of in ("fresh", "reused"):
+            ratios = {r["role"]: r for r in result["ratios"] if r["of"] == of}
+            best = ratios["best dense"]
+            for ratio in (best, ratios.get("best dense call", best)):
+                cells.append(f"{ratio['median']:.3f} ({ratio['min']:.3f}–{ratio['max']:.3f})")
+        lines.append((result["name"], f"{mass['min']:.3f}, {mass['mean']:.3f}", *cells))
+    return "\n".join(table(_OVERVIEW, lines, is_padded))
 
 
-def _rows(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
-    return [f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *rows)]
+def workload_tables(result: dict[str, Any], host: dict[str, Any], is_padded: bool = False) -> str:
+    """Return one workload's facts and times."""
+    share = result["checks"]["share_of_tolerance_at_k_all"]
+    facts = (
+        f"{result['inputs']}; {result['attended']} tokens attended to; with k for everything, "
+        f"the error is {share:.2f} of the tolerance; {result['on_cpu']:.2f} threads ran at a time; "
+        f"peak memory {result['peak_memory_gib']:.1f} GiB, checks included."
+    )
+    lines = [_details(one, host["read_gb_per_s"]) for one in result["contenders"]]
+    return "\n".join([f"\n#### {result['name']}\n\n{facts}\n", *table(_DETAILS, lines, is_padded)])
+
+
+def _details(contender: dict[str, Any], read_gb_per_s: float) -> tuple[str, ...]:
+    one, verdict = contender, ""
+    if one["kind"] == "dense":
+        share = one["share_of_tolerance"]
+        verdict = f"{share:.2f}"
+        if not one["is_baseline"]:
+            verdict = f"not a baseline: error {share:.1f} × the tolerance"
+    return (
+        one["name"] if one["kind"] != "stage" else f"… {one['name']}",
+        f"{one['median_ms']:.2f} ({one['min_ms']:.2f}–{one['max_ms']:.2f})",
+        f"{one['bytes'] / 1e6:.1f}",
+        f"{one['gb_per_s']:.1f}",
+        f"{one['gb_per_s'] / read_gb_per_s:.0%}",
+        verdict,
+    )
+
+
+def table(
+    head: tuple[str, ...], rows: Iterable[tuple[str, ...]], is_padded: bool = False
+) -> list[str]:
+    """Return the lines of a Markdown table; padded, the columns line up in a terminal too."""
+    lines = [head, ("---",) * len(head), *rows]
+    widths = [max(map(len, column)) * is_padded for column in zip(*lines, strict=True)]
+    return ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines]

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from bench.checks import call, filled_cache
 from bench.dense import DENSE, requests
-from bench.run import Call, bytes_read
+from bench.run import bytes_read
 from bench.workloads import WORKLOADS, Workload, make
-from tokenselect import Problem, SelectionCache, attend, score, select
+from tokenselect import Problem, attend, score, select
 
 NAMES = ("smollm2-8k", "decode-32k", "decode-128k")
 BACKENDS = ("cpu",)
@@ -51,21 +52,18 @@ def test_dense(benchmark: Any, problem: Problem) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_fresh(benchmark: Any, problem: Problem, backend: str) -> None:
-    call = Call(problem, backend)
-    _, info = call.with_info()
+    _, info = call(problem, backend, return_info=True)
     benchmark.extra_info["bytes"] = bytes_read(problem, "fresh", info.selection)
-    benchmark(call)
+    benchmark(call, problem, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_reused(benchmark: Any, problem: Problem, backend: str) -> None:
-    cache = SelectionCache(theta=0.5)
-    call = Call(problem, backend)
-    call.one_step_earlier()(cache)
-    _, info = call.with_info(cache)
+    cache = filled_cache(problem, backend)
+    _, info = call(problem, backend, cache, return_info=True)
     assert info.reused.all()
     benchmark.extra_info["bytes"] = bytes_read(problem, "reused", info.selection)
-    benchmark(call, cache)
+    benchmark(call, problem, backend, cache)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

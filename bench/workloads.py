@@ -38,9 +38,11 @@ class Workload:
         return self.D
 
     def lengths(self) -> list[int]:
+        """Return the tokens of each request."""
         return [self.n - b * self.n // (2 * self.B) for b in range(self.B)]
 
     def describe(self) -> str:
+        """Return shapes and settings in one line."""
         layout = f", pages of {self.page_size}" if self.page_size else ""
         dtype = str(self.dtype).removeprefix("torch.")
         return (
@@ -98,7 +100,7 @@ def make(workload: Workload, *, n: int | None = None, seed: int | None = None) -
              spans of 16 tokens, one in 64, each + a u_topic, where a = 17 r^(-1/4) for the r-th
              strongest span of the KV head
     queries  sqrt(D) * (0.8 u_sink + 0.4 u_recent + 0.8 u_topic + 0.4 u_topic' + 0.3 e / sqrt(D)),
-             two topics a head; the queries of one call share them and differ in e
+             two topics per head; the queries of one call share them and differ in e
     values   e, + 2 w_topic in a span of a topic (w another unit vector, times sqrt(D)), times 0.1
              in the first 4 tokens: a sink's value is small
 
@@ -172,7 +174,7 @@ def _add(rows: Tensor, what: Tensor) -> None:
 def _paged(
     k_cache: Tensor, v_cache: Tensor, page_size: int, random: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same caches in pages, in random order, with one spare page a request."""
+    """Return the same caches in pages, in random order, with one spare page per request."""
     B, Hkv, n, _ = k_cache.shape
     max_pages = math.ceil(n / page_size)
     block_table = torch.randperm(B * (max_pages + 1), generator=random)[: B * max_pages]

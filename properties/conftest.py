@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from properties import guard, interpreter, law
+from properties import guard, interpreter
 from properties.backends import chosen
-from properties.devices import for_the_cpu
 from tokenselect import Backend
+from tokenselect.conformance.devices import for_the_cpu
+from tokenselect.conformance.laws import law
 from tokenselect.dispatch import registry
 from tokenselect.dispatch.registry import load
 

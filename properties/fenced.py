@@ -16,11 +16,11 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from properties.devices import device_of, on
 from properties.guard import copied, run_guarded
 from properties.interpreter import hasten
-from properties.strategies import Case
 from tokenselect import Backend, Problem, SelectConfig, Selection
+from tokenselect.conformance.devices import device_of, on
+from tokenselect.conformance.problems import Case
 from tokenselect.contract import CacheState, ReuseDecision
 
 _NOTHING, _PRIVATE, _ANONYMOUS, _NORESERVE = 0, 0x02, 0x20, 0x4000

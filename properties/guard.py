@@ -18,8 +18,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from properties.devices import carried, moved
 from tokenselect import Backend, Selection
+from tokenselect.conformance.devices import carried, moved
 from tokenselect.contract import CacheState, Reuse, ReuseDecision, StaticStages
 from tokenselect.dispatch import registry
 

@@ -6,8 +6,8 @@ the border of two chunks could show.
 
 import pytest
 
-from properties import test_laws  # noqa: F401  # registers the laws
-from properties.law import LAWS, Law
+from properties.laws import LAWS
+from tokenselect.conformance.laws.law import Law
 from tokenselect.kernels.cpu import BACKEND, eager
 
 

@@ -13,14 +13,12 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from properties import (
-    law,
-    test_laws,  # noqa: F401  # registers the laws
-)
 from properties.guard import poisoned
-from properties.law import LAWS, Law
-from properties.strategies import Ballots, Case
+from properties.laws import LAWS
 from tokenselect import Backend, Problem, Scores, SelectConfig, Selection
+from tokenselect.conformance.laws import law
+from tokenselect.conformance.laws.law import Law
+from tokenselect.conformance.problems import Ballots, Case
 from tokenselect.conformance.tolerances import compare_selection
 from tokenselect.dispatch import registry
 from tokenselect.kernels.cpu import BACKEND as CPU

@@ -6,9 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from properties.devices import device_of, for_the_cpu, moved
 from properties.guard import Guard, Touched, run_guarded, run_twice, watched
-from properties.strategies import STRIDES, Case
 from tokenselect import (
     AttentionOutput,
     Backend,
@@ -19,6 +17,8 @@ from tokenselect import (
     SelectionCache,
     reasons,
 )
+from tokenselect.conformance.devices import device_of, for_the_cpu, moved
+from tokenselect.conformance.problems import STRIDES, Case
 from tokenselect.contract import CacheState, Reuse, ReuseDecision, StaticStages
 from tokenselect.kernels.cpu import BACKEND as CPU
 from tokenselect.reference import BACKEND as REFERENCE
@@ -134,8 +134,8 @@ def test_a_backend_elsewhere_is_brought_its_problems(monkeypatch: pytest.MonkeyP
 
         return moved(what, send)
 
-    monkeypatch.setattr("properties.devices.on", on)
-    monkeypatch.setattr("properties.devices.device_of", lambda backend: "elsewhere")
+    monkeypatch.setattr("tokenselect.conformance.devices.on", on)
+    monkeypatch.setattr("tokenselect.conformance.devices.device_of", lambda backend: "elsewhere")
     lender = Backend("lender", Capability(devices=("elsewhere",)), "cpu", "cpu", "cpu")
     backend = Backend("x", Capability(devices=("elsewhere",)), CPU.score, CPU.select, CPU.attend)
     backend = for_the_cpu(replace(backend, lenders=(lender,)))

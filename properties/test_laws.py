@@ -6,15 +6,9 @@ import sys
 
 import pytest
 
-from properties import (  # noqa: F401  # importing them registers their laws
-    laws_attend,
-    laws_attention,
-    laws_metamorphic,
-    laws_score,
-    laws_select,
-)
-from properties.law import LAWS, RAN, Law
+from properties.laws import LAWS
 from tokenselect import Backend
+from tokenselect.conformance.laws.law import RAN, Law
 
 
 @pytest.mark.slow(

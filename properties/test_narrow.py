@@ -11,10 +11,10 @@ import pytest
 import torch
 from hypothesis import settings
 
-from properties import test_laws  # noqa: F401  # registers the laws
-from properties.law import LAWS, RAN, UNABLE
+from properties.laws import LAWS
 from properties.test_planted import SEARCH
 from tokenselect import Backend, Capability, Problem, reasons
+from tokenselect.conformance.laws.law import RAN, UNABLE
 from tokenselect.dispatch import registry
 from tokenselect.dispatch.registry import load
 

@@ -18,11 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 from properties import guard
 from properties.backends import chosen
-from properties.devices import back, device_of, on
 from properties.guard import poisoned
-from properties.law import RAN, CannotRun, able, of_the_profile
 from properties.recorded import Recorded, opaque_kernels
-from properties.strategies import Case, cases, fitted
 from tokenselect import (
     AttentionInfo,
     Backend,
@@ -36,7 +33,12 @@ from tokenselect import (
     plan,
     reasons,
 )
-from tokenselect.conformance.tolerances import attend_budget, choice_finding, score_budget
+from tokenselect.conformance.devices import back, device_of, on
+from tokenselect.conformance.laws.fitting import CannotRun, fitted
+from tokenselect.conformance.laws.law import RAN, able, of_the_profile
+from tokenselect.conformance.laws.strategies import cases
+from tokenselect.conformance.problems import Case
+from tokenselect.conformance.tolerances import attend_tolerance, choice_finding, score_tolerance
 from tokenselect.contract import StaticStages
 from tokenselect.dispatch import registry
 from tokenselect.dispatch.registry import load
@@ -118,10 +120,10 @@ def test_a_plan_chooses_what_the_votes_allow_and_attends_to_that(plannable: str)
             problem = problem_of(case, plannable)
             out, info = called(plan(problem, plannable), problem)
             here = fitted(case, load(plannable)).problem()
-            finding = choice_finding(here, info.selection, score_budget(here).votes)
+            finding = choice_finding(here, info.selection, score_tolerance(here).votes)
             assert finding.holds, finding
-            budget = attend_budget(here, info.selection)
-            finding = max(budget.out.compare("out", out), budget.lse.compare("lse", info.lse))
+            tolerance = attend_tolerance(here, info.selection)
+            finding = max(tolerance.out.compare("out", out), tolerance.lse.compare("lse", info.lse))
             assert finding.holds, finding
             RAN[plannable, "plans"] += 1
             ran += 1

@@ -3,18 +3,18 @@
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 
-from properties import test_laws  # noqa: F401  # registers the laws
 from properties.backends import chosen
-from properties.devices import for_the_cpu
-from properties.law import LAWS, SHARES, Law
+from properties.laws import LAWS
 from properties.planted import BASES, PLANTED, planted
 from tokenselect import Backend, backends, register
+from tokenselect.conformance.devices import for_the_cpu
+from tokenselect.conformance.laws.law import SHARES, Law
 from tokenselect.dispatch.registry import load
 
 STAGE_LAWS = {  # a stage's own laws first: they are the ones that should catch it
-    "score": "laws_score",
-    "select": "laws_select",
-    "attend": "laws_attend",
+    "score": ".score",
+    "select": ".select",
+    "attend": ".attend",
 }
 SEARCH = settings(
     max_examples=60,

@@ -8,9 +8,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 
-from properties import strategies
-from properties.strategies import Ballots, Case, Chosen, ballots, cases, chosen, fitted
 from tokenselect import Backend, Capability, Problem, reasons
+from tokenselect.conformance.laws import fitting
+from tokenselect.conformance.laws.fitting import fitted
+from tokenselect.conformance.laws.strategies import ballots, cases, chosen
+from tokenselect.conformance.problems import Ballots, Case, Chosen
 from tokenselect.reference import BACKEND as REFERENCE
 
 # They test the strategies, which change seldom.
@@ -164,7 +166,7 @@ def test_cases_are_bent_to_a_layout(layout: str) -> None:
 
 def test_the_profile_of_devices_draws_few_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each combination of these is another kernel to compile."""
-    monkeypatch.setattr(strategies, "on_a_device", lambda: True)
+    monkeypatch.setattr(fitting, "on_a_device", lambda: True)
     shapes: Counter[tuple] = Counter()
 
     @settings(_DRAWS, max_examples=100)
@@ -251,7 +253,7 @@ def test_selections_reach_none_and_some(empty: bool) -> None:
     @given(drawn=chosen())
     def draw(drawn: Chosen) -> None:
         nonlocal reached
-        problem, _, count = drawn.make()
+        problem, (_, count) = drawn.make()
         rows = count[problem.cache_seqlens > 0]
         reached += bool(((rows == 0) if empty else (rows > 0)).any())
 

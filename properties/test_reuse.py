@@ -13,9 +13,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from properties import guard
-from properties.devices import back, device_of, for_the_cpu, on
-from properties.law import RAN, SHARES, of_the_profile
-from properties.laws_attention import run
 from properties.planted import PLANTED_CACHES, PlantedCache
 from properties.recorded import Recorded
 from tokenselect import (
@@ -29,7 +26,10 @@ from tokenselect import (
     plan,
     reasons,
 )
-from tokenselect.conformance.tolerances import attend_budget, choice_finding, score_budget
+from tokenselect.conformance.devices import back, device_of, for_the_cpu, on
+from tokenselect.conformance.laws.attention import run
+from tokenselect.conformance.laws.law import RAN, SHARES, of_the_profile
+from tokenselect.conformance.tolerances import attend_tolerance, choice_finding, score_tolerance
 from tokenselect.contract import CacheState
 from tokenselect.dispatch import registry
 from tokenselect.dispatch.registry import load, reuse_of
@@ -141,7 +141,7 @@ class Reuse(RuleBasedStateMachine):
         )
         out, info = self.attended(problem)
         RAN[self.backend, "the Selection Cache"] += 1
-        budget = score_budget(problem).votes
+        tolerance = score_tolerance(problem).votes
         for b, n in enumerate(self.n):
             query = q[b].double().mean(1).flatten()
             expected = self._reuses(b, n, problem, query)
@@ -161,8 +161,8 @@ class Reuse(RuleBasedStateMachine):
             if n > 0:
                 self.hits[b] += reused
                 self.misses[b] += not reused
-        self._check_fresh(problem, info.selection, info.reused, budget)
-        finding = attend_budget(problem, info.selection).out.compare("out", out)
+        self._check_fresh(problem, info.selection, info.reused, tolerance)
+        finding = attend_tolerance(problem, info.selection).out.compare("out", out)
         assert finding.holds, finding
         assert self.cache.hits.tolist() == self.hits
         assert self.cache.misses.tolist() == self.misses
@@ -187,7 +187,7 @@ class Reuse(RuleBasedStateMachine):
         return None if abs(cosine - self.theta) < 1e-5 else cosine >= self.theta
 
     def _check_fresh(
-        self, problem: Problem, selection: Selection, reused: Tensor, budget: object
+        self, problem: Problem, selection: Selection, reused: Tensor, tolerance: object
     ) -> None:
         """Fresh rows: what the votes allow. Reused rows are made absent for this check."""
         n = problem.cache_seqlens.masked_fill(reused, 0)
@@ -195,7 +195,7 @@ class Reuse(RuleBasedStateMachine):
             selection.positions.masked_fill(reused[:, None, None], -1),
             selection.count.masked_fill(reused[:, None], 0),
         )
-        finding = choice_finding(replace(problem, cache_seqlens=n), fresh, budget)
+        finding = choice_finding(replace(problem, cache_seqlens=n), fresh, tolerance)
         assert finding.holds, finding
 
     @rule(to=st.floats(0, 1))

@@ -26,18 +26,19 @@ from torch import Tensor
 from properties import (
     fenced,
     mutants,
-    test_laws,  # noqa: F401  # registers the laws
     test_triton_reuse,
 )
 from properties.backends import chosen
-from properties.devices import device_of, for_the_cpu, on
 from properties.guard import run_twice
 from properties.interpreter import overflow_checked
-from properties.law import LAWS, SHARES, Law, able
-from properties.laws_metamorphic import same
-from properties.strategies import Case, cases
+from properties.laws import LAWS
 from properties.test_planted import SEARCH, catcher, laws_by_stage
 from tokenselect import Backend, Problem, SelectConfig, Selection
+from tokenselect.conformance.devices import device_of, for_the_cpu, on
+from tokenselect.conformance.laws.law import SHARES, Law, able
+from tokenselect.conformance.laws.metamorphic import same
+from tokenselect.conformance.laws.strategies import cases
+from tokenselect.conformance.problems import Case
 from tokenselect.dispatch.registry import load
 
 ROOT = Path(__file__).parent.parent

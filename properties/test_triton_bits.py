@@ -2,9 +2,9 @@
 
 import pytest
 
-from properties.strategies import Case
 from tokenselect import SelectConfig
-from tokenselect.conformance.tolerances import score_budget
+from tokenselect.conformance.problems import Case
+from tokenselect.conformance.tolerances import score_tolerance
 
 # One key of the tile points along a query, as keys of rare tokens do; the others do not.
 STANDS_OUT = Case(
@@ -20,7 +20,7 @@ STANDS_OUT = Case(
 
 @pytest.mark.parametrize(("bits", "holds"), [(16, False), (18, False), (24, True)])
 def test_bits_of_a_logit(bits: int, holds: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The share of the error budget that votes take if a logit has this many bits."""
+    """The share of the tolerance that votes take if a logit has this many bits."""
     import triton.language as tl
 
     from tokenselect.kernels.triton import configs, launch, score
@@ -31,6 +31,6 @@ def test_bits_of_a_logit(bits: int, holds: bool, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(configs.TABLE, "interpreter", wide)
     monkeypatch.setattr(score, "_LAST", tl.constexpr(2**bits - 2))
     problem = STANDS_OUT.problem()
-    finding = score_budget(problem).compare(score.score(problem))
-    print(f"{bits} bits: {finding.share:.3g} of the budget")
+    finding = score_tolerance(problem).compare(score.score(problem))
+    print(f"{bits} bits: {finding.share:.3g} of the tolerance")
     assert finding.holds == holds, finding

@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from properties.backends import chosen
-from properties.devices import device_of, on
 from properties.guard import Guard, copied, poisoned
-from properties.laws_metamorphic import same
-from properties.strategies import Case
 from tokenselect import Backend, Problem, SelectConfig, Selection
+from tokenselect.conformance.devices import device_of, on
+from tokenselect.conformance.laws.metamorphic import same
+from tokenselect.conformance.problems import Case
 from tokenselect.contract import CacheState, Reuse, ReuseDecision
 from tokenselect.dispatch.registry import load
 from tokenselect.reference import BACKEND as REFERENCE

@@ -1,44 +1,28 @@
-"""Peak extra memory of the cpu backend around score, select, attend, in a process of its own.
+"""Measure the extra memory of the cpu backend in score, select and attend, in a new process.
 
 python -m tests.measure_memory '{"Hq": 32, "Hkv": 1, "D": 64, "n": 1048576}'
 """
 
 import json
-import resource
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bench.machine import forget_peak, resident
 from tokenselect import Problem, Rope, SelectConfig, attend, score, select
-
-STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-
-
-def resident(name: str) -> int:
-    """Bytes of memory in use ("VmRSS"), or the most since the last `forget_peak` ("VmHWM")."""
-    if not STATUS.exists():  # macOS: only the peak is known, in bytes; the cache is its main part
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(name + ":"))
-    return int(line.split()[1]) * 1024
-
-
-def forget_peak() -> None:
-    if CLEAR_REFS.exists():
-        CLEAR_REFS.write_text("5")
 
 
 def filled(*shape: int, dtype: torch.dtype) -> Tensor:
-    """Memory that has been written to: 2**20 random numbers over and over, which is quick."""
+    """Return memory that has been written to: 2**20 random numbers over and over, quickly."""
     x = torch.empty(shape, dtype=dtype)
     x.view(-1, 2**20).copy_(torch.randn(2**20))
     return x
 
 
 def caches(layout: str, Hkv: int, n: int, D: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """k_cache, v_cache and what else the layout needs."""
+    """Return k_cache, v_cache and what else the layout needs."""
     if layout == "contiguous":
         k_cache, v_cache = filled(2, 1, Hkv, n, D, dtype=dtype)
         return {"k_cache": k_cache, "v_cache": v_cache}
@@ -53,6 +37,7 @@ def caches(layout: str, Hkv: int, n: int, D: int, dtype: torch.dtype) -> dict[st
 
 
 def run(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Return the output and the selected positions."""
     selection = select(score(problem).votes, problem)
     return attend(problem, selection).out, selection.positions
 
@@ -68,6 +53,7 @@ def measure(
     rope: str | None = None,
     config: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
+    """Return the bytes of the cache and those taken besides, and what shows that they count."""
     torch.manual_seed(0)
     turning = Rope(1e4 ** (-torch.arange(0, D, 2).double() / D), cached=rope) if rope else None
 

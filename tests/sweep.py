@@ -1,10 +1,10 @@
-"""All causal language models of transformers, small and random: each is right or refused.
+"""Check that each causal language model of transformers, small and random, is right or refused.
 
     python -m tests.sweep [TYPE ...]
 
-Held to stock eager attention: the logits of a prompt, padded or not, and of tokens decoded after
-it with a TokenSelectCache, where everything is selected. Where little is selected they have to
-differ, or the model would attend densely without a word. Prints the types by what came of them.
+The logits of a prompt, padded or not, and of tokens decoded after it with a TokenSelectCache are
+compared with stock eager attention where everything is selected. Where little is selected they have
+to differ, or the model would attend densely without a word. Prints the types by what came of them.
 Exit code 1 if a type is neither right nor refused with an error of ours, is refused without
 standing in REFUSED for that reason and in the docs, or cannot be built and does not stand in
 NOT_BUILT.
@@ -154,7 +154,7 @@ MASK = mask_of("20#", "5. 15#")
 
 
 def small(kind: str) -> Any:
-    """A small config of a type, with layers of full attention."""
+    """Return a small config of a type, with layers of full attention."""
     made = CONFIG_MAPPING[kind]
     fields = {*inspect.signature(made).parameters, *getattr(made, "__dataclass_fields__", ())}
     sizes = {
@@ -173,6 +173,7 @@ def small(kind: str) -> Any:
 
 
 def build(kind: str) -> Any:
+    """Return a small model of a type, its weights random."""
     config = small(kind)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
@@ -182,43 +183,44 @@ def build(kind: str) -> Any:
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
 
 
-def decoded(model: Any, cache: Any) -> Tensor:
-    """Logits of a prompt of 12 tokens and of those after it, one by one."""
+def decoded_logits(model: Any, cache: Any) -> Tensor:
+    """Return logits of a prompt of 12 tokens and of those after it, one by one."""
     parts = tokens(2).split([12] + [1] * (L - 12), 1)
     return torch.cat([model(part, **{CACHE: cache}).logits for part in parts], 1)
 
 
-def off(actual: Tensor, expected: Tensor) -> float:
-    """The largest error, of the largest logit."""
+def error_of(actual: Tensor, expected: Tensor) -> float:
+    """Return the largest error as a share of the largest logit."""
     return float((actual - expected).abs().max() / expected.abs().max())
 
 
-def read(model: Any) -> list[Tensor]:
+def prompt_logits(model: Any) -> list[Tensor]:
+    """Return logits of a prompt, and of a padded one."""
     ids, padded = tokens(2), tokens(2).where(MASK.bool(), 0)
     return [model(ids).logits, model(padded, attention_mask=MASK).logits[MASK.bool()]]
 
 
-def judged(model: Any) -> str:
-    """What is wrong with a model, "" if nothing; raises what it is refused with.
+def fault_of(model: Any) -> str:
+    """Return what is wrong with a model, "" if nothing; raises what it is refused with.
 
     10 times the tolerance of tests.models: some of these are deeper, and run in loops.
     """
     with enable(model, **EVERYTHING):
-        actual = [*read(model), decoded(model, TokenSelectCache(model))]
-    expected = [*read(model), decoded(model, DynamicCache(config=model.config))]
-    errors = [off(*pair) for pair in zip(actual, expected, strict=True)]
+        actual = [*prompt_logits(model), decoded_logits(model, TokenSelectCache(model))]
+    expected = [*prompt_logits(model), decoded_logits(model, DynamicCache(config=model.config))]
+    errors = [error_of(*pair) for pair in zip(actual, expected, strict=True)]
     if not max(errors) < 2e-4:
         return f"off by {errors} of the largest logit: prompt, padded prompt, decoded"
     if slides_everywhere(model.config):
         return ""
     with enable(model, **SMALL, chunk=1):
-        if not off(model(tokens(2)).logits, expected[0]) > 1e-3:
+        if not error_of(model(tokens(2)).logits, expected[0]) > 1e-3:
             return "dense where little is to be selected"
     return ""
 
 
-def tried(kind: str) -> tuple[str, str]:
-    """What came of a type, and whether that is a fault: how."""
+def try_type(kind: str) -> tuple[str, str]:
+    """Return what came of a type, and the fault if that is one."""
     listed = [why for why, kinds in NOT_BUILT.items() if kind in kinds.split()]
     if listed:
         return f"not built: {listed[0]}", ""
@@ -228,25 +230,26 @@ def tried(kind: str) -> tuple[str, str]:
     except Exception as error:
         return "not built", f"{type(error).__name__}: {error}"
     try:
-        wrong = judged(model)
+        wrong = fault_of(model)
         return ("wrong", wrong) if wrong else ("right", "")
     except Exception as error:
         why = [why for why, (told, _) in REFUSED.items() if re.search(told, str(error))]
         if not why and not isinstance(error, TokenSelectError):
             return "wrong", f"{type(error).__name__}: {error}"
         if not why or kind not in REFUSED[why[0]][1].split():
-            return "refused anew", str(error)
+            return "refused for no listed reason", str(error)
         return f"refused: {why[0]}", ""
 
 
 def main(kinds: Iterable[str]) -> int:
+    """Try the types, all if none is named; return the exit code."""
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     found, faults = defaultdict(list), {}
     for kind in kinds or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         with torch.no_grad():
-            what, fault = tried(kind)
+            what, fault = try_type(kind)
         found[what].append(kind)
         if fault:
             faults[kind] = fault

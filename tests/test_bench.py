@@ -1,7 +1,6 @@
-"""The benchmark itself: its inputs, its gate, its formulas, and the page made from its results."""
+"""The benchmark itself: its inputs, checks and formulas, and the page made from its results."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,48 +8,29 @@ from typing import Any
 import pytest
 import torch
 
-from bench import page, run
+from bench import machine, page, run
 from bench.dense import DENSE, requests, truth
 from bench.workloads import TINY, WORKLOADS, Workload, make
-from tokenselect import Backend, Problem, Scores, Selection, attention, register, score
+from tests import fresh
+from tokenselect import Problem, Scores, Selection, attention, register, score
 from tokenselect.contract import check_values
 from tokenselect.dispatch import registry
 from tokenselect.kernels.cpu import BACKEND as CPU
 
-ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(autouse=True)
-def _leave_all_as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    targets, threads = dict(registry._targets), torch.get_num_threads()
-    monkeypatch.setattr(run, "read_bandwidth", lambda: 10.0)
-    yield
-    registry._targets.clear()
-    registry._targets.update(targets)
-    torch.set_num_threads(threads)
-
-
-# --- workloads ----------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("workload", TINY, ids=lambda workload: workload.name)
 def test_a_tiny_workload_is_a_valid_problem_of_its_shape(workload: Workload) -> None:
-    p = make(workload)
-    got = (p.B, p.Hq, p.Hkv, p.Lq, p.D, p.Dv, p.q.dtype, p.is_paged, p.config)
-    w = workload
-    is_paged = w.page_size is not None
-    assert got == (w.B, w.Hq, w.Hkv, w.Lq, w.D, w.Dv, w.dtype, is_paged, w.config)
+    p, w = make(workload), workload
+    got = (p.B, p.Hq, p.Hkv, p.Lq, p.D, p.Dv, p.q.dtype, p.config)
+    assert got == (w.B, w.Hq, w.Hkv, w.Lq, w.D, w.Dv, w.dtype, w.config)
+    assert p.page_size == (w.page_size or p.Lk)
     assert p.cache_seqlens.tolist() == w.lengths()
     check_values(p)
     assert p.k_cache.isfinite().all()
     assert score(p).lse.isfinite().all()
-
-
-def test_names_are_unique_and_the_promised_ones_are_there() -> None:
-    promised = "decode-128k decode-1m decode-32k smollm2-8k qwen-128k paged-128k prefill-128k"
-    assert set(promised.split()) <= set(WORKLOADS)
-    assert all(name == workload.name for name, workload in WORKLOADS.items())
-    assert len(WORKLOADS) == len(TINY) + len(run.TIMED)
+    shorter = make(w, n=80)
+    assert int(shorter.cache_seqlens[0]) == 80
+    assert (shorter.B, shorter.q.shape) == (p.B, p.q.shape)
 
 
 @pytest.mark.parametrize("name", ["tiny-paged", "tiny-prefill"])
@@ -64,26 +44,18 @@ def test_a_seed_reproduces_its_inputs_bitwise(name: str) -> None:
     assert not same(make(workload), make(workload, seed=workload.seed + 1))
 
 
-def test_n_changes_the_length_only() -> None:
-    p = make(WORKLOADS["tiny-paged"], n=80)
-    assert p.cache_seqlens.tolist() == [80, 66, 53]
-    assert (p.B, p.Lk) == (3, 80)
-
-
 def test_inputs_have_something_to_select() -> None:
     p = make(WORKLOADS["decode-32k"], n=16 * 1024)
-    _, info = attention(p.q, p.k_cache, p.v_cache, **p.config, return_info=True)
+    caches = (p.q, p.k_cache, p.v_cache)
+    _, info = attention(*caches, config=p.config, return_info=True)
     assert 0.8 < info.retained_mass.mean() < 0.9999
     recent = replace(p.config, k=0, n_local=p.config.k + p.config.n_local)
-    _, without = attention(p.q, p.k_cache, p.v_cache, **recent, return_info=True)
+    _, without = attention(*caches, config=recent, return_info=True)
     assert without.retained_mass.mean() < info.retained_mass.mean() - 0.1
 
 
-# --- dense --------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["tiny-decode", "tiny-paged", "tiny-prefill"])
-def test_which_dense_calls_are_as_exact_as_float32_inside(name: str) -> None:
+def test_which_dense_variants_are_as_exact_as_float32_inside(name: str) -> None:
     several = requests(make(WORKLOADS[name]))
     exact = truth(several)
     honest = {dense.name for dense in DENSE if exact.share(dense(several)) <= 1}
@@ -113,11 +85,9 @@ def test_bytes_are_those_of_the_formula() -> None:
     assert run.bytes_read(p, "attend", selection) == 3 * 6 * 128 * 4
     assert run.bytes_read(p, "reused", selection) == 3 * 6 * 128 * 4
     assert run.bytes_read(p, "fresh", selection) == 3 * 175 * 64 * 4 + 3 * 6 * 128 * 4
-    with pytest.raises(ValueError, match="'reused' reads"):
-        run.bytes_read(p, "reused")
 
 
-# --- the gate -----------------------------------------------------------------------------
+# --- the checks ---------------------------------------------------------------------------
 
 
 def votes_for_the_worst(p: Problem) -> Scores:
@@ -125,11 +95,16 @@ def votes_for_the_worst(p: Problem) -> Scores:
     return Scores(torch.where(votes.isfinite(), -votes, votes), lse)
 
 
+def claims_to_keep_everything(p: Problem) -> Scores:
+    votes, lse = CPU.score(p)
+    return Scores(votes, lse - 1)
+
+
 def reads_kv_head_modulo(p: Problem, selection: Selection) -> Any:
     order = torch.argsort(torch.arange(p.Hq) % p.Hkv, stable=True)
-    out, lse = CPU.attend(replace(p, q=p.q[:, order]), selection)
     back = torch.argsort(order)
-    return type(CPU.attend(p, selection))(out[:, back], lse[:, back])
+    found = CPU.attend(replace(p, q=p.q[:, order]), selection)
+    return type(found)(found.out[:, back], found.lse[:, back])
 
 
 def forgets_the_newest(votes: torch.Tensor, p: Problem) -> Selection:
@@ -138,9 +113,15 @@ def forgets_the_newest(votes: torch.Tensor, p: Problem) -> Selection:
     return Selection(positions.masked_fill(newest, -1), count - 1)
 
 
-def claims_to_keep_everything(p: Problem) -> Scores:
-    votes, lse = CPU.score(p)
-    return Scores(votes, lse - 1)
+def measured(path: Path, *names: str, backend: str = "cpu") -> tuple[int, dict[str, Any]]:
+    """The command's exit code, and what it writes."""
+    asked = [word for name in names for word in ("--workload", name)]
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(machine, "read_bandwidth", lambda: 10.0)  # takes seconds
+        code = run.main([*asked, "--backend", backend, "--repeats", "3", "--json", str(path)])
+    torch.set_num_threads(threads)
+    return code, json.loads(path.read_text())
 
 
 @pytest.mark.parametrize(
@@ -153,76 +134,42 @@ def claims_to_keep_everything(p: Problem) -> Scores:
     ],
 )
 def test_a_wrong_backend_is_not_timed_and_fails_the_run(
-    bent: dict[str, Any], complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    bent: dict[str, Any],
+    complaint: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    wrong: Backend = replace(CPU, name="wrong", **bent)
-    register("wrong", wrong)
-    registry._loaded.pop("wrong", None)
-    path = tmp_path / "result.json"
-    arguments = ["--workload", "tiny-decode", "--backend", "wrong", "--json", str(path)]
-    assert run.main(arguments) == 1
+    monkeypatch.setattr(registry, "_targets", dict(registry._targets))
+    monkeypatch.setattr(registry, "_loaded", dict(registry._loaded))
+    register("wrong", replace(CPU, name="wrong", **bent))
+    code, report = measured(tmp_path / "result.json", "tiny-decode", backend="wrong")
+    assert code == 1
     assert complaint in capsys.readouterr().out
-    report = json.loads(path.read_text())
     assert report["not_equivalent"] == ["tiny-decode"]
     assert report["workloads"] == []
 
 
-@pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    path = tmp_path_factory.mktemp("bench") / "result.json"
-    threads = torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "read_bandwidth", lambda: 10.0)
-        names = ("tiny-decode", "tiny-smollm2", "tiny-paged", "tiny-prefill", "tiny-group")
-        asked = [word for name in names for word in ("--workload", name)]
-        assert run.main([*asked, "--repeats", "3", "--json", str(path)]) == 0
-    torch.set_num_threads(threads)
-    return json.loads(path.read_text())
+# --- times and the page -------------------------------------------------------------------
 
 
-def test_the_result_says_what_was_measured_where(report: dict[str, Any]) -> None:
-    assert set(report) == {*("schema", "date", "command", "machine", "workloads", "not_equivalent")}
-    assert set(report["machine"]) == {
-        *("cpu", "cores", "threads", "isa", "read_gb_per_s", "load_at_start"),
-        *("python", "torch", "tokenselect", "commit"),
-    }
-    for result in report["workloads"]:
-        assert set(result) == {
-            *("name", "inputs", "backend", "checks", "retained_mass", "attended"),
-            *("peak_memory_gib", "on_cpu", "sides", "ratios"),
-        }
-        names = [side["name"] for side in result["sides"]]
-        selections_and_stages = ["fresh", "reused", "score", "select", "attend"]
-        assert names == [dense.name for dense in DENSE] + selections_and_stages
-        for side in result["sides"]:
-            assert 0 < side["min_ms"] <= side["median_ms"] <= side["max_ms"]
-            assert side["bytes"] > 0
-            assert side["gb_per_s"] == pytest.approx(side["bytes"] / side["median_ms"] / 1e6)
-        honest = [side["name"] for side in result["sides"] if side.get("is_baseline")]
-        assert {ratio["of"] for ratio in result["ratios"]} == {"fresh", "reused"}
-        assert {ratio["to"] for ratio in result["ratios"]} <= set(honest)
+def contender(name: str, kind: str, call: Any = None, **notes: Any) -> run.Contender:
+    return run.Contender(name, kind, call, 1, notes)
 
 
 def test_the_best_dense_is_the_fastest_honest_one() -> None:
-    def side(name: str, kind: str, **notes: Any) -> run.Side:
-        return run.Side(name, kind, lambda: None, 1, notes)
-
-    sides = [
-        side("rounded", "dense", is_baseline=False, is_call=False),
-        side("composed", "dense", is_baseline=True, is_call=False),
-        side("call", "dense", is_baseline=True, is_call=True),
-        side("fresh", "selection"),
-        side("reused", "selection"),
+    contenders = [
+        contender("rounded", "dense", is_baseline=False, is_call=False),
+        contender("composed", "dense", is_baseline=True, is_call=False),
+        contender("call", "dense", is_baseline=True, is_call=True),
+        contender("fresh", "selection"),
+        contender("reused", "selection"),
     ]
-    times = {
-        "rounded": [1.0, 1.0, 1.0],
-        "composed": [4.0, 8.0, 4.0],
-        "call": [9.0],  # slow: one round only
-        "fresh": [2.0, 2.0, 3.0],
-        "reused": [1.0, 1.0, 1.0],
-    }
-    got = {(r["of"], r["to"]): (r["median"], r["min"], r["max"]) for r in run._ratios(sides, times)}
-    assert got == {
+    # The call is slow and was timed once.
+    seconds = [1.0, 1.0, 1.0], [4.0, 8.0, 4.0], [9.0], [2.0, 2.0, 3.0], [1.0, 1.0, 1.0]
+    times = {one.name: own for one, own in zip(contenders, seconds, strict=True)}
+    found = run.ratios(contenders, times)
+    assert {(r["of"], r["to"]): (r["median"], r["min"], r["max"]) for r in found} == {
         ("fresh", "composed"): (0.5, 0.25, 0.75),
         ("fresh", "call"): (2 / 9, 2 / 9, 2 / 9),
         ("reused", "composed"): (0.25, 0.125, 0.25),
@@ -230,41 +177,45 @@ def test_the_best_dense_is_the_fastest_honest_one() -> None:
     }
 
 
-def test_sides_alternate_and_slow_ones_run_less(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_contenders_alternate_and_slow_ones_run_less(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, calls = [0.0], []
     monkeypatch.setattr(run.time, "perf_counter", lambda: clock[0])
 
-    def side(name: str, kind: str, seconds: float) -> run.Side:
+    def taking(seconds: float, name: str, kind: str) -> run.Contender:
         def call() -> None:
             calls.append(name)
             clock[0] += seconds
 
-        return run.Side(name, kind, call, 1, {})
+        return contender(name, kind, call)
 
-    sides = [side("a", "dense", 0.1), side("slow", "dense", 9.0), side("b", "selection", 0.2)]
-    times = run.alternate(sides, repeats=50, seconds=1.3)
+    several = [taking(0.1, "a", "dense"), taking(9, "slow", "dense"), taking(0.2, "b", "selection")]
+    times = run.alternate(several, repeats=50, seconds=1.3)
     assert "".join(calls) == "aslowb" + "ab" + "ba" + "ab" + "ba"
     assert {name: len(took) for name, took in times.items()} == {"a": 4, "b": 4, "slow": 1}
     assert times["slow"] == [pytest.approx(9.0)]
 
 
-# --- the page -----------------------------------------------------------------------------
-
-
-def test_the_page_has_every_figure(report: dict[str, Any], tmp_path: Path) -> None:
-    (tmp_path / "2000-01-01-cpu-x.json").write_text(json.dumps(report))
+def test_the_page_has_every_figure_of_a_run(tmp_path: Path) -> None:
+    names = ("tiny-decode", "tiny-smollm2", "tiny-paged", "tiny-prefill", "tiny-group")
+    code, report = measured(tmp_path / "2000-01-01-cpu-x.json", *names)
+    assert code == 0
     text = page.page(tmp_path)
     for result in report["workloads"]:
-        assert f"### {result['name']}" in text
-        for side in result["sides"]:
-            assert f"{side['median_ms']:.2f} (" in text
+        assert f"#### {result['name']}" in text
+        names = [one["name"] for one in result["contenders"]]
+        assert names[len(DENSE) :] == ["fresh", "reused", "score", "select", "attend"]
+        for one in result["contenders"]:
+            assert 0 < one["min_ms"] <= one["median_ms"] <= one["max_ms"]
+            assert one["gb_per_s"] == pytest.approx(one["bytes"] / one["median_ms"] / 1e6)
+            assert f"{one['median_ms']:.2f} (" in text
+        baselines = {one["name"] for one in result["contenders"] if one.get("is_baseline")}
+        assert {ratio["to"] for ratio in result["ratios"]} <= baselines
+        assert {ratio["of"] for ratio in result["ratios"]} == {"fresh", "reused"}
 
 
-def test_the_page_is_the_committed_results() -> None:
-    committed = (ROOT / "docs" / "benchmarks.md").read_text("utf-8")
-    assert committed == page.page(), "run: python -m bench.run --docs > docs/benchmarks.md"
-
-
-def test_docs_are_printed_without_measuring(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_page_is_the_committed_results(capsys: pytest.CaptureFixture[str]) -> None:
     assert run.main(["--docs"]) == 0
-    assert capsys.readouterr().out == page.page()
+    committed = (fresh.ROOT / "docs" / "benchmarks.md").read_text("utf-8")
+    assert capsys.readouterr().out == committed, (
+        "run: python -m bench.run --docs > docs/benchmarks.md"
+    )

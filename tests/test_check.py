@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tests import fresh
-from tokenselect import Backend, Capability, check
+from tokenselect import Backend, Capability
+from tokenselect.conformance.check import judge, kinds, report
 from tokenselect.conformance.tolerances import Finding
 from tokenselect.dispatch import registry
 
@@ -89,15 +90,15 @@ def test_all_is_right_here() -> None:
     assert torch.__version__ in done.stdout
     for backend in ("reference", "cpu"):
         found = section(done.stdout, backend)
-        assert list(found) == list(check.KINDS)
+        assert list(found) == list(kinds.KINDS)
         assert all(re.fullmatch(r"ok +0\.\d{3}( +\w+)?", what) for what in found.values()), found
     if not torch.cuda.is_available():
         *found, more = section(done.stdout, "triton")
-        assert found == list(check.INTERPRETED)
-        assert more == f"{len(check.KINDS) - len(found)} other kinds"
+        assert found == list(kinds.INTERPRETED)
+        assert more == f"{len(kinds.KINDS) - len(found)} other kinds"
     last = done.stdout.splitlines()[-1]
     assert last.startswith("all right: ")
-    assert f"cpu {len(check.KINDS)} problems" in last
+    assert f"cpu {len(kinds.KINDS)} problems" in last
 
 
 @pytest.mark.parametrize("thorough", [True, False])
@@ -105,23 +106,23 @@ def test_an_interpreter_gets_few_problems_or_all(
     thorough: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran: list[str] = []
-    monkeypatch.setattr(check, "is_interpreted", lambda _: True)
+    monkeypatch.setattr(report, "is_interpreted", lambda _: True)
     monkeypatch.setattr(
-        check,
+        report,
         "judge",
-        lambda name, kind, *_: ran.append(kind) or check.Outcome("", Finding(0.0, "")),
+        lambda name, kind, *_: ran.append(kind) or judge.Outcome("", Finding(0.0, "")),
     )
-    assert check.main(["--backend", "cpu", *["--thorough"] * thorough]) == 0
-    assert ran == list(check.KINDS if thorough else check.INTERPRETED)
+    assert report.main(["--backend", "cpu", *["--thorough"] * thorough]) == 0
+    assert ran == list(kinds.KINDS if thorough else kinds.INTERPRETED)
 
 
 def test_what_uses_triton_on_the_cpu_is_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     stages = "triton", "triton", "triton"
     borrower = registry.resolved(Backend("borrower", Capability(), *stages))
-    assert check.is_interpreted(borrower)
-    assert check.where(borrower) == "cpu, interpreted"
-    assert not check.is_interpreted(registry.load("cpu"))
+    assert report.is_interpreted(borrower)
+    assert report.where(borrower) == "cpu, interpreted"
+    assert not report.is_interpreted(registry.load("cpu"))
 
 
 def test_a_module_s_attribute(tmp_path: Path) -> None:
@@ -142,7 +143,8 @@ def test_a_module_s_attribute(tmp_path: Path) -> None:
     done = fresh.run(
         "import sys\n"
         "from tokenselect import check\n"
-        "check.KINDS = {'decode': {}}\n"
+        "for kind in [*check.KINDS][1:]:\n"
+        "    del check.KINDS[kind]\n"
         f"sys.exit(check.main({named!r}))\n",
         tmp_path,
     )
@@ -163,7 +165,7 @@ def test_a_module_s_attribute(tmp_path: Path) -> None:
 def test_one_backend_other_seeds() -> None:
     done = run("--backend", "cpu", "--seed", "70", "--problems", "2")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1] == f"all right: cpu {2 * len(check.KINDS)} problems"
+    assert done.stdout.splitlines()[-1] == f"all right: cpu {2 * len(kinds.KINDS)} problems"
     assert "reference on" not in done.stdout
 
 
@@ -229,7 +231,8 @@ def test_an_unavailable_backend(named: list[str], code: int, tmp_path: Path) -> 
         "import sys\n"
         "from tokenselect import check, register\n"
         "register('broken', 'broken_backend:BACKEND')\n"
-        "check.KINDS = {'decode': {}}\n"
+        "for kind in [*check.KINDS][1:]:\n"
+        "    del check.KINDS[kind]\n"
         f"sys.exit(check.main({named!r}))\n",
         tmp_path,
     )
@@ -245,7 +248,8 @@ def test_a_backend_for_another_device(named: list[str], code: int) -> None:
         "import sys\n"
         "from tokenselect import Backend, Capability, check, register\n"
         "register('far', Backend('far', Capability(devices=('xpu',)), 'cpu', 'cpu', 'cpu'))\n"
-        "check.KINDS = {'decode': {}}\n"
+        "for kind in [*check.KINDS][1:]:\n"
+        "    del check.KINDS[kind]\n"
         f"sys.exit(check.main({named!r}))\n"
     )
     assert done.returncode == code, done.stdout + done.stderr
@@ -256,7 +260,7 @@ def test_a_backend_for_another_device(named: list[str], code: int) -> None:
 
 def test_no_problems_is_no_check(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        check.main(["--problems", "0"])
+        report.main(["--problems", "0"])
     assert caught.value.code == 2
     assert "--problems is at least 1" in capsys.readouterr().err
 
@@ -264,8 +268,8 @@ def test_no_problems_is_no_check(capsys: pytest.CaptureFixture[str]) -> None:
 def test_triton_is_asked_for_its_version_not_imported() -> None:
     printed = fresh.output(
         "import sys\n"
-        "from tokenselect import check\n"
-        "print(dict(check.versions())['triton'])\n"
+        "from tokenselect.conformance.check import report\n"
+        "print(dict(report.versions())['triton'])\n"
         "print('triton' in sys.modules)\n"
     )
     assert printed.splitlines()[1] == "False"
@@ -274,21 +278,21 @@ def test_triton_is_asked_for_its_version_not_imported() -> None:
 # --- the problems -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", check.KINDS)
+@pytest.mark.parametrize("kind", kinds.KINDS)
 def test_every_kind_of_problem_is_what_it_says(kind: str) -> None:
-    p, given = check.draw(kind, 0), check.KINDS[kind]
-    assert p is check.draw(kind, 0)
-    assert p.is_paged == ("page_size" in given)
-    assert (p.softcap, p.Lq) == (given.get("softcap"), given.get("Lq", 1))
-    assert (p.rope and p.rope.cached) == given.get("rope")
-    assert not torch.equal(p.q, check.draw(kind, 1).q)
+    p, given = kinds.draw(kind, 0), kinds.KINDS[kind].case
+    assert p is kinds.draw(kind, 0)
+    assert p.is_paged == (given.page_size is not None)
+    assert (p.softcap, p.Lq, p.config) == (given.softcap, given.Lq, given.config)
+    assert (p.rope and p.rope.cached) == given.rope
+    assert not torch.equal(p.q, kinds.draw(kind, 1).q)
     # Rows that hold no token are NaN, so that reading one shows.
     is_full = p.cache_seqlens.tolist() == [p.Lk] * p.B
     assert bool(p.k_cache.isnan().any()) == (p.is_paged or not is_full)
 
 
 def test_votes_that_tie_do_tie() -> None:
-    p = check.draw("votes that tie", 0)
+    p = kinds.draw("votes that tie", 0)
     votes = registry.load("reference").score(p).votes[0, 0, 0]
     # 140 candidates, seven keys; a softmax may differ in its last bit from lane to lane.
     assert len(votes[votes.isfinite()].unique()) < 20
@@ -296,8 +300,8 @@ def test_votes_that_tie_do_tie() -> None:
 
 @pytest.mark.parametrize("kind", ["decode", "paged", "one selection a group", "ragged and paged"])
 def test_poison_spares_what_is_selected_and_nothing_else(kind: str) -> None:
-    p, selection = check.draw(kind, 0), check.truth(kind, 0).selection
-    poisoned = check.poisoned(p, selection)
+    p, selection = kinds.draw(kind, 0), judge.truth(kind, 0).selection
+    poisoned = judge.poisoned(p, selection)
     kept = set()
     for b in range(p.B):
         for s in range(p.S):

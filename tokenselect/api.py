@@ -358,13 +358,15 @@ _PROBLEM_ARGUMENTS = "cache_seqlens", "block_table", "scale", "softcap", "sink_l
 
 
 def _max_reuse(cache: SelectionCache | None) -> int:
+    """Return the cache's max_reuse, 0 without one; raise InvalidProblem for anything else."""
     if cache is None:
         return 0
     if not isinstance(cache, SelectionCache):
         raise InvalidProblem(
             f"cache is a {type(cache).__name__}",
             "cache is a tokenselect.SelectionCache or None",
-            "make one a layer: SelectionCache(theta=0.9); keys and values go into k_cache, v_cache",
+            "make one per layer: SelectionCache(theta=0.9); "
+            "keys and values go into k_cache, v_cache",
         )
     return cache.max_reuse
 
@@ -383,7 +385,7 @@ def _ready(problem: Problem, backend: str, validate: bool | None) -> tuple[str, 
 
 
 def refuse_grad(problem: Problem) -> None:
-    """Raises InvalidProblem for tensors that a backward pass would want to go through."""
+    """Raise InvalidProblem for tensors that a backward pass would go through."""
     inputs = {name: getattr(problem, name) for name in ("q", "k_cache", "v_cache", "sink_logits")}
     inputs["rope.inv_freq"] = None if problem.rope is None else problem.rope.inv_freq
     for argument, tensor in inputs.items():
@@ -396,6 +398,7 @@ def refuse_grad(problem: Problem) -> None:
 
 
 def _check_selection(problem: Problem, selection: Selection, *, read: bool) -> None:
+    """Raise InvalidProblem for a selection of another problem; `read`: by its values too."""
     if not isinstance(selection, Selection):
         raise InvalidProblem(
             f"selection is a {type(selection).__name__}",

@@ -43,7 +43,7 @@ class Rope:
             raise InvalidProblem(
                 f"Rope: inv_freq is {came}",
                 "inv_freq is (rotary_dim / 2,) and floating point",
-                "pass the model's inv_freq, one frequency a pair of dims",
+                "pass the model's inv_freq, one frequency per pair of dims",
             )
         if self.cached not in ("rotated", "raw"):
             raise InvalidProblem(
@@ -62,10 +62,11 @@ class Rope:
 
     @property
     def rotary_dim(self) -> int:
+        """How many of the dims are rotated."""
         return 2 * self.inv_freq.shape[0]
 
     def reposition(self, x: Tensor, position: Tensor, at: Tensor) -> Tensor:
-        """Take each vector from its token's `position` to where it shall stand: `at`.
+        """Rotate each vector from its token's `position` to another one, `at`.
 
         x (..., L, D) float32 or float64, as given (see `cached`); position and at (L,) or
         broadcastable to (..., L), integers. Returns x's shape and dtype.
@@ -75,12 +76,12 @@ class Rope:
         return self.rotate(x, *self.cos_sin(at if is_raw else at - position, x.dtype, factor))
 
     def cos_sin(self, by: Tensor, dtype: torch.dtype, factor: float = 1.0) -> tuple[Tensor, Tensor]:
-        """cos and sin, times factor, of turns by so many positions: each (..., rotary_dim / 2)."""
+        """Return factor times cos and sin of rotations `by` positions: (..., rotary_dim / 2)."""
         angle = by.double()[..., None] * self.inv_freq.double()
         return (angle.cos() * factor).to(dtype), (angle.sin() * factor).to(dtype)
 
     def rotary_pairs(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Views of the first and of the second of each pair of dims: (..., rotary_dim / 2)."""
+        """Return views of the first and the second of each pair of dims: (..., rotary_dim / 2)."""
         turned = x[..., : self.rotary_dim]
         if self.interleaved:
             return turned[..., 0::2], turned[..., 1::2]
@@ -88,7 +89,7 @@ class Rope:
         return first, second
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Turn x (..., D) by what `wave` returned."""
+        """Rotate x (..., D) by what `cos_sin` returned."""
         first, second = self.rotary_pairs(x)
         first, second = first * cos - second * sin, first * sin + second * cos
         if self.interleaved:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def plain(value: Any) -> Any:
-    """Python's own number for one of numpy, or for a tensor without a dimension; else `value`.
+    """Return Python's number for one of numpy or a 0-d tensor; anything else as it is.
 
     A tensor is read only where that waits for nothing, on the CPU, and only if no gradient would
     be lost.
@@ -26,10 +26,10 @@ def plain(value: Any) -> Any:
 
 
 def is_integer(value: object) -> bool:
-    """Whether `value`, made `plain`, is an integer. A bool is none."""
+    """Say whether `value`, made `plain`, is an integer; a bool is not."""
     return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
 
 
 def is_number(value: object) -> bool:
-    """Whether `value`, made `plain`, is an integer or a float. A bool is none."""
+    """Say whether `value`, made `plain`, is an integer or a float; a bool is not."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)

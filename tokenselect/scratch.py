@@ -35,6 +35,7 @@ class Scratch:
 
     @property
     def bytes(self) -> int:
+        """Bytes of all of its blocks."""
         return sum(block.numel() for block in self._blocks.values())
 
     def blocks(self) -> list[Tensor]:
@@ -63,6 +64,7 @@ class Scratch:
         dtype: torch.dtype,
         device: torch.device,
     ) -> Tensor:
+        """Return a view of a section's block of that index, made if it is absent."""
         view = self._views.get((section, index, shape, dtype))
         if view is None:
             if len(self._views) >= _VIEWS:  # of a capacity that is asked for in many sizes

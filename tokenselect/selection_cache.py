@@ -19,15 +19,15 @@ from tokenselect.scalars import is_integer, is_number, plain
 
 
 class SelectionCache:
-    """What one attention layer remembers of its last fresh selection, for each request of a batch.
+    """The last selection of one attention layer, for each request of a batch, to be reused.
 
     theta      reuse where the cosine between the mean query of this call and that of the stored
                selection, over all heads, is at least theta, in [-1, 1]; None never reuses
     max_reuse  at most this many tokens may have been appended since
 
     A request reuses if also only new tokens were appended since its selection was made (an
-    overwritten or cropped position makes a fresh one) and the result fits the capacity K, which
-    only a selection made by a longer call can exceed. The caller owns it: one a layer, and `reset`
+    overwritten or cropped position selects again) and the result fits the capacity K, which
+    only a selection made by a longer call can exceed. The caller owns it: one per layer, `reset`
     when a row of the batch is given to another request.
 
     >>> cache = SelectionCache(theta=0.9)
@@ -76,7 +76,7 @@ class SelectionCache:
             raise InvalidProblem(
                 f"max_reuse={max_reuse!r}",
                 "max_reuse is an integer, 0 <= max_reuse < 2**31",
-                "pass how many tokens may be appended before selecting afresh",
+                "pass how many tokens may be appended before selecting again",
             )
         self._max_reuse = max_reuse
 
@@ -87,11 +87,11 @@ class SelectionCache:
 
     @property
     def misses(self) -> Tensor:
-        """(B,) int64 on the device: how often each request selected afresh."""
+        """(B,) int64 on the device: how often each request selected again."""
         return self._used().misses
 
     def state(self, problem: Problem, *, stays: bool = False) -> CacheState:
-        """What a backend's `Reuse` reads and writes in a call; made, empty, in the first one.
+        """Return the state that a backend's `Reuse` reads and writes; the first call makes it.
 
         Later calls get the same tensors, but for positions if a call has a larger K. Once asked for
         with stays=True, or while a step is captured, no tensor moves any more: a plan or a graph
@@ -115,7 +115,7 @@ class SelectionCache:
             self._geometry, self._memory = geometry, _nothing_stored(problem)
         for name, value in geometry.items():
             if self._geometry[name] != value:
-                fix = "make one cache a layer, or cache.reset() before another use"
+                fix = "make one cache per layer, or cache.reset() before another use"
                 if self._stays:
                     fix = "make another cache; this one is in use by a plan or a graph and stays so"
                 raise InvalidProblem(
@@ -143,7 +143,7 @@ class SelectionCache:
         return self._memory
 
     def reset(self, b: int | Tensor | None = None) -> None:
-        """Forget request b, those a (B,) bool tensor marks, or (None) all of them.
+        """Forget request b, those that a (B,) bool tensor marks, or (None) all of them.
 
         All of them, and not in use by a plan or a graph: another layer or batch may then use it.
         """
@@ -165,7 +165,7 @@ class SelectionCache:
                     (tensor if b is None else tensor[b : b + 1]).zero_()
 
     def crop(self, lengths: Tensor) -> None:
-        """Tell that the requests were cut back to `lengths` (B,): drop what saw cropped tokens.
+        """Drop what saw tokens beyond `lengths` (B,), to which the requests were cut back.
 
         An appended token is attended to anyway, so a selection made at or before the cut stays.
         """
@@ -176,7 +176,7 @@ class SelectionCache:
             seen.masked_fill_(seen > lengths, 0)
 
     def reorder(self, order: Tensor) -> None:
-        """Row b becomes what row order[b] was: beams, or a batch put together anew. order (B,)."""
+        """Make row b what row order[b] (B,) was: for beams, or a batch put together again."""
         if self._memory is not None:
             _check_rows("order", order, self._memory.seqlen_at_selection)
             self._is_used(self._memory)
@@ -193,7 +193,7 @@ class SelectionCache:
                 tensor.copy_(rows)
 
     def _is_used(self, memory: CacheState) -> None:
-        """A step reads or writes the state: what is captured meanwhile holds on to it."""
+        """Note that a step reads or writes the state: what is captured meanwhile holds on to it."""
         if not torch.compiler.is_compiling():
             is_held = getattr(_tried, "is_captured", False) or _is_captured(
                 memory.seqlen_at_selection
@@ -217,7 +217,7 @@ _tried = threading.local()
 
 @contextmanager
 def rollback_caches(*, is_captured: bool = False) -> Iterator[None]:
-    """What Selection Caches learn inside is forgotten at the end: for a step that is only tried.
+    """Put Selection Caches back at the end to what they held before: for a step that is only tried.
 
     is_captured: a graph is made inside, which will go on to use their tensors.
     """
@@ -236,7 +236,7 @@ def rollback_caches(*, is_captured: bool = False) -> Iterator[None]:
 
 
 def is_tried() -> bool:
-    """Whether this is inside `rollback_caches`."""
+    """Say whether this is inside `rollback_caches`."""
     return getattr(_tried, "held", None) is not None
 
 
@@ -252,7 +252,7 @@ def used(memory: CacheState) -> None:
 
 
 def _refuse_in_a_capture(problem: Problem, stays: bool) -> None:
-    """State made while a graph is captured would be made anew, empty, by each replay."""
+    """Refuse to make state inside a capture: each replay would make it again, empty."""
     if torch.compiler.is_compiling() and (stays or problem.q.device.type == "cuda"):
         raise InvalidProblem(
             "a SelectionCache is first used, or with a larger K, inside torch.compile",
@@ -272,6 +272,8 @@ def _is_captured(x: Tensor) -> bool:
 
 
 def _nothing_stored(problem: Problem) -> CacheState:
+    """Return the empty state for problems like this one."""
+
     def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return _kept_in_place(torch.zeros(shape, dtype=dtype, device=problem.q.device))
 
@@ -289,12 +291,13 @@ def _nothing_stored(problem: Problem) -> CacheState:
 
 
 def _kept_in_place(state: Tensor) -> Tensor:
-    """What torch._dynamo.mark_static_address does, without importing the whole compiler."""
+    """Do what torch._dynamo.mark_static_address does, without importing the whole compiler."""
     state._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]
     return state
 
 
 def _check_request(b: int | Tensor, rows: Tensor) -> None:
+    """Raise InvalidProblem unless b names requests of the cache."""
     B = len(rows)
     if isinstance(b, Tensor):
         holds, came = b.shape == (B,) and b.dtype == torch.bool, _shape_of(b)
@@ -309,11 +312,12 @@ def _check_request(b: int | Tensor, rows: Tensor) -> None:
 
 
 def _check_rows(name: str, given: Tensor, rows: Tensor) -> None:
+    """Raise InvalidProblem unless `given` is (B,) integers."""
     integers = (torch.int32, torch.int64)
     if not isinstance(given, Tensor) or given.shape != rows.shape or given.dtype not in integers:
         raise InvalidProblem(
             f"{name}{_shape_of(given)}, the cache holds B={len(rows)} requests",
-            f"{name} is a (B,) tensor of integers, one a request",
+            f"{name} is a (B,) tensor of integers, one per request",
             "give every row of the batch an entry",
         )
 

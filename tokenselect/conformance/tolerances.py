@@ -1,9 +1,9 @@
 """How far a backend may be from the truth, stage by stage; derived, not chosen.
 
-The truth is the reference run in float64 on the same inputs. A budget is a first-order bound on
+The truth is the reference run in float64 on the same inputs. A tolerance is a first-order bound on
 what float32 arithmetic (float64, for float64 inputs) can do to it, entry by entry: no norm over a
 whole tensor, which would hide one wrong row. docs/numerics.md derives it.
-Every measure is an error as a share of its budget, so that at most 1 holds.
+Every measure is an error as a share of its tolerance, so that at most 1 holds.
 """
 
 import math
@@ -22,7 +22,7 @@ from tokenselect.reference.score import placed as placed_to_score
 
 
 class Finding(NamedTuple):
-    """The worst entry of a comparison: its error as a share of the budget, and what it is."""
+    """The worst entry of a comparison: its error as a share of the tolerance, and what it is."""
 
     share: float
     where: str
@@ -32,7 +32,7 @@ class Finding(NamedTuple):
         return self.share <= 1
 
 
-class Budget(NamedTuple):
+class Tolerance(NamedTuple):
     """truth and slack, of one shape: |result - truth| <= slack, entry by entry."""
 
     truth: Tensor
@@ -55,11 +55,11 @@ class Budget(NamedTuple):
         )
 
 
-class ScoreBudget(NamedTuple):
-    """Budgets of `Scores`; votes (B, R, S, Lk), lse (B, Hq)."""
+class ScoreTolerance(NamedTuple):
+    """Tolerances of `Scores`; votes (B, R, S, Lk), lse (B, Hq)."""
 
-    votes: Budget
-    lse: Budget
+    votes: Tolerance
+    lse: Tolerance
 
     def compare(self, scores: Scores) -> Finding:
         dtypes = _dtype_finding(("votes", scores.votes), ("lse", scores.lse))
@@ -70,11 +70,11 @@ class ScoreBudget(NamedTuple):
         )
 
 
-class AttendBudget(NamedTuple):
-    """Budgets of `AttentionOutput`; out (B, Hq, Lq, Dv), lse (B, Hq, Lq)."""
+class AttendTolerance(NamedTuple):
+    """Tolerances of `AttentionOutput`; out (B, Hq, Lq, Dv), lse (B, Hq, Lq)."""
 
-    out: Budget
-    lse: Budget
+    out: Tolerance
+    lse: Tolerance
     dtype: torch.dtype
 
     def compare(self, attended: AttentionOutput) -> Finding:
@@ -112,10 +112,10 @@ def unit_roundoff(problem: Problem) -> float:
     return torch.finfo(torch.promote_types(problem.q.dtype, torch.float32)).eps / 2
 
 
-def score_budget(problem: Problem) -> ScoreBudget:
+def score_tolerance(problem: Problem) -> ScoreTolerance:
     """What `score(problem)` may return."""
     truth = exact(problem)
-    votes, lse = REFERENCE.score(truth)  # type: ignore[operator]
+    votes, lse = REFERENCE.score(truth)
     u, c = unit_roundoff(problem), problem.config
     vote_slack = torch.zeros_like(votes, dtype=torch.float64)
     lse_slack = torch.zeros_like(lse, dtype=torch.float64)
@@ -138,7 +138,7 @@ def score_budget(problem: Problem) -> ScoreBudget:
             vote_slack[b, ballot, :, candidates] = slack + rounding
             s, error = _mean_logits(problem, queries, keys)
             lse_slack[b] = _softmax_error(s, error, u).lse + _rounding(lse[b])
-    return ScoreBudget(Budget(votes.double(), vote_slack), Budget(lse.double(), lse_slack))
+    return ScoreTolerance(Tolerance(votes.double(), vote_slack), Tolerance(lse.double(), lse_slack))
 
 
 def _logits(problem: Problem, queries: Tensor, keys: Tensor, scale: float) -> Tensor:
@@ -235,10 +235,10 @@ def _soft_slack(share: Tensor, relative: Tensor, problem: Problem, u: float) -> 
     return share * torch.expm1(relative + u * _summing(_voters(problem))) + 2 * tiniest
 
 
-def attend_budget(problem: Problem, selection: Selection) -> AttendBudget:
+def attend_tolerance(problem: Problem, selection: Selection) -> AttendTolerance:
     """What `attend(problem, selection)` may return."""
     truth = exact(problem)
-    out, lse = REFERENCE.attend(truth, selection)  # type: ignore[operator]
+    out, lse = REFERENCE.attend(truth, selection)
     u, dtype = unit_roundoff(problem), problem.q.dtype
     # Below this, a weight or a result may vanish: float32 flushed to zero, or half a subnormal.
     finfo = torch.finfo(dtype)
@@ -274,7 +274,7 @@ def attend_budget(problem: Problem, selection: Selection) -> AttendBudget:
             out_slack[b, heads] = spread @ met + flushed
     lse_slack += _rounding(lse)
     out_slack += out.abs().nan_to_num(posinf=0.0) * torch.finfo(dtype).eps + smallest
-    return AttendBudget(Budget(out, out_slack), Budget(lse.double(), lse_slack), dtype)
+    return AttendTolerance(Tolerance(out, out_slack), Tolerance(lse.double(), lse_slack), dtype)
 
 
 def compare_selection(got: Selection, expected: Selection) -> Finding:
@@ -293,8 +293,8 @@ def compare_selection(got: Selection, expected: Selection) -> Finding:
     return Finding(0.0, "selection")
 
 
-def choice_finding(problem: Problem, selection: Selection, budget: Budget) -> Finding:
-    """Whether a fresh selection is one that votes within `budget` could have made.
+def choice_finding(problem: Problem, selection: Selection, tolerance: Tolerance) -> Finding:
+    """Whether a fresh selection is one that votes within `tolerance` could have made.
 
     Every chosen candidate's vote, raised by its slack, reaches every unchosen one's, lowered by
     its own; a split's first ballot likewise for what only it can have chosen. Sink and window are
@@ -321,8 +321,8 @@ def choice_finding(problem: Problem, selection: Selection, budget: Budget) -> Fi
             finding = _ballots_finding(
                 problem,
                 chosen[region],
-                budget.truth[b, :, s, region],
-                budget.slack[b, :, s, region],
+                tolerance.truth[b, :, s, region],
+                tolerance.slack[b, :, s, region],
             )
             if not finding.holds:
                 return Finding(finding.share, f"{where}: {finding.where}")

@@ -2,7 +2,7 @@
 
 Letters, the same everywhere: B requests, Hq query heads, Hkv KV heads, G = Hq // Hkv, Lq queries
 of this call, Lk cache capacity, n valid tokens of one request (the Lq new ones included), D head
-dim of q and k, Dv head dim of v, k the budget, S selections a request (1, or Hkv), R ballots,
+dim of q and k, Dv head dim of v, k the budget, S selections per request (1, or Hkv), R ballots,
 K capacity of a selection. A position is a token's index in its request; a slot is its row in a
 paged cache. Query head h reads KV head h // G.
 """

@@ -20,9 +20,9 @@ from tokenselect.contract.results import (
 class Reuse(NamedTuple):
     """The Selection Cache's two steps, before `score` and after `select`.
 
-    decide(problem, memory, theta) -> Decision, and changes nothing
-    keep(problem, memory, decision, fresh): stores the fresh selections; in `fresh`, writes in place
-    those that are reused, and what was appended. problem has the true lengths
+    decide_reuse(problem, state, theta) -> ReuseDecision, and changes nothing
+    update(problem, state, decision, selection): completes in `selection`, in place, those that are
+    reused with what was appended; stores the others in `state`. problem has the true lengths
     """
 
     decide_reuse: Callable[[Problem, CacheState, float | None], ReuseDecision]
@@ -38,8 +38,8 @@ class StaticStages(NamedTuple):
 
     score(problem) -> Scores; votes off the candidates may be anything
     select(votes, problem) -> Selection
-    attend(problem, selection, out) -> Attended; out (B, Hq, Lq, Dv), contiguous, is written to and
-    returned; None: attend takes memory for it
+    attend(problem, selection, out) -> AttentionOutput; out (B, Hq, Lq, Dv), contiguous, is written
+    to and returned; None: attend takes memory for it
     """
 
     score: Callable[[Problem], Scores] | str
@@ -82,6 +82,9 @@ class Backend:
     A stage given as a string is borrowed from the backend of that name; the registry fills it in
     and keeps the lender, whose limits then count too.
 
+    attend_fresh
+             score, select and attend in one: problem -> (AttentionOutput, Selection, the lse of
+             `Scores`), which an ordinary call without a Selection Cache then takes; None: in turn
     static   the stages as a plan runs them; None if they cannot be planned
     reuse    the Selection Cache's steps; those of cpu are torch operators and run on any device
     replays  makes, for one plan, what runs its steps without running their Python each time (see
@@ -96,6 +99,7 @@ class Backend:
     static: StaticStages | None = None
     reuse: Reuse | str = "cpu"
     replays: Callable[[], Any] | None = None
+    attend_fresh: Callable[[Problem], tuple[AttentionOutput, Selection, Tensor]] | None = None
     lenders: tuple["Backend", ...] = ()
 
 
@@ -137,7 +141,7 @@ def reasons(backend: Backend, problem: Problem) -> list[str]:
 
 
 def listed(allowed: Container[object]) -> str:
-    """The values of one limit of a capability, as text."""
+    """Format the values of one limit of a capability."""
     if isinstance(allowed, range):
         step = f" in steps of {allowed.step}" if allowed.step != 1 else ""
         return f"{allowed[0]} to {allowed[-1]}{step}" if allowed else "none"

@@ -24,7 +24,7 @@ class SelectConfig:
     vote           "soft": softmax mass (paper, eq. 7); "logit": summed logits (eq. 5);
                    "hard": heads that have the token among their own k best (eq. 6)
     normalize      the soft vote's softmax runs over all "visible" tokens, or "candidates" only
-    scope          one selection a "layer", or one a "group" of query heads (a KV head)
+    scope          one selection per "layer", or per "group" of query heads (a KV head)
     select_scale   factor on the vote's logits; None: the attention's own scale
     pool           odd; votes become the maximum over that many neighbouring candidates
     n_query_means  the queries of a call are averaged in this many runs, each of which votes
@@ -72,6 +72,7 @@ class SelectConfig:
         return cls(**{"select_scale": 1.0} | changes)
 
     def keys(self) -> Iterator[str]:
+        """Return the names of the settings: the mapping of `**config`."""
         return (field.name for field in fields(self))
 
     def __getitem__(self, name: str) -> Any:

@@ -20,7 +20,7 @@ class Problem:
     q             (B, Hq, Lq, D)
     k_cache       (B, Hkv, Lk, D), or paged (n_pages, page_size, Hkv, D); the new keys are in it
     v_cache       likewise with Dv
-    cache_seqlens (B,) int32, contiguous: n of each request, 0 (one that is not there) or >= Lq
+    cache_seqlens (B,) int32, contiguous: n of each request, 0 (an absent request) or >= Lq
     block_table   None, or (B, max_pages) int32: position j lies in page
                   block_table[b, j // page_size], row j % page_size
     """
@@ -83,53 +83,69 @@ class Problem:
 
     @property
     def B(self) -> int:
+        """Number of requests."""
         return self.q.shape[0]
 
     @property
     def Hq(self) -> int:
+        """Number of query heads."""
         return self.q.shape[1]
 
     @property
     def Lq(self) -> int:
+        """Number of queries per request in this call."""
         return self.q.shape[2]
 
     @property
     def D(self) -> int:
+        """Head dim of queries and keys."""
         return self.q.shape[3]
 
     @property
     def Dv(self) -> int:
+        """Head dim of values."""
         return self.v_cache.shape[3]
 
     @property
     def is_paged(self) -> bool:
+        """Whether the caches come in pages, with a block table."""
         return self.block_table is not None
 
     @property
     def page_size(self) -> int:
-        """Tokens a page; a contiguous cache is one page a request."""
+        """Tokens per page; a contiguous cache is one page per request."""
         return self.k_cache.shape[1] if self.is_paged else self.k_cache.shape[2]
 
     @property
     def Hkv(self) -> int:
+        """Number of KV heads."""
         return self.k_cache.shape[2] if self.is_paged else self.k_cache.shape[1]
 
     @property
     def G(self) -> int:
+        """Query heads per KV head."""
         return self.Hq // self.Hkv
 
     @property
     def Lk(self) -> int:
+        """Capacity of the cache, in tokens per request."""
         if self.block_table is None:
             return self.k_cache.shape[2]
         return self.block_table.shape[1] * self.page_size
 
     @property
+    def compute_dtype(self) -> torch.dtype:
+        """What q, keys and values are converted to: float32, or float64 for float64."""
+        return torch.promote_types(self.q.dtype, torch.float32)
+
+    @property
     def R(self) -> int:
+        """Number of ballots: 2 for split scoring, else 1."""
         return len(self.config.ballots)
 
     @property
     def S(self) -> int:
+        """Selections per request: 1, or one per KV head."""
         return 1 if self.config.scope == "layer" else self.Hkv
 
     @property
@@ -140,6 +156,7 @@ class Problem:
 
     @property
     def select_scale(self) -> float:
+        """Factor on the vote's logits."""
         chosen = self.config.select_scale
         return self.scale if chosen is None else float(chosen)
 

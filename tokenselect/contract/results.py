@@ -33,15 +33,15 @@ class AttentionOutput(NamedTuple):
 
 @dataclass(eq=False)
 class CacheState:
-    """What a SelectionCache holds of one layer, a row a request: tensors that stay where they are.
+    """What a SelectionCache holds of one layer, one row per request: tensors that never move.
 
-    query      (B, Hq * D) float32, the mean query of the last fresh selection
+    query      (B, Hq * D) float32, the mean query of the stored selection
     positions  (B, S, at least K) int32, that selection
     count      (B, S) int32, of that selection
     seqlen_at_selection
                (B,) int32, n when it was made; 0: nothing is stored
     hits       (B,) int64, how often the request reused its selection
-    misses     (B,) int64, how often it selected afresh
+    misses     (B,) int64, how often it selected again
     """
 
     query: Tensor
@@ -52,6 +52,7 @@ class CacheState:
     misses: Tensor
 
     def tensors(self) -> tuple[Tensor, ...]:
+        """Return all of it, in the order of the fields."""
         return (
             self.query,
             self.positions,
@@ -67,7 +68,7 @@ class ReuseDecision(NamedTuple):
 
     reused         (B,) bool
     cache_seqlens  (B,) int32, 0 where a selection is reused, else n: to `score` and `select`, a
-                   request that reuses its selection is one that is not there
+                   request that reuses its selection is absent
     query          (B, Hq * D) float32, the mean of the call's queries as given
     """
 

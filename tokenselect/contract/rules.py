@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 
 class _Rule(NamedTuple):
+    """One rule: what came, if it is broken; what it says; what to do."""
+
     broken: Callable[[Problem], str | None]  # what came, or None where the rule holds
     rule: str
     fix: str
@@ -106,6 +108,7 @@ def _wrong_batch(p: Problem) -> str | None:
 
 
 def _choice(name: str, options: object) -> _Rule:
+    """Return the rule that a setting is one of the options of a Literal."""
     allowed = get_args(options)
     return _Rule(
         lambda p: None if p.config[name] in allowed else f"{name}={p.config[name]!r}",
@@ -115,6 +118,8 @@ def _choice(name: str, options: object) -> _Rule:
 
 
 def _integer(name: str, low: int) -> _Rule:
+    """Return the rule that a setting is an integer of at least `low`."""
+
     def broken(p: Problem) -> str | None:
         value = p.config[name]
         return None if is_integer(value) and low <= value < 2**31 else f"{name}={value!r}"
@@ -127,6 +132,8 @@ _LARGEST = torch.finfo(torch.float32).max
 
 
 def _factor(name: str, value: Callable[[Problem], object]) -> _Rule:
+    """Return the rule that a value is None or a positive number that float32 holds."""
+
     def broken(p: Problem) -> str | None:
         got: Any = value(p)
         holds = got is None or (is_number(got) and 0 < got <= _LARGEST)
@@ -209,7 +216,7 @@ RULES: tuple[_Rule, ...] = (
         "k_cache and v_cache agree in all dimensions but the last",
         "check which tensor was permuted or sliced",
     ),
-    _Rule(_wrong_batch, "every tensor has q's number of requests B", "give one row a request"),
+    _Rule(_wrong_batch, "every tensor has q's number of requests B", "give one row per request"),
     _Rule(
         lambda p: (
             None
@@ -239,7 +246,7 @@ RULES: tuple[_Rule, ...] = (
         "append the new keys and values before the call",
     ),
     _Rule(
-        lambda p: None if p.Lk < 2**31 else f"the cache holds Lk={p.Lk} tokens a request",
+        lambda p: None if p.Lk < 2**31 else f"the cache holds Lk={p.Lk} tokens per request",
         "positions are int32: Lk < 2**31",
         "split the request",
     ),
@@ -249,7 +256,7 @@ RULES: tuple[_Rule, ...] = (
             if p.sink_logits is None or p.sink_logits.shape[0] == p.Hq
             else f"{_shape('sink_logits', p.sink_logits)}, {_shape('q', p.q)}"
         ),
-        "sink_logits has one entry a query head: (Hq,)",
+        "sink_logits has one entry per query head: (Hq,)",
         "pass the layer's own sink logits",
     ),
     _integer("k", 0),
@@ -287,7 +294,7 @@ RULES: tuple[_Rule, ...] = (
             else f"rope has {p.rope.rotary_dim} rotary dims, {_shape('q', p.q)}"
         ),
         "rotary_dim = 2 * len(inv_freq) is at most the head dim D",
-        "pass one frequency a pair of rotated dims",
+        "pass one frequency per pair of rotated dims",
     ),
 )
 

@@ -1,0 +1,1 @@
+"""From a call to the stages of a backend: names, operators, the step."""

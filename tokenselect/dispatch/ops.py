@@ -180,7 +180,12 @@ def _fake_attention_with_cache(*args: Any) -> tuple[Tensor, ...]:
 
 def define(name: str, schema: str, run: Any, fake: Any) -> None:
     """Add an operator to the namespace `tokenselect`. schema lacks its opening bracket."""
-    _implementations[f"tokenselect::{name}"] = without_autocast(run)
+
+    def run_without_autocast(first: Tensor, *args: Any) -> Any:
+        with without_autocast(first.device.type):
+            return run(first, *args)
+
+    _implementations[f"tokenselect::{name}"] = run_without_autocast
     _library.define(f"{name}({schema}", tags=torch.Tag.pt2_compliant_tag)
     _library.impl(name, _implementations[f"tokenselect::{name}"], "CompositeExplicitAutograd")
     torch.library.register_fake(f"tokenselect::{name}", fake, lib=_library)

@@ -19,7 +19,7 @@ _targets: dict[str, str | Backend] = {
     "triton": "tokenselect.kernels.triton:BACKEND",
     "cuda_graph": "tokenselect.plans.cuda_graph:BACKEND",
 }
-# Packages without which one of them is not there, instead of broken.
+# Packages without which one of them is absent, instead of broken.
 _PACKAGES = {"triton": "triton", "cuda_graph": "triton"}
 _loaded: dict[str, Backend] = {}
 # Names that installed packages declare and do not get: what came, the rule, what to do.
@@ -41,6 +41,7 @@ def register(name: str, target: str | Backend) -> None:
 
 
 def _add(name: str, target: str | Backend, came: str) -> None:
+    """Add a name that is free; `came` is what an error says that came."""
     if not isinstance(name, str) or name in ("", "auto", *_targets):
         raise InvalidProblem(
             came,
@@ -59,6 +60,7 @@ def _add(name: str, target: str | Backend, came: str) -> None:
 
 
 def _scan() -> None:
+    """Read, once, what installed packages declare."""
     global _scanned
     if not _scanned:
         declared: dict[str, dict[str, str]] = {}
@@ -88,7 +90,7 @@ def _declare(name: str, packages: dict[str, str]) -> None:
 
 
 def backends() -> tuple[str, ...]:
-    """The names that `backend=` takes, besides "auto".
+    """Return the names that `backend=` takes, besides "auto".
 
     Those too that cannot be used, because a package is missing or broken, or several declare the
     name: `explain` and the error say why.
@@ -98,7 +100,9 @@ def backends() -> tuple[str, ...]:
 
 
 def load(name: str, borrowers: tuple[str, ...] = ()) -> Backend:
-    """The backend of that name, imported now if it has not been; for `borrowers`, if for any.
+    """Return the backend of that name, importing it the first time.
+
+    borrowers  the backends on whose behalf it is loaded, to find a circle
 
     Raises UnknownBackend, or InvalidProblem for a name that installed packages declare and do not
     get; an installed backend that fails to import raises its own error.
@@ -126,7 +130,7 @@ load._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def named(asked: str) -> str:
-    """The name of a backend that is asked for by it, or as "package.module:ATTRIBUTE".
+    """Return the name of a backend given by name or as "package.module:ATTRIBUTE".
 
     That is imported, and registered if it is not. Raises InvalidProblem if it is no Backend, or
     another one has its name.
@@ -153,6 +157,7 @@ def named(asked: str) -> str:
 
 
 def _import(name: str, target: str | Backend) -> Backend:
+    """Import what a name stands for."""
     if isinstance(target, str):
         module, _, attribute = target.partition(":")
         target = getattr(importlib.import_module(module), attribute)
@@ -160,6 +165,7 @@ def _import(name: str, target: str | Backend) -> Backend:
 
 
 def _check_name(name: str, target: object) -> Backend:
+    """Return the target if it is a Backend of that name; else raise InvalidProblem."""
     if not isinstance(target, Backend) or target.name != name:
         came = f"Backend({target.name!r}, ...)" if isinstance(target, Backend) else repr(target)
         raise InvalidProblem(
@@ -208,7 +214,7 @@ def resolved(backend: Backend, borrowers: tuple[str, ...] = ()) -> Backend:
 
 
 def reuse_of(backend: Backend) -> Reuse:
-    """The Selection Cache's steps on `backend`: its own, or those of the lender that it names."""
+    """Return the Selection Cache's steps on `backend`: its own, or its lender's."""
     names = [backend.name]
     while isinstance(backend.reuse, str):
         names.append(backend.reuse)
@@ -247,7 +253,7 @@ class Explanation(NamedTuple):
 
 
 def explain(name: str, problem: Problem) -> Explanation:
-    """What backend=`name` means for `problem`, without raising for what cannot run."""
+    """Say what backend=`name` means for `problem`, without raising where nothing can run it."""
     _scan()
     refused = _refusal(name)
     if refused is not None:
@@ -257,7 +263,9 @@ def explain(name: str, problem: Problem) -> Explanation:
 
 
 def resolve(name: str, problem: Problem, *, static: bool = False) -> str:
-    """The backend that runs `problem`, or plans it. One asked for by name is that one or an error.
+    """Return the name of the backend that runs `problem`, or plans it.
+
+    A backend specified by name is that one, or an error.
 
     Raises UnknownBackend, or UnsupportedProblem with the reasons of every backend tried.
     """
@@ -275,6 +283,7 @@ def resolve(name: str, problem: Problem, *, static: bool = False) -> str:
 def _choose(
     name: str, problem: Problem, static: bool = False
 ) -> tuple[str | None, dict[str, list[str]]]:
+    """Return the first backend that can run the problem, and why those before it cannot."""
     passed_over: dict[str, list[str]] = {}
     for candidate in AUTO if name == "auto" else (name,):
         try:

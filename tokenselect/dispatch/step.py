@@ -41,7 +41,7 @@ class Step(NamedTuple):
     reused: Tensor | None
 
 
-_NOWHERE: AbstractContextManager[None] = nullcontext()
+_NOTHING: AbstractContextManager[None] = nullcontext()
 
 
 def run_step(
@@ -50,7 +50,7 @@ def run_step(
     reuse: Reuse | None = None,
     state: CacheState | None = None,
     theta: float | None = None,
-    section: Callable[[str], AbstractContextManager[None]] = lambda name: _NOWHERE,
+    section: Callable[[str], AbstractContextManager[None]] = lambda name: _NOTHING,
 ) -> Step:
     """Run score, select and attend of `stages`, around them decide_reuse and update if `state`.
 
@@ -59,7 +59,7 @@ def run_step(
     section  entered around each part by its name: a plan lends each part its own memory
     """
     if state is None:
-        fused = getattr(stages, "attend_fresh", None)
+        fused = getattr(stages, "attend_fresh", None)  # a plan's stages have none
         if fused is not None:
             with section("attend_fresh"):
                 attended, selection, dense_lse = fused(problem)
@@ -84,14 +84,8 @@ def run_step(
     return Step(*attended, *selection, scores.lse, reused)
 
 
-def without_autocast(run: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `run`, whose first argument is a tensor: autocast would round logits inside it."""
-
-    def wrapped(first: Tensor, *args: Any) -> Any:
-        device = first.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                return run(first, *args)
-        return run(first, *args)
-
-    return wrapped
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    """Switch autocast off inside, if it is on: it would round logits to its dtype."""
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return _NOTHING

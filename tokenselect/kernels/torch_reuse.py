@@ -3,9 +3,9 @@
     reused  =  cos(qbar, stored qbar) >= theta, one cosine over all heads, and only new tokens
                were appended since, no more than max_reuse of them, and the result fits K
 
-Unlike the stages, which answer for a number within a budget, a decision is right or wrong; so its
-arithmetic is laid down, and every backend takes the same decision from the same queries. Sums are
-float64, of 512 columns that add up one after the other, then by halves; products of two float32
+Unlike the stages, which answer for a number within a tolerance, a decision is right or wrong; so
+its arithmetic is specified, and every backend takes the same decision from the same queries. Sums
+are float64, of 512 columns that add up one after the other, then by halves; products of two float32
 numbers are exact in it. All of it runs on the device and waits for nothing.
 """
 
@@ -20,7 +20,7 @@ RUN = 16
 COLUMNS = 512
 
 
-def decide_reuse(problem: Problem, memory: CacheState, theta: float | None) -> ReuseDecision:
+def decide_reuse(problem: Problem, state: CacheState, theta: float | None) -> ReuseDecision:
     """Which requests reuse their selection; changes nothing. theta None: none."""
     p, device = problem, problem.q.device
     query = mean_query(p)
@@ -28,16 +28,16 @@ def decide_reuse(problem: Problem, memory: CacheState, theta: float | None) -> R
     if theta is not None:
         n, appended, fits = (empty((p.B,), torch.int32, device) for _ in range(3))
         torch.clamp(p.cache_seqlens, 0, p.Lk, out=n)
-        torch.sub(n, memory.seqlen_at_selection, out=appended)
-        torch.amax(memory.count, 1, out=fits).add_(appended)
+        torch.sub(n, state.seqlen_at_selection, out=appended)
+        torch.amax(state.count, 1, out=fits).add_(appended)
         holds = empty((p.B,), torch.bool, device)
-        reused &= torch.gt(memory.seqlen_at_selection, 0, out=holds)
+        reused &= torch.gt(state.seqlen_at_selection, 0, out=holds)
         reused &= torch.ge(appended, p.Lq, out=holds)
         reused &= torch.le(appended, p.max_reuse, out=holds)
         reused &= torch.le(fits, p.K, out=holds)
         # cos >= theta as cos * |cos| >= theta * |theta|: no root, and no division, so that equal
         # queries have a cosine of exactly 1.
-        product, power, stored = dots(query, memory.query)
+        product, power, stored = dots(query, state.query)
         both, least = (empty((p.B,), torch.float64, device) for _ in range(2))
         torch.mul(power, stored, out=both)
         reused &= torch.gt(both, 0, out=holds)
@@ -46,47 +46,49 @@ def decide_reuse(problem: Problem, memory: CacheState, theta: float | None) -> R
         product.mul_(least)
         least.fill_(theta * abs(theta)).mul_(both)
         reused &= torch.ge(product, least, out=holds)
-    afresh = empty((p.B,), torch.int32, device).copy_(p.cache_seqlens).masked_fill_(reused, 0)
-    return ReuseDecision(reused, afresh, query)
+    lengths = empty((p.B,), torch.int32, device).copy_(p.cache_seqlens).masked_fill_(reused, 0)
+    return ReuseDecision(reused, lengths, query)
 
 
-def update(problem: Problem, memory: CacheState, decision: ReuseDecision, fresh: Selection) -> None:
-    """Store the selections made afresh; complete, in `fresh`, those that are reused.
+def update(
+    problem: Problem, state: CacheState, decision: ReuseDecision, selection: Selection
+) -> None:
+    """Complete the selections that are reused, in `selection`; store the others in `state`.
 
     A reused selection is the stored positions and every position appended since.
     """
     p, device = problem, problem.q.device
-    K = fresh.positions.shape[2]
+    K = selection.positions.shape[2]
     rows, places = (p.B, p.S), (p.B, p.S, K)
     reused, query = decision.reused, decision.query
     n = torch.clamp(p.cache_seqlens, 0, p.Lk, out=empty((p.B,), torch.int32, device))
     place = torch.arange(K, out=empty((K,), torch.int32, device), device=device)
-    stored = memory.positions[:, :, :K]
+    stored = state.positions[:, :, :K]
     # Place r holds the stored position r, or, from count on, seen, seen + 1, ..., n - 1.
     ahead = torch.sub(
-        memory.seqlen_at_selection[:, None], memory.count, out=empty(rows, torch.int32, device)
+        state.seqlen_at_selection[:, None], state.count, out=empty(rows, torch.int32, device)
     )
     total = torch.sub(n[:, None], ahead, out=empty(rows, torch.int32, device))
     holds = empty(places, torch.bool, device)
     merged = torch.add(place, ahead[..., None], out=empty(places, torch.int32, device))
-    torch.where(torch.lt(place, memory.count[..., None], out=holds), stored, merged, out=merged)
+    torch.where(torch.lt(place, state.count[..., None], out=holds), stored, merged, out=merged)
     merged.masked_fill_(torch.ge(place, total[..., None], out=holds), -1)
-    positions, count = fresh
+    positions, count = selection
     torch.where(reused[:, None, None], merged, positions, out=positions)
     torch.where(reused[:, None], total, count, out=count)
 
     torch.where(reused[:, None, None], stored, positions, out=stored)
-    torch.where(reused[:, None], memory.query, query, out=memory.query)
-    torch.where(reused[:, None], memory.count, count, out=memory.count)
-    torch.where(reused, memory.seqlen_at_selection, n, out=memory.seqlen_at_selection)
+    torch.where(reused[:, None], state.query, query, out=state.query)
+    torch.where(reused[:, None], state.count, count, out=state.count)
+    torch.where(reused, state.seqlen_at_selection, n, out=state.seqlen_at_selection)
     present, counted = empty((p.B,), torch.bool, device), empty((p.B,), torch.int64, device)
-    memory.hits.add_(counted.copy_(torch.gt(n, 0, out=present).logical_and_(reused)))
-    afresh = torch.logical_not(reused, out=holds[:, 0, 0])
-    memory.misses.add_(counted.copy_(torch.gt(n, 0, out=present).logical_and_(afresh)))
+    state.hits.add_(counted.copy_(torch.gt(n, 0, out=present).logical_and_(reused)))
+    selected_again = torch.logical_not(reused, out=holds[:, 0, 0])
+    state.misses.add_(counted.copy_(torch.gt(n, 0, out=present).logical_and_(selected_again)))
 
 
 def mean_query(problem: Problem) -> Tensor:
-    """The mean of the queries as given, all heads side by side: (B, Hq * D) float32."""
+    """Return the mean of the queries as given, heads side by side: (B, Hq * D) float32."""
     p, device = problem, problem.q.device
     query = empty((p.B, p.Hq * p.D), torch.float32, device)
     by_head = query.view(p.B, p.Hq, p.D)
@@ -105,7 +107,7 @@ def mean_query(problem: Problem) -> Tensor:
 
 
 def dots(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """a . b, a . a and b . b of each row of a and b (B, N) float32: (B,) float64 each."""
+    """Return a . b, a . a and b . b of each row of a and b (B, N) float32: (B,) float64 each."""
     B, N = a.shape
     n_chunks = -(-N // COLUMNS)
     x, y = (empty((B, N), torch.float64, a.device).copy_(side) for side in (a, b))

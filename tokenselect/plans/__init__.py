@@ -1,0 +1,1 @@
+"""Plans and CUDA graphs: a step with fixed memory, and its capture."""

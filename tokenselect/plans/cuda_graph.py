@@ -32,17 +32,23 @@ from tokenselect.selection_cache import is_tried, rollback_caches
 class Interface(Protocol):
     """What `Graphs` needs of CUDA. Tests put a recording of operators in its place."""
 
-    def pool(self) -> Any: ...
-    def warm_up(self, step: Callable[[], Any], device: torch.device) -> None: ...
+    def pool(self) -> Any:
+        """Return a new pool of memory."""
+
+    def warm_up(self, step: Callable[[], Any], device: torch.device) -> None:
+        """Run the step once outside of any capture."""
+
     def capture(
         self, step: Callable[[], Any], pool: Any, device: torch.device
-    ) -> tuple[Any, Callable[[], None]]: ...
+    ) -> tuple[Any, Callable[[], None]]:
+        """Return what the step returned while captured, and what replays it."""
 
 
 class Cuda:
     """torch.cuda's graphs."""
 
     def pool(self) -> Any:
+        """Return a new pool of memory."""
         return torch.cuda.graph_pool_handle()
 
     def warm_up(self, step: Callable[[], Any], device: torch.device) -> None:
@@ -65,7 +71,7 @@ class Cuda:
     def capture(
         self, step: Callable[[], Any], pool: Any, device: torch.device
     ) -> tuple[Any, Callable[[], None]]:
-        """What the step returned while captured, and the function that replays it."""
+        """Return what the step returned while captured, and the function that replays it."""
         with torch.cuda.device(device):
             graph = torch.cuda.CUDAGraph()
             # torch's own context does not put the stream back if the capture fails.
@@ -82,11 +88,12 @@ def _padded(x: Tensor, rows: int) -> Tensor:
 
 
 def _cut(outputs: Any, B: int) -> Any:
+    """Cut every result back to B rows."""
     return tree_map_only(Tensor, lambda x: x[:B], outputs)
 
 
 def _place(error: BaseException) -> str:
-    """The line that raised an error: the last one that is neither torch's nor this library's."""
+    """Name the line that raised an error: the last that is neither torch's nor this library's."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [str(Path(module.__file__ or "").parent) for module in (torch, ops)]
     theirs = [frame for frame in frames if not frame.filename.startswith(tuple(own))]
@@ -152,7 +159,7 @@ class Graphs:
         self._lock = threading.Lock()
 
     def bucket(self, B: int) -> int:
-        """The batch that B requests are captured for. Raises InvalidProblem if there is none."""
+        """Return the batch that B requests are captured for, or raise InvalidProblem."""
         fitting = [size for size in self.batches if size >= B]
         if self.batches and not fitting:
             raise InvalidProblem(
@@ -277,7 +284,7 @@ def _shape(x: Tensor, rows: int | None) -> tuple[int, ...]:
 
 
 def _fill(held: tuple[Tensor | None, ...], inputs: tuple[Tensor | None, ...]) -> None:
-    """Copy inputs to where a graph reads them; rows that are not there are zeros."""
+    """Copy inputs to where a graph reads them; absent rows are zeros."""
     for place, given in zip(held, inputs, strict=True):
         if place is None or given is None:
             continue
@@ -296,14 +303,14 @@ def capture(
     limit: int = 64,
     interface: Interface | None = None,
 ) -> Callable[..., Any]:
-    """A function that replays `step` as one CUDA graph: several layers, or a whole decode step.
+    """Return a function that replays `step` as one CUDA graph: layers, or a whole decode step.
 
     step       a function of tensors that returns a tensor or a tuple of them. Its arguments are
                copied to where the graph reads them. Every other tensor that it uses (weights, KV
                caches, Selection Caches) is read and written where it was at the first call: it
                must stay there, alive, and keep its shape.
     batches    if given, dim 0 of every argument and result is the batch: it is padded with rows of
-               zeros (a request of length 0 is not there) to the next of these sizes
+               zeros (a request of length 0 is absent) to the next of these sizes
     limit      so many captures, one for each combination of shapes, are kept
 
     At the first call for each combination of shapes the step runs twice before it is captured, and
@@ -348,7 +355,7 @@ def capture(
 
 
 def _maker(batches: Iterable[int], limit: int, interface: Interface | None) -> Callable[[], Graphs]:
-    """Makes Graphs that share one pool of memory."""
+    """Return what makes Graphs that share one pool of memory."""
     batches, limit = tuple(map(plain, batches)), plain(limit)
     used = Cuda() if interface is None else interface
     for size in (*batches, limit):
@@ -369,7 +376,7 @@ def cuda_graph(
     limit: int = 64,
     interface: Interface | None = None,
 ) -> Backend:
-    """A backend that captures what `backend` does into CUDA graphs, and replays them.
+    """Return a backend that captures what `backend` does into CUDA graphs, and replays them.
 
     A plan of it is one graph: `tokenselect.plan(problem, backend="cuda_graph")`. New queries,
     lengths and block tables are copied in; caches are read where they lie, so another cache is
@@ -428,7 +435,7 @@ def cuda_graph(
 
 
 def _minus_infinity_elsewhere(scores: Scores, problem: Problem) -> Scores:
-    """What a planned `score` gives, and -inf where it may leave anything: off the candidates."""
+    """Return static scores, -inf outside the candidates, where they may hold anything."""
     votes, lse = scores
     c, place = problem.config, torch.arange(problem.Lk, device=votes.device)
     n = problem.cache_seqlens.clamp(0, problem.Lk)[:, None, None, None]
@@ -441,12 +448,12 @@ _COPIED = ("q", "cache_seqlens", "block_table")
 
 
 def address(x: Tensor | None) -> Any:
-    """What a graph remembers of a tensor that it does not copy."""
+    """Return what a graph remembers of a tensor that it does not copy."""
     return None if x is None else (x.data_ptr(), x.shape, x.stride(), x.dtype, x.device)
 
 
 def setting(problem: Problem) -> Any:
-    """What a graph remembers of a problem, but for the tensors that are copied."""
+    """Return what a graph remembers of a problem, besides the tensors that are copied."""
     p, rope = problem, problem.rope
     turning = None
     if rope is not None:
@@ -457,7 +464,7 @@ def setting(problem: Problem) -> Any:
 
 
 def _split(given: tuple[Any, ...]) -> tuple[Any, tuple[Tensor | None, ...], Callable[..., Any]]:
-    """A stage's arguments as a key, the tensors to copy, and how to put it together again."""
+    """Split a stage's arguments into a key, tensors to copy, and what puts them together."""
     (problem,) = (x for x in given if isinstance(x, Problem))
     inputs: list[Tensor | None] = [getattr(problem, name) for name in _COPIED]
     for x in given:

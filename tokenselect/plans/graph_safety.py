@@ -41,7 +41,7 @@ def check_capturable(step: Callable[..., Any], *inputs: Any) -> Any:
 
 @contextmanager
 def graph_safe(device: torch.device) -> Iterator[None]:
-    """Raises NotCapturable at the first operation inside that a CUDA graph cannot hold.
+    """Raise NotCapturable at the first operation inside that a CUDA graph cannot hold.
 
     Those are operations on tensors of the device whose result, or its shape, the host has to read.
     Compiled functions run as they are written meanwhile, to be seen into.
@@ -76,6 +76,8 @@ def force_eager() -> Iterator[None]:
 
 
 class _HostReads(TorchFunctionMode):
+    """Raise for functions of torch that read a tensor of the device on the host."""
+
     def __init__(self, device: str) -> None:
         super().__init__()
         self._device = device
@@ -102,6 +104,8 @@ class _HostReads(TorchFunctionMode):
 
 
 class _Operators(TorchDispatchMode):
+    """Raise for operators whose result the host has to read, or whose shape depends on values."""
+
     def __init__(self, device: str) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._device = device

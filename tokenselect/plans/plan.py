@@ -6,22 +6,21 @@ from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, Literal, overload
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from tokenselect.api import AttentionInfo, check_out, info_of, refuse_grad
 from tokenselect.contract import CacheState, Problem, Selection
-from tokenselect.dispatch import ops, registry
-from tokenselect.dispatch.step import Step, run_step
+from tokenselect.dispatch import registry
+from tokenselect.dispatch.step import Step, run_step, without_autocast
 from tokenselect.errors import InvalidProblem
 from tokenselect.plans.cuda_graph import address, setting
+from tokenselect.plans.operator import PLANS, extent, with_tensors
 from tokenselect.plans.stream_order import StreamSerializer
 from tokenselect.scratch import Scratch, empty
 from tokenselect.selection_cache import SelectionCache, used
 
-_plans: WeakValueDictionary[int, "Plan"] = WeakValueDictionary()
 _handles = itertools.count()
 
 # What every call has in common with the problem that was planned.
@@ -86,18 +85,19 @@ class Plan:
         self._graphs = None if chosen.replays is None else chosen.replays()
         self._checked: dict[Any, list[int]] = {}
         self._handle = next(_handles)
-        _plans[self._handle] = self
+        PLANS[self._handle] = self
         self._warm_up()
 
     @property
     def bytes(self) -> int:
+        """Bytes of the memory that it holds."""
         return self._scratch.bytes
 
     def __repr__(self) -> str:
         return f"Plan({self._like.describe()}; {self.backend}, {self.bytes} bytes)"
 
     def __deepcopy__(self, memo: Any) -> "Plan":
-        """A plan for the same, with memory of its own: models that hold plans can be copied."""
+        """Return a plan for the same with its own memory: models that hold plans can be copied."""
         return Plan(self._like, self.backend)
 
     def prepare(self, *caches: SelectionCache) -> None:
@@ -173,7 +173,7 @@ class Plan:
         given = q, k_cache, v_cache, cache_seqlens, block_table, sink_logits, out
         self._check(given, cache)
         like = self._like
-        problem = _with(like, *given[:-1])
+        problem = with_tensors(like, *given[:-1])
         # Of the plan's K, so that it never moves.
         state = None if cache is None else cache.state(like, stays=True)
         theta = None if cache is None else cache.theta
@@ -206,7 +206,7 @@ class Plan:
             result = done[0] if out is None or done[0] is out else out.copy_(done[0])
             return [result, *(x.clone() for x in done[1:] if with_info)]
 
-        with self._order.turn(), torch.no_grad(), _without_autocast(problem.q.device.type):
+        with self._order.turn(), torch.no_grad(), without_autocast(problem.q.device.type):
             if self._graphs is None:
                 return finish(self._step(problem, state, theta, out))
             return self._replayed(self._graphs, problem, state, theta, finish)
@@ -219,7 +219,7 @@ class Plan:
         theta: float | None,
         finish: Callable[[tuple[Tensor, ...]], list[Tensor]],
     ) -> list[Tensor]:
-        """The step, captured for a size of batch that may be larger, and replayed."""
+        """Replay the step, captured for a batch that may be larger."""
         rows = B = problem.B
         if problem.is_paged and graphs.batches:
             # The rows of a contiguous cache, in contrast, are those of the batch.
@@ -261,7 +261,7 @@ class Plan:
         nobody = torch.zeros((like.B,), dtype=torch.int32, device=like.q.device)
         problem = replace(like, cache_seqlens=nobody)
         memory = SelectionCache().state(problem)
-        with self._order.turn(), torch.no_grad(), _without_autocast(like.q.device.type):
+        with self._order.turn(), torch.no_grad(), without_autocast(like.q.device.type):
             self._step(problem, memory, 0.9, None)
         self._scratch.seal()
         self._written = sorted(
@@ -298,7 +298,7 @@ class Plan:
             self._check_kind(given, cache)
             if len(self._checked) >= _KINDS:  # of a capacity that is asked for in many sizes
                 self._checked.clear()
-            sizes = self._checked[kind] = [0 if x is None else _extent(x) for x in given]
+            sizes = self._checked[kind] = [0 if x is None else extent(x) for x in given]
         elif cache is not None:
             self._check_cache(given[0].shape[0], cache)  # type: ignore[union-attr]  # checked
         self._check_memory(given, sizes)
@@ -345,6 +345,7 @@ class Plan:
         refuse_grad(problem)
 
     def _check_sizes(self, problem: Problem) -> None:
+        """Raise InvalidProblem for other sizes, dtypes or devices than were planned."""
         like = self._like
         differing = [name for name in _EQUAL if getattr(problem, name) != getattr(like, name)]
         if problem.is_paged and problem.page_size != like.page_size:
@@ -374,11 +375,12 @@ class Plan:
                 )
 
     def _check_cache(self, B: int, cache: SelectionCache) -> None:
+        """Raise InvalidProblem for a SelectionCache that does not fit the plan."""
         if not isinstance(cache, SelectionCache):
             raise InvalidProblem(
                 f"cache is a {type(cache).__name__}",
                 "cache is a tokenselect.SelectionCache or None",
-                "make one a layer: SelectionCache(theta=0.9)",
+                "make one per layer: SelectionCache(theta=0.9)",
             )
         if cache.max_reuse != self._like.max_reuse:
             raise InvalidProblem(
@@ -390,8 +392,8 @@ class Plan:
         if self._like.B != B:
             raise InvalidProblem(
                 f"the call has B={B} and a cache; the plan was made for B={self._like.B}",
-                "with a SelectionCache every call has all requests of the plan, a row each",
-                "give a request that is not there the length 0",
+                "with a SelectionCache every call has all requests of the plan, one row each",
+                "give an absent request the length 0",
             )
 
     def _check_memory(self, given: tuple[Tensor | None, ...], sizes: list[int]) -> None:
@@ -420,93 +422,11 @@ _INPUTS = "q", "k_cache", "v_cache", "cache_seqlens", "block_table", "sink_logit
 _KINDS = 256
 
 
-def _with(
-    like: Problem,
-    q: Any,
-    k_cache: Any,
-    v_cache: Any,
-    cache_seqlens: Any,
-    block_table: Any,
-    sink_logits: Any,
-) -> Problem:
-    """Return the planned problem with the tensors of a call."""
-    return Problem(
-        q,
-        k_cache,
-        v_cache,
-        cache_seqlens,
-        block_table,
-        like.scale,
-        like.softcap,
-        sink_logits,
-        like.rope,
-        like.max_reuse,
-        like.config,
-    )
-
-
-def _extent(x: Tensor) -> int:
-    """Return how many bytes lie from x's first to after its last."""
-    reach = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    return (reach + 1) * x.itemsize
-
-
 def _stand_in(x: Tensor) -> Tensor:
-    """A tensor of x's shape that takes no memory."""
+    """Return a tensor of x's shape that takes no memory."""
     with torch.inference_mode(False):
         return x.new_zeros((1,) * x.dim()).expand(x.shape)
 
 
 def _listed(values: dict[str, Any]) -> str:
     return ", ".join(f"{name}={value}" for name, value in values.items())
-
-
-def _without_autocast(device: str) -> Any:
-    """Autocast would round logits to its dtype without a word."""
-    return torch.autocast(device, enabled=False)
-
-
-# --- the operator that torch.compile sees -------------------------------------------------
-
-
-def _plan_step(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    cache_seqlens: Tensor,
-    block_table: Tensor | None,
-    sink_logits: Tensor | None,
-    state: list[Tensor],
-    theta: float | None,
-    with_info: bool,
-    handle: int,
-) -> tuple[Tensor, ...]:
-    made = _plans[handle]
-    given = q, k_cache, v_cache, cache_seqlens, block_table, sink_logits
-    problem = _with(made._like, *given)
-    out = q.new_empty((problem.B, problem.Hq, problem.Lq, problem.Dv))
-    made._check_memory((*given, None), [0 if x is None else _extent(x) for x in (*given, None)])
-    held = CacheState(*state) if state else None
-    # An operator returns tensors of its own, always as many.
-    _, *info = made._run(problem, held, theta, out, with_info)
-    return out, *(info or [out.new_empty(0) for _ in Step._fields[1:]])
-
-
-def _fake_plan_step(q: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    *_, with_info, handle = rest
-    if not with_info:
-        out = q.new_empty((*q.shape[:3], v_cache.shape[3]))
-        return out, *(q.new_empty(0) for _ in Step._fields[1:])
-    like = _plans[handle]._like
-    p = replace(like, q=q, k_cache=k_cache, v_cache=v_cache, block_table=rest[1])
-    return (*ops.fake_step(p), q.new_empty((p.B,), dtype=torch.bool))
-
-
-ops.define(
-    "plan_step",
-    "Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, Tensor? block_table, "
-    "Tensor? sink_logits, Tensor(a!)[] state, float? theta, bool with_info, int plan) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _plan_step,
-    _fake_plan_step,
-)

@@ -36,6 +36,7 @@ class StreamSerializer:
 
     @contextmanager
     def turn(self) -> Iterator[None]:
+        """Hold the turn inside; wait on the device for the stream that had it before."""
         turns = getattr(_current, "turns", None)
         if turns is not None and self not in turns:
             turns.append(self)

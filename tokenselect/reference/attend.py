@@ -1,4 +1,8 @@
-"""Stage 3, attend: softmax attention of each query over the selected tokens it may see (eq. 2)."""
+"""Stage 3, attend: softmax attention of each query over the selected tokens it may see.
+
+s_{h,i,j}  = softcap(scale * q_{h,i} . k_{h // G, j})              j selected, j <= n - Lq + i
+out_{h,i}  = sum over j of softmax_j(s_{h,i}) v_{h // G, j}        eq. 2
+"""
 
 import math
 
@@ -31,21 +35,21 @@ def attend(problem: Problem, selection: Selection) -> AttentionOutput:
                     seen = positions <= n - Lq + i
                     if not seen.any():
                         continue
-                    logits = problem.scale * (keys[g, seen] @ queries[h, i])
+                    logits = problem.scale * (keys[g, seen] @ queries[h, i])  # s_j
                     logits = capped(logits, problem.softcap)
-                    out[b, h, i] = weights(logits, sink) @ values[g, seen]
+                    out[b, h, i] = softmax_weights(logits, sink) @ values[g, seen]  # eq. 2
                     lse[b, h, i] = logits.logsumexp(0)
     return AttentionOutput(out, lse)
 
 
 def heads_of(problem: Problem, s: int) -> range:
-    """The query heads that attend to selection s: all of them, or one group."""
+    """Return the query heads that attend to selection s: all of them, or one group."""
     heads = problem.Hq // problem.S
     return range(s * heads, (s + 1) * heads)
 
 
 def placed(problem: Problem, b: int, n: int, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries (Hq, Lq, D) and selected keys (Hkv, count, D), both where they are attended.
+    """Return queries (Hq, Lq, D) and selected keys (Hkv, count, D), placed where they attend.
 
     "original": each where it stands. "contiguous": the r-th selected key at r, and the queries
     at the last Lq of those places.
@@ -66,12 +70,12 @@ def placed(problem: Problem, b: int, n: int, positions: Tensor) -> tuple[Tensor,
 
 
 def capped(logits: Tensor, softcap: float | None) -> Tensor:
-    """Logits kept within +-softcap (Gemma 2)."""
+    """Keep logits within +-softcap (Gemma 2)."""
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def weights(logits: Tensor, sink: Tensor | None) -> Tensor:
-    """Softmax, with the sink's logit in the denominator and no value of its own (gpt-oss)."""
+def softmax_weights(logits: Tensor, sink: Tensor | None) -> Tensor:
+    """Return the softmax, the sink's logit in its denominator and without a value (gpt-oss)."""
     if sink is None:
         return torch.softmax(logits, 0)
     return torch.softmax(torch.cat((logits, sink.to(logits.dtype)[None])), 0)[:-1]

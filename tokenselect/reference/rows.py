@@ -1,13 +1,12 @@
 """Reading rows of one request from a cache, contiguous or paged."""
 
-import torch
 from torch import Tensor
 
 from tokenselect.contract import Problem
 
 
 def read(problem: Problem, cache: Tensor, b: int, positions: Tensor) -> Tensor:
-    """The rows of request b at `positions` (L,), as (Hkv, L, D), in float32 or better.
+    """Return the rows of request b at `positions` (L,), as (Hkv, L, D), in float32 or better.
 
     `cache` is problem.k_cache or problem.v_cache. Rows not named are never touched.
     """
@@ -16,4 +15,4 @@ def read(problem: Problem, cache: Tensor, b: int, positions: Tensor) -> Tensor:
     else:
         page = problem.block_table[b][positions // problem.page_size].long()
         rows = cache[page, positions % problem.page_size].transpose(0, 1)
-    return rows.to(torch.promote_types(rows.dtype, torch.float32))
+    return rows.to(problem.compute_dtype)

@@ -4,7 +4,9 @@ qbar_h   = mean over i of q_{h,i}                                  the selection
 s_{h,j}  = softcap(select_scale * qbar_h . k_{h // G, j})          a logit, head by token
 votes_j  = sum over h of softmax_j(s_h)                            the soft vote, eq. 7
 
-Equal keys get equal votes, wherever they stand: what makes a vote is added up in one order.
+The file starts with one head and one request. Then come several heads, runs of queries, ballots and
+pages (`score`), and at last keys that move (`placed`). Equal keys get equal votes wherever they
+are: what makes a vote is added up in one order.
 """
 
 import math
@@ -16,6 +18,28 @@ from torch.nn import functional as F
 from tokenselect.contract import Problem, Scores, SelectConfig
 from tokenselect.reference.rows import read
 from tokenselect.reference.select import best
+
+
+def logits(problem: Problem, query: Tensor, keys: Tensor) -> Tensor:
+    """Return one head's logits (n,) of one query (D,) over keys (n, D); -inf if not finite."""
+    s = problem.select_scale * added((keys * query).T)  # s_j = scale * qbar . k_j
+    if problem.softcap is not None:
+        capped = problem.softcap * torch.tanh(s / problem.softcap)
+        return torch.where(s.isfinite(), capped, -math.inf)
+    return torch.where(s.isfinite(), s, -math.inf)
+
+
+def vote(s: Tensor, candidates: slice, c: SelectConfig) -> Tensor:
+    """Return one head's votes for the candidates, from its logits s (n,)."""
+    if c.vote == "logit":  # eq. 5
+        return s[candidates]
+    if c.vote == "hard":  # eq. 6
+        votes = torch.zeros_like(s[candidates])
+        votes[best(s[candidates], c.k)] = 1
+        return votes
+    if c.normalize == "candidates":  # eq. 7 over the candidates, as the released code has it
+        return softmax(s[candidates])
+    return softmax(s)[candidates]  # eq. 7
 
 
 def score(problem: Problem) -> Scores:
@@ -47,14 +71,16 @@ def score(problem: Problem) -> Scores:
                 head_votes.append(added(torch.stack(run_votes)))
                 lse[b, h] = logits(problem, queries[h].mean(0), head_keys).logsumexp(0)
             for s, voters in enumerate(torch.stack(head_votes).chunk(problem.S)):
-                votes[b, ballot, s, candidates] = pooled(added(voters), c.pool).float()
+                votes[b, ballot, s, candidates] = pooled(
+                    added(voters), c.pool
+                ).float()  # sum over h
     return Scores(votes, lse)
 
 
 def placed(problem: Problem, b: int, n: int, score_at: str) -> tuple[Tensor, Tensor]:
-    """Queries (Hq, Lq, D) and keys (Hkv, n, D), both where this ballot scores them.
+    """Return queries (Hq, Lq, D) and keys (Hkv, n, D), placed where this ballot scores them.
 
-    "true": each where it stands. "fixed": every key n_local before every query, so that content
+    "true": each at its own position. "fixed": every key n_local before every query, so that content
     alone decides.
     """
     device = problem.q.device
@@ -73,15 +99,8 @@ def placed(problem: Problem, b: int, n: int, score_at: str) -> tuple[Tensor, Ten
     return rope.reposition(queries, query_positions, query_at), rope.reposition(keys, positions, at)
 
 
-def logits(problem: Problem, query: Tensor, keys: Tensor) -> Tensor:
-    """One head's logits (n,) of one query (D,) over keys (n, D); -inf if not finite."""
-    s = problem.select_scale * added((keys * query).T)
-    capped = s if problem.softcap is None else problem.softcap * torch.tanh(s / problem.softcap)
-    return torch.where(s.isfinite(), capped, -math.inf)
-
-
 def added(x: Tensor) -> Tensor:
-    """The sum of x (m, L) over m, half onto half, in place: every column in the same order.
+    """Sum x (m, L) over m, half onto half, in place: every column in the same order.
 
     A matrix product, and a sum of PyTorch's, add a column in an order that depends on its place.
     """
@@ -91,26 +110,13 @@ def added(x: Tensor) -> Tensor:
     return x[0]
 
 
-def vote(s: Tensor, candidates: slice, c: SelectConfig) -> Tensor:
-    """One head's votes for the candidates, from its logits s (n,)."""
-    if c.vote == "logit":  # eq. 5
-        return s[candidates]
-    if c.vote == "hard":  # eq. 6
-        votes = torch.zeros_like(s[candidates])
-        votes[best(s[candidates], c.k)] = 1
-        return votes
-    if c.normalize == "candidates":  # eq. 7 over the candidates, as the released code has it
-        return softmax(s[candidates])
-    return softmax(s)[candidates]  # eq. 7
-
-
 def softmax(s: Tensor) -> Tensor:
-    """Softmax that gives zeros where every logit is -inf."""
+    """Return the softmax, zeros where every logit is -inf."""
     return torch.softmax(s, 0).nan_to_num(0.0)
 
 
 def pooled(votes: Tensor, pool: int) -> Tensor:
-    """The maximum over a centred window of `pool` candidates, clipped at the edges."""
+    """Return the maximum over a centred window of `pool` candidates, clipped at the edges."""
     if pool == 1 or len(votes) == 0:
         return votes
     pool = min(pool, 2 * len(votes) - 1)

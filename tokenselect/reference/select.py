@@ -1,9 +1,18 @@
-"""Stage 2, select: the sink, the candidates with the most votes, the local window."""
+"""Stage 2, select: the sink, the candidates with the most votes, the local window.
+
+selection  =  {j < n_sink}  u  {the k candidates with the largest votes_j}  u  {the newest}
+"""
 
 import torch
 from torch import Tensor
 
 from tokenselect.contract import Problem, Selection
+
+
+def best(votes: Tensor, k: int) -> Tensor:
+    """Return the places of the k largest of votes (L,), the lower place first among equals."""
+    votes = votes.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    return torch.sort(votes, descending=True, stable=True).indices[:k]
 
 
 def select(votes: Tensor, problem: Problem) -> Selection:
@@ -30,9 +39,3 @@ def select(votes: Tensor, problem: Problem) -> Selection:
             positions[b, s, : len(selected)] = selected
             count[b, s] = len(selected)
     return Selection(positions, count)
-
-
-def best(votes: Tensor, k: int) -> Tensor:
-    """Places of the k largest of votes (L,), the lower place first among equals."""
-    votes = votes.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    return torch.sort(votes, descending=True, stable=True).indices[:k]

@@ -1,7 +1,7 @@
 """The cpu backend: the reference's semantics in torch operators, for a call and for a plan.
 
-`eager` looks at the lengths, and does no more than they ask for. `static` looks at nothing: it
-goes over the whole capacity of the cache, in memory that it is lent.
+`eager` reads the lengths on the host and does no more than they ask for. `static`, for plans, reads
+nothing on the host: it goes over the whole capacity of the cache, in memory that it is lent.
 """
 
 from tokenselect.contract import DTYPES, Backend, Capability, Reuse, StaticStages

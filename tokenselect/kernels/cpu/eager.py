@@ -32,7 +32,7 @@ _PART = 2**16
 
 
 def score(problem: Problem) -> Scores:
-    """See `tokenselect.reference.score`: votes within the error budget, in one pass over the keys.
+    """See `tokenselect.reference.score`: votes within the tolerance, in one pass over the keys.
 
     In two where the logits of all tokens would take too much memory; hard votes, which rank them,
     then take a pass for each block of query rows.
@@ -47,6 +47,7 @@ def score(problem: Problem) -> Scores:
 
 
 def _full(problem: Problem, shape: Sequence[int]) -> Tensor:
+    """Return a float32 tensor of -inf."""
     return problem.q.new_full(shape, -math.inf, dtype=torch.float32)
 
 
@@ -127,8 +128,8 @@ def _streamed_lse(
 
 
 def _queries(problem: Problem, b: int, n: int, where: str) -> Tensor:
-    """The queries (Hq, Lq, D) of request b in the dtype of computation, scored at `where`."""
-    queries = problem.q[b].to(_compute_dtype(problem))
+    """Return the queries (Hq, Lq, D) of request b, in the dtype of computation, at `where`."""
+    queries = problem.q[b].to(problem.compute_dtype)
     if problem.rope is None or not problem.needs_rotation(where):
         return queries
     position = torch.arange(n - problem.Lq, n, device=queries.device)
@@ -148,15 +149,15 @@ def _logits(problem: Problem, b: int, n: int, where: str, queries: Tensor) -> Te
 def _logit_chunks(
     problem: Problem, b: int, n: int, where: str, queries: Tensor, tokens: slice
 ) -> Iterator[tuple[int, Tensor]]:
-    """The logits of `tokens`, a chunk at a time: the chunk's first position, (Hkv, rows, chunk)."""
+    """Yield the logits of `tokens` per chunk: its first position, (Hkv, rows, chunk)."""
     dtype = queries.dtype
     queries = queries * problem.select_scale
     step = min(_chunk(problem, n), n)
     buffer = queries.new_empty(problem.Hkv, step, problem.D)
-    turner = None
+    rotator = None
     if problem.rope is not None and problem.needs_rotation(where):
         starts = torch.arange(tokens.start, tokens.stop, step, device=buffer.device)
-        turner = _Turner(problem.rope, where, starts, torch.empty_like(buffer))
+        rotator = _Rotator(problem.rope, where, starts, torch.empty_like(buffer))
     for start in range(tokens.start, tokens.stop, step):
         stop = min(start + step, tokens.stop)
         if problem.is_paged:
@@ -166,8 +167,8 @@ def _logit_chunks(
             chunk = problem.k_cache[b, :, start:stop]
         keys = chunk if chunk.dtype == dtype else buffer[:, : stop - start].copy_(chunk)
         rows = queries
-        if turner is not None:
-            rows, keys = turner.next(queries, keys)
+        if rotator is not None:
+            rows, keys = rotator.next(queries, keys)
         part = torch.bmm(rows, keys.transpose(1, 2))
         if problem.softcap is not None:
             finite = part.isfinite()
@@ -176,7 +177,7 @@ def _logit_chunks(
         yield start, part.nan_to_num_(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
 
 
-class _Turner:
+class _Rotator:
     """Turns keys, and queries that are in place, to where a chunk of keys is scored.
 
     A logit depends on the difference of two angles alone. So the angle of a chunk's first token is
@@ -185,7 +186,10 @@ class _Turner:
     """
 
     def __init__(self, rope: Rope, where: str, starts: Tensor, keys: Tensor) -> None:
-        """starts: the first positions of the chunks; keys (Hkv, m, D), memory for a chunk."""
+        """Prepare the angles of the chunks.
+
+        starts  first positions of the chunks
+        keys    (Hkv, m, D), memory for a chunk"""
         self.rope, self.memory = rope, keys
         is_raw = rope.cached == "raw"
         # Raw keys go up from 0 if they are scored in place, rotated ones down to 0 if not.
@@ -200,7 +204,7 @@ class _Turner:
                 dims.copy_(cos)
 
     def next(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries (Hkv, rows, D) and keys (Hkv, m, D) for the next chunk."""
+        """Return queries (Hkv, rows, D) and keys (Hkv, m, D) for the next chunk."""
         queries = self.rope.rotate(queries, *next(self.to_start))
         if self.sign == 0:
             return queries, keys
@@ -257,7 +261,7 @@ def _logsumexp(logits: Tensor) -> Tensor:
 
 def _fitting_rows(problem: Problem, n: int) -> int:
     """Query rows a KV head whose logits over n tokens may be held at once; at least 1."""
-    item = _compute_dtype(problem).itemsize
+    item = problem.compute_dtype.itemsize
     # Beside the logits: votes, their sum and a product of that size; a chunk, turned or not.
     others = 2 * problem.S * item * n + 3 * _CHUNK_BYTES
     room = _SHARE * _cached_bytes(problem, n) - others
@@ -269,11 +273,8 @@ def _fitting_rows(problem: Problem, n: int) -> int:
 
 
 def _cached_bytes(problem: Problem, n: int) -> int:
+    """Return how many bytes of keys and values n tokens take."""
     return n * problem.Hkv * (problem.D + problem.Dv) * problem.k_cache.dtype.itemsize
-
-
-def _compute_dtype(problem: Problem) -> torch.dtype:
-    return torch.promote_types(problem.q.dtype, torch.float32)
 
 
 def select(votes: Tensor, problem: Problem) -> Selection:
@@ -327,7 +328,7 @@ def _best(votes: Tensor, k: int, taken: Tensor | None = None, n_taken: int = 0) 
 
 
 def _kth_largest(votes: Tensor, k: int, taken: Tensor | None) -> Tensor:
-    """The k-th largest of those not taken, along the last dim: (..., 1).
+    """Return the k-th largest of those not taken, along the last dim: (..., 1).
 
     In parts, since topk holds 16 bytes an entry.
     """
@@ -389,7 +390,7 @@ def _attend_request(
 def _placed_to_attend(problem: Problem, b: int, n: int, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Scaled queries (Hkv, G, Lq, D) where they are attended; where keys shall be, (S, m)."""
     Lq, at = problem.Lq, positions
-    queries = problem.q[b].to(_compute_dtype(problem))
+    queries = problem.q[b].to(problem.compute_dtype)
     if problem.rope is not None and problem.needs_rotation(problem.config.positions):
         device = positions.device
         query_position = torch.arange(n - Lq, n, device=device)
@@ -406,7 +407,7 @@ def _placed_to_attend(problem: Problem, b: int, n: int, positions: Tensor) -> tu
 def _selected_keys(problem: Problem, b: int, positions: Tensor, at: Tensor) -> Tensor:
     """Keys (Hkv, m, D) of positions (S, m), moved to `at`; row 0 for padding, which is masked."""
     keys = _gather(problem, problem.k_cache, b, positions.clamp(min=0))
-    keys = keys.to(_compute_dtype(problem))
+    keys = keys.to(problem.compute_dtype)
     if problem.rope is not None and problem.needs_rotation(problem.config.positions):
         keys = problem.rope.reposition(keys, positions, at)
     return keys
@@ -416,13 +417,13 @@ def _selected_values(problem: Problem, b: int, positions: Tensor) -> Tensor:
     """Values (Hkv, m, Dv) of positions (S, m); zeros for padding."""
     padding = positions < 0
     values = _gather(problem, problem.v_cache, b, positions.clamp(min=0))
-    values = values.to(_compute_dtype(problem))
+    values = values.to(problem.compute_dtype)
     return values.masked_fill_(padding[..., None], 0.0) if padding.any() else values
 
 
 def _chunk(problem: Problem, n: int) -> int:
     """Tokens in a chunk: their keys, converted, stay in the processor's cache, and are few of n."""
-    row = problem.Hkv * max(problem.D, problem.Dv) * _compute_dtype(problem).itemsize
+    row = problem.Hkv * max(problem.D, problem.Dv) * problem.compute_dtype.itemsize
     size = min(_CHUNK_BYTES, max(_CHUNK_BYTES // 4, _cached_bytes(problem, n) // 128))
     return max(_LEAST_CHUNK, size // row)
 

@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from tokenselect.contract import AttentionOutput, Problem, Scores, Selection
-from tokenselect.kernels.cpu.rows import Reader, chunks, front, inside, number, slices, turner
+from tokenselect.kernels.cpu.rows import (
+    Reader,
+    chunks,
+    prefix_view,
+    rotator,
+    scalar_like,
+    slices,
+)
 from tokenselect.scratch import empty
 
 # Logits that attention holds at once, if more than one query's.
@@ -24,7 +31,7 @@ _NOWHERE = 2**62
 
 def score(problem: Problem) -> Scores:
     """See `tokenselect.reference.score`; votes off the candidates are left as they come."""
-    p, c, device, dtype = problem, problem.config, problem.q.device, inside(problem)
+    p, c, device, dtype = problem, problem.config, problem.q.device, problem.compute_dtype
     votes = empty((p.B, p.R, p.S, p.Lk), torch.float32, device)
     lse = empty((p.B, p.Hq), torch.float32, device)
     n, absent, outside = _regions(p)
@@ -34,7 +41,7 @@ def score(problem: Problem) -> Scores:
     logits = empty((p.B, p.Hkv, n_rows, p.Lk), dtype, device)
     total = empty((p.B, p.S, p.Lk), dtype, device)
     for ballot, (where, _) in enumerate(c.ballots):
-        at = position if where == "true" else number(c.n_local, position)
+        at = position if where == "true" else scalar_like(c.n_local, position)
         voters = _means(p, _queries(p, where, position, at))
         _fill_logits(logits, p, voters, where, absent)
         lse.view(p.B, p.Hkv, p.G).copy_(_vote_(logits, n_voters, p, outside))
@@ -55,7 +62,7 @@ def _regions(problem: Problem) -> _Regions:
     p, c, device = problem, problem.config, problem.q.device
     n = _lengths(p)
     local_start, sink_end = (empty((p.B,), torch.int64, device) for _ in range(2))
-    torch.sub(n, number(p.Lq - 1 + c.n_local, n), out=local_start).clamp_(min=0)
+    torch.sub(n, scalar_like(p.Lq - 1 + c.n_local, n), out=local_start).clamp_(min=0)
     torch.clamp(local_start, max=c.n_sink, out=sink_end)
     position = torch.arange(p.Lk, out=empty((p.Lk,), torch.int64, device), device=device)
     absent, outside, local = (empty((p.B, p.Lk), torch.bool, device) for _ in range(3))
@@ -83,18 +90,18 @@ def _newest(problem: Problem) -> Tensor:
 
 
 def _queries(problem: Problem, where: str, position: Tensor, at: Tensor) -> Tensor:
-    """The queries (B, Hkv, Lq, G, D), moved from `position` to `at` if `where` asks for it."""
+    """Return the queries (B, Hkv, Lq, G, D), at `at` if `where` needs a rotation."""
     p = problem
-    queries = empty((p.B, p.Hkv, p.Lq, p.G, p.D), inside(p), p.q.device)
+    queries = empty((p.B, p.Hkv, p.Lq, p.G, p.D), p.compute_dtype, p.q.device)
     queries.copy_(p.q.unflatten(1, (p.Hkv, p.G)).transpose(2, 3))
-    moving = turner(p, where, p.B * p.S * p.Lq, p.B * p.Hq * p.Lq)
+    moving = rotator(p, where, p.B * p.S * p.Lq, p.B * p.Hq * p.Lq)
     if moving is not None:
-        moving.turn_(queries.view(p.B, p.S, -1, p.Lq, p.G, p.D), position, at)
+        moving.rotate_(queries.view(p.B, p.S, -1, p.Lq, p.G, p.D), position, at)
     return queries
 
 
 def _means(problem: Problem, queries: Tensor) -> Tensor:
-    """The mean queries that vote, times the scale: (B * Hkv, rows, D).
+    """Return the mean queries that vote, times the scale: (B * Hkv, rows, D).
 
     G rows for each run of queries, then, if there are several runs, G for the whole call.
     """
@@ -104,7 +111,7 @@ def _means(problem: Problem, queries: Tensor) -> Tensor:
         runs = (*runs, queries)
     means = empty((p.B, p.Hkv, len(runs), p.G, p.D), queries.dtype, queries.device)
     for i, run in enumerate(runs):
-        factor = number(p.select_scale / run.shape[2], means)
+        factor = scalar_like(p.select_scale / run.shape[2], means)
         torch.sum(run, 2, out=means[:, :, i]).mul_(factor)
     return means.view(p.B * p.Hkv, -1, p.D)
 
@@ -116,27 +123,27 @@ def _fill_logits(
     p, n_rows = problem, voters.shape[1]
     width, tokens = chunks(p, p.Lk)
     reader = Reader(p, p.k_cache, tokens, 1)
-    moving = turner(p, where, tokens, tokens * p.Hkv)
+    moving = rotator(p, where, tokens, tokens * p.Hkv)
     memory = empty((tokens * p.Hkv * n_rows,), voters.dtype, voters.device)
     infinite = empty((tokens * p.Hkv * n_rows,), torch.bool, voters.device)
     position = torch.arange(
         p.Lk, out=empty((p.Lk,), torch.int64, voters.device), device=voters.device
     )
-    zero, softcap = number(0, position), number(p.softcap or 0.0, voters)
+    zero, softcap = scalar_like(0, position), scalar_like(p.softcap or 0.0, voters)
     for chunk in slices(p.Lk, width):
         keys = reader.run(position, chunk)
         if moving is not None:
             here = position[None, None, chunk]
             by_head = keys.view(p.B, 1, p.Hkv, -1, 1, p.D)
-            moving.turn_(by_head, here, here if where == "true" else zero)
-        part = front(memory, p.B * p.Hkv, n_rows, keys.shape[1])
+            moving.rotate_(by_head, here, here if where == "true" else zero)
+        part = prefix_view(memory, p.B * p.Hkv, n_rows, keys.shape[1])
         # Not into the logits themselves: into a strided slice, bmm is slower.
         torch.bmm(voters, keys.transpose(1, 2), out=part)
         part = part.view(p.B, -1, keys.shape[1])
         part.masked_fill_(absent[:, None, chunk], -math.inf)
         part.nan_to_num_(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
         if p.softcap is not None:
-            lost = torch.isneginf(part, out=front(infinite, *part.shape))
+            lost = torch.isneginf(part, out=prefix_view(infinite, *part.shape))
             _cap_(part, softcap).masked_fill_(lost, -math.inf)
         logits.view(p.B, -1, p.Lk)[:, :, chunk].copy_(part)
 
@@ -189,7 +196,7 @@ def _cap_(logits: Tensor, softcap: Tensor) -> Tensor:
 
 
 def _pooled(votes: Tensor, problem: Problem, outside: Tensor) -> Tensor:
-    """The maximum of votes (B, S, Lk) over a window of candidates, by doubling what it spans."""
+    """Return the maximum of votes (B, S, Lk) over a window of candidates, doubling its span."""
     if problem.config.pool == 1:
         return votes
     reach = min(problem.config.pool // 2, problem.Lk - 1)
@@ -211,27 +218,27 @@ def select(votes: Tensor, problem: Problem) -> Selection:
     p, device = problem, problem.q.device
     shape = (p.B, p.S, p.Lk)
     _, absent, outside = _regions(p)
-    barred = empty(shape, torch.bool, device).copy_(outside[:, None])
+    excluded = empty(shape, torch.bool, device).copy_(outside[:, None])
     ranked = empty(shape, votes.dtype, device)
     for ballot, (_, share) in enumerate(p.config.ballots):
         torch.nan_to_num(
             votes[:, ballot], nan=-math.inf, posinf=math.inf, neginf=-math.inf, out=ranked
         )
-        ranked.masked_fill_(barred, -math.inf)
-        barred.logical_or_(_best(ranked, share, barred))
+        ranked.masked_fill_(excluded, -math.inf)
+        excluded.logical_or_(_best(ranked, share, excluded))
     # Sink and window were barred from the start, and what was chosen is barred now.
-    chosen = barred.logical_and_(torch.logical_not(absent, out=absent)[:, None])
+    chosen = excluded.logical_and_(torch.logical_not(absent, out=absent)[:, None])
     rank = empty(shape, torch.int32, device).copy_(chosen).cumsum_(-1)
     places = empty((p.B, p.S, p.K), torch.int32, device)
     places.copy_(torch.arange(1, p.K + 1, out=empty((p.K,), torch.int32, device), device=device))
     positions = empty((p.B, p.S, p.K), torch.int32, device)
     torch.searchsorted(rank, places, out_int32=True, out=positions)
     padding = empty((p.B, p.S, p.K), torch.bool, device)
-    positions.masked_fill_(torch.eq(positions, number(p.Lk, positions), out=padding), -1)
+    positions.masked_fill_(torch.eq(positions, scalar_like(p.Lk, positions), out=padding), -1)
     return Selection(positions, empty((p.B, p.S), torch.int32, device).copy_(rank[..., -1]))
 
 
-def _best(votes: Tensor, k: int, barred: Tensor) -> Tensor:
+def _best(votes: Tensor, k: int, excluded: Tensor) -> Tensor:
     """Mask of the k largest of votes (..., m), the lower place first among equals; or all.
 
     Of those not `barred`, whose votes are -inf. No vote is NaN.
@@ -249,9 +256,9 @@ def _best(votes: Tensor, k: int, barred: Tensor) -> Tensor:
     n_above = empty(row, torch.int32, device).copy_(rank[..., -1:])
     # Of those that tie for the last places, the first.
     tied, early = (empty(shape, torch.bool, device) for _ in range(2))
-    torch.eq(votes, least, out=tied).masked_fill_(barred, False)
+    torch.eq(votes, least, out=tied).masked_fill_(excluded, False)
     rank.copy_(tied).cumsum_(-1).add_(n_above)
-    tied.logical_and_(torch.le(rank, number(k, rank), out=early))
+    tied.logical_and_(torch.le(rank, scalar_like(k, rank), out=early))
     return best.logical_or_(tied)
 
 
@@ -267,10 +274,10 @@ def attend(problem: Problem, selection: Selection, out: Tensor | None = None) ->
     lse_by_query = lse.view(p.B, p.Hkv, p.G, p.Lq).transpose(2, 3)
     attention = _Attention(p, selection)
     for block in slices(p.Lq, attention.step):
-        hidden = attention.hidden(block)
-        weights, block_lse = attention.weights(block, hidden)
+        causal_mask = attention.causal_mask(block)
+        weights, block_lse = attention.weights(block, causal_mask)
         lse_by_query[:, :, block].copy_(block_lse)
-        by_query[:, :, block].copy_(attention.weighed(weights, block, hidden))
+        by_query[:, :, block].copy_(attention.weighed(weights, block, causal_mask))
     return AttentionOutput(out, lse)
 
 
@@ -279,7 +286,7 @@ class _Attention:
 
     def __init__(self, problem: Problem, selection: Selection) -> None:
         self.problem = p = problem
-        device, dtype, M = p.q.device, inside(p), selection.positions.shape[2]
+        device, dtype, M = p.q.device, p.compute_dtype, selection.positions.shape[2]
         n = _lengths(p)
         self.position = _query_positions(p, n)
         self.place, self.row = _places(p, selection)
@@ -292,27 +299,27 @@ class _Attention:
             query_at = empty((p.B, p.S, p.Lq), torch.int64, device)
             torch.add(count, _newest(p), out=query_at)
         self.queries = _queries(p, p.config.positions, self.position, query_at)
-        self.queries.mul_(number(p.scale, self.queries))
+        self.queries.mul_(scalar_like(p.scale, self.queries))
         # What no query of the call sees, and the queries that see nothing.
         self.unseen = empty((p.B, p.S, M), torch.bool, device)
         torch.gt(self.place, self.position[..., -1:], out=self.unseen)
         first = empty((p.B, p.S, 1), torch.int64, device)
         torch.amin(self.place, -1, keepdim=True, out=first)
-        self.blind = empty((p.B, p.S, p.Lq), torch.bool, device)
-        torch.gt(first, self.position, out=self.blind)
+        self.sees_nothing = empty((p.B, p.S, p.Lq), torch.bool, device)
+        torch.gt(first, self.position, out=self.sees_nothing)
 
         width, tokens = chunks(p, M)
         self.chunks = slices(M, width)
         self.keys, self.values = (Reader(p, x, tokens, p.S) for x in (p.k_cache, p.v_cache))
-        self.turner = turner(p, p.config.positions, tokens * p.S, tokens * p.Hkv)
+        self.rotator = rotator(p, p.config.positions, tokens * p.S, tokens * p.Hkv)
         self.step, pairs = _query_blocks(p, M)
         self.logits_memory = empty((pairs * p.Hq,), dtype, device)
-        self.hidden_memory = empty((pairs * p.S,), torch.bool, device)
+        self.mask_memory = empty((pairs * p.S,), torch.bool, device)
         self.stats_memory = empty((5, p.B * p.Hq * p.Lq), dtype, device)
         self.total_memory = empty((p.B * p.Hq * p.Lq * p.Dv,), dtype, device)
         part = min(pairs, tokens * p.Lq) * p.Hq
         self.part_memory = empty((part,), dtype, device)
-        self.softcap = number(p.softcap or 0.0, self.queries)
+        self.softcap = scalar_like(p.softcap or 0.0, self.queries)
         self.sinks = None
         if p.sink_logits is not None:
             self.sinks = empty((p.Hkv, 1, p.G, 1), dtype, device)
@@ -321,41 +328,41 @@ class _Attention:
             self.finite_memory = empty((tokens * p.Hkv * p.Dv,), dtype, device)
             self.other_part_memory = empty((part,), dtype, device)
             self.other_total_memory = empty((p.B * p.Hq * p.Lq * p.Dv,), dtype, device)
-            self.one = number(1, self.queries)
-            self.huge = number(torch.finfo(dtype).max, self.queries)
+            self.one = scalar_like(1, self.queries)
+            self.huge = scalar_like(torch.finfo(dtype).max, self.queries)
 
-    def hidden(self, block: slice) -> Tensor:
-        """What each query does not see: (B, S, queries, M)."""
+    def causal_mask(self, block: slice) -> Tensor:
+        """Mark what each query does not see: (B, S, queries, M)."""
         position = self.position[:, :, block, None]
         B, S, M = self.place.shape
-        hidden = front(self.hidden_memory, B, S, position.shape[2], M)
-        return torch.gt(self.place[:, :, None], position, out=hidden)
+        causal_mask = prefix_view(self.mask_memory, B, S, position.shape[2], M)
+        return torch.gt(self.place[:, :, None], position, out=causal_mask)
 
-    def weights(self, block: slice, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """The softmax of a block of queries, and its lse: (B, Hkv, queries, G, M) and (..., G)."""
+    def weights(self, block: slice, causal_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the softmax (B, Hkv, queries, G, M) of a block of queries; its lse (..., G)."""
         p = self.problem
         queries = self.queries[:, :, block]
         shape = (*queries.shape[:4], self.row.shape[2])
-        logits = front(self.logits_memory, *shape)
+        logits = prefix_view(self.logits_memory, *shape)
         rows = queries.view(p.B * p.Hkv, -1, p.D)
         for chunk in self.chunks:
             keys = self.keys.read(self.row[:, :, chunk])
-            if self.turner is not None:
+            if self.rotator is not None:
                 by_head = keys.view(p.B, p.S, p.Hkv // p.S, -1, 1, p.D)
-                self.turner.turn_(by_head, self.row[:, :, chunk], self.key_at[:, :, chunk])
-            part = front(self.part_memory, *rows.shape[:2], keys.shape[1])
+                self.rotator.rotate_(by_head, self.row[:, :, chunk], self.key_at[:, :, chunk])
+            part = prefix_view(self.part_memory, *rows.shape[:2], keys.shape[1])
             torch.bmm(rows, keys.transpose(1, 2), out=part)
             logits.view(*rows.shape[:2], -1)[:, :, chunk].copy_(part)
         if p.softcap is not None:
             _cap_(logits, self.softcap)
         by_selection = logits.view(p.B, p.S, -1, *shape[2:])
-        by_selection.masked_fill_(hidden[:, :, None, :, None], -math.inf)
+        by_selection.masked_fill_(causal_mask[:, :, None, :, None], -math.inf)
         stats = self.stats_memory[:, : math.prod(shape[:4])].view(5, *shape[:4], 1)
         exps = _exp_(logits, stats[:4])
         return logits.mul_(self.factor_(exps, stats[4])), exps.lse[..., 0]
 
     def factor_(self, exps: _Exps, spare: Tensor) -> Tensor:
-        """What makes weights of exps: one by their sum, with the sink's exp in it if there is one.
+        """Return what makes weights of exps: one over their sum, the sink's exp included.
 
         A query whose logits are all -inf gets NaN, or 0 with a sink.
         """
@@ -366,11 +373,11 @@ class _Attention:
         sink = torch.sub(self.sinks, largest, out=spare).exp_()
         return share.div_(exps.sum.mul_(share).add_(sink))
 
-    def weighed(self, weights: Tensor, block: slice, hidden: Tensor) -> Tensor:
-        """The sum of the values by weights (B, Hkv, queries, G, M); zeros where nothing is seen."""
+    def weighed(self, weights: Tensor, block: slice, causal_mask: Tensor) -> Tensor:
+        """Sum the values by weights (B, Hkv, queries, G, M); zeros where nothing is seen."""
         p, shape = self.problem, weights.shape[:4]
         rows = weights.view(p.B * p.Hkv, -1, weights.shape[4])
-        total = front(self.total_memory, *rows.shape[:2], p.Dv).zero_()
+        total = prefix_view(self.total_memory, *rows.shape[:2], p.Dv).zero_()
         for chunk in self.chunks:
             values = self.values.read(self.row[:, :, chunk])
             by_head = values.view(p.B, p.S, p.Hkv // p.S, -1, p.Dv)
@@ -378,27 +385,29 @@ class _Attention:
             if p.Lq == 1:  # the one query sees all that is left
                 total.baddbmm_(rows[:, :, chunk], values)
             else:
-                self.add_seen_(total, rows[:, :, chunk], values, hidden[..., chunk])
+                self.add_seen_(total, rows[:, :, chunk], values, causal_mask[..., chunk])
         by_selection = total.view(p.B, p.S, -1, *shape[2:], p.Dv)
-        by_selection.masked_fill_(self.blind[:, :, None, block, None, None], 0.0)
+        by_selection.masked_fill_(self.sees_nothing[:, :, None, block, None, None], 0.0)
         return total.view(*shape, p.Dv)
 
-    def add_seen_(self, total: Tensor, weights: Tensor, values: Tensor, hidden: Tensor) -> None:
+    def add_seen_(
+        self, total: Tensor, weights: Tensor, values: Tensor, causal_mask: Tensor
+    ) -> None:
         """Add weights times values, where a value that is not finite counts only if it is seen.
 
         In a product 0 * NaN is NaN. So only finite values meet the weights; the others are made
         again by numbers so large that their products overflow, or are zero where nobody sees.
         """
         p, huge = self.problem, torch.finfo(values.dtype).max
-        finite = front(self.finite_memory, *values.shape)
+        finite = prefix_view(self.finite_memory, *values.shape)
         torch.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0, out=finite)
         total.baddbmm_(weights, finite)
         infinite = values.sub_(finite)
         # huge where seen with a weight, and where seen without.
-        some = torch.sign(weights, out=front(self.part_memory, *weights.shape))
-        none = front(self.other_part_memory, *weights.shape)
+        some = torch.sign(weights, out=prefix_view(self.part_memory, *weights.shape))
+        none = prefix_view(self.other_part_memory, *weights.shape)
         by_selection = none.view(p.B, p.S, p.Hkv // p.S, -1, p.G, weights.shape[2])
-        by_selection.copy_(hidden[:, :, None, :, None])
+        by_selection.copy_(causal_mask[:, :, None, :, None])
         torch.sub(self.one, none.add_(some), out=none).mul_(self.huge)
         some.mul_(self.huge)
         up = torch.nan_to_num(infinite, nan=huge, posinf=huge, neginf=0.0, out=finite)
@@ -406,7 +415,7 @@ class _Attention:
         down = torch.nan_to_num(infinite, nan=-huge, posinf=0.0, neginf=-huge, out=finite)
         total.baddbmm_(some, down)
         either = torch.nan_to_num(infinite, nan=huge, posinf=huge, neginf=huge, out=finite)
-        nan = torch.bmm(none, either, out=front(self.other_total_memory, *total.shape))
+        nan = torch.bmm(none, either, out=prefix_view(self.other_total_memory, *total.shape))
         total.add_(nan).sub_(nan)  # NaN if it is infinite
 
 
@@ -415,7 +424,7 @@ def _places(problem: Problem, selection: Selection) -> tuple[Tensor, Tensor]:
     shape, device = tuple(selection.positions.shape), problem.q.device
     place, row = (empty(shape, torch.int64, device) for _ in range(2))
     padding = empty(shape, torch.bool, device)
-    torch.lt(place.copy_(selection.positions), number(0, place), out=padding)
+    torch.lt(place.copy_(selection.positions), scalar_like(0, place), out=padding)
     place.masked_fill_(padding, _NOWHERE)
     return place, torch.clamp(place, 0, problem.Lk - 1, out=row)
 
@@ -423,6 +432,6 @@ def _places(problem: Problem, selection: Selection) -> tuple[Tensor, Tensor]:
 def _query_blocks(problem: Problem, M: int) -> tuple[int, int]:
     """How many queries are attended at once; an upper bound on that, times B and M, likewise."""
     p = problem
-    fitting = _LOGITS_BYTES // (p.Hq * inside(p).itemsize)
+    fitting = _LOGITS_BYTES // (p.Hq * p.compute_dtype.itemsize)
     step = min(max(1, fitting // (p.B * M)), p.Lq)
     return step, min(max(p.B * M, fitting), p.B * M * p.Lq)

@@ -5,10 +5,11 @@ import math
 import torch
 from torch import Tensor
 
-from properties.law import law
-from properties.strategies import Ballots, Case, ballots
-from tokenselect import Backend, Problem, SelectConfig, Selection
+from tokenselect.conformance.laws.law import law
+from tokenselect.conformance.laws.strategies import ballots
+from tokenselect.conformance.problems import Ballots, Case
 from tokenselect.conformance.tolerances import compare_selection
+from tokenselect.contract import Backend, Problem, SelectConfig, Selection
 
 
 def sorted_selection(votes: Tensor, problem: Problem) -> Selection:
@@ -27,7 +28,7 @@ def sorted_selection(votes: Tensor, problem: Problem) -> Selection:
             for ballot, share in enumerate(shares):
                 row = [-math.inf if math.isnan(x) else x for x in votes[b, ballot, s].tolist()]
                 free = sorted(set(candidates).difference(chosen))
-                chosen += sorted(free, key=lambda j, row=row: (-row[j], j))[:share]
+                chosen += sorted(free, key=lambda j: (-row[j], j))[:share]
             selected = sorted([*sink, *chosen, *window])
             positions.append(selected + [-1] * (problem.K - len(selected)))
             counts.append(len(selected))
@@ -60,6 +61,7 @@ def sorted_selection(votes: Tensor, problem: Problem) -> Selection:
     ),
 )
 def select_is_bit_exact(backend: Backend, drawn: Ballots) -> None:
+    """Whatever the votes; which are left as they are."""
     votes, problem = drawn.make()
     before = votes.clone()
     finding = compare_selection(backend.select(votes, problem), sorted_selection(votes, problem))

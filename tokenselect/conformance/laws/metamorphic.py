@@ -6,16 +6,19 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from properties.law import CannotRun, law
-from properties.laws_attention import rows_of, run
-from properties.strategies import FILL, Case, at, by_token, cases, with_config
-from tokenselect import Backend, Problem, Scores, SelectConfig
+from tokenselect.conformance.laws.attention import rows_of, run
+from tokenselect.conformance.laws.fitting import CannotRun
+from tokenselect.conformance.laws.law import law
+from tokenselect.conformance.laws.strategies import cases
+from tokenselect.conformance.paging import at, by_token
+from tokenselect.conformance.problems import FILL, Case, with_config
 from tokenselect.conformance.tolerances import (
-    Budget,
-    attend_budget,
+    Tolerance,
+    attend_tolerance,
     compare_selection,
-    score_budget,
+    score_tolerance,
 )
+from tokenselect.contract import Backend, Problem, Scores, SelectConfig
 
 
 def same(backend: Backend, name: str, one: Tensor, other: Tensor) -> None:
@@ -24,16 +27,17 @@ def same(backend: Backend, name: str, one: Tensor, other: Tensor) -> None:
     assert equal.all(), f"{backend.name}: {name} changed at {(~equal).nonzero()[0].tolist()}"
 
 
-def near(name: str, one: Tensor, other: Tensor, budget: Budget) -> None:
-    """Both within the budget of one truth, hence within twice of each other."""
-    finding = Budget(one.double(), 2 * budget.slack).compare(name, other)
+def near(name: str, one: Tensor, other: Tensor, tolerance: Tolerance) -> None:
+    """Both within the tolerance of one truth, hence within twice of each other."""
+    finding = Tolerance(one.double(), 2 * tolerance.slack).compare(name, other)
     assert finding.holds, finding
 
 
 def near_scores(one: Scores, other: Scores, problem: Problem) -> None:
-    budget = score_budget(problem)
-    near("votes", one.votes, other.votes, budget.votes)
-    near("lse", one.lse, other.lse, budget.lse)
+    """Both within the tolerance of one truth."""
+    tolerance = score_tolerance(problem)
+    near("votes", one.votes, other.votes, tolerance.votes)
+    near("lse", one.lse, other.lse, tolerance.lse)
 
 
 @law(
@@ -43,15 +47,15 @@ def near_scores(one: Scores, other: Scores, problem: Problem) -> None:
     layouts=("paged",),
 )
 def moving_pages_within_the_pool_changes_nothing(backend: Backend, case: Case) -> None:
+    """Not a bit: only the block table says where a page is."""
     problem = case.problem()
-    n_pages = problem.k_cache.shape[0]
+    n_pages, pages = problem.k_cache.shape[0], problem.block_table
+    assert pages is not None, "a law about pages"
     order = torch.randperm(n_pages, generator=torch.Generator().manual_seed(case.seed))
     place = torch.empty_like(order)
     place[order] = torch.arange(n_pages)
-    in_pool = (problem.block_table >= 0) & (problem.block_table < n_pages)
-    table = torch.where(
-        in_pool, place[problem.block_table.clamp(0, n_pages - 1).long()], problem.block_table
-    )
+    in_pool = (pages >= 0) & (pages < n_pages)
+    table = torch.where(in_pool, place[pages.clamp(0, n_pages - 1).long()], pages)
     moved = replace(
         problem,
         k_cache=problem.k_cache[order],
@@ -87,20 +91,21 @@ def paging_changes_nothing(backend: Backend, case: Case) -> None:
     selection = backend.select(scores.votes, paged)
     finding = compare_selection(backend.select(scores.votes, flat), selection)
     assert finding.holds, finding
-    budget = attend_budget(paged, selection)
+    tolerance = attend_tolerance(paged, selection)
     one, other = backend.attend(paged, selection), backend.attend(flat, selection)
-    near("out", one.out, other.out, budget.out)
-    near("lse", one.lse, other.lse, budget.lse)
+    near("out", one.out, other.out, tolerance.out)
+    near("lse", one.lse, other.lse, tolerance.lse)
 
 
 @law(cases(), Case(lengths=(40, 0, 9), G=3))
 def a_request_gets_the_same_alone(backend: Backend, case: Case) -> None:
+    """Within tolerance: votes, selection and attention."""
     problem = case.problem()
     scores = backend.score(problem)
     selection = backend.select(scores.votes, problem)
     attended = backend.attend(problem, selection)
-    budget = attend_budget(problem, selection)
-    score_room = score_budget(problem)
+    tolerance = attend_tolerance(problem, selection)
+    score_room = score_tolerance(problem)
     for b in range(problem.B):
         one = slice(b, b + 1)
         alone = replace(
@@ -109,17 +114,17 @@ def a_request_gets_the_same_alone(backend: Backend, case: Case) -> None:
             cache_seqlens=problem.cache_seqlens[one],
             k_cache=problem.k_cache if problem.is_paged else problem.k_cache[one],
             v_cache=problem.v_cache if problem.is_paged else problem.v_cache[one],
-            block_table=problem.block_table[one] if problem.is_paged else None,
+            block_table=None if problem.block_table is None else problem.block_table[one],
         )
         votes, lse = backend.score(alone)
-        near("votes", scores.votes[one], votes, Budget(votes, score_room.votes.slack[one]))
-        near("lse", scores.lse[one], lse, Budget(lse, score_room.lse.slack[one]))
+        near("votes", scores.votes[one], votes, Tolerance(votes, score_room.votes.slack[one]))
+        near("lse", scores.lse[one], lse, Tolerance(lse, score_room.lse.slack[one]))
         mine = type(selection)(*(x[one] for x in selection))
         finding = compare_selection(backend.select(scores.votes[one], alone), mine)
         assert finding.holds, finding
         out, lse = backend.attend(alone, mine)
-        near("out", attended.out[one], out, Budget(out, budget.out.slack[one]))
-        near("lse", attended.lse[one], lse, Budget(lse, budget.lse.slack[one]))
+        near("out", attended.out[one], out, Tolerance(out, tolerance.out.slack[one]))
+        near("lse", attended.lse[one], lse, Tolerance(lse, tolerance.lse.slack[one]))
 
 
 @law(cases(), Case(lengths=(40,), G=7, config=SelectConfig(4, 1, 2, scope="group")))
@@ -135,15 +140,15 @@ def heads_of_a_group_may_be_permuted(backend: Backend, case: Case) -> None:
         problem, q=problem.q[:, order], sink_logits=None if sinks is None else sinks[order]
     )
     scores, shuffled = backend.score(problem), backend.score(permuted)
-    budget = score_budget(problem)
-    near("votes", scores.votes, shuffled.votes, budget.votes)
-    permuted_lse = Budget(budget.lse.truth[:, order], budget.lse.slack[:, order])
+    tolerance = score_tolerance(problem)
+    near("votes", scores.votes, shuffled.votes, tolerance.votes)
+    permuted_lse = Tolerance(tolerance.lse.truth[:, order], tolerance.lse.slack[:, order])
     near("lse", scores.lse[:, order], shuffled.lse, permuted_lse)
     selection = backend.select(scores.votes, problem)
-    budget = attend_budget(problem, selection)
-    attended, shuffled = backend.attend(problem, selection), backend.attend(permuted, selection)
-    room = Budget(budget.out.truth[:, order], budget.out.slack[:, order])
-    near("out", attended.out[:, order], shuffled.out, room)
+    allowed = attend_tolerance(problem, selection).out
+    attended, moved = backend.attend(problem, selection), backend.attend(permuted, selection)
+    room = Tolerance(allowed.truth[:, order], allowed.slack[:, order])
+    near("out", attended.out[:, order], moved.out, room)
 
 
 @law(cases(), Case(lengths=(40,), page_size=53), Case(lengths=(40, 0), filler="inf"))
@@ -180,16 +185,20 @@ def unselected_values_change_nothing(backend: Backend, case: Case) -> None:
     sink_logits=(False,),
 )
 def a_constant_added_to_all_values_moves_the_output_by_it(backend: Backend, case: Case) -> None:
+    """Weights add up to one."""
     problem = replace(case, filler="zeros").problem()
     constant = 4.0
     shifted = replace(problem, v_cache=problem.v_cache + constant)
     (out, info), (shifted_out, _) = run(backend, problem), run(backend, shifted)
-    one, other = attend_budget(problem, info.selection), attend_budget(shifted, info.selection)
+    one, other = (
+        attend_tolerance(problem, info.selection),
+        attend_tolerance(shifted, info.selection),
+    )
     # Adding the constant rounds each value once, in the cache's own dtype.
     largest = shifted.v_cache.double().abs().amax()
     room = one.out.slack + other.out.slack + torch.finfo(out.dtype).eps * largest
     moved = torch.where(problem.cache_seqlens[:, None, None, None] > 0, out.double() + constant, 0)
-    finding = Budget(moved, room).compare("out", shifted_out)
+    finding = Tolerance(moved, room).compare("out", shifted_out)
     assert finding.holds, finding
 
 
@@ -211,6 +220,7 @@ def keys_may_be_cached_rotated_or_raw(backend: Backend, case: Case) -> None:
     """Raw queries and keys, against the same rotated at their true positions beforehand."""
     raw = case.problem()
     rope, n = raw.rope, raw.cache_seqlens
+    assert rope is not None, "a law about raw keys"
     new = torch.arange(-raw.Lq, 0) + n[:, None]
     k_cache = raw.k_cache.clone()
     for b in range(raw.B):
@@ -231,12 +241,17 @@ def keys_may_be_cached_rotated_or_raw(backend: Backend, case: Case) -> None:
         assert torch.allclose(one.lse, other.lse, rtol=1e-5, atol=1e-6), "lse differs"
         assert torch.allclose(attended.out, moved.out, rtol=1e-9, atol=1e-9), "out differs"
         return
-    # Rotating in float32 beforehand is two of the roundings that the budget has for a rotation.
-    budget, room = score_budget(raw), 1.5
-    near("votes", one.votes, other.votes, budget.votes._replace(slack=room * budget.votes.slack))
-    near("lse", one.lse, other.lse, budget.lse._replace(slack=room * budget.lse.slack))
-    budget = attend_budget(raw, selection).out
-    near("out", attended.out, moved.out, budget._replace(slack=room * budget.slack))
+    # Rotating in float32 beforehand is two of the roundings that the tolerance has for a rotation.
+    tolerance, room = score_tolerance(raw), 1.5
+    near(
+        "votes",
+        one.votes,
+        other.votes,
+        tolerance.votes._replace(slack=room * tolerance.votes.slack),
+    )
+    near("lse", one.lse, other.lse, tolerance.lse._replace(slack=room * tolerance.lse.slack))
+    allowed = attend_tolerance(raw, selection).out
+    near("out", attended.out, moved.out, allowed._replace(slack=room * allowed.slack))
 
 
 @law(
@@ -250,7 +265,7 @@ def what_fits_is_not_moved(backend: Backend, case: Case) -> None:
     original = with_config(problem, positions="original", k=problem.Lk)
     contiguous = with_config(problem, positions="contiguous", k=problem.Lk)
     (out, info), (moved, _) = run(backend, original), run(backend, contiguous)
-    near("out", out, moved, attend_budget(original, info.selection).out)
+    near("out", out, moved, attend_tolerance(original, info.selection).out)
 
 
 @law(
@@ -289,6 +304,7 @@ def it_repeats_twenty_times_to_the_bit(backend: Backend, case: Case) -> None:
 
 @law(cases(), Case(lengths=(60,), content="equal", Lq=5), Case(lengths=(60, 9), page_size=2))
 def what_is_declared_deterministic_repeats_to_the_bit(backend: Backend, case: Case) -> None:
+    """The same call twice."""
     if not backend.capability.deterministic:
         raise CannotRun("deterministic")
     problem = case.problem()

@@ -9,8 +9,16 @@ from hypothesis import example, given, note, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from properties.strategies import CannotRun, fitted
-from tokenselect import AttentionOutput, Backend, Capability, Problem, Scores, Selection, reasons
+from tokenselect.conformance.laws.fitting import CannotRun, fitted
+from tokenselect.contract import (
+    AttentionOutput,
+    Backend,
+    Capability,
+    Problem,
+    Scores,
+    Selection,
+    reasons,
+)
 
 # How many problems each law really ran on each backend, and how many the backend cannot run.
 RAN: Counter[tuple[str, str]] = Counter()
@@ -28,7 +36,7 @@ def share(examples: float, backend: str) -> int:
 def of_the_profile(examples: int, backend: str) -> int:
     """The same in the loaded profile, where `examples` are those of the profile `full`."""
     of_full = settings.get_profile("full").max_examples
-    return share(examples * settings.default.max_examples / of_full, backend)
+    return share(examples * settings().max_examples / of_full, backend)
 
 
 @dataclass(frozen=True)
@@ -46,13 +54,15 @@ class Law:
     about: Capability = field(default_factory=Capability)
 
     def examples_for(self, search: settings | None) -> list[Any]:
-        """All of them, or less where they cost too much: named workloads to a search for planted
-        mistakes, which small problems have to show, and tens of thousands of tokens to a quick run.
+        """Return all of them, or less where they cost too much.
+
+        Those that cannot bend, which are large, to a search for planted mistakes, which small
+        problems have to show; and tens of thousands of tokens to a quick run.
         """
         is_quick = settings.get_current_profile_name() == "quick"
         given = [(getattr(case, "case", case), case) for case in self.examples]
         if search is not None or is_quick:
-            given = [(problem, case) for problem, case in given if problem.workload is None]
+            given = [(problem, case) for problem, case in given if problem.can_bend]
         if search is None and is_quick:
             given = [(problem, case) for problem, case in given if max(problem.lengths) < 10_000]
         return [case for _, case in given]

@@ -8,45 +8,38 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from properties.devices import back, device_of, on
-from properties.law import able, law
-from properties.strategies import NAMED, Case, at, by_token, cases, with_config
-from tokenselect import AttentionInfo, Backend, Problem, SelectConfig, Selection
-from tokenselect.api import attention
+from tokenselect import api
+from tokenselect.api import AttentionInfo
+from tokenselect.conformance.devices import back, device_of, on
+from tokenselect.conformance.laws.law import able, law
+from tokenselect.conformance.laws.strategies import cases
+from tokenselect.conformance.paging import at, by_token
+from tokenselect.conformance.problems import Case, with_config
 from tokenselect.conformance.tolerances import (
-    Budget,
-    attend_budget,
+    Tolerance,
+    attend_tolerance,
     choice_finding,
     exact,
-    score_budget,
+    score_tolerance,
 )
+from tokenselect.contract import Backend, Problem, SelectConfig, Selection
 from tokenselect.dispatch.registry import load
+from tokenselect.selection_cache import SelectionCache
 
 EVERYTHING = 10_000
 
 
-def run(backend: Backend, problem: Problem, **more) -> tuple[Tensor, AttentionInfo]:
-    """`tokenselect.attention` on a problem that is already built, where the backend runs.
+def run(
+    backend: Backend, problem: Problem, cache: SelectionCache | None = None
+) -> tuple[Tensor, AttentionInfo]:
+    """Run the whole call where the backend runs, with as much room as the cache asks for.
 
-    Raises CannotRun if it is beyond what the backend declares.
+    Raises CannotRun if the problem is beyond what the backend declares.
     """
     registered = load(backend.name)
+    problem = replace(problem, max_reuse=0 if cache is None else cache.max_reuse)
     problem = able(registered, on(device_of(registered), problem))
-    out, info = attention(
-        problem.q,
-        problem.k_cache,
-        problem.v_cache,
-        **problem.config,
-        cache_seqlens=problem.cache_seqlens,
-        block_table=problem.block_table,
-        scale=problem.scale,
-        softcap=problem.softcap,
-        sink_logits=problem.sink_logits,
-        rope=problem.rope,
-        backend=backend.name,
-        return_info=True,
-        **more,
-    )
+    out, info = api.run(problem, backend.name, cache=cache, return_info=True)
     lse, mass, reused = back(info.lse, info.retained_mass, info.reused)
     selection = Selection(*back(*info.selection))
     return out.cpu(), AttentionInfo(lse, selection, mass, reused, info.backend)
@@ -113,10 +106,10 @@ def torch_dense(problem: Problem) -> Tensor:
             lengths=(90, 7),
             Lq=Lq,
             page_size=size,
-            strides=strides,
+            strides=strides,  # type: ignore[arg-type]
             Dv=6,
             dtype=torch.float64,
-            config=SelectConfig(EVERYTHING, 2, 3, vote=vote, scope=scope),
+            config=SelectConfig(EVERYTHING, 2, 3, vote=vote, scope=scope),  # type: ignore[arg-type]
         )
         for Lq, size, strides, vote, scope in [
             (1, None, "plain", "soft", "layer"),
@@ -134,8 +127,8 @@ def with_every_candidate_it_is_dense_attention(backend: Backend, case: Case) -> 
     if problem.q.dtype == torch.float64:
         slack = (1e-12 * dense.abs().amax().clamp(min=1)).expand_as(dense)
     else:
-        slack = attend_budget(problem, everything(problem)).out.slack
-    finding = Budget(dense, slack).compare("out", out)
+        slack = attend_tolerance(problem, everything(problem)).out.slack
+    finding = Tolerance(dense, slack).compare("out", out)
     assert finding.holds, finding
     count = info.selection.count
     assert (count == problem.cache_seqlens[:, None]).all(), f"{count.tolist()} selected of all"
@@ -155,14 +148,14 @@ def with_every_candidate_it_is_dense_attention_in_every_dtype(backend: Backend, 
     problem = case.problem()
     out, info = run(backend, problem)
     truth = with_config(problem, positions="original", score_at="true", scope="layer")
-    budget = attend_budget(truth, everything(truth))
-    finding = budget.out.compare("out", out)
+    tolerance = attend_tolerance(truth, everything(truth))
+    finding = tolerance.out.compare("out", out)
     assert finding.holds, finding
-    finding = budget.lse.compare("lse", info.lse)
+    finding = tolerance.lse.compare("lse", info.lse)
     assert finding.holds, finding
-    off = (budget.out.truth - torch_dense(problem)).abs().max()
-    assert torch.allclose(budget.out.truth, torch_dense(problem), rtol=1e-12, atol=1e-12), (
-        f"the budget's truth is {off} off"
+    off = (tolerance.out.truth - torch_dense(problem)).abs().max()
+    assert torch.allclose(tolerance.out.truth, torch_dense(problem), rtol=1e-12, atol=1e-12), (
+        f"the tolerance's truth is {off} off"
     )
 
 
@@ -171,17 +164,17 @@ def with_every_candidate_it_is_dense_attention_in_every_dtype(backend: Backend, 
     Case(lengths=(90, 0), config=SelectConfig(5, 2, 3, pool=3), content="integers"),
     Case(lengths=(90,), rope="rotated", config=SelectConfig(5, 2, 3, score_at="split")),
     Case(lengths=(90, 80), Lq=5, page_size=2, config=SelectConfig(5, 2, 3, n_query_means=2)),
-    *NAMED,
 )
 def it_chooses_what_the_votes_allow_and_attends_to_that(backend: Backend, case: Case) -> None:
+    """Hold the whole call to a choice that votes within tolerance could have made."""
     problem = replace(case, max_reuse=0).problem()
     out, info = run(backend, problem)
     assert info.backend == backend.name, f"{info.backend} ran"
     assert not info.reused.any(), "a selection is reused without a cache"
-    finding = choice_finding(problem, info.selection, score_budget(problem).votes)
+    finding = choice_finding(problem, info.selection, score_tolerance(problem).votes)
     assert finding.holds, finding
-    budget = attend_budget(problem, info.selection)
-    finding = max(budget.out.compare("out", out), budget.lse.compare("lse", info.lse))
+    tolerance = attend_tolerance(problem, info.selection)
+    finding = max(tolerance.out.compare("out", out), tolerance.lse.compare("lse", info.lse))
     assert finding.holds, finding
 
 
@@ -237,9 +230,11 @@ def retained_mass_is_the_one_computed_densely(backend: Backend, case: Case) -> N
         assert info.retained_mass.isnan().all(), "a mass of two kinds of logits"
         return
     truth = true_mass(problem, info.selection)
-    slack = score_budget(problem).lse.slack
-    slack = slack + attend_budget(problem, info.selection).lse.slack[:, :, 0]
-    finding = Budget(truth, truth * torch.expm1(slack) + 1e-6).compare("mass", info.retained_mass)
+    slack = score_tolerance(problem).lse.slack
+    slack = slack + attend_tolerance(problem, info.selection).lse.slack[:, :, 0]
+    finding = Tolerance(truth, truth * torch.expm1(slack) + 1e-6).compare(
+        "mass", info.retained_mass
+    )
     assert finding.holds, finding
     assert not (info.retained_mass > 1).any(), f"a mass of {info.retained_mass.max()}"
 
@@ -264,7 +259,7 @@ def what_is_left_out_bounds_the_error(backend: Backend, case: Case) -> None:
         ]
     ).repeat_interleave(problem.G, 1)
     bound = (2 * (1 - mass) * largest)[:, :, None, None]
-    rounding = attend_budget(problem, info.selection).out.slack
+    rounding = attend_tolerance(problem, info.selection).out.slack
     error = (out.double() - torch_dense(problem)).abs()
     beyond = error - (bound + rounding + 1e-9)
     assert (beyond <= 0).all(), f"an error of {beyond.max()} more than is left out"
@@ -294,7 +289,7 @@ def no_other_set_of_k_candidates_retains_more_mass(backend: Backend, case: Case)
     """Summed over the heads of a selection, against every set there is."""
     problem = replace(case, lengths=tuple(min(n, 12) for n in case.lengths)).problem()
     _, info = run(backend, problem)
-    slack = score_budget(problem).votes.slack
+    slack = score_tolerance(problem).votes.slack
     for b, n in enumerate(problem.cache_seqlens.tolist()):
         if n == 0:
             continue
@@ -316,8 +311,9 @@ def no_other_set_of_k_candidates_retains_more_mass(backend: Backend, case: Case)
     **VOTES_ARE_MASS,
 )
 def retained_mass_never_falls_as_k_grows(backend: Backend, case: Case) -> None:
+    """Retain all of the mass where all is selected."""
     problem = case.problem()
-    slack = score_budget(problem)
+    slack = score_tolerance(problem)
     before = torch.zeros(problem.B, dtype=torch.float64)
     for k in (0, 1, 2, 4, 8, 16, 64, EVERYTHING):
         grown = with_config(problem, k=k)

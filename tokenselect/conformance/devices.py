@@ -7,15 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenselect import AttentionOutput, Backend, Problem, Scores, Selection
+from tokenselect.contract import AttentionOutput, Backend, Problem, Scores, Selection
 
 _TENSORS = ("q", "k_cache", "v_cache", "cache_seqlens", "block_table", "sink_logits")
 
 
 def device_of(backend: Backend) -> str:
-    """Where to run a backend: on the first device that it names and that is here, or on the CPU."""
+    """Return the first device that a backend names and that is here, or the CPU."""
     named = backend.capability.devices
-    for device in named if isinstance(named, Iterable) else ():
+    devices: Iterable[str] = named if isinstance(named, Iterable) else ()
+    for device in devices:
         module = getattr(torch, device, None)
         if device == "cpu" or (module is not None and module.is_available()):
             return device
@@ -23,20 +24,20 @@ def device_of(backend: Backend) -> str:
 
 
 def span(x: Tensor) -> Tensor:
-    """The memory from the start of x's storage to x's last element, as a flat tensor."""
+    """Return the memory from the start of x's storage to x's last element, as a flat tensor."""
     steps = zip(x.shape, x.stride(), strict=True)
     last = 0 if x.numel() == 0 else 1 + sum((size - 1) * stride for size, stride in steps)
     return x.as_strided((x.storage_offset() + last,), (1,), 0)
 
 
 def carried(x: Tensor, copy: Callable[[Tensor], Tensor]) -> Tensor:
-    """x on a copy of its memory: strides, offset and what lies in between are as they were."""
+    """Return x on a copy of its memory, with its strides, offset and what lies in between."""
     memory = copy(span(x))
     return memory.as_strided(x.shape, x.stride(), memory.storage_offset() + x.storage_offset())
 
 
 def moved(what: Any, copy: Callable[[Tensor], Tensor]) -> Any:
-    """A tensor, a Problem or a Selection on copies of its memory."""
+    """Return a tensor, a Problem or a Selection on copies of its memory."""
     if isinstance(what, Problem):
         rope = what.rope and replace(what.rope, inv_freq=carried(what.rope.inv_freq, copy))
         tensors = {name: moved(getattr(what, name), copy) for name in _TENSORS}
@@ -47,16 +48,17 @@ def moved(what: Any, copy: Callable[[Tensor], Tensor]) -> Any:
 
 
 def on(device: str, what: Any) -> Any:
-    """A tensor, a Problem or a Selection on a device; itself, if it is for the CPU."""
+    """Return a tensor, a Problem or a Selection on a device; itself, if it is for the CPU."""
     return what if device == "cpu" else moved(what, lambda x: x.to(device))
 
 
 def back(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return the tensors on the CPU."""
     return tuple(x.cpu() for x in tensors)
 
 
 def for_the_cpu(backend: Backend) -> Backend:
-    """`backend` with stages that take problems on the CPU to its device, and the results back."""
+    """Return `backend` with stages that take problems to its device, and results to the CPU."""
     device = device_of(backend)
     if device == "cpu":
         return backend

@@ -1,14 +1,16 @@
-"""Stage 3: attention over any selection is within its budget, row by row."""
+"""Stage 3: attention over any selection is within its tolerance, row by row."""
 
 from dataclasses import replace
 
 import torch
 from hypothesis import strategies as st
 
-from properties.law import law
-from properties.strategies import FAR, FILL, NAMED, Case, Chosen, at, by_token, chosen
-from tokenselect import Backend, Problem, SelectConfig, Selection
-from tokenselect.conformance.tolerances import attend_budget
+from tokenselect.conformance.laws.law import law
+from tokenselect.conformance.laws.strategies import chosen
+from tokenselect.conformance.paging import at, by_token, overwrite_unselected
+from tokenselect.conformance.problems import FAR, FILL, Case, Chosen
+from tokenselect.conformance.tolerances import attend_tolerance
+from tokenselect.contract import Backend, Problem, SelectConfig, Selection
 
 ATTENDED = (
     Chosen(Case(lengths=(0, 30)), 0.5, 0),
@@ -31,7 +33,6 @@ ATTENDED = (
     ),
     # More rows of queries than a kernel takes at once.
     Chosen(Case(lengths=(130, 90), Hkv=1, G=7, Lq=80, filler="inf"), 0.3, 0),
-    *(Chosen(case, 0.3, 0) for case in NAMED),
     Chosen(Case(lengths=(40,), Lq=5, filler="nan", page_size=2), 0.5, 1),
     Chosen(
         Case(lengths=(40,), content="needles", dtype=torch.bfloat16, has_sink_logits=True), 1, 1
@@ -57,38 +58,28 @@ ATTENDED = (
 
 
 @law(chosen(), *ATTENDED)
-def out_and_lse_are_within_budget(backend: Backend, drawn: Chosen) -> None:
-    problem, *selection = drawn.make()
-    selection = Selection(*selection)
-    finding = attend_budget(problem, selection).compare(backend.attend(problem, selection))
+def out_and_lse_are_within_tolerance(backend: Backend, drawn: Chosen) -> None:
+    """Hold attention over any selection to its tolerance."""
+    problem, selection = drawn.make()
+    finding = attend_tolerance(problem, selection).compare(backend.attend(problem, selection))
     assert finding.holds, finding
 
 
 @law(chosen(), *ATTENDED)
 def rows_that_are_not_selected_have_no_influence(backend: Backend, drawn: Chosen) -> None:
     """Keys and values, with NaN or inf in them or without: not a bit changes."""
-    problem, *selection = drawn.make()
-    selection = Selection(*selection)
+    problem, selection = drawn.make()
     if problem.S > 1:  # one list for all heads, so that a row is selected or not
         first = [x[:, :1].expand_as(x).contiguous() for x in selection]
         selection = Selection(*first)
     clean = backend.attend(problem, selection)
     k_cache, v_cache = problem.k_cache.clone(), problem.v_cache.clone()
-    poison(problem, k_cache, selection, FILL["nan"])
-    poison(problem, v_cache, selection, FILL["inf"])
+    overwrite_unselected(problem, k_cache, selection, FILL["nan"])
+    overwrite_unselected(problem, v_cache, selection, FILL["inf"])
     poisoned = backend.attend(replace(problem, k_cache=k_cache, v_cache=v_cache), selection)
     for name, before, after in zip(("out", "lse"), clean, poisoned, strict=True):
         assert torch.equal(before.nan_to_num(0), after.nan_to_num(0)), f"{name} changed"
         assert torch.equal(before.isnan(), after.isnan()), f"{name}: NaN came or went"
-
-
-def poison(problem: Problem, cache: torch.Tensor, selection: Selection, value: float) -> None:
-    """Overwrite every row of `cache` that no request selects."""
-    spared = torch.zeros_like(cache, dtype=torch.bool)
-    for b in range(problem.B):
-        positions = selection.positions[b, 0][: int(selection.count[b, 0])]
-        by_token(problem, spared)[at(problem, b, positions)] = True
-    cache[~spared] = value
 
 
 @law(
@@ -99,8 +90,7 @@ def poison(problem: Problem, cache: torch.Tensor, selection: Selection, value: f
 )
 def the_newest_value_leaves_earlier_queries_as_they_were(backend: Backend, drawn: Chosen) -> None:
     """NaN and inf in the newest token's value leave the call's earlier queries as they were."""
-    problem, *selection = drawn.make()
-    selection = Selection(*selection)
+    problem, selection = drawn.make()
     v_cache = problem.v_cache.clone()
     newest = torch.full((problem.Dv,), torch.nan, dtype=v_cache.dtype)
     newest[0] = torch.inf
@@ -108,8 +98,8 @@ def the_newest_value_leaves_earlier_queries_as_they_were(backend: Backend, drawn
         if n > 0:
             by_token(problem, v_cache)[at(problem, b, n[None] - 1)] = newest
     spoiled = backend.attend(replace(problem, v_cache=v_cache), selection)
-    budget = attend_budget(problem, selection).out
-    finding = budget.compare("out", replace_rows(budget.truth, spoiled.out.double()))
+    tolerance = attend_tolerance(problem, selection).out
+    finding = tolerance.compare("out", replace_rows(tolerance.truth, spoiled.out.double()))
     assert finding.holds, finding
 
 
@@ -132,14 +122,13 @@ def logits_that_are_all_minus_infinity_give_what_dense_attention_gives(
     backend: Backend, drawn: Chosen
 ) -> None:
     """NaN: such a query sees tokens, and none of them has any weight. With a sink: zeros."""
-    problem, *selection = drawn.make()
+    problem, selection = drawn.make()
     filled = replace(
         problem,
         q=torch.ones_like(problem.q),
         k_cache=torch.full_like(problem.k_cache, -torch.inf),
     )
-    selection = Selection(*selection)
-    finding = attend_budget(filled, selection).compare(backend.attend(filled, selection))
+    finding = attend_tolerance(filled, selection).compare(backend.attend(filled, selection))
     assert finding.holds, finding
 
 
@@ -178,7 +167,7 @@ def an_infinite_value_of_weight_zero_is_not_a_number(backend: Backend, case: Cas
     values[at(problem, 0, torch.arange(1))] = torch.inf
     selection = first(problem, 12)
     attended = backend.attend(problem, selection)
-    finding = attend_budget(problem, selection).compare(attended)
+    finding = attend_tolerance(problem, selection).compare(attended)
     assert finding.holds, finding
     assert attended.out.isnan().all(), "0 * inf is NaN"
 
@@ -198,7 +187,6 @@ def an_infinite_value_of_weight_zero_is_not_a_number(backend: Backend, case: Cas
 )
 def keys_far_out_are_attended_to_exactly(backend: Backend, drawn: Chosen) -> None:
     """Moved all the way to the front, or raw and turned at where they are: as in scoring."""
-    problem, *selection = drawn.make()
-    selection = Selection(*selection)
-    finding = attend_budget(problem, selection).compare(backend.attend(problem, selection))
+    problem, selection = drawn.make()
+    finding = attend_tolerance(problem, selection).compare(backend.attend(problem, selection))
     assert finding.holds, finding

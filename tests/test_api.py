@@ -1,0 +1,91 @@
+"""How a call is said: settings whole or by name, out, run, and a backend that does all in one."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.problems import problem
+from tokenselect import (
+    InvalidProblem,
+    SelectConfig,
+    SelectionCache,
+    attention,
+    explain,
+    register,
+    run,
+)
+from tokenselect.dispatch.registry import load
+
+Q, K, V = torch.randn(2, 4, 1, 8), torch.randn(2, 2, 50, 8), torch.randn(2, 2, 50, 8)
+SETTINGS: dict[str, Any] = {"k": 5, "n_sink": 2, "n_local": 4, "vote": "hard", "pool": 3}
+
+
+def test_settings_come_by_name_or_whole_or_both_if_they_agree() -> None:
+    by_name = attention(Q, K, V, **SETTINGS)
+    config = SelectConfig(**SETTINGS)
+    for ways in ({"config": config}, {"config": config, "k": 5, "pool": 3}, dict(config)):
+        assert torch.equal(attention(Q, K, V, **ways), by_name)
+    assert not torch.equal(attention(Q, K, V), by_name)
+    assert explain(Q, K, V, config=config).problem == explain(Q, K, V, **SETTINGS).problem
+
+
+@pytest.mark.parametrize("named", [{"k": 6}, {"k": 2048}, {"vote": "soft"}, {"n_sink": 0}])
+def test_a_setting_named_both_ways_has_one_value(named: dict[str, Any]) -> None:
+    with pytest.raises(InvalidProblem, match="a setting that is named both ways has one value"):
+        attention(Q, K, V, config=SelectConfig(**SETTINGS), **named)
+
+
+def test_an_unknown_argument_is_named_with_what_was_meant() -> None:
+    with pytest.raises(TypeError, match=r"argument 'n_locals'; did you mean n_local\?"):
+        attention(Q, K, V, n_locals=3)  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match="argument 'causal'"):
+        explain(Q, K, V, causal=True)
+    with pytest.raises(InvalidProblem, match="config is a dict"):
+        attention(Q, K, V, config=SETTINGS)  # type: ignore[call-overload]
+
+
+def test_run_is_attention_of_a_problem() -> None:
+    p = problem(max_reuse=4)
+    one, other = SelectionCache(max_reuse=4), SelectionCache(max_reuse=4)
+    for _ in range(2):
+        out, info = run(p, cache=one, return_info=True)
+        expected, more = attention(
+            p.q, p.k_cache, p.v_cache, config=p.config, cache=other, return_info=True
+        )
+        assert torch.equal(out, expected)
+        assert torch.equal(info.selection.positions, more.selection.positions)
+    with pytest.raises(InvalidProblem, match=r"problem.max_reuse=4, the cache's is 64"):
+        run(p, cache=SelectionCache())
+
+
+def test_out_is_written_to_and_returned() -> None:
+    out = torch.empty(2, 4, 1, 8)
+    assert attention(Q, K, V, out=out) is out
+    assert torch.equal(out, attention(Q, K, V))
+    with pytest.raises(InvalidProblem, match="out is "):
+        attention(Q, K, V, out=out.double())
+
+
+def test_a_backend_may_do_the_three_stages_in_one() -> None:
+    """Where there is no Selection Cache; with one, decisions come between them."""
+    cpu, calls = load("cpu"), []
+
+    def fused(p: Any) -> Any:
+        calls.append(p)
+        scores = cpu.score(p)
+        selection = cpu.select(scores.votes, p)
+        return cpu.attend(p, selection), selection, scores.lse
+
+    def never(*_: Any) -> Any:
+        raise AssertionError("the fused step does this stage's work")
+
+    register("in-one", replace(cpu, name="in-one", static=None, score=never, attend_fresh=fused))
+    out, info = attention(Q, K, V, k=5, n_local=4, backend="in-one", return_info=True)
+    expected, more = attention(Q, K, V, k=5, n_local=4, backend="cpu", return_info=True)
+    assert torch.equal(out, expected)
+    assert torch.equal(info.retained_mass, more.retained_mass)
+    assert len(calls) == 1
+    with pytest.raises(AssertionError, match="the fused step"):
+        attention(Q, K, V, cache=SelectionCache(), backend="in-one")

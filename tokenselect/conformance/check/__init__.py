@@ -1,0 +1,1 @@
+"""The check behind `python -m tokenselect.check`: few problems per backend, in seconds."""
