@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from bench import page as whole_page
+from bench.checks import NotEquivalent
 from bench.gpu import __main__ as command
 from bench.gpu import baselines, cases, checks, graphs, measure, model, page, steps, timing, truth
 from bench.gpu.baselines import Inputs, Ready
@@ -28,7 +29,6 @@ from bench.gpu.device import Captured, Cpu, Cuda
 from bench.gpu.ground import Differs, Ground
 from bench.gpu.measure import Task
 from bench.gpu.timing import Contender, Limits
-from bench.run import NotEquivalent
 from properties.recorded import Recorded
 from tests import fresh
 from tokenselect import (
@@ -675,7 +675,7 @@ def test_a_wrong_plan_is_not_timed() -> None:
         attended = CPU.static.attend(*given)  # type: ignore[union-attr]
         return attended._replace(out=attended.out.copy_(coarse(attended.out)))
 
-    with pytest.raises(NotEquivalent, match=r"a plan is .* budget away"):
+    with pytest.raises(NotEquivalent, match=r"a plan is .* tolerance away"):
         timed(REUSED, wrong_backend(**planned_backend(rounds)))
 
 

@@ -24,8 +24,8 @@ from bench.gpu import checks, page
 from bench.gpu.cases import cases
 from bench.gpu.measure import Task
 from bench.gpu.page import SCHEMA, Report, tree_of
+from bench.machine import commit
 from bench.page import RESULTS
-from bench.run import _commit
 
 FULL, QUICK, DRY = 480.0, 120.0, 60.0  # seconds in all
 _FOR_CHECKS = 0.44  # of them, at most
@@ -144,7 +144,7 @@ def _empty(options: argparse.Namespace, machine: dict[str, Any], command: str) -
         "backend": options.backend,
         "machine": machine,
         "source": {
-            "commit": os.environ.get("TOKENSELECT_COMMIT") or _commit(),
+            "commit": os.environ.get("TOKENSELECT_COMMIT") or commit(),
             "tree": tree_of(checks.ROOT / "tokenselect"),
         },
         "green": False,

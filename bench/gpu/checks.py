@@ -39,6 +39,7 @@ from bench.gpu.cases import CHUNK, MAIN, Case, K, cases, draw
 from bench.gpu.device import device_for, same
 from bench.workloads import TINY, make
 from tokenselect import Problem, SelectConfig, SelectionCache, check
+from tokenselect.conformance.devices import on
 from tokenselect.dispatch.registry import load, named
 
 ROOT = Path(__file__).parents[2]
@@ -336,7 +337,7 @@ def small(backend: str, dry: bool) -> int:
     """Run tiny workloads: decode and a chunk, paged and not, selections of a layer and a group."""
     device, chosen = device_for(dry), load(backend)
     for workload in (*TINY, *_LONGER):
-        problem = check.moved(make(workload), str(device.at))
+        problem = on(str(device.at), make(workload))
         if why_not := tokenselect.reasons(chosen, problem):
             print(f"{workload.name}: not run: {'; '.join(why_not)}")
             continue

@@ -11,6 +11,7 @@ import tokenselect
 from bench.gpu.cases import Case, K, draw
 from bench.gpu.device import Device, bits, same
 from tokenselect import Plan, Problem, Rope, SelectConfig, SelectionCache, backends, register
+from tokenselect.conformance.paging import scatter
 
 THETA, MAX_REUSE = 0.9, 64
 _NEAR = 0.1  # of plans to calls, on the CPU of a dry run only
@@ -71,10 +72,8 @@ class Ground:
             more["rope"] = Rope(10000.0**-exponents)
         if page_size:  # in a random order
             random = torch.Generator().manual_seed(7)
-            order = torch.randperm(p.B * p.Lk // page_size, generator=random).to(k.device)
-            k, v = (x.unflatten(2, (-1, page_size)).permute(0, 2, 3, 1, 4).flatten(0, 1)[
-                order.argsort()].contiguous() for x in (k, v))  # fmt: skip
-            more["block_table"] = order.view(p.B, -1).int()
+            (k, v), table = scatter((k, v), page_size, random)
+            more["block_table"] = table.to(k.device)
         return Problem.build(p.q, k, v, case.config, **more)
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 import tokenselect
+from bench.checks import NotEquivalent, call
 from bench.dense import Truth
 from bench.gpu import baselines, steps, truth
 from bench.gpu.baselines import Baseline, Inputs, Ready
@@ -36,7 +37,7 @@ from bench.gpu.timing import (
     summary,
     timed,
 )
-from bench.run import NotEquivalent, bytes_read
+from bench.run import bytes_read
 from tokenselect import Problem
 from tokenselect.dispatch.registry import load, named
 
@@ -122,7 +123,7 @@ def measure(
 def ours(problem: Problem, backend: str, found: truth.Found) -> list[Contender]:
     """Return the whole call and its stages. A reused selection is attend alone."""
     runs: dict[str, Callable[[], Any]] = {
-        "fresh": partial(truth.attention, problem, backend),
+        "fresh": partial(call, problem, backend),
         "score": partial(tokenselect.score, problem, backend),
         "select": partial(tokenselect.select, found.scores.votes, problem, backend),
         "attend": partial(tokenselect.attend, problem, found.selection, backend),
@@ -158,7 +159,7 @@ def planned(
         out = tokenselect.plan(p, backend)(p.q, p.k_cache, p.v_cache, p.cache_seqlens)
         share = found.exact.share(out)
         if not share <= 1:
-            raise NotEquivalent(f"a plan is {share:.3g} x the error budget away from float64")
+            raise NotEquivalent(f"a plan is {share:.3g} x the tolerance away from float64")
         report["reuse"] = {
             "layers": how.layers,
             "kv_copies": len({id(k) for k, _ in layers}),
@@ -340,7 +341,7 @@ def _capture(one: Contender, device: Device, exact: Truth | None) -> None:
         share = exact.share(one.captured.result)
         if not share <= 1 and one.notes["is_baseline"]:
             one.captured = None
-            one.notes["graph_error"] = f"replayed, {share:.3g} x the error budget away"
+            one.notes["graph_error"] = f"replayed, {share:.3g} x the tolerance away"
 
 
 # --- the process ---

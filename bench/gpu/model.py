@@ -22,11 +22,11 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tokenselect
+from bench.checks import NotEquivalent
 from bench.gpu.checks import recorded
 from bench.gpu.device import Device, device_for, same
 from bench.gpu.steps import is_exact
 from bench.gpu.timing import spread
-from bench.run import NotEquivalent
 from bench.workloads import PAPER_SIZES
 from tokenselect import Problem, SelectConfig, SelectionCache
 from tokenselect.dispatch.registry import named

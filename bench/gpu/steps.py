@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 import tokenselect
+from bench.checks import NotEquivalent
 from bench.gpu.cases import PlannedSteps
 from bench.gpu.device import same
-from bench.run import NotEquivalent
 from tokenselect import Plan, Problem, SelectionCache
 
 THETA = 0.9

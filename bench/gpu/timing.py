@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
+from bench.checks import NotEquivalent
 from bench.gpu.baselines import NOTHING, Ready
 from bench.gpu.device import Captured, Device, Reading
 from bench.gpu.page import MODES
 from bench.gpu.steps import Steps
-from bench.run import NotEquivalent
 
 _SLOW_ROUNDS = 3  # of a contender that is told to be slow
 _FLUSH = 0.4e-3  # seconds that go with every timed call, about

@@ -7,14 +7,13 @@ computed under.
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 import tokenselect
+from bench.checks import NotEquivalent, call, check_bound
 from bench.dense import Request, Truth, requests, truth, votes
-from bench.run import NotEquivalent, _check_bound
 from tokenselect import Problem, Scores, Selection
 
 # Dense attention by a backend gathers the whole cache: do it on a prefix.
@@ -46,13 +45,6 @@ class Found:
     checks: dict[str, float] = field(default_factory=dict)
 
 
-def attention(problem: Problem, backend: str, **more: Any) -> Any:
-    """Call `tokenselect.attention`, as a user does, on a problem's tensors and settings."""
-    p = problem
-    given = {"cache_seqlens": p.cache_seqlens, "scale": p.scale, "backend": backend}
-    return tokenselect.attention(p.q, p.k_cache, p.v_cache, **p.config, **given, **more)
-
-
 def check(problem: Problem, backend: str, several: list[Request], dense: Truth) -> Found:
     """Hold every stage and the whole call to the truth. Raises NotEquivalent."""
     checks = {"k for everything, share of budget": _everything(problem, backend)}
@@ -68,18 +60,18 @@ def check(problem: Problem, backend: str, several: list[Request], dense: Truth) 
     attended = tokenselect.attend(problem, selection, backend)
     checks["attend, share of budget"] = share = found.exact.share(attended.out)
     if not share <= 1:
-        raise NotEquivalent(f"attend is {share:.3g} x the error budget away from float64")
+        raise NotEquivalent(f"attend is {share:.3g} x the tolerance away from float64")
     lse = attended.lse[:, :, found.exact.rows]
     checks["attend, worst lse"] = _near("attend's lse", lse, found.exact.lse)
 
-    out, info = attention(problem, backend, return_info=True)
+    out, info = call(problem, backend, return_info=True)
     whole = (*info.selection, out, info.lse)
     for name, got, right in zip(
         ("positions", "count", "out", "lse"), whole, (*selection, *attended), strict=True
     ):
         if not torch.equal(got, right):
             raise NotEquivalent(f"attention's {name} differ from those of its stages, one by one")
-    mass = _check_bound("a fresh selection", out, info, dense)
+    mass = check_bound("a fresh selection", out, info, dense)
     told = info.retained_mass
     if problem.Lq == 1 and not ((told - mass[:, :, 0]).abs() <= 1e-4).all():
         raise NotEquivalent("retained_mass is not the share of the softmax that was retained")
@@ -107,12 +99,12 @@ def _everything(problem: Problem, backend: str) -> float:
     n = problem.cache_seqlens.clamp(max=_EVERYTHING)
     largest = min(problem.Lk, _EVERYTHING)
     prefix = replace(problem, cache_seqlens=n, config=replace(problem.config, k=largest))
-    out = attention(prefix, backend)
+    out = call(prefix, backend)
     with problem.q.device:
         share = truth(requests(prefix), _ROWS).share(out)
     if not share <= 1:
         raise NotEquivalent(
-            f"attention(k={largest}), k for everything, is {share:.3g} x the error budget away "
+            f"attention(k={largest}), k for everything, is {share:.3g} x the tolerance away "
             "from dense attention in float64"
         )
     return share
