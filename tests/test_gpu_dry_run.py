@@ -10,14 +10,16 @@ from typing import Any
 import pytest
 
 from bench import page as whole_page
-from bench.gpu import page, plan
+from bench.gpu import cases, page
 from tests import fresh
 
 pytestmark = pytest.mark.slow
 
+DryRun = tuple[str, dict[str, Any], Path]
+
 
 @pytest.fixture(scope="module")
-def dry_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any], Path]:
+def dry_run(tmp_path_factory: pytest.TempPathFactory) -> DryRun:
     """What it printed, its JSON and its folder."""
     folder = tmp_path_factory.mktemp("dry")
     arguments = ["--dry-run", "--quick", "--seconds", "1500", "--out", str(folder / "results")]
@@ -31,14 +33,13 @@ def dry_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, An
     )
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = (folder / "results").glob("*-gpu.json")
+    assert (folder / "out" / path.name).read_text("utf-8") == path.read_text("utf-8")
     return done.stdout, json.loads(path.read_text("utf-8")), folder
 
 
-def test_a_dry_run_goes_through_everything(dry_run: tuple[str, dict[str, Any], Path]) -> None:
+def test_a_dry_run_goes_through_everything(dry_run: DryRun) -> None:
     said, found, folder = dry_run
-    assert found["kind"] == "gpu"
-    assert found["dry_run"]
-    assert found["quick"]
+    assert [found[name] for name in ("kind", "dry_run", "quick")] == ["gpu", True, True]
     assert found["finished"]
     assert found["green"]
     checked = {check["name"]: check["status"] for check in found["checks"]}
@@ -47,65 +48,49 @@ def test_a_dry_run_goes_through_everything(dry_run: tuple[str, dict[str, Any], P
         **dict.fromkeys(("memcheck", "racecheck", "properties"), "skipped"),
     }
     assert "properties: SKIPPED: left out by --quick" in said
-    wanted = [cell.name for cell in plan.cells(quick=True, dry=True)]
-    assert [cell["name"] for cell in found["cells"]] == wanted
+    wanted = [case.name for case in cases.cases(quick=True, dry=True)]
+    assert [case["name"] for case in found["cells"]] == wanted
     assert not found["left_out"]
-    for cell in found["cells"]:
-        assert cell["name"] in said
-        is_decode = cell["kind"] == "decode"
-        assert {side["role"] for side in cell["sides"]} == {
-            *("whole", "stage", "dense", "gathered", "topk", "copy"),
-            *(("planned",) if is_decode else ()),
-        }
-        compared = ("fresh", "attend", "select")
-        for of in (*compared, *(("hit", "miss", "mixed") if is_decode else ())):
-            for mode in ("graph", "eager"):
-                assert any(r["of"] == of and r["mode"] == mode for r in cell["ratios"])
-        for side in cell["sides"]:
-            for mode in ("graph", "eager"):
-                if mode in side:
-                    times = side[mode]
-                    assert 0 < times["p10_us"] <= times["median_us"] <= times["p90_us"]
-    assert (folder / "out" / next((folder / "results").glob("*.json")).name).exists()
     section = (folder / "results" / "page.md").read_text("utf-8")
-    assert all(f"#### {name}" in section for name in wanted)
-    assert f"| {wanted[1]} |" in section.split("planned, µs a call, graph")[1]
-    assert "planned, µs a layer as graphs" in said
+    for case in found["cells"]:
+        assert case["name"] in said
+        assert f"#### {case['name']}" in section
+        is_decode = case["kind"] == "decode"
+        roles = {"whole", "stage", "dense", "gathered", "topk", "copy"}
+        roles |= {"planned"} if is_decode else set()
+        assert {side["role"] for side in case["sides"]} == roles
+        for of in ("fresh", "attend", "select", *(("hit", "miss", "mixed") if is_decode else ())):
+            for mode in page.MODES:
+                assert any(r["of"] == of and r["mode"] == mode for r in case["ratios"])
+        for times in (side[mode] for side in case["sides"] for mode in page.MODES if mode in side):
+            assert 0 < times["p10_us"] <= times["median_us"] <= times["p90_us"]
 
 
-def test_planned_steps_are_told_with_how_they_were_made(
-    dry_run: tuple[str, dict[str, Any], Path],
-) -> None:
+def test_planned_steps_are_told_with_how_they_were_made(dry_run: DryRun) -> None:
     _, found, _ = dry_run
     first, longest = found["cells"][:2]
-    names = ["hit", "hit, one layer", "miss", "mixed"]
     planned = {s["name"]: s for s in first["sides"] if s["role"] == "planned"}
-    assert list(planned) == names
-    assert [planned[name]["calls"] for name in names] == [2, 1, 2, 10]
-    assert all(mode in side for side in planned.values() for mode in ("graph", "eager"))
+    calls = {"hit": 2, "hit, one layer": 1, "miss": 2, "mixed": 10}
+    assert {name: side["calls"] for name, side in planned.items()} == calls
+    assert all(mode in side for side in planned.values() for mode in page.MODES)
     assert first["reuse"]["layers"] == first["reuse"]["kv_copies"] == 2
     assert first["reuse"]["share_of_budget"] <= 1
     (short,) = {(r["to"], r["role"]) for r in longest["ratios"] if r["of"] == "short"}
     assert short == ("short, own capacity", "planned")
 
 
-def test_what_does_not_run_is_listed_with_its_error(
-    dry_run: tuple[str, dict[str, Any], Path],
-) -> None:
+def test_what_does_not_run_is_listed_with_its_error(dry_run: DryRun) -> None:
     said, found, folder = dry_run
-    decode = found["cells"][0]
-    failed = {side["name"]: side["error"] for side in decode["sides"] if "error" in side}
+    sides = found["cells"][0]["sides"]
+    failed = {side["name"]: side["error"] for side in sides if "error" in side}
     assert "sdpa cudnn, enable_gqa" in failed
     section = (folder / "results" / "page.md").read_text("utf-8")
     for name, error in failed.items():
-        assert name in said
+        assert f"| {name} | {error[:60]}" in section
         assert error[:60] in said
-        assert error[:60] in section
 
 
-def test_the_page_refuses_a_dry_run(
-    dry_run: tuple[str, dict[str, Any], Path], tmp_path: Path
-) -> None:
+def test_the_page_refuses_a_dry_run(dry_run: DryRun, tmp_path: Path) -> None:
     (tmp_path / "2000-01-01-dry-run-gpu.json").write_text(json.dumps(dry_run[1]))
     with pytest.raises(page.Refused, match=r"2000-01-01-dry-run-gpu\.json: a dry run"):
         whole_page.page(tmp_path)

@@ -6,13 +6,10 @@
 import gc
 import os
 import platform
-import re
-import shutil
 import subprocess
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,18 +23,6 @@ class Captured(NamedTuple):
 
     replay: Run
     result: Any
-
-
-class Device(Protocol):
-    at: torch.device
-
-    def facts(self) -> dict[str, Any]: ...
-    def free_bytes(self) -> int: ...
-    def release(self) -> None: ...
-    def synchronize(self) -> None: ...
-    def eager(self, run: Run) -> Reading: ...
-    def queued(self, run: Run) -> Reading: ...
-    def capture(self, run: Run) -> Captured: ...
 
 
 class Cuda:
@@ -65,7 +50,7 @@ class Cuda:
         }
 
     def free_bytes(self) -> int:
-        torch.cuda.empty_cache()
+        self.release()
         return torch.cuda.mem_get_info(self.at)[0]
 
     def release(self) -> None:
@@ -76,21 +61,22 @@ class Cuda:
         torch.cuda.synchronize(self.at)
 
     def _flush(self) -> None:
-        """Push everything out of the L2 cache. Read after it is written, no line in it is dirty:
+        """Push everything out of the L2 cache.
 
-        writing those back would be charged to what is timed next.
+        The buffer is read after it is written, so that no line in the cache is dirty: writing those
+        back would be charged to what is timed next.
         """
         self._buffer.add_(1.0)
         torch.sum(self._buffer, dim=0, out=self._sum)
 
     def eager(self, run: Run) -> Reading:
-        """From an idle device to the result: what the host takes to launch counts."""
+        """Time from an idle device to the result: what the host takes to launch counts."""
         self._flush()
         self.synchronize()
         return self._between_events(run)
 
     def queued(self, run: Run) -> Reading:
-        """Launched while the device still flushes: what the host takes to launch is hidden."""
+        """Time what is launched while the device still flushes: launching is hidden."""
         self._flush()
         return self._between_events(run)
 
@@ -102,13 +88,13 @@ class Cuda:
         return lambda: start.elapsed_time(end)
 
     def capture(self, run: Run) -> Captured:
-        """A CUDA graph of one call. Raises what the call or the capture raises."""
-        before, side = torch.cuda.current_stream(self.at), torch.cuda.Stream(self.at)
-        side.wait_stream(before)
-        with torch.cuda.stream(side):
+        """Make a CUDA graph of one call. Raises what the call or the capture raises."""
+        before, other = torch.cuda.current_stream(self.at), torch.cuda.Stream(self.at)
+        other.wait_stream(before)
+        with torch.cuda.stream(other):
             for _ in range(3):  # lazy initialisation must not fall into the capture
                 run()
-        before.wait_stream(side)
+        before.wait_stream(other)
         self.synchronize()
         graph = torch.cuda.CUDAGraph()
         try:
@@ -123,8 +109,9 @@ class Cuda:
 class Cpu:
     """A stand-in for dry runs. What it calls a graph is the call itself."""
 
+    at = torch.device("cpu")
+
     def __init__(self, free_bytes: int = 2**31 + 2**25) -> None:
-        self.at = torch.device("cpu")
         self._free_bytes = free_bytes
 
     def facts(self) -> dict[str, Any]:
@@ -151,26 +138,34 @@ class Cpu:
         result = run()
 
         def replay() -> None:
-            for kept, fresh in zip(tensors(result), tensors(run()), strict=True):
-                kept.copy_(fresh)
+            for kept, recomputed in zip(tensors(result), tensors(run()), strict=True):
+                kept.copy_(recomputed)
 
         return Captured(replay, result)
 
 
-def tensors(result: Any) -> list[Tensor]:
-    """The tensors of what a call returned."""
-    return [result] if isinstance(result, Tensor) else list(result)
+Device = Cuda | Cpu
 
 
-def host() -> dict[str, Any]:
-    """What the figures depend on besides the device."""
+def device_for(dry: bool) -> Device:
+    if dry:
+        torch.set_num_threads(1)
+        return Cpu()
+    return Cuda()
+
+
+def facts(dry: bool) -> dict[str, Any]:
+    """Return what the figures depend on, of the device and of its host."""
+    device = device_for(dry)
+    # A device that cannot add is better found now than as a mystery later.
+    assert float(torch.ones(8, device=device.at).sum()) == 8.0
     try:
         import triton
 
         triton_version = triton.__version__
     except ImportError:
         triton_version = None
-    return {
+    return device.facts() | {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": triton_version,
@@ -180,14 +175,26 @@ def host() -> dict[str, Any]:
 
 
 def _driver() -> str | None:
-    if shutil.which("nvidia-smi"):
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        done = subprocess.run(query, capture_output=True, text=True, timeout=20)
-        if done.returncode == 0 and done.stdout.strip():
-            return done.stdout.split()[0]
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
-    except OSError:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
         return None
-    found = re.search(r"\d+\.\d+(\.\d+)?", text)
-    return found[0] if found else None
+    return next(iter(done.stdout.split()), None)
+
+
+def tensors(result: Any) -> list[Tensor]:
+    """Return the tensors of what a call returned."""
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+def same(one: Any, other: Any) -> bool:
+    """Tell whether two results of one call are bitwise the same."""
+    pairs = zip(tensors(one), tensors(other), strict=True)
+    return all(a.shape == b.shape and a.dtype == b.dtype and bits(a).equal(bits(b))
+               for a, b in pairs)  # fmt: skip
+
+
+def bits(x: Tensor) -> Tensor:
+    sizes = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return x.contiguous().view(sizes[x.element_size()])

@@ -1,210 +1,196 @@
-"""One cell: inputs, equivalence, rivals, then times of both sides, alternating in one run."""
+"""The process that measures: python -m bench.gpu.measure FOLDER
+
+One case after the other: inputs, equivalence, baselines, then times of all contenders, alternating
+in one run. The process may be killed, or die of a baseline's kernel: in the folder are its task,
+the report, and what it does now, for another process to go on: see `bench.gpu.__main__`.
+"""
 
 import importlib
+import json
 import math
-import statistics
+import sys
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import tokenselect
+from bench.checks import NotEquivalent, call
 from bench.dense import Truth
-from bench.gpu import reuse, rivals, truth
-from bench.gpu.device import Captured, Device, Reading, tensors
-from bench.gpu.inputs import draw
-from bench.gpu.plan import Cell, StaticStages, memory
-from bench.gpu.report import MODES
-from bench.gpu.rivals import Asked, Ready, Rival
-from bench.run import NotEquivalent, bytes_read
+from bench.gpu import baselines, steps, truth
+from bench.gpu.baselines import Baseline, Inputs, Ready
+from bench.gpu.cases import Case, cases, draw, fits, seconds_for
+from bench.gpu.device import Device, device_for, same, tensors
+from bench.gpu.page import MODES, Report, put
+from bench.gpu.timing import (
+    Contender,
+    Limits,
+    clock_floor,
+    copy_rate,
+    counted,
+    ratios,
+    summary,
+    timed,
+)
+from bench.run import bytes_read
 from tokenselect import Problem
-from tokenselect.dispatch.registry import load
+from tokenselect.dispatch.registry import load, named
 
-_SLOW = 5.0  # times the fastest dense one: such a rival is timed a few times, and not in a graph
-_SLOW_ROUNDS = 3
-_FLUSH = 0.4e-3  # seconds that go with every timed call, about
-DTYPE = torch.bfloat16
+_SLOW = 5.0  # times the fastest dense one: such a baseline is timed a few times, not in a graph
 
 
 class Skipped(Exception):
-    """The cell is not measured here, and nothing is wrong with that."""
+    """The case is not measured here, and nothing is wrong with that."""
 
 
 class DeviceLost(Exception):
-    """A rival left the device unusable for this process: a new one has to do without it."""
-
-
-@dataclass
-class Side:
-    """One thing to time.
-
-    role   "whole" (fresh), "stage", "planned", "dense", "gathered", "topk" or "copy"
-    calls  so many calls are one run; times are divided by it
-    kind   of a planned side: its steps, and what they have to give
-    """
-
-    name: str
-    role: str
-    ready: Ready
-    bytes: int | None = None
-    notes: dict[str, Any] = field(default_factory=dict)
-    captured: Captured | None = None
-    calls: int = 1
-    kind: reuse.Kind | None = None
-
-    @property
-    def is_ours(self) -> bool:
-        return self.role in ("whole", "stage", "planned")
-
-
-@dataclass(frozen=True)
-class Limits:
-    """left: seconds that remain of the run. seconds and rounds: for timing this cell, both modes.
-
-    banned: rivals that killed a process.
-    """
-
-    left: Callable[[], float]
-    seconds: float
-    rounds: tuple[int, int] = (5, 60)  # at least, at most
-    banned: tuple[str, ...] = ()
-    only_check: bool = False
-    measure_anyway: bool = False
+    """A baseline left the device unusable for this process: a new one has to do without it."""
 
 
 def measure(
-    cell: Cell, device: Device, backend: str, limits: Limits, say: Callable[..., None]
+    case: Case, device: Device, backend: str, limits: Limits, note: Callable[..., None]
 ) -> dict[str, Any]:
-    """Check a cell and time it. Raises Skipped, or NotEquivalent if the backend is wrong."""
-    needed, free = memory(cell), device.free_bytes()
+    """Check a case and time it. Raises Skipped, or NotEquivalent if the backend is wrong."""
+    needed, free = case.memory, device.free_bytes()
     if needed > free:
         raise Skipped(f"needs about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free")
-    say("step", text="drawing inputs")
-    problem = draw(cell, device.at, DTYPE)
-    say("step", text="checking equivalence")
-    exact = truth.exact_of(problem)
-    report = {**cell.facts(), "dtype": str(DTYPE).removeprefix("torch."), "config": {}}
+    note(step="drawing inputs")
+    problem = draw(case, device.at, torch.bfloat16)
+    note(step="checking equivalence")
+    several, exact = truth.exact_of(problem)
+    report = {**case.facts(), "dtype": "bfloat16", "config": {}}
     report["config"] = {name: problem.config[name] for name in ("k", "n_sink", "n_local")}
     try:
-        found = truth.check(problem, backend, exact, device)
+        found = truth.check(problem, backend, several, exact)
     except NotEquivalent as error:
         if not limits.measure_anyway:
             raise
         report["not_equivalent"] = str(error)
-        found = _unchecked(problem, backend, exact)
+        scores = tokenselect.score(problem, backend)
+        selection = tokenselect.select(scores.votes, problem, "reference")
+        found = truth.found_of(problem, scores, selection)
+    device.synchronize()
     report |= {"checks": found.checks, "attended": found.gathered[0].shape[2]}
     if limits.only_check:
         return report | {"sides": [], "ratios": []}
 
-    sides = ours(problem, backend, found)
-    asked = Asked(problem.q, problem.k_cache, problem.v_cache, problem.scale)
-    over = Asked(problem.q, *found.gathered, problem.scale)
-    tried = partial(_try, device=device, say=say, limits=limits)
+    contenders = ours(problem, backend, found)
+    inputs = Inputs(problem.q, problem.k_cache, problem.v_cache, problem.scale)
+    over = Inputs(problem.q, *found.gathered, problem.scale)
     reads = bytes_read(problem, "dense")
-    for rival in rivals.dense(cell.Lq, cell.B):
-        sides.append(tried(rival, asked, exact.dense, "dense", reads))
-    for rival in rivals.over_gathered(cell.Lq):
-        sides.append(tried(rival, over, found.exact, "gathered", None))
-    sides.append(_topk(problem, found))
-    sides.append(_copy(problem, asked))
-    if cell.static is not None:
-        say("step", text="planning")
+    for baseline in baselines.dense(case.Lq, case.B):
+        contenders.append(_try(baseline, inputs, exact, device, limits, note))
+        contenders[-1].bytes = reads
+    for baseline in baselines.over_gathered(case.Lq):
+        contenders.append(_try(baseline, over, found.exact, device, limits, note, "gathered"))
+    contenders += [_topk(problem, found), _copy(inputs)]
+    if case.planned is not None:
+        note(step="planning")
         try:
-            of_plans, report["reuse"] = planned(problem, backend, cell.static, found, device)
-            sides += of_plans
+            contenders += planned(case, problem, backend, found, device, report)
         except NotEquivalent as error:
             if not limits.measure_anyway:
                 raise
             report.setdefault("not_equivalent", str(error))
 
-    say("step", text="warming up, capturing graphs")
-    first = _warm_up(sides, device, say)
-    _set_slow_apart(sides, first)
-    truths = {"dense": exact.dense, "gathered": found.exact}
-    for side in sides:
-        if "error" not in side.notes and "slow" not in side.notes:
-            _say_who(side, say)
-            _capture(side, device, truths.get(side.role))
-            if cell.static is not None and side.kind is not None and side.captured is not None:
-                exactly, replay = reuse.is_exact(backend, device.at), side.captured.replay
-                reuse.hold(side.kind, replay, "replayed", cell.static.checked, exact=exactly)
-    say("step", text="timing")
-    times = {mode: _counted(sides, mode, device, first, limits) for mode in MODES}
-    report["sides"] = [summary(side, times) for side in sides]
-    report["ratios"] = ratios(sides, times)
+    note(step="warming up, capturing graphs")
+    first = _warm_up(contenders, device, note)
+    _set_slow_apart(contenders, first)
+    truths = {"dense": exact, "gathered": found.exact}
+    for one in contenders:
+        if one.is_timed and "slow" not in one.notes:
+            _note_who(one, note)
+            _capture(one, device, truths.get(one.role))
+            if case.planned and one.steps and one.captured:
+                exactly = steps.is_exact(backend, device.at)
+                run, checked = one.captured.replay, case.planned.checked
+                one.steps.check(run, "replayed", checked, exact=exactly)
+    note(step="timing")
+    times = {mode: counted(contenders, mode, device, first, limits) for mode in MODES}
+    report["sides"] = [summary(one, times) for one in contenders]
+    report["ratios"] = ratios(contenders, times)
     return report
 
 
-# --- our side ---
+# --- the backend's ---
 
 
-def ours(problem: Problem, backend: str, found: truth.Found) -> list[Side]:
-    """The whole call and its stages. A reused selection is attend alone."""
-    votes, selection = found.scores.votes, found.selection
+def ours(problem: Problem, backend: str, found: truth.Found) -> list[Contender]:
+    """Return the whole call and its stages. A reused selection is attend alone."""
     runs: dict[str, Callable[[], Any]] = {
-        "fresh": partial(truth.attention, problem, backend),
+        "fresh": partial(call, problem, backend),
         "score": partial(tokenselect.score, problem, backend),
-        "select": partial(tokenselect.select, votes, problem, backend),
-        "attend": partial(tokenselect.attend, problem, selection, backend),
+        "select": partial(tokenselect.select, found.scores.votes, problem, backend),
+        "attend": partial(tokenselect.attend, problem, found.selection, backend),
     }
-    sides = []
+    contenders = []
     for name, run in runs.items():
-        role = "whole" if name == "fresh" else "stage"
         moved, by = bytes_of(problem, backend, name, found)
-        sides.append(Side(name, role, Ready(run), moved, {"bytes_by": by}))
-    return sides
+        role = "whole" if name == "fresh" else "stage"
+        contenders.append(Contender(name, role, Ready(run), moved, {"bytes_by": by}))
+    return contenders
 
 
 def planned(
-    problem: Problem, backend: str, how: StaticStages, found: truth.Found, device: Device
-) -> tuple[list[Side], dict[str, Any]]:
-    """Planned steps, each held to attention on the way. Where memory is short, a note instead."""
-    exact = reuse.is_exact(backend, device.at)
-    sides: list[Side] = []
-    facts: dict[str, Any] = {}
+    case: Case,
+    problem: Problem,
+    backend: str,
+    found: truth.Found,
+    device: Device,
+    report: dict[str, Any],
+) -> list[Contender]:
+    """Return planned steps, each checked against attention on the way.
+
+    What a reader has to know of them goes into report["reuse"]. Where memory is short, or the
+    backend has no plans, a note instead.
+    """
+    how, p, contenders = case.planned, problem, []
+    assert how is not None
+    report["reuse"] = {}
+    if load(backend).static is None:
+        return [_not_planned(f"{backend} has no stages that a plan can run")]
     try:
-        if load(backend).static is None:
-            raise reuse.NoPlans(f"{backend} has no stages that a plan can run")
-        layers = reuse.copies(problem, how.layers, device.free_bytes())
-        facts = reuse.facts(how, layers)
-        facts["share_of_budget"] = _planned_share(problem, backend, found)
-        for kind in reuse.kinds(problem, backend, how, layers):
-            reuse.hold(kind, kind.steps.run, "called", how.checked, exact=exact)
-            sides.append(_planned_side(kind, problem, backend, found))
-    except (torch.cuda.OutOfMemoryError, reuse.NoPlans) as error:
-        sides.append(Side("planned", "planned", Ready(lambda: None)))
-        sides[-1].notes["error"] = _told(error, ())
-    return sides, facts
+        layers = steps.copies(p, how.layers, device.free_bytes())
+        out = tokenselect.plan(p, backend)(p.q, p.k_cache, p.v_cache, p.cache_seqlens)
+        share = found.exact.share(out)
+        if not share <= 1:
+            raise NotEquivalent(f"a plan is {share:.3g} x the tolerance away from float64")
+        report["reuse"] = {
+            "layers": how.layers,
+            "kv_copies": len({id(k) for k, _ in layers}),
+            "max_reuse": how.max_reuse,
+            "theta": steps.THETA,
+            "group": steps.GROUP,
+            "short": how.short,
+            "share_of_budget": share,
+        }
+        for kind in steps.kinds(p, backend, how, layers):
+            exact = steps.is_exact(backend, device.at)
+            kind.check(kind.run, "called", how.checked, exact=exact)
+            ready, notes = Ready(kind.run, kind.next), {"calls": kind.calls}
+            one = Contender(kind.name, "planned", ready, None, notes, None, kind.calls, kind)
+            of = {"hit": "attend", "hit, one layer": "attend", "miss": "fresh"}.get(kind.name)
+            if of is not None:
+                one.bytes, notes["bytes_by"] = bytes_of(p, backend, of, found)
+            if kind.name == "short, own capacity":
+                notes["is_baseline"] = True
+            contenders.append(one)
+    except torch.cuda.OutOfMemoryError as error:
+        contenders.append(_not_planned(_told(error)))
+    return contenders
 
 
-def _planned_side(kind: reuse.Kind, problem: Problem, backend: str, found: truth.Found) -> Side:
-    steps = kind.steps
-    side = Side(kind.name, "planned", Ready(steps.run, steps.next), calls=steps.calls, kind=kind)
-    of = {"hit": "attend", "hit, one layer": "attend", "miss": "fresh"}.get(kind.name)
-    if of is not None:
-        side.bytes, side.notes["bytes_by"] = bytes_of(problem, backend, of, found)
-    if kind.name == "short, own capacity":
-        side.notes["is_baseline"] = True
-    side.notes["calls"] = steps.calls
-    return side
-
-
-def _planned_share(problem: Problem, backend: str, found: truth.Found) -> float:
-    """A planned fresh call against float64 on what was selected; raises NotEquivalent."""
-    p = problem
-    out = tokenselect.plan(p, backend)(p.q, p.k_cache, p.v_cache, p.cache_seqlens)
-    share = found.exact.share(out)
-    if not share <= 1:
-        raise NotEquivalent(f"a plan is {share:.3g} x the error budget away from float64")
-    return share
+def _not_planned(why: str) -> Contender:
+    return Contender("planned", "planned", notes={"error": why})
 
 
 def bytes_of(problem: Problem, backend: str, what: str, found: truth.Found) -> tuple[int, str]:
-    """Bytes that a stage moves by its own account, or has to read by the formula of bench.run."""
+    """Return bytes that a stage moves by its own account, or has to read by bench.run's formula."""
     parts = ("score", "select", "attend") if what == "fresh" else (what,)
     try:
         module = f"tokenselect.kernels.{backend}"
@@ -214,49 +200,39 @@ def bytes_of(problem: Problem, backend: str, what: str, found: truth.Found) -> t
         return bytes_read(problem, what, found.selection), "read, by bench.run"
 
 
-def _unchecked(problem: Problem, backend: str, exact: truth.Exact) -> truth.Found:
-    """What a backend that is wrong made of a problem: only to be timed anyway."""
-    scores = tokenselect.score(problem, backend)
-    selection = truth.sorted_selection(scores.votes, problem)
-    gathered = truth.gather(problem, selection)
-    return truth.Found(scores, selection, exact.dense, gathered, {})
-
-
-# --- the other side ---
+# --- the others ---
 
 
 def _try(
-    rival: Rival,
-    asked: Asked,
+    baseline: Baseline,
+    inputs: Inputs,
     exact: Truth,
-    role: str,
-    reads: int | None,
-    *,
     device: Device,
-    say: Callable[..., None],
     limits: Limits,
-) -> Side:
-    """Prepare a rival and hold it to the truth; what goes wrong is noted."""
-    side = Side(rival.name, role, Ready(lambda: None), reads)
-    if rival.name in limits.banned:
-        side.notes["error"] = "it ended the process that tried it, or did not return"
-        return side
-    if rival.seconds_to_prepare and 2 * rival.seconds_to_prepare > limits.left():
-        side.notes["error"] = "left out: no time to prepare it"
-        return side
-    say("rival", name=rival.name)
+    note: Callable[..., None],
+    role: str = "dense",
+) -> Contender:
+    """Prepare a baseline and hold it to the truth; what goes wrong is noted."""
+    one = Contender(baseline.name, role)
+    if baseline.name in limits.banned:
+        one.notes["error"] = "it ended the process that tried it, or did not return"
+        return one
+    if baseline.seconds_to_prepare and 2 * baseline.seconds_to_prepare > limits.left():
+        one.notes["error"] = "left out: no time to prepare it"
+        return one
+    _note_who(one, note)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            side.ready = rival.prepare(asked)
-            with side.ready.around():
-                share = exact.share(side.ready.run())
-        except Exception as error:  # any rival may fail in any way: what it says is the result
-            side.notes["error"] = _told(error, caught)
+            one.ready = baseline.prepare(inputs)
+            with one.ready.around():
+                share = exact.share(one.ready.run())
+        except Exception as error:  # it may fail in any way: what it says is the result
+            one.notes["error"] = _told(error, caught)
             _check_alive(device, error)
-            return side
-    side.notes |= {"share_of_budget": share, "is_baseline": share <= 1}
-    return side
+            return one
+    one.notes |= {"share_of_budget": share, "is_baseline": share <= 1}
+    return one
 
 
 def _check_alive(device: Device, error: Exception) -> None:
@@ -268,240 +244,174 @@ def _check_alive(device: Device, error: Exception) -> None:
         raise DeviceLost(str(error).split("\n")[0]) from error
 
 
-def _say_who(side: Side, say: Callable[..., None]) -> None:
-    """So that if the process dies, the parent knows of whom."""
-    say("step" if side.is_ours else "rival", **{"text" if side.is_ours else "name": side.name})
+def _note_who(one: Contender, note: Callable[..., None]) -> None:
+    """Note whom to blame if the process dies."""
+    note(**{"step" if one.is_ours else "baseline": one.name})
 
 
-def _told(error: Exception, caught: Sequence[warnings.WarningMessage]) -> str:
+def _told(error: Exception, caught: Sequence[warnings.WarningMessage] = ()) -> str:
     """The error's first line, and the first lines of the warnings that came with it."""
     lines = [f"{type(error).__name__}: {error}".split("\n")[0]]
     lines += dict.fromkeys(str(warning.message).split("\n")[0] for warning in caught)
     return "; ".join(lines)[:400]
 
 
-def _topk(problem: Problem, found: truth.Found) -> Side:
+def _topk(problem: Problem, found: truth.Found) -> Contender:
     """torch.topk of the candidates' votes, which finds as good ones, in no order."""
     sink_end, local_start = problem.config.regions(problem.Lk, problem.Lq)
     votes = found.scores.votes[:, 0, 0, sink_end:local_start]
-    side = Side("torch.topk", "topk", rivals.top_k(votes, problem.config.k))
-    best = side.ready.run().values.sort(dim=1).values
+    one = Contender("torch.topk", "topk", baselines.top_k(votes, problem.config.k))
+    best = one.ready.run().values.sort(dim=1).values
     mine = found.selection.positions[:, 0].long()
     chosen = (mine >= sink_end) & (mine < local_start)
     if not (chosen.sum(1) == best.shape[1]).all():
-        side.notes["error"] = "another number of candidates than select has"
-        return side
+        one.notes["error"] = "another number of candidates than select has"
+        return one
     places = mine[chosen].view(len(best), -1) - sink_end
-    side.notes["is_baseline"] = torch.equal(votes.gather(1, places).sort(dim=1).values, best)
-    return side
+    one.notes["is_baseline"] = torch.equal(votes.gather(1, places).sort(dim=1).values, best)
+    return one
 
 
-def _copy(problem: Problem, asked: Asked) -> Side:
+def _copy(inputs: Inputs) -> Contender:
     """A copy on the device that moves as many bytes as there are in the keys."""
-    keys = asked.k.flatten()
+    keys = inputs.k.flatten()
     source = keys[: len(keys) // 2]
-    target = torch.empty_like(source)
     moved = 2 * source.numel() * source.element_size()
-    return Side("device copy", "copy", Ready(partial(target.copy_, source)), moved)
+    run = partial(torch.empty_like(source).copy_, source)
+    return Contender("device copy", "copy", Ready(run), moved)
 
 
-# --- times ---
+# --- before times ---
 
 
-def _timed(side: Side, clock: Callable[[Any], Reading], run: Any) -> Reading:
-    with side.ready.around():
-        return clock(run)
-
-
-def _warm_up(sides: Sequence[Side], device: Device, say: Callable[..., None]) -> dict[str, float]:
-    """Milliseconds of a second call of each, the first being warm-up."""
+def _warm_up(
+    contenders: Sequence[Contender], device: Device, note: Callable[..., None]
+) -> dict[str, float]:
+    """Return milliseconds of a second call of each, the first being warm-up."""
     first = {}
-    for side in sides:
-        if "error" in side.notes:
-            continue
-        _say_who(side, say)
+    for one in filter(lambda one: one.is_timed, contenders):
+        _note_who(one, note)
         try:
             for _ in range(2):
-                reading = _timed(side, device.eager, side.ready.run)
+                reading = timed(one, device.eager, one.ready.run)
                 device.synchronize()
-            first[side.name] = reading()
+            first[one.name] = reading()
         except Exception as error:
-            if side.is_ours:
+            if one.is_ours:
                 raise
-            side.notes["error"] = _told(error, ())
+            one.notes["error"] = _told(error)
             _check_alive(device, error)
     return first
 
 
-def _begin(side: Side) -> None:
-    if side.kind is not None:
-        side.kind.steps.begin()
+def _set_slow_apart(contenders: Sequence[Contender], first: dict[str, float]) -> None:
+    fastest = min((first[one.name] for one in contenders if one.role == "dense"
+                   and one.notes.get("is_baseline") and one.name in first),
+                  default=math.inf)  # fmt: skip
+    for one in contenders:
+        if one.role == "dense" and first.get(one.name, 0.0) > _SLOW * fastest:
+            one.notes["slow"] = f"more than {_SLOW:g} times as slow as the fastest: no graph"
 
 
-def _set_slow_apart(sides: Sequence[Side], first: dict[str, float]) -> None:
-    dense = [first[side.name] for side in sides if side.notes.get("is_baseline")
-             and side.role == "dense" and side.name in first]  # fmt: skip
-    fastest = min(dense, default=math.inf)
-    for side in sides:
-        if side.role == "dense" and first.get(side.name, 0.0) > _SLOW * fastest:
-            side.notes["slow"] = f"more than {_SLOW:g} times as slow as the fastest: no graph"
-
-
-def _capture(side: Side, device: Device, exact: Truth | None) -> None:
+def _capture(one: Contender, device: Device, exact: Truth | None) -> None:
     """Capture a graph; hold its replay, into results filled with NaN before, to the eager result.
 
-    Ours has to be bitwise the same. A rival is held to the truth again.
+    Ours has to be bitwise the same. A baseline is held to the truth again.
     """
+    begin = one.steps.begin if one.steps else lambda: None
     try:
-        _begin(side)
-        with side.ready.around():
-            expected = [x.clone() for x in tensors(side.ready.run())]
-            side.captured = device.capture(side.ready.run)
+        begin()
+        with one.ready.around():
+            expected = [x.clone() for x in tensors(one.ready.run())]
+            one.captured = device.capture(one.ready.run)
     except Exception as error:  # a call that cannot be captured is timed eagerly only
-        side.captured = None
-        side.notes["graph_error"] = _told(error, ())
+        one.captured = None
+        one.notes["graph_error"] = _told(error)
         _check_alive(device, error)
         return
-    for x in tensors(side.captured.result):
+    for x in tensors(one.captured.result):
         x.fill_(math.nan if x.is_floating_point() else -7)
-    _begin(side)
-    with side.ready.around():
-        side.captured.replay()
+    begin()
+    with one.ready.around():
+        one.captured.replay()
     device.synchronize()
-    if side.is_ours and not truth.same(side.captured.result, expected):
-        raise NotEquivalent(f"{side.name}: a replayed graph gives another result than the call")
+    if one.is_ours and not same(one.captured.result, expected):
+        raise NotEquivalent(f"{one.name}: a replayed graph gives another result than the call")
     if exact is not None:
-        share = exact.share(side.captured.result)
-        if not share <= 1 and side.notes["is_baseline"]:
-            side.captured = None
-            side.notes["graph_error"] = f"replayed, {share:.3g} x the error budget away"
+        share = exact.share(one.captured.result)
+        if not share <= 1 and one.notes["is_baseline"]:
+            one.captured = None
+            one.notes["graph_error"] = f"replayed, {share:.3g} x the tolerance away"
 
 
-def _counted(
-    sides: Sequence[Side], mode: str, device: Device, first: dict[str, float], limits: Limits
-) -> dict[str, list[float]]:
-    """`alternate`, after which planned steps have to have hit and missed as they are meant to."""
-    several = {side.name: side.kind.steps for side in sides if side.kind is not None}
-    for steps in several.values():
-        steps.count_anew()
-    times = alternate(sides, mode, device, first, limits)
-    for name, steps in several.items():
-        if times.get(name):
-            try:
-                steps.counted()
-            except NotEquivalent as error:
-                raise NotEquivalent(f"{name}, {mode}: {error}") from None
-    return times
+# --- the process ---
 
 
-def alternate(
-    sides: Sequence[Side], mode: str, device: Device, first: dict[str, float], limits: Limits
-) -> dict[str, list[float]]:
-    """Milliseconds of a call of each side, round by round, every other round in reverse order."""
-    able = [side for side in sides if side.name in first and "error" not in side.notes]
-    able = [side for side in able if side.captured is not None or mode == "eager"]
-    slow = [side for side in able if "slow" in side.notes]
-    times: dict[str, list[float]] = {side.name: [] for side in able}
-    calls = {side.name: side.calls for side in able}
-    usual = [side for side in able if "slow" not in side.notes]
-    a_round = sum(first[side.name] / 1e3 + _FLUSH for side in usual)
-    least, most = limits.rounds
-    rounds = min(max(least, int(limits.seconds / 2 / max(a_round, 1e-9))), most)
-    for i in range(rounds):
-        order = usual + slow if i < _SLOW_ROUNDS else usual
-        readings = {}
-        for side in order if i % 2 == 0 else reversed(order):
-            if mode == "graph":
-                assert side.captured is not None
-                readings[side.name] = _timed(side, device.queued, side.captured.replay)
-            else:
-                readings[side.name] = _timed(side, device.eager, side.ready.run)
-        device.synchronize()
-        for name, reading in readings.items():
-            times[name].append(reading() / calls[name])
-    return times
+@dataclass
+class Task:
+    """What to measure, and where it is reported. banned: case name to baselines' names."""
+
+    backend: str
+    ends_at: float  # time.time()
+    folders: list[str]
+    dry: bool = False
+    quick: bool = False
+    measure_anyway: bool = False
+    banned: dict[str, list[str]] = field(default_factory=dict)
 
 
-def spread(values: Sequence[float], unit: str = "") -> dict[str, float]:
-    """Median, and the 10th and 90th percentile, linear between the ranks."""
-    return {
-        f"median{unit}": statistics.median(values),
-        f"p10{unit}": percentile(values, 0.1),
-        f"p90{unit}": percentile(values, 0.9),
-    }
+@torch.no_grad()
+def work(task: Task, report: Report, note: Callable[..., None]) -> None:
+    """Measure all cases of the task that the time allows and the report has nothing of."""
+    device, backend = device_for(task.dry), named(task.backend)
+    load(backend)
+    todo = [case for case in cases(quick=task.quick, dry=task.dry) if case.name not in report.told]
+    report.content["copy"].append(copy_rate(device, task.dry))
+    report.content["clock_floor"] = clock_floor(device)
+    durations: list[float] = []
+
+    def left() -> float:
+        return task.ends_at - time.time()
+
+    for i, case in enumerate(todo):
+        if not fits(left(), durations):
+            for late in todo[i:]:
+                report.leave_out(late.name, "no time was left")
+            return
+        print(f"→ {case.name}, {left():.0f} s left", flush=True)
+        begun, note_here = time.time(), partial(note, cell=case.name)
+        note_here()
+        limits = Limits(
+            left,
+            0.05 if task.dry else seconds_for(case, left(), len(todo) - i),
+            (2, 5) if task.dry else Limits.rounds,
+            task.banned.get(case.name, ()),
+            # Once the backend was wrong no time is reported: where else it is wrong still helps.
+            only_check=bool(report.content["wrong"]) and not task.measure_anyway,
+            measure_anyway=task.measure_anyway,
+        )
+        try:
+            result = measure(case, device, backend, limits, note_here)
+        except (Skipped, torch.cuda.OutOfMemoryError) as error:
+            report.leave_out(case.name, str(error).split("\n")[0])
+        except NotEquivalent as error:
+            report.refute(case.name, str(error))
+        else:
+            durations.append(time.time() - begun)
+            report.add(result | {"seconds": durations[-1]})
+        note()
+        device.release()
 
 
-def percentile(values: Sequence[float], share: float) -> float:
-    """Of the sorted values, that at `share` of the way from the first to the last."""
-    ordered = sorted(values)
-    place = share * (len(ordered) - 1)
-    below = math.floor(place)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
+def main(name: str) -> None:
+    """Run the task in a folder; the entry of the process."""
+    folder = Path(name)
+    task = Task(**json.loads((folder / "task.json").read_text(encoding="utf-8")))
+    kept = folder / "report.json"
+    content = json.loads(kept.read_text(encoding="utf-8"))
+    report = Report(content, [Path(folder) for folder in task.folders], kept)
+    work(task, report, lambda **what: put(folder / "now.json", what))
 
 
-def summary(side: Side, times: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
-    """A side's figures, in microseconds, as they go into the JSON."""
-    report = {"name": side.name, "role": side.role, "bytes": side.bytes, **side.notes}
-    for mode in MODES:
-        took = [1e3 * t for t in times[mode].get(side.name, ())]
-        if took:
-            report[mode] = spread(took, "_us") | {"rounds": len(took)}
-            if side.bytes is not None:
-                report[mode]["gb_per_s"] = side.bytes / report[mode]["median_us"] / 1e3
-    return report
-
-
-# What each of our figures is compared with: the fastest of that role that is right.
-_AGAINST = {
-    "fresh": ("dense",),
-    "attend": ("dense", "gathered"),
-    "select": ("topk",),
-    **dict.fromkeys(("hit", "hit, one layer", "miss", "mixed"), ("dense",)),
-    "short": ("planned",),
-}
-
-
-def ratios(sides: Sequence[Side], times: dict[str, dict[str, list[float]]]) -> list[dict[str, Any]]:
-    """How many times as fast as its strongest rival each of ours is, mode by mode.
-
-    A ratio is of two times of one round; the spread is that of the rounds.
-    """
-    found = []
-    for mode in MODES:
-        took = times[mode]
-        for name, roles in _AGAINST.items():
-            for role in roles:
-                right = [side.name for side in sides if side.role == role
-                         and side.notes.get("is_baseline") and took.get(side.name)]  # fmt: skip
-                if not right or not took.get(name):
-                    continue
-                strongest = min(right, key=lambda rival: statistics.median(took[rival]))
-                pairs = zip(took[strongest], took[name], strict=False)
-                speed_up = spread([theirs / mine for theirs, mine in pairs])
-                found.append({"of": name, "mode": mode, "role": role, "to": strongest, **speed_up})
-    return found
-
-
-def copy_rate(device: Device, dry: bool) -> dict[str, float]:
-    """GB/s, read and written together, of a copy on the device far larger than its caches."""
-    size = 2**24 if dry else min(2**31, device.free_bytes() // 8)
-    source = torch.ones(size // 4, device=device.at)
-    target: Tensor = torch.empty_like(source)
-    run = partial(target.copy_, source)
-    run()
-    readings = [device.queued(run) for _ in range(10)]
-    device.synchronize()
-    rates = [2 * size / reading() / 1e6 for reading in readings]
-    return spread(rates, "_gb_per_s") | {"bytes": 2 * size}
-
-
-def clock_floor(device: Device) -> dict[str, float]:
-    """Microseconds that a graph of the least work there is takes by the same clock."""
-    one = torch.zeros(1, device=device.at)
-    captured = device.capture(partial(one.add_, 1.0))
-    readings = []
-    for _ in range(30):
-        readings.append(device.queued(captured.replay))
-    device.synchronize()
-    return spread([1e3 * reading() for reading in readings], "_us")
+if __name__ == "__main__":
+    main(sys.argv[1])

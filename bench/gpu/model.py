@@ -13,6 +13,7 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,13 +22,14 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tokenselect
-from bench.gpu import reuse, truth
-from bench.gpu.device import Device
-from bench.gpu.measure import spread
-from bench.gpu.worker import device_for, named
-from bench.run import NotEquivalent
+from bench.checks import NotEquivalent
+from bench.gpu.checks import recorded
+from bench.gpu.device import Device, device_for, same
+from bench.gpu.steps import is_exact
+from bench.gpu.timing import spread
 from bench.workloads import PAPER_SIZES
 from tokenselect import Problem, SelectConfig, SelectionCache
+from tokenselect.dispatch.registry import named
 
 # A layer's number, q, and the keys and values of the whole cache, to the result of attention.
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -65,7 +67,7 @@ DRY = Shape(96, 2, 64, 96, 4, 2, 100, SelectConfig(k=16, n_sink=4, n_local=8))
 class Decoder:
     """The model over one KV cache of n tokens; `attend` says how its layers attend."""
 
-    def __init__(self, shape: Shape, at: torch.device) -> None:
+    def __init__(self, shape: Shape, at: torch.device, interface: Any) -> None:
         from transformers import AttentionInterface, DynamicCache, LlamaConfig, LlamaForCausalLM
 
         decoder = self
@@ -84,7 +86,8 @@ class Decoder:
 
         # No mask function is registered under this name, so no mask is made.
         AttentionInterface.register("bench_gpu_model", attend)
-        self.shape, self.at, self._cache = shape, at, InPlace
+        self.shape, self.at, self._interface = shape, at, interface
+        self._in_place, self._stock = InPlace, DynamicCache()
         self.attend: Attend = _dense(SDPBackend.FLASH_ATTENTION)
         torch.manual_seed(0)
         config = LlamaConfig(
@@ -106,37 +109,36 @@ class Decoder:
             torch.set_default_dtype(torch.float32)
         self.token = torch.full((1, 1), 7, device=at)
         self.position = torch.full((1, 1), shape.n - 1, device=at)
+        for layer, (k, v) in enumerate(self.kv):
+            self._stock.update(k[:, :, : shape.n - 1], v[:, :, : shape.n - 1], layer)
 
-    def step(self, token: Tensor, position: Tensor) -> Tensor:
-        """Logits (1, vocabulary) of the token at the last position, over the cache in place."""
-        self.model.set_attn_implementation("bench_gpu_model")
-        given = {"position_ids": position, "past_key_values": self._cache()}
-        logits: Tensor = self.model(token, use_cache=True, **given).logits
+    def _logits(self, attention: str, cache: Any, token: Tensor, position: Tensor) -> Tensor:
+        self.model.set_attn_implementation(attention)
+        given = {"position_ids": position, "past_key_values": cache, "use_cache": True}
+        logits: Tensor = self.model(token, **given).logits
         return logits[:, -1]
 
+    def step(self, attend: Attend) -> Tensor:
+        """Return logits (1, vocabulary) of the token at the last position, the cache in place."""
+        return self._step(attend, self.token, self.position)
 
-class Stock:
-    """The same step as transformers makes it: sdpa over a DynamicCache, copied for every token."""
+    def _step(self, attend: Attend, token: Tensor, position: Tensor) -> Tensor:
+        self.attend = attend
+        return self._logits("bench_gpu_model", self._in_place(), token, position)
 
-    def __init__(self, decoder: Decoder) -> None:
-        from transformers import DynamicCache
+    def captured(self, attend: Attend) -> Callable[[], Tensor]:
+        step = tokenselect.capture(partial(self._step, attend), interface=self._interface)
+        step(self.token, self.position)
+        return lambda: step(self.token, self.position)
 
-        self._decoder, self._cache = decoder, DynamicCache()
-        n = decoder.shape.n
-        for layer, (k, v) in enumerate(decoder.kv):
-            self._cache.update(k[:, :, : n - 1], v[:, :, : n - 1], layer)
+    def stock(self) -> Tensor:
+        """The same step as transformers makes it: sdpa over a DynamicCache, copied for a token."""
+        return self._logits("sdpa", self._stock, self.token, self.position)
 
-    def begin(self) -> None:
-        """Make ready for a step: the n tokens of the step before are n - 1 again."""
-        if self._cache.get_seq_length() == self._decoder.shape.n:
-            self._cache.crop(-1)
-        self._decoder.model.set_attn_implementation("sdpa")
-
-    def __call__(self) -> Tensor:
-        one = self._decoder
-        given = {"position_ids": one.position, "past_key_values": self._cache}
-        logits: Tensor = one.model(one.token, use_cache=True, **given).logits
-        return logits[:, -1]
+    def before_stock(self) -> None:
+        """Make ready for it: the n tokens of the step before are n - 1 again."""
+        if self._stock.get_seq_length() == self.shape.n:
+            self._stock.crop(-1)
 
 
 def _dense(kind: SDPBackend) -> Attend:
@@ -149,33 +151,28 @@ def _dense(kind: SDPBackend) -> Attend:
     return attend
 
 
-def sides(
-    decoder: Decoder, backend: str, device: Device, interface: Any
-) -> dict[str, Callable[[], Tensor]]:
-    """What is timed, each held to another way to the same logits. Raises NotEquivalent."""
-    stock = Stock(decoder)
-    found: dict[str, Callable[[], Tensor]] = {STOCK: stock}
-    stock.begin()
-    right = stock()
+def contenders(decoder: Decoder, backend: str) -> dict[str, Callable[[], Tensor]]:
+    """Return what is timed, each held to other arithmetic. Raises NotEquivalent."""
+    right = decoder.stock()
+    found: dict[str, Callable[[], Tensor]] = {STOCK: decoder.stock}
     for name, kind in DENSE.items():
-        _hold_layers(decoder, name, _dense(kind))
-        found[name] = _captured(decoder, _dense(kind), interface)
+        _check_layers(decoder, name, _dense(kind))
+        found[name] = decoder.captured(_dense(kind))
         error = float((found[name]() - right).abs().max() / right.abs().max())
         if not error <= _NEAR:
             raise NotEquivalent(f"{name}: logits are {error:.3g} of the largest away from {STOCK}")
     for name, max_reuse in (("selected afresh, captured", 0), ("reused, captured", MAX_REUSE)):
         try:
-            found[name] = _selected(decoder, backend, max_reuse, interface)
+            found[name] = _selected(decoder, backend, max_reuse)
         except NotEquivalent as error:
             raise NotEquivalent(f"{name}: {error}") from None
-    device.synchronize()
     return found
 
 
-def _hold_layers(decoder: Decoder, name: str, attend: Attend) -> None:
+def _check_layers(decoder: Decoder, name: str, attend: Attend) -> None:
     """Hold each layer's attention to float32; in the logits, deep layers hardly show."""
 
-    def held(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def checked(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = attend(layer, q, k, v)
         keys, values = decoder.kv[layer]
         queries = q.float().view(*keys.shape[:2], -1, keys.shape[3])
@@ -186,13 +183,10 @@ def _hold_layers(decoder: Decoder, name: str, attend: Attend) -> None:
             raise NotEquivalent(f"{name}: layer {layer} is {error:.3g} away from float32")
         return out
 
-    decoder.attend = held
-    decoder.step(decoder.token, decoder.position)
+    decoder.step(checked)
 
 
-def _selected(
-    decoder: Decoder, backend: str, max_reuse: int, interface: Any
-) -> Callable[[], Tensor]:
+def _selected(decoder: Decoder, backend: str, max_reuse: int) -> Callable[[], Tensor]:
     """A captured step whose layers are calls of one plan; with max_reuse every layer reuses."""
     shape, at = decoder.shape, decoder.at
     n = torch.full((1,), shape.n, dtype=torch.int32, device=at)
@@ -205,8 +199,7 @@ def _selected(
     )
 
     def planned(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out: Tensor = plan(q, k, v, n, cache=mine[layer])
-        return out
+        return plan(q, k, v, n, cache=mine[layer])
 
     def called(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         given: dict[str, Any] = {"cache_seqlens": n, "backend": backend, "cache": theirs[layer]}
@@ -215,15 +208,13 @@ def _selected(
 
     if max_reuse:  # the step before, whose selections are reused
         n -= 1
-        for way in (planned, called):
-            decoder.attend = way
-            decoder.step(decoder.token, decoder.position)
+        decoder.step(planned)
+        decoder.step(called)
         n += 1
-    decoder.attend = called
-    expected = decoder.step(decoder.token, decoder.position)
-    captured = _captured(decoder, planned, interface)
+    expected = decoder.step(called)
+    captured = decoder.captured(planned)
     got = captured()
-    if reuse.is_exact(backend, at) and not truth.same(got, expected):
+    if is_exact(backend, at) and not same(got, expected):
         raise NotEquivalent("the logits are not those of attention, bit for bit")
     if not (got - expected).abs().max() <= _NEAR * expected.abs().max():
         raise NotEquivalent("the logits are far from those of attention")
@@ -233,46 +224,36 @@ def _selected(
     return captured
 
 
-def _captured(decoder: Decoder, attend: Any, interface: Any) -> Callable[[], Tensor]:
-    def step(token: Tensor, position: Tensor) -> Tensor:
-        decoder.attend = attend
-        return decoder.step(token, position)
-
-    captured = tokenselect.capture(step, interface=interface)
-    captured(decoder.token, decoder.position)
-    return lambda: captured(decoder.token, decoder.position)
-
-
 def measure(backend: str, device: Device, shape: Shape, rounds: int, interface: Any = None) -> Any:
-    """Times of a token in milliseconds, all sides in turns, and ratios to both dense ones."""
-    decoder = Decoder(shape, device.at)
-    found = sides(decoder, backend, device, interface)
+    """Return times of a token in milliseconds, all by turns, and ratios to two dense ones."""
+    decoder = Decoder(shape, device.at, interface)
+    found = contenders(decoder, backend)
+    device.synchronize()
     times: dict[str, list[float]] = {name: [] for name in found}
     for i in range(rounds):
-        order = list(found) if i % 2 == 0 else list(reversed(found))
-        for name in order:
-            run = found[name]
-            if isinstance(run, Stock):
-                run.begin()
-            reading = (device.eager if name == STOCK else device.queued)(run)
+        for name in found if i % 2 == 0 else reversed(found):
+            decoder.before_stock()
+            reading = (device.eager if name == STOCK else device.queued)(found[name])
             device.synchronize()
             times[name].append(reading())
-    ratios = []
     fastest = min(DENSE, key=lambda name: statistics.median(times[name]))
-    for over in (STOCK, fastest):
-        for name in list(found)[1:]:
-            pairs = zip(times[over], times[name], strict=True)
-            if name != over:
-                ratios.append({"of": name, "over": over, **spread([a / b for a, b in pairs])})
-    facts = {
+    ratios = [
+        {"of": name, "over": over,
+         **spread([a / b for a, b in zip(times[over], times[name], strict=True)])}
+        for over in (STOCK, fastest) for name in found if name not in (STOCK, over)
+    ]  # fmt: skip
+    return {
         "n": shape.n,
         "layers": shape.layers,
+        "rounds": rounds,
         "heads": f"{shape.heads}/{shape.kv_heads}/{shape.D}",
+        "hidden": shape.hidden,
+        "intermediate": shape.intermediate,
+        "config": {name: shape.config[name] for name in ("k", "n_sink", "n_local")},
+        "sides": [{"name": name, **spread(took, "_ms")} for name, took in times.items()],
+        "ratios": ratios,
+        "transformers": importlib.metadata.version("transformers"),
     }
-    facts |= {"hidden": shape.hidden, "intermediate": shape.intermediate, "rounds": rounds}
-    facts["config"] = {name: shape.config[name] for name in ("k", "n_sink", "n_local")}
-    told = [{"name": name, **spread(took, "_ms")} for name, took in times.items()]
-    return facts | {"sides": told, "ratios": ratios}
 
 
 @torch.no_grad()
@@ -280,19 +261,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.model")
     parser.add_argument("--backend", default="triton")
     parser.add_argument("--dry-run", action="store_true")
-    asked = parser.parse_args(argv)
-    interface, shape, rounds = None, Shape(), ROUNDS
-    if asked.dry_run:
-        from properties.recorded import Recorded
-
-        interface, shape, rounds = Recorded(), DRY, 2
+    given = parser.parse_args(argv)
+    how = (DRY, 2, recorded()) if given.dry_run else (Shape(), ROUNDS)
     if importlib.util.find_spec("transformers") is None:
         print(json.dumps({"left_out": "the package transformers is not installed"}))
         return 0
     try:
-        device = device_for(asked.dry_run)
-        report = measure(named(asked.backend), device, shape, rounds, interface)
-        report["transformers"] = importlib.metadata.version("transformers")
+        report = measure(named(given.backend), device_for(given.dry_run), *how)
     except torch.cuda.OutOfMemoryError as error:
         report = {"left_out": str(error).split("\n")[0]}
     except NotEquivalent as error:

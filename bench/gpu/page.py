@@ -1,10 +1,21 @@
-"""The section on GPUs of docs/benchmarks.md, made from bench/results; without torch."""
+"""What a run found: the JSON, the targets, and the section on GPUs of docs/benchmarks.md.
 
+Without torch. What is printed in a terminal are the same tables.
+"""
+
+import hashlib
+import json
+import os
+import re
 from collections.abc import Iterable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
-TITLES = {"fresh": "fresh", "attend": "reused", "select": "select", "score": "score"}
+SCHEMA = 2  # since 2: planned figures are times of one call in `calls`
+MODES = ("graph", "eager")
 PLANNED = ("hit", "hit, one layer", "miss", "mixed", "short")
+TITLES = {"fresh": "fresh", "attend": "reused", "select": "select", "score": "score"}
 TITLES |= {name: f"planned: {name}" for name in PLANNED}
 
 _HEAD = """\
@@ -46,31 +57,216 @@ and their CUDA graphs to attention without them, over the sizes, inputs and stre
 """
 
 
+# --- the targets ---
+
+
+@dataclass(frozen=True)
+class Target:
+    """A figure that a case is to reach, by graph replay, on the device that it was set for.
+
+    what  "speed-up" over the strongest dense attention, "us", "share" of the rate of a copy, or
+          "cost": 1 is that of a plan of no more capacity than is needed
+    """
+
+    case: str
+    of: str
+    what: Literal["speed-up", "us", "share", "cost"]
+    limit: float
+    device: str = "H100"
+
+    def text(self) -> str:
+        return {
+            "us": f"at most {self.limit:g} µs",
+            "share": f"at least {self.limit:.0%} of the copy rate",
+            "cost": f"at most {self.limit:g} times a small plan",
+            "speed-up": f"at least {self.limit:g} times as fast as dense",
+        }[self.what]
+
+    def is_reached(self, value: float) -> bool:
+        return value <= self.limit if self.what in ("us", "cost") else value >= self.limit
+
+    def measured(self, report: dict[str, Any], case: dict[str, Any], mode: str) -> float | None:
+        if self.what == "speed-up":
+            ratio = ratio_of(case, self.of, mode, "dense")
+            return ratio and ratio["median"]
+        if self.what == "cost":
+            ratio = ratio_of(case, self.of, mode, "planned")
+            return ratio and 1 / ratio["median"]
+        found = side_of(case, self.of).get(mode)
+        if self.what == "us" or not found:
+            return found and found["median_us"]
+        # The faster of the long copy of the run and the copy in the case's own rounds.
+        rates = [rate["median_gb_per_s"] for rate in report["copy"]]
+        rates += [x["gb_per_s"] for x in map(side_of(case, "device copy").get, MODES) if x]
+        return found["gb_per_s"] / max(rates) if rates and "gb_per_s" in found else None
+
+
+_DECODE, _CHUNK = "decode 32/8/128 n {} B 1", "prefill 32/8/128 n {} B 1 Lq 512"
+TARGETS = (
+    Target(_DECODE.format("128K"), "fresh", "speed-up", 1.6),
+    Target(_DECODE.format("1M"), "fresh", "speed-up", 1.75),
+    Target(_DECODE.format("128K"), "attend", "us", 15.0),
+    Target(_DECODE.format("1M"), "attend", "us", 15.0),
+    Target(_DECODE.format("1M"), "select", "us", 60.0),
+    Target(_DECODE.format("1M"), "score", "share", 0.8),
+    Target(_DECODE.format("128K"), "hit", "us", 15.0),
+    Target(_DECODE.format("1M"), "hit", "us", 15.0),
+    Target(_DECODE.format("32K"), "hit", "us", 15.0),
+    Target(_DECODE.format("128K"), "hit", "speed-up", 12.0),
+    Target(_DECODE.format("1M"), "hit", "speed-up", 90.0),
+    Target(_DECODE.format("128K"), "mixed", "speed-up", 6.0),
+    Target(_DECODE.format("1M"), "short", "cost", 1.15),
+    Target(_CHUNK.format("128K"), "fresh", "speed-up", 6.1),
+    Target(_CHUNK.format("1M"), "fresh", "speed-up", 24.0),
+)
+
+
+def judged(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return each target beside what was measured. reached: None if it was not, or elsewhere."""
+    cases = {case["name"]: case for case in report["cells"]}
+    rows = []
+    for target in TARGETS:
+        case = cases.get(target.case, {"sides": [], "ratios": []})
+        measured = {mode: target.measured(report, case, mode) for mode in MODES}
+        value = measured["graph"]
+        applies = value is not None and target.device in report["machine"].get("device", "")
+        rows.append(
+            {
+                "cell": target.case,
+                "of": target.of,
+                "what": target.what,
+                "target": target.text(),
+                "for": target.device,
+                **measured,
+                "reached": target.is_reached(value) if applies else None,
+            }
+        )
+    return rows
+
+
+# --- the JSON ---
+
+
+@dataclass
+class Report:
+    """A run's findings, and the files they are in, written anew with each.
+
+    folders  where people look for them; red shows in the name
+    kept     the same for another process, with what is no figure of a red run
+    """
+
+    content: dict[str, Any]
+    folders: list[Path]
+    kept: Path | None = None
+
+    @property
+    def told(self) -> set[str]:
+        """The names of the cases that something was found of."""
+        content = self.content
+        several = (*content["wrong"], *content["left_out"])
+        return {case["name"] for case in content["cells"]} | {case["cell"] for case in several}
+
+    def name(self, *, green: bool) -> str:
+        device = self.content["machine"].get("device", "unknown")
+        slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+        day, _, time = self.content["date"].partition("T")
+        return f"{day}-{time[:5].replace(':', '')}-{slug}-gpu{'' if green else '-red'}.json"
+
+    def add(self, case: dict[str, Any]) -> None:
+        """Add what was measured of a case.
+
+        Times are shown as they come. What is faster than what is shown at the end: a later case may
+        still turn the run red.
+        """
+        self.content["cells"].append(case)
+        shown = times([case]) + planned([case | {"ratios": []}])
+        print("\n".join(shown + (details(case) if case["is_headline"] else [])), flush=True)
+        if "not_equivalent" in case:
+            self.refute(case["name"], case["not_equivalent"])
+        self.write()
+
+    def refute(self, case: str, why: str) -> None:
+        self.content["wrong"].append({"cell": case, "why": why})
+        self.content["green"] = False
+        print(f"✗ {case}: NOT EQUIVALENT: {why}", flush=True)
+        self.write()
+
+    def leave_out(self, case: str, why: str) -> None:
+        self.content["left_out"].append({"cell": case, "why": why})
+        print(f"  {case}: LEFT OUT: {why}", flush=True)
+        self.write()
+
+    def write(self) -> list[Path]:
+        green = self.content["green"]
+        self.content["targets"] = judged(self.content) if green else []
+        if self.kept is not None:
+            put(self.kept, self.content)
+        shown = dict(self.content)
+        if not green:  # nothing is faster than anything
+            shown["cells"] = [case | {"ratios": []} for case in shown["cells"]]
+        paths = [folder / self.name(green=green) for folder in self.folders]
+        for path in paths:
+            put(path, shown)
+            path.with_name(self.name(green=not green)).unlink(missing_ok=True)
+        return paths
+
+
+def put(path: Path, content: Any) -> None:
+    """Write JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def tree_of(folder: Path) -> str:
+    """Return what `git rev-parse COMMIT:folder` says of its files, where git is not at hand."""
+
+    def sha(kind: str, content: bytes) -> bytes:
+        return hashlib.sha1(f"{kind} {len(content)}\0".encode() + content).digest()
+
+    def tree(folder: Path) -> bytes:
+        entries = b""
+        for path in sorted(folder.iterdir(), key=lambda path: path.name + "/" * path.is_dir()):
+            if path.is_dir() and path.name != "__pycache__":
+                if below := tree(path):  # git keeps no empty folders
+                    entries += b"40000 " + path.name.encode() + b"\0" + sha("tree", below)
+            elif path.is_file() and path.suffix != ".pyc":
+                mode = b"100755 " if os.access(path, os.X_OK) else b"100644 "
+                blob = sha("blob", path.read_bytes())
+                entries += mode + path.name.encode() + b"\0" + blob
+        return entries
+
+    return sha("tree", tree(folder)).hex()
+
+
+# --- the page ---
+
+
 class Refused(ValueError):
     """A result that must not be shown as a measurement."""
 
 
 def section(reports: Sequence[dict[str, Any]]) -> str:
-    """The whole section, from the newest result of each device. Raises Refused."""
+    """Return the whole section, from the newest result of each device. Raises Refused."""
     for report in reports:
         accept(report)
-    newest: dict[str, dict[str, Any]] = {}
-    for report in sorted(reports, key=lambda report: report["date"]):
-        newest[report["machine"]["device"]] = report
+    in_order = sorted(reports, key=lambda report: report["date"])
+    newest = {report["machine"]["device"]: report for report in in_order}
+    latest_first = sorted(newest.values(), key=lambda report: report["date"], reverse=True)
     if not newest:
         return f"{_HEAD}\n{_NONE}"
-    latest_first = sorted(newest.values(), key=lambda report: report["date"], reverse=True)
     return "\n".join([_HEAD, _HOW, *map(device, latest_first)])
 
 
 def accept(report: dict[str, Any]) -> None:
-    """Raises Refused for a dry run, and for a run whose checks did not pass."""
+    """Raise Refused for a dry run, and for a run whose checks did not pass."""
     if report.get("dry_run") is not False:
         raise Refused("a dry run measures nothing: its result does not belong in bench/results")
     if report.get("green") is not True:
         bad = [f"{check['name']} {check['status']}" for check in report.get("checks", ())
                if check["status"] not in ("passed", "skipped")]  # fmt: skip
-        bad += [f"{cell['cell']}: {cell['why']}" for cell in report.get("wrong", ())]
+        bad += [f"{case['cell']}: {case['why']}" for case in report.get("wrong", ())]
         why = "; ".join(bad) or "it says so itself"
         raise Refused(f"the checks of this run did not pass, so it shows nothing: {why}")
     if not report.get("cells"):
@@ -78,21 +274,20 @@ def accept(report: dict[str, Any]) -> None:
 
 
 def device(report: dict[str, Any]) -> str:
-    """One device's part."""
-    machine = report["machine"]
+    """Return one device's part."""
+    machine, cases = report["machine"], report["cells"]
     lines = [f"### {report['date'][:10]}: {machine['device']}\n", _facts(report) + "\n"]
     lines += table(
         ("check", "result", "detail", "s"),
         [(c["name"], c["status"], c["detail"], f"{c['seconds']:.0f}") for c in report["checks"]],
     )
-    cells = report["cells"]
-    lines += ["", *_targets(report["targets"]), "", *_overview(cells), "", *_times(cells)]
-    lines += ["", *_planned(cells)]
-    for cell in cells:
-        if cell["is_headline"]:
-            lines += ["", f"#### {cell['name']}", "", _cell_facts(cell), "", *_details(cell)]
-    lines += ["", *_model(report.get("model"))]
-    lines += ["", "#### Not measured", "", *_absent(report), "", *_failed(cells)]
+    lines += ["", *targets(report["targets"]), "", *speed_ups(cases), "", *times(cases)]
+    lines += ["", *planned(cases)]
+    for case in cases:
+        if case["is_headline"]:
+            lines += ["", f"#### {case['name']}", "", _case_facts(case), "", *details(case)]
+    lines += ["", *model(report.get("model"))]
+    lines += ["", "#### Not measured", "", *_absent(report), "", *_failed(cases)]
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
@@ -115,63 +310,65 @@ def _facts(report: dict[str, Any]) -> str:
     return told
 
 
-def _targets(rows: Iterable[dict[str, Any]]) -> list[str]:
+def targets(rows: Iterable[dict[str, Any]]) -> list[str]:
     words = {True: "reached", False: "missed", None: ""}
 
     def value(row: dict[str, Any], mode: str) -> str:
         got = row[mode]
         if got is None:
             return "not measured"
-        written = {"us": f"{got:.1f} µs", "share": f"{got:.0%}"}
-        return written.get(row["what"], f"{got:.2f}")
+        return {"us": f"{got:.1f} µs", "share": f"{got:.0%}"}.get(row["what"], f"{got:.2f}")
 
     return table(
-        ("cell", "of", "target, for an H100, as a graph", "graph", "eager", ""),
+        ("cell", "of", "target, for an H100, as a graph", *MODES, ""),
         [
-            (row["cell"], TITLES[row["of"]], row["target"], value(row, "graph"),
-             value(row, "eager"), words[row["reached"]])
+            (row["cell"], TITLES[row["of"]], row["target"], *(value(row, mode) for mode in MODES),
+             words[row["reached"]])
             for row in rows
         ],
     )  # fmt: skip
 
 
-def _overview(cells: Iterable[dict[str, Any]]) -> list[str]:
-    head = ("cell", "fresh, graph", "fresh, eager", "reused, graph", "reused, eager", "over")
+def speed_ups(cases: Iterable[dict[str, Any]]) -> list[str]:
     rows = []
-    for cell in cells:
-        ratios = [ratio_of(cell, of, mode, "dense") for of in ("fresh", "attend")
-                  for mode in ("graph", "eager")]  # fmt: skip
+    for case in cases:
+        ratios = [ratio_of(case, of, mode, "dense") for of in ("fresh", "attend")
+                  for mode in MODES]  # fmt: skip
         over = dict.fromkeys(f"{r['to']} ({r['mode']})" for r in ratios if r)
-        rows.append((cell["name"], *map(_ratio, ratios), "; ".join(over) or "no dense one ran"))
+        rows.append((case["name"], *map(_ratio, ratios), "; ".join(over) or "no dense one ran"))
+    head = ("cell", "fresh, graph", "fresh, eager", "reused, graph", "reused, eager", "over")
     return table(head, rows)
 
 
-def _times(cells: Iterable[dict[str, Any]]) -> list[str]:
-    """Of every cell the medians, in microseconds: as graphs, and the two ends eagerly."""
-    parts = ("fresh", "score", "select", "attend")
-    rows = []
-    for cell in cells:
-        found = [median(cell, name, "graph") for name in parts]
-        found += [strongest(cell, "graph"), median(cell, "fresh", "eager")]
-        rows.append((cell["name"], *found, strongest(cell, "eager")))
+def times(cases: Iterable[dict[str, Any]]) -> list[str]:
+    """Of every case the medians, in microseconds: as graphs, and the two ends eagerly."""
+    parts, rows = ("fresh", "score", "select", "attend"), []
+    for case in cases:
+        dense = {mode: min((side for side in case["sides"] if side["role"] == "dense"
+                            and side.get("is_baseline") and mode in side),
+                           key=lambda side: side[mode]["median_us"], default={})
+                 for mode in MODES}  # fmt: skip
+        found = [_median(side_of(case, name), "graph") for name in parts]
+        found += [_median(dense["graph"], "graph"), _median(side_of(case, "fresh"), "eager")]
+        rows.append((case["name"], *found, _median(dense["eager"], "eager")))
     head = ("µs", *(f"{name}, graph" for name in parts), "dense, graph", "fresh, eager")
     return table((*head, "dense, eager"), rows)
 
 
-def _planned(cells: Iterable[dict[str, Any]]) -> list[str]:
-    """Of every reuse cell, times as graphs and how far they are ahead of dense attention."""
+def planned(cases: Iterable[dict[str, Any]]) -> list[str]:
+    """Of every case with plans, times as graphs and how far they are ahead of dense attention."""
     rows = []
-    for cell in cells:
-        if cell.get("reuse") and cell["sides"]:
-            found = [median(cell, name, "graph") for name in PLANNED]
-            found.append(median(cell, "short, own capacity", "graph"))
-            ahead = [ratio_of(cell, of, "graph", "dense") for of in ("hit", "miss", "mixed")]
-            rows.append((cell["name"], *found, *map(_ratio, ahead)))
+    for case in cases:
+        if case.get("reuse") and case["sides"]:
+            names = (*PLANNED, "short, own capacity")
+            found = [_median(side_of(case, name), "graph") for name in names]
+            ahead = [ratio_of(case, of, "graph", "dense") for of in ("hit", "miss", "mixed")]
+            rows.append((case["name"], *found, *map(_ratio, ahead)))
     head = ("planned, µs a call, graph", *PLANNED, "short, own capacity")
     return table((*head, "hit over dense", "miss", "mixed"), rows) if rows else []
 
 
-def _model(model: dict[str, Any] | None) -> list[str]:
+def model(model: dict[str, Any] | None) -> list[str]:
     """A whole model's times of a token."""
     if model is None:
         return []
@@ -192,37 +389,39 @@ def _model(model: dict[str, Any] | None) -> list[str]:
     rows = []
     for side in model["sides"]:
         ratios = {r["over"]: r for r in model["ratios"] if r["of"] == side["name"]}
-        times = f"{side['median_ms']:.2f} ({side['p10_ms']:.2f}–{side['p90_ms']:.2f})"
-        rows.append((side["name"], times, *(_ratio(ratios.get(name)) for name in names)))
+        took = _spread(side, "_ms", 2)
+        rows.append((side["name"], took, *(_ratio(ratios.get(name)) for name in names)))
     return [*title, told, "", *table(("", "ms a token", *(f"over {n}" for n in names)), rows)]
 
 
-def _failed(cells: Iterable[dict[str, Any]]) -> list[str]:
-    """Every rival that did not run, or not exactly, and where."""
+def _failed(cases: Iterable[dict[str, Any]]) -> list[str]:
+    """Every baseline that did not run, or not exactly, and where."""
     found: dict[tuple[str, str], list[str]] = {}
-    for cell in cells:
-        for side in cell["sides"]:
+    for case in cases:
+        for side in case["sides"]:
             why = side.get("error") or side.get("graph_error")
             if side.get("is_baseline") is False:
                 why = "no baseline: its error is over the budget"
             if why:
-                found.setdefault((side["name"], _plain(why)), []).append(cell["name"])
+                found.setdefault((side["name"], _plain(why)), []).append(case["name"])
     rows = [(name, why, "; ".join(where)) for (name, why), where in found.items()]
     return table(("did not run, or not exactly", "why", "where"), rows) if rows else []
 
 
-def _ratio(ratio: dict[str, Any] | None) -> str:
-    if ratio is None:
-        return "-"
-    return f"{ratio['median']:.2f} ({ratio['p10']:.2f}–{ratio['p90']:.2f})"
+def _absent(report: dict[str, Any]) -> list[str]:
+    """What a reader might look for and not find."""
+    reasons: dict[str, list[str]] = {}
+    for case in report["left_out"]:
+        reasons.setdefault(_plain(case["why"]), []).append(case["cell"])
+    rows = [("; ".join(cases), why) for why, cases in reasons.items()]
+    return table(("not measured", "why"), rows) if rows else ["Every cell was measured."]
 
 
-def _cell_facts(cell: dict[str, Any]) -> str:
-    config = ", ".join(f"{name} {value}" for name, value in cell["config"].items())
-    checks = "; ".join(f"{name}: {value:.2g}" for name, value in cell["checks"].items())
-    told = f"{cell['dtype']}, {config}; {cell['attended']} tokens attended to. {checks}."
-    if cell.get("reuse"):
-        r = cell["reuse"]
+def _case_facts(case: dict[str, Any]) -> str:
+    config = ", ".join(f"{name} {value}" for name, value in case["config"].items())
+    checks = "; ".join(f"{name}: {value:.2g}" for name, value in case["checks"].items())
+    told = f"{case['dtype']}, {config}; {case['attended']} tokens attended to. {checks}."
+    if r := case.get("reuse"):
         told += (
             f" Planned: {r['layers']} layers over {r['kv_copies']} copies of the KV cache, "
             f"max_reuse {r['max_reuse']}, theta {r['theta']}."
@@ -230,48 +429,43 @@ def _cell_facts(cell: dict[str, Any]) -> str:
     return told
 
 
-def _details(cell: dict[str, Any]) -> list[str]:
+def details(case: dict[str, Any]) -> list[str]:
+    """Every contender of a case."""
     rows = []
-    for side in cell["sides"]:
-        name = f"… {side['name']}" if side["role"] == "stage" else side["name"]
-        name = f"planned: {name}" if side["role"] == "planned" else name
+    for side in case["sides"]:
+        name = {"stage": "… ", "planned": "planned: "}.get(side["role"], "") + side["name"]
         if "error" in side:
             rows.append((name, "-", "-", "", "", _plain(side["error"])))
             continue
-        times = [_time(side.get(mode)) for mode in ("graph", "eager")]
+        took = [_spread(side[mode], "_us", 1) if mode in side else "-" for mode in MODES]
         moved = f"{side['bytes'] / 1e6:.1f}" if side["bytes"] is not None else ""
-        rate = best(side).get("gb_per_s")
-        rows.append((name, *times, moved, f"{rate:.0f}" if rate else "", _plain(_verdict(side))))
+        rate = (side.get("graph") or side.get("eager") or {}).get("gb_per_s")
+        rows.append((name, *took, moved, f"{rate:.0f}" if rate else "", _plain(_remarks(side))))
     return table(("", "graph, µs", "eager, µs", "MB", "GB/s", "remarks"), rows)
 
 
-def _verdict(side: dict[str, Any]) -> str:
-    parts = []
-    if side.get("share_of_budget") is not None:
-        share = side["share_of_budget"]
-        parts.append(f"error {share:.2f} of the budget")
-        if not side["is_baseline"]:
-            parts[-1] = f"no baseline: error {share:.3g} × the budget"
+def _remarks(side: dict[str, Any]) -> str:
+    parts, share = [], side.get("share_of_budget")
+    if share is not None:
+        right = side["is_baseline"]
+        parts.append(f"error {share:.2f} of the budget" if right
+                     else f"no baseline: error {share:.3g} × the budget")  # fmt: skip
     if side.get("calls", 1) > 1:
         parts.append(f"a call, of {side['calls']} in a graph")
-    parts += [side[note] for note in ("slow", "graph_error") if note in side]
-    return "; ".join(parts)
+    return "; ".join(parts + [side[note] for note in ("slow", "graph_error") if note in side])
 
 
-def _time(figures: dict[str, float] | None) -> str:
-    if figures is None:
-        return "-"
-    median, p10, p90 = (figures[name] for name in ("median_us", "p10_us", "p90_us"))
-    return f"{median:.1f} ({p10:.1f}–{p90:.1f})"
+def _ratio(ratio: dict[str, Any] | None) -> str:
+    return _spread(ratio, "", 2) if ratio else "-"
 
 
-def _absent(report: dict[str, Any]) -> list[str]:
-    """What a reader might look for and not find."""
-    reasons: dict[str, list[str]] = {}
-    for cell in report["left_out"]:
-        reasons.setdefault(_plain(cell["why"]), []).append(cell["cell"])
-    rows = [("; ".join(cells), why) for why, cells in reasons.items()]
-    return table(("not measured", "why"), rows) if rows else ["Every cell was measured."]
+def _spread(figures: dict[str, float], unit: str, digits: int) -> str:
+    median, p10, p90 = (f"{figures[name + unit]:.{digits}f}" for name in ("median", "p10", "p90"))
+    return f"{median} ({p10}–{p90})"
+
+
+def _median(side: dict[str, Any], mode: str) -> str:
+    return f"{side[mode]['median_us']:.1f}" if mode in side else "-"
 
 
 def _plain(text: str) -> str:
@@ -282,28 +476,10 @@ def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *rows)]
 
 
-# --- finding things in a cell's report ---
+def side_of(case: dict[str, Any], name: str) -> dict[str, Any]:
+    return next((side for side in case["sides"] if side["name"] == name), {})
 
 
-def side_of(cell: dict[str, Any], name: str) -> dict[str, Any] | None:
-    return next((side for side in cell["sides"] if side["name"] == name), None)
-
-
-def ratio_of(cell: dict[str, Any], of: str, mode: str, role: str) -> dict[str, Any] | None:
+def ratio_of(case: dict[str, Any], of: str, mode: str, role: str) -> dict[str, Any] | None:
     wanted = {"of": of, "mode": mode, "role": role}
-    return next((r for r in cell["ratios"] if wanted.items() <= r.items()), None)
-
-
-def best(side: dict[str, Any]) -> dict[str, Any]:
-    """A side's figures as a graph, or else eager."""
-    return side.get("graph") or side.get("eager") or {}
-
-
-def median(cell: dict[str, Any], name: str | None, mode: str) -> str:
-    side = side_of(cell, name) if name else None
-    return f"{side[mode]['median_us']:.1f}" if side and mode in side else "-"
-
-
-def strongest(cell: dict[str, Any], mode: str) -> str:
-    ratio = ratio_of(cell, "fresh", mode, "dense")
-    return median(cell, ratio["to"] if ratio else None, mode)
+    return next((r for r in case["ratios"] if wanted.items() <= r.items()), None)

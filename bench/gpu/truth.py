@@ -6,16 +6,14 @@ computed under.
 """
 
 import math
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 import tokenselect
+from bench.checks import NotEquivalent, call, check_bound
 from bench.dense import Request, Truth, requests, truth, votes
-from bench.gpu.device import Device, tensors
-from bench.run import NotEquivalent, _check_bound
 from tokenselect import Problem, Scores, Selection
 
 # Dense attention by a backend gathers the whole cache: do it on a prefix.
@@ -26,93 +24,74 @@ _ROWS = 8
 _VOTE, _LSE = 1e-3, 1e-4
 
 
-@dataclass(frozen=True)
-class Exact:
-    """What is true of a problem: the dense attention, and the requests that it is of."""
-
-    several: list[Request]
-    dense: Truth
-
-
-def exact_of(problem: Problem) -> Exact:
-    """Dense attention in float64 for up to 8 queries of each head."""
+def exact_of(problem: Problem) -> tuple[list[Request], Truth]:
+    """Return the requests, and dense attention in float64 for up to 8 queries of each head."""
     with problem.q.device:
         several = requests(problem)
-        return Exact(several, truth(several, _ROWS))
+        return several, truth(several, _ROWS)
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a backend made of a problem, once it is known to be right."""
+    """What a backend made of a problem; checked, unless a wrong one is measured anyway.
+
+    gathered  the selected keys and values, (B, Hkv, m, D) each, and `exact` attention to them
+    """
 
     scores: Scores
     selection: Selection
-    exact: Truth  # of attention to the selection
-    gathered: tuple[Tensor, Tensor]  # the selected keys and values, (B, Hkv, m, D) each
-    checks: dict[str, float]
+    gathered: tuple[Tensor, Tensor]
+    exact: Truth
+    checks: dict[str, float] = field(default_factory=dict)
 
 
-def check(problem: Problem, backend: str, exact: Exact, device: Device) -> Found:
+def check(problem: Problem, backend: str, several: list[Request], dense: Truth) -> Found:
     """Hold every stage and the whole call to the truth. Raises NotEquivalent."""
     checks = {"k for everything, share of budget": _everything(problem, backend)}
     scores = tokenselect.score(problem, backend)
-    checks["worst vote, relative"] = _votes(problem, scores, exact)
+    checks["worst vote, relative"] = _votes(problem, scores, several, dense)
     selection = tokenselect.select(scores.votes, problem, backend)
-    for name, got, right in zip(
-        Selection._fields, selection, sorted_selection(scores.votes, problem), strict=True
-    ):
+    sorted_votes = tokenselect.select(scores.votes, problem, "reference")
+    for name, got, right in zip(Selection._fields, selection, sorted_votes, strict=True):
         if not torch.equal(got, right):
             raise NotEquivalent(f"select: {name} are not those of a stable sort of the votes")
 
-    gathered = gather(problem, selection)
-    with problem.q.device:
-        over = [
-            Request(problem.q[b], gathered[0][b], gathered[1][b], problem.scale)
-            for b in range(problem.B)
-        ]
-        over_truth = truth(over, _ROWS)
+    found = found_of(problem, scores, selection)
     attended = tokenselect.attend(problem, selection, backend)
-    share = over_truth.share(attended.out)
+    checks["attend, share of budget"] = share = found.exact.share(attended.out)
     if not share <= 1:
-        raise NotEquivalent(f"attend is {share:.3g} x the error budget away from float64")
-    checks["attend, share of budget"] = share
-    checks["attend, worst lse"] = _near(
-        "attend's lse", attended.lse[:, :, over_truth.rows], over_truth.lse
-    )
+        raise NotEquivalent(f"attend is {share:.3g} x the tolerance away from float64")
+    lse = attended.lse[:, :, found.exact.rows]
+    checks["attend, worst lse"] = _near("attend's lse", lse, found.exact.lse)
 
-    out, info = attention(problem, backend, return_info=True)
+    out, info = call(problem, backend, return_info=True)
     whole = (*info.selection, out, info.lse)
     for name, got, right in zip(
         ("positions", "count", "out", "lse"), whole, (*selection, *attended), strict=True
     ):
         if not torch.equal(got, right):
             raise NotEquivalent(f"attention's {name} differ from those of its stages, one by one")
-    mass = _check_bound("a fresh selection", out, info, exact.dense)
+    mass = check_bound("a fresh selection", out, info, dense)
     told = info.retained_mass
     if problem.Lq == 1 and not ((told - mass[:, :, 0]).abs() <= 1e-4).all():
         raise NotEquivalent("retained_mass is not the share of the softmax that was retained")
     checks["retained mass, least"] = float(mass.min())
     checks["retained mass, mean"] = float(mass.mean())
-    device.synchronize()
-    return Found(scores, selection, over_truth, gathered, checks)
+    return replace(found, checks=checks)
 
 
-def attention(problem: Problem, backend: str, **more: Any) -> Any:
-    """The public call on a problem's tensors and settings."""
-    p = problem
-    given = {"cache_seqlens": p.cache_seqlens, "scale": p.scale, "backend": backend}
-    return tokenselect.attention(p.q, p.k_cache, p.v_cache, **p.config, **given, **more)
-
-
-def same(one: Any, other: Any) -> bool:
-    """Whether two results of one call are bitwise the same."""
-    pairs = zip(tensors(one), tensors(other), strict=True)
-    return all(bits(a).equal(bits(b)) for a, b in pairs)
-
-
-def bits(x: Tensor) -> Tensor:
-    sizes = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return x.contiguous().view(sizes[x.element_size()])
+def found_of(problem: Problem, scores: Scores, selection: Selection) -> Found:
+    """Gather what was selected, and compute attention to it in float64."""
+    p, lengths = problem, set(selection.count.flatten().tolist())
+    assert p.S == len(lengths) == 1, "cases have one selection per request, all as long"
+    rows = selection.positions[:, 0, : lengths.pop()].long()
+    k, v = (
+        torch.stack([cache[b].index_select(1, rows[b]) for b in range(p.B)])
+        for cache in (p.k_cache, p.v_cache)
+    )
+    with p.q.device:
+        exact = truth([Request(p.q[b], k[b], v[b], p.scale) for b in range(p.B)], _ROWS)
+    return Found(scores, selection, (k, v), exact)
 
 
 def _everything(problem: Problem, backend: str) -> float:
@@ -120,28 +99,26 @@ def _everything(problem: Problem, backend: str) -> float:
     n = problem.cache_seqlens.clamp(max=_EVERYTHING)
     largest = min(problem.Lk, _EVERYTHING)
     prefix = replace(problem, cache_seqlens=n, config=replace(problem.config, k=largest))
-    out = attention(prefix, backend)
+    out = call(prefix, backend)
     with problem.q.device:
         share = truth(requests(prefix), _ROWS).share(out)
     if not share <= 1:
         raise NotEquivalent(
-            f"attention(k={largest}), k for everything, is {share:.3g} x the error budget away "
+            f"attention(k={largest}), k for everything, is {share:.3g} x the tolerance away "
             "from dense attention in float64"
         )
     return share
 
 
-def _votes(problem: Problem, scores: Scores, exact: Exact) -> float:
+def _votes(problem: Problem, scores: Scores, several: list[Request], dense: Truth) -> float:
     """Soft votes of a layer against float64's, and -inf off the candidates; the worst, relative."""
     worst = 0.0
-    for b, request in enumerate(exact.several):
+    for b, request in enumerate(several):
         with problem.q.device:
             right = votes(request).sum(0)
-        n = len(right)
-        sink_end, local_start = problem.config.regions(n, problem.Lq)
+        sink_end, local_start = problem.config.regions(len(right), problem.Lq)
         row = scores.votes[b, 0, 0]
-        outside = torch.cat((row[:sink_end], row[local_start:]))
-        if not torch.isneginf(outside).all():
+        if not torch.isneginf(torch.cat((row[:sink_end], row[local_start:]))).all():
             raise NotEquivalent(f"score: request {b} has votes off the candidates")
         right, got = right[sink_end:local_start], row[sink_end:local_start].double()
         if len(right):
@@ -151,7 +128,7 @@ def _votes(problem: Problem, scores: Scores, exact: Exact) -> float:
     if not worst <= _VOTE:
         raise NotEquivalent(f"score: a vote is {worst:.3g} of its size away from float64")
     if problem.Lq == 1:
-        _near("score's lse", scores.lse, exact.dense.lse[:, :, 0])
+        _near("score's lse", scores.lse, dense.lse[:, :, 0])
     return worst
 
 
@@ -160,34 +137,3 @@ def _near(what: str, got: Tensor, right: Tensor) -> float:
     if not error <= _LSE:
         raise NotEquivalent(f"{what} is {error:.3g} away from float64")
     return error
-
-
-def sorted_selection(votes: Tensor, problem: Problem) -> Selection:
-    """The selection by the rule, from a stable sort: equal votes, the lower position first."""
-    p = problem
-    positions = votes.new_full((p.B, p.S, p.K), -1, dtype=torch.int32)
-    count = votes.new_zeros((p.B, p.S), dtype=torch.int32)
-    for b, n in enumerate(p.cache_seqlens.tolist()):
-        sink_end, local_start = p.config.regions(n, p.Lq)
-        for s in range(p.S):
-            candidates = votes[b, 0, s, sink_end:local_start] + 0.0
-            candidates = candidates.nan_to_num(-math.inf, math.inf, -math.inf)
-            order = candidates.sort(descending=True, stable=True).indices
-            chosen = torch.ones(n, dtype=torch.bool, device=votes.device)
-            chosen[sink_end:local_start][order[p.config.k :]] = False
-            found = chosen.nonzero()[:, 0]
-            positions[b, s, : len(found)] = found
-            count[b, s] = len(found)
-    return Selection(positions, count)
-
-
-def gather(problem: Problem, selection: Selection) -> tuple[Tensor, Tensor]:
-    """Selected keys and values (B, Hkv, m, D), of one selection a request, all as long."""
-    lengths = set(selection.count.flatten().tolist())
-    assert problem.S == len(lengths) == 1, "cells have one selection a request, all as long"
-    rows = selection.positions[:, 0, : lengths.pop()].long()
-    k, v = (
-        torch.stack([cache[b].index_select(1, rows[b]) for b in range(problem.B)])
-        for cache in (problem.k_cache, problem.v_cache)
-    )
-    return k, v
