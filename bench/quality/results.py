@@ -40,36 +40,31 @@ def read(folder: Path) -> dict[str, dict[str, Any]]:
     A torn last line is dropped with a word about it. Raises InvalidProblem for any other line that
     is no case.
     """
-    found: dict[str, dict[str, Any]] = {}
-    for path in sorted(folder.glob("cases*.jsonl")):
-        content = path.read_bytes()
-        for number, line in enumerate(content[: _whole(path, content)].splitlines(), 1):
-            record = _record(line)
-            if record is None:
-                raise InvalidProblem(
-                    f"{path}, line {number}: {line[:60]!r}",
-                    "every line but the last is a finished case",
-                    "delete the line; its case is then run again",
-                )
-            found[record["sha"]] = record
-    return found
+    several = [_parsed(path)[0] for path in sorted(folder.glob("cases*.jsonl"))]
+    return {record["sha"]: record for records in several for record in records}
 
 
-def _record(line: bytes) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) and {"sha", "ran"} <= record.keys() else None
-
-
-def _whole(path: Path, content: bytes) -> int:
-    """Return how many bytes are whole lines: all but a last one that was cut off."""
-    lines = content.splitlines(keepends=True)
-    if not lines or (lines[-1].endswith(b"\n") and _record(lines[-1]) is not None):
-        return len(content)
-    print(f"→ {path}: the last line is torn; its case runs again", file=sys.stderr)
-    return len(content) - len(lines[-1])
+def _parsed(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Return the cases of a file, and how many of its bytes they are: a last line may be torn."""
+    found: list[dict[str, Any]] = []
+    lines, size = path.read_bytes().splitlines(keepends=True), 0
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            if not line.endswith(b"\n") or not {"sha", "ran"} <= record.keys():
+                raise ValueError
+        except (ValueError, AttributeError):
+            if number == len(lines):
+                print(f"→ {path}: the last line is torn; its case runs again", file=sys.stderr)
+                break
+            raise InvalidProblem(
+                f"{path}, line {number}: {line[:60]!r}",
+                "every line but the last is a finished case",
+                "delete the line; its case is then run again",
+            ) from None
+        found.append(record)
+        size += len(line)
+    return found, size
 
 
 @contextmanager
@@ -85,7 +80,7 @@ def appending(path: Path) -> Iterator[TextIO]:
                 "one run writes to a file at a time",
                 "share the work: --part 1/2 and --part 2/2, or use another --out",
             ) from None
-        file.truncate(_whole(path, path.read_bytes()))
+        file.truncate(_parsed(path)[1])
         yield file
 
 

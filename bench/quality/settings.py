@@ -5,6 +5,7 @@ Settings are chosen with `choose` and `choose-long`, and figures reported with `
 bfloat16, which takes a third of the time. Your own are another entry of SETTINGS.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 from bench.quality.needles import Needles
@@ -69,136 +70,75 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 _5, _10, _20 = Budget(share=0.05), Budget(share=0.10), Budget(share=0.20)
-_656 = Budget(total=656)
-# With a continuation of 128 tokens, the 8192 that SmolLM2 was trained for.
-_TRAINED = 8064
+# Contexts of the 8192 tokens that SmolLM2 was trained for, of which decoding takes 128; and beyond.
+_NEAR: Any = {"contexts": (8064,), "budgets": (_10,)}
+_FAR: Any = {"lengths": (16384,), "budgets": (Budget(total=656),)}
+_QUICK: Any = {"contexts": (1536,), "budgets": (_10,)}
+_PREFILLS = ((512, 7680), (512, 15872), (512, 32256), (2048, 6144), (8192, 0), (4096, 0))
 
-_QUICK = {
-    "decode": Decode(
-        variants=("faithful-64", "window-64"), contexts=(1536,), documents=2, continuation=32,
-        budgets=(_10,),
-    ),
-    "sparse": Sparse(
-        variants=("faithful-64", "window-64"), lengths=(1536,), documents=1,
-        budgets=(Budget(share=0.25),),
-    ),
-    "needles": Needles(
-        variants=("dense", "faithful-64"), lengths=(1024,), depths=(0.5,), seeds=1,
-        budgets=(Budget(k=128),),
-    ),
-    "reuse": Reuse(
-        variants=("faithful-64",), contexts=(1536,), documents=1, continuation=32,
-        thetas=(0.7, 0.9), budgets=(_10,),
-    ),
-    "mass": Mass(
-        variants=("faithful-64",), contexts=(1536,), documents=1, continuation=8, budgets=(_10,)
-    ),
-    "speed": Speed(
-        variants=("faithful-64",), contexts=(4096,), rounds=5, budgets=(Budget(k=400),)
-    ),
-}  # fmt: skip
 
-_CHOOSE = {
-    "decode": Decode(
-        variants=(
-            *("faithful", "window", "hard", "logit", "candidates", "unscaled", "sharper", "group"),
-            *("pool-3", "sink-4", "sink-128", "local-64", "local-256", "local-512"),
-            "sink-128-local-512",
-        ),
-        contexts=(_TRAINED,), documents=6, budgets=(_10,),
-    ),
-    "reuse": Reuse(
-        variants=("faithful",), contexts=(_TRAINED,), documents=6, thetas=(0.8, 0.85, 0.9, 0.95),
-        budgets=(_10,),
-    ),
-}  # fmt: skip
-
-_CHOOSE_LONG = {
-    "sparse": Sparse(
-        variants=(
-            *("means-1", "window", "means-16", "means-64", "local-384-means-16"),
-            *("candidates-means-16", "group-means-16"),
-            *("chunk-64-local-512", "chunk-128-local-512"),
-        ),
-        lengths=(8192,), documents=3, budgets=(_10,),
-    ),
-    "needles": Needles(
-        variants=("split-25", "split-25-one", "split-10", "split-50", "contiguous-means-16",
-                  "fixed-means-16"),
-        lengths=(16384,), depths=(0.1, 0.5, 0.9), seeds=1, kinds=("filler",), budgets=(_656,),
-    ),
-    "needles-natural": Needles(
-        variants=("split-25", "split-25-one", "split-50"), lengths=(16384,), depths=(0.1, 0.5, 0.9),
-        seeds=1, kinds=("natural",), budgets=(_656,),
-    ),
-}  # fmt: skip
-
-_REPORT = {
-    "decode": Decode(
-        variants=("faithful", "window"), contexts=(_TRAINED,), documents=8, budgets=(_5, _10, _20)
-    ),
-    "decode-shorter": Decode(
-        variants=("faithful", "window"), contexts=(4096,), documents=3, budgets=(_5, _10, _20)
-    ),
-    "votes": Decode(
-        variants=("faithful", "hard", "logit", "paper"), contexts=(_TRAINED,), documents=4,
-        budgets=(_10,),
-    ),
-    "reuse": Reuse(
-        variants=("faithful",), contexts=(_TRAINED,), documents=4,
-        thetas=(0.7, 0.8, 0.85, 0.9, 0.95), budgets=(_10,),
-    ),
-    "mass": Mass(variants=("faithful",), contexts=(_TRAINED,), documents=2, budgets=(_10,)),
-    "speed": Speed(
-        variants=("faithful",), contexts=(8192, 16384, 32768), rounds=15, budgets=(_10,),
-        prefills=((512, 7680), (512, 15872), (512, 32256), (2048, 6144), (8192, 0), (4096, 0)),
-    ),
-}  # fmt: skip
-
-_REPORT_LONG = {
-    "sparse": Sparse(
-        variants=("faithful", "window"), lengths=(8192,), documents=8, budgets=(_10,)
-    ),
-    "sparse-rounding": Sparse(variants=("everything",), lengths=(8192,), documents=2),
+def _settings() -> Iterator[Settings]:
+    both, one = ("faithful-64", "window-64"), ("faithful-64",)
+    yield Settings(name="quick", split="choose", variants=VARIANTS, tasks={
+        "decode": Decode(variants=both, documents=2, continuation=32, **_QUICK),
+        "sparse": Sparse(variants=both, lengths=(1536,), documents=1,
+                         budgets=(Budget(share=0.25),)),
+        "needles": Needles(variants=("dense", *one), lengths=(1024,), depths=(0.5,), seeds=1,
+                           budgets=(Budget(k=128),)),
+        "reuse": Reuse(variants=one, documents=1, continuation=32, thetas=(0.7, 0.9), **_QUICK),
+        "mass": Mass(variants=one, documents=1, continuation=8, **_QUICK),
+        "speed": Speed(variants=one, contexts=(4096,), rounds=5, budgets=(Budget(k=400),)),
+    })  # fmt: skip
+    both, one = ("faithful", "window"), ("faithful",)
+    several = ("hard", "logit", "candidates", "unscaled", "sharper", "group", "pool-3", "sink-4")
+    several += ("sink-128", "local-64", "local-256", "local-512", "sink-128-local-512")
+    yield Settings(name="choose", split="choose", variants=VARIANTS, tasks={
+        "decode": Decode(variants=(*both, *several), documents=6, **_NEAR),
+        "reuse": Reuse(variants=one, documents=6, thetas=(0.8, 0.85, 0.9, 0.95), **_NEAR),
+    })  # fmt: skip
+    several = ("means-1", "window", "means-16", "means-64", "local-384-means-16")
+    several += ("candidates-means-16", "group-means-16", "chunk-64-local-512")
+    splits = ("split-25", "split-25-one", "split-10", "split-50")
+    yield Settings(name="choose-long", split="choose", variants=VARIANTS, dtype="bfloat16", tasks={
+        "sparse": Sparse(variants=(*several, "chunk-128-local-512"), lengths=(8192,), documents=3,
+                         budgets=(_10,)),
+        "needles": Needles(variants=(*splits, "contiguous-means-16", "fixed-means-16"),
+                           depths=(0.1, 0.5, 0.9), seeds=1, kinds=("filler",), **_FAR),
+        "needles-natural": Needles(variants=("split-25", "split-25-one", "split-50"),
+                                   depths=(0.1, 0.5, 0.9), seeds=1, kinds=("natural",), **_FAR),
+    })  # fmt: skip
+    three = {"budgets": (_5, _10, _20)}
+    yield Settings(name="report", split="report", variants=VARIANTS, tasks={
+        "decode": Decode(variants=both, documents=8, **_NEAR | three),
+        "decode-shorter": Decode(variants=both, contexts=(4096,), documents=3, **three),
+        "votes": Decode(variants=("faithful", "hard", "logit", "paper"), documents=4, **_NEAR),
+        "reuse": Reuse(variants=one, documents=4, thetas=(0.7, 0.8, 0.85, 0.9, 0.95), **_NEAR),
+        "mass": Mass(variants=one, documents=2, **_NEAR),
+        "speed": Speed(variants=one, contexts=(8192, 16384, 32768), rounds=15, prefills=_PREFILLS,
+                       budgets=(_10,)),
+    })  # fmt: skip
     # No needle stands in the window, where every variant would find it.
-    "needles-beyond": Needles(
-        variants=("extrapolate",), lengths=(16384,), depths=(0.0, 0.2, 0.4, 0.6, 0.8), seeds=4,
-        kinds=("filler",), budgets=(_656,),
-    ),
-    "needles-beyond-natural": Needles(
-        variants=("extrapolate",), lengths=(16384,), depths=(0.1, 0.5, 0.9), seeds=2,
-        kinds=("natural",), budgets=(_656,),
-    ),
-    "needles-beyond-others": Needles(
-        variants=("dense", "window", "window-contiguous", "faithful", "contiguous", "fixed",
-                  "released"),
-        lengths=(16384,), depths=(0.2, 0.6), seeds=1, kinds=("filler",), budgets=(_656,),
-    ),
-    "needles-32k": Needles(
-        variants=("extrapolate",), lengths=(32768,), depths=(0.0, 0.2, 0.4, 0.6, 0.8), seeds=2,
-        kinds=("filler",), budgets=(_656,),
-    ),
-    "sparse-beyond": Sparse(
-        variants=("faithful", "window", "window-contiguous", "contiguous", "extrapolate"),
-        lengths=(16384,), documents=1, budgets=(_656,),
-    ),
-}  # fmt: skip
-
-_RULER = {
-    "ruler": Ruler(
-        variants=("dense", "faithful"), lengths=(4096,), samples=5, budgets=(Budget(k=512),)
-    )
-}
+    hidden: Any = {"depths": (0.0, 0.2, 0.4, 0.6, 0.8), "kinds": ("filler",)}
+    beyond = ("window", "window-contiguous", "faithful", "contiguous", "fixed", "released")
+    yield Settings(name="report-long", split="report", variants=VARIANTS, dtype="bfloat16", tasks={
+        "sparse": Sparse(variants=both, lengths=(8192,), documents=8, budgets=(_10,)),
+        "sparse-rounding": Sparse(variants=("everything",), lengths=(8192,), documents=2),
+        "needles-beyond": Needles(variants=("extrapolate",), seeds=4, **hidden, **_FAR),
+        "needles-beyond-natural": Needles(variants=("extrapolate",), depths=(0.1, 0.5, 0.9),
+                                          seeds=2, kinds=("natural",), **_FAR),
+        "needles-beyond-others": Needles(variants=("dense", *beyond), depths=(0.2, 0.6), seeds=1,
+                                         kinds=("filler",), **_FAR),
+        "needles-32k": Needles(variants=("extrapolate",), seeds=2,
+                               **hidden | _FAR | {"lengths": (32768,)}),
+        "sparse-beyond": Sparse(
+            variants=("faithful", "window", "window-contiguous", "contiguous", "extrapolate"),
+            documents=1, **_FAR,
+        ),
+    })  # fmt: skip
+    yield Settings(name="ruler", split="report", variants=VARIANTS, tasks={
+        "ruler": Ruler(variants=("dense", *one), lengths=(4096,), samples=5,
+                       budgets=(Budget(k=512),)),
+    })  # fmt: skip
 
 
-SETTINGS = {
-    name: Settings(name=name, split=split, tasks=tasks, variants=VARIANTS, dtype=dtype)
-    for name, split, tasks, dtype in (
-        ("quick", "choose", _QUICK, "float32"),
-        ("choose", "choose", _CHOOSE, "float32"),
-        ("choose-long", "choose", _CHOOSE_LONG, "bfloat16"),
-        ("report", "report", _REPORT, "float32"),
-        ("report-long", "report", _REPORT_LONG, "bfloat16"),
-        ("ruler", "report", _RULER, "float32"),
-    )
-}
+SETTINGS = {settings.name: settings for settings in _settings()}

@@ -1,15 +1,14 @@
 """Decode time per token beside stock attention, and the memory that a prefill takes; on the CPU."""
 
-import json
+import multiprocessing
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers.cache_utils import DynamicCache
@@ -40,12 +39,14 @@ class Speed(Task):
         here = {"threads": torch.get_num_threads(), "cpu": cpu()}
         base = session.key | here | {"source": source_tree()}  # faster code is another case
         for context in self.contexts:
-            stock = [
+            several = [
                 Contender("sdpa, DynamicCache", DENSE, True),
                 Contender("sdpa, TokenSelectCache", DENSE),
+                *(
+                    Contender(f"{variant.name} {variant.budget}".strip(), variant)
+                    for variant in self.selecting(settings, context)
+                ),
             ]
-            variants = self.selecting(settings, context)
-            several = stock + [Contender(f"{v.name} {v.budget}".strip(), v) for v in variants]
             keys = [[c.name, c.stock_cache, c.variant.key] for c in several]
             what = {"context": context, "rounds": self.rounds}
             yield Case(
@@ -85,18 +86,12 @@ class Speed(Task):
         return list(rows)
 
 
-@dataclass(frozen=True)
-class Contender:
+class Contender(NamedTuple):
     """A variant over a kind of cache."""
 
     name: str
     variant: Variant
     stock_cache: bool = False
-
-    @property
-    def cache(self) -> tuple[bool, bool]:
-        """Contenders that say the same share a cache."""
-        return self.stock_cache, self.variant.moves
 
 
 @torch.inference_mode()
@@ -110,23 +105,22 @@ def times(
     """
     model = session.model
     caches: dict[tuple[bool, bool], Any] = {}
-    for c in contenders:
-        if c.cache not in caches:
-            made = (
-                DynamicCache(config=model.config)
-                if c.stock_cache
-                else TokenSelectCache(model, max_length=context + 1)
-            )
-            caches[c.cache] = filled(made, session, c.variant, context)
+    for _, variant, stock_cache in contenders:
+        if (stock_cache, variant.moves) not in caches:
+            cache: Any = DynamicCache(config=model.config)
+            if not stock_cache:
+                cache = TokenSelectCache(model, max_length=context + 1)
+            caches[stock_cache, variant.moves] = filled(cache, session, variant, context)
     seconds: dict[str, list[float]] = {c.name: [] for c in contenders}
     for turn in range(rounds + 1):
-        for c in contenders if turn % 2 == 0 else reversed(contenders):
-            with rewound(caches[c.cache]), c.variant.applied(model):
+        for name, variant, stock_cache in contenders if turn % 2 == 0 else reversed(contenders):
+            cache = caches[stock_cache, variant.moves]
+            with rewound(cache), variant.applied(model):
                 start = time.perf_counter()
-                feed(model, caches[c.cache], (100 + turn,))
+                feed(model, cache, (100 + turn,))
                 took = time.perf_counter() - start
             if turn > 0:
-                seconds[c.name].append(took)
+                seconds[name].append(took)
     baselines = [c.name for c in contenders if c.variant.kind == "dense"]
     return {
         "contenders": [
@@ -156,44 +150,30 @@ def filled(cache: Any, session: Session, variant: Variant, n: int) -> Any:
 
 
 def peak(case: Case, session: Session) -> dict[str, Any]:
-    """Return what one prefill of `new` tokens on top of `cached` adds to a process, at most.
-
-    The cache has its room before, so that what is added is what reading takes.
-    """
-    job = {
-        "model": str(session.path),
-        "gguf_file": session.gguf_file,
-        "dtype": session.dtype,
-        "variant": case.variant.key,
-        "threads": torch.get_num_threads(),
-        "new": case.label["new"],
-        "cached": case.label["cached"],
-    }
-    command = [sys.executable, "-m", "bench.quality.speed"]
-    done = subprocess.run(
-        command, input=json.dumps(job), capture_output=True, text=True, check=False
-    )
-    if done.returncode != 0:
-        raise RuntimeError(f"the process that was to measure memory failed:\n{done.stderr}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    """Measure one prefill in a process of its own."""
+    model = session.path, session.gguf_file, session.dtype
+    size = torch.get_num_threads(), case.label["new"], case.label["cached"]
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(measure, *model, case.variant, *size).result()
 
 
 @torch.inference_mode()
-def measure(job: dict[str, Any]) -> dict[str, Any]:
-    """Do the job in this process: MiB at most and MiB of the cache, seconds."""
-    torch.set_num_threads(job["threads"])
-    options = dict(job["variant"])
-    is_dense = options["attend"] == "dense"
-    variant = DENSE if is_dense else resolve("it", {"it": options}, None, 0)
-    session = Session(Path(job["model"]), job["gguf_file"], job["dtype"])
+def measure(
+    path: Path, gguf_file: str | None, dtype: str, variant: Variant, threads: int, new: int, n: int
+) -> dict[str, Any]:
+    """Return MiB that a prefill of `new` tokens on top of n adds to this process, at most.
+
+    The cache, whose MiB come with it, has its room before: what is added is what reading takes.
+    """
+    torch.set_num_threads(threads)
+    session = Session(path, gguf_file, dtype)
     model = session.model
-    cache = TokenSelectCache(model, max_length=job["cached"] + job["new"])
-    if job["cached"]:
-        filled(cache, session, variant, job["cached"])
+    cache = TokenSelectCache(model, max_length=n + new)
+    if n:
+        filled(cache, session, variant, n)
     with rewound(cache):  # so the cache has its memory
-        filled(cache, session, variant, job["new"])
-    ids = tuple(i % min(1000, model.config.vocab_size) for i in range(job["new"]))
+        filled(cache, session, variant, new)
+    ids = tuple(i % min(1000, model.config.vocab_size) for i in range(new))
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets the peak
     # Of the peak itself: what is resident may shrink at any time, as the system takes back pages.
     before, start = _peak_so_far(), time.perf_counter()
@@ -210,7 +190,3 @@ def _peak_so_far() -> float:
     found = re.search(r"VmHWM:\s*(\d+) kB", status)
     assert found is not None
     return int(found[1]) / 1024
-
-
-if __name__ == "__main__":
-    print(json.dumps(measure(json.load(sys.stdin))))
