@@ -812,9 +812,21 @@ def test_settings_are_changed_for_once(tiny: Tiny) -> None:
     assert changed(tiny.settings, "name='mine'").name == "mine"
     mine: Any = changed(tiny.settings, "decode.documents=5").tasks
     assert mine == {**TASKS, "decode": replace(TASKS["decode"], documents=5)}
-    for change in ("documents=0", "documents='2'", "documents=", "documnts=2", "kind=3"):
+    for change in (
+        *("decode.documents=0", "decode.documents='2'", "decode.documents=", "decode.documnts=2"),
+        *(
+            "decod.documents=2",
+            "needles.kinds=('hay',)",
+            "needles.depths=(1.5,)",
+            "needles.keys=99",
+        ),
+        *("split='rebort'", "name='../x'", "sparse.counted_from=1.0"),
+    ):
         with pytest.raises(InvalidProblem):
-            changed(tiny.settings, "decode." + change)
+            changed(tiny.settings, change)
+    for part in ("3/2", "0/1", "x"):
+        with pytest.raises(SystemExit, match="2"):
+            main(["run", "--part", part])
 
 
 def test_the_page_is_the_committed_results() -> None:

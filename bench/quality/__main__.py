@@ -4,6 +4,7 @@ import argparse
 import ast
 import json
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -48,6 +49,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     plot.add_argument("--out", type=Path, help="folder of the pictures (beside the result)")
     verbs.add_parser("page", help="put bench/results/quality-*.json on docs/quality.md")
     asked = parser.parse_args(arguments)
+    part = re.fullmatch(r"(\d+)/(\d+)", getattr(asked, "part", "1/1"))
+    if part is None or not 1 <= int(part[1]) <= int(part[2]):
+        parser.error(f"--part {asked.part}: i/n with i from 1 to n, say 1/2")
     if getattr(asked, "save", False) and (
         asked.changes or asked.only or getattr(asked, "part", "1/1") != "1/1"
     ):

@@ -52,6 +52,16 @@ class Needles(Task):
     keys: int = field(default=4, metadata={"least": 2})
     new_tokens: int = 16
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        within = all(0 <= depth <= 1 for depth in self.depths) and self.keys <= len(NAMES)
+        if not within or not set(self.kinds) <= set(KINDS):
+            raise InvalidProblem(
+                f"needles: kinds={self.kinds}, depths={self.depths}, keys={self.keys}",
+                f"kinds are of {', '.join(KINDS)}, depths from 0 to 1, keys at most {len(NAMES)}",
+                "give such ones",
+            )
+
     def cases(self, settings: Settings, session: Session) -> Iterator[Case]:
         for length in self.lengths:
             variants = self.resolved(settings, length)

@@ -5,6 +5,7 @@ cases of one work, in any order, and `summary` makes the rows of a result into t
 """
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -92,6 +93,14 @@ class Settings:
     variants: Mapping[str, Mapping[str, Any]]
     texts: tuple[str, ...] = ("kjv", "pydoc", "source")
     dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        if self.split not in texts.SPLITS or not re.fullmatch(r"\w[\w.-]*", self.name):
+            raise InvalidProblem(
+                f"settings: name={self.name!r}, split={self.split!r}",
+                f"files are named after them, and a split is one of {', '.join(texts.SPLITS)}",
+                "give such ones",
+            )
 
     def documents(self, session: Session, count: int, length: int) -> list[Document]:
         return texts.documents(session.tokenize, self.texts, self.split, count, length)
@@ -369,6 +378,15 @@ class Sparse(Task):
     documents: int
     counted_from: float = 0.5
     chunk: int = _CHUNK
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.counted_from <= 0.95:
+            raise InvalidProblem(
+                f"sparse: counted_from={self.counted_from}",
+                "it is a share of the length, from 0 to 0.95",
+                "give such a one",
+            )
 
     def cases(self, settings: Settings, session: Session) -> Iterator[Case]:
         for n in self.lengths:
