@@ -382,7 +382,7 @@ def test_what_is_saved_is_whole(
     assert not saved.exists()
     assert main([*collect, str(tmp_path), "--partial"]) == 0
     assert json.loads(saved.read_text())["missing"] == 3
-    assert "3 cells of these settings have not been run." in page.page(saved.parent)
+    assert "3 cases of these settings have not been run." in page.page(saved.parent)
     assert main([*collect, str(tiny.out)]) == 0
     assert json.loads(saved.read_text())["entries"] == tiny.result["entries"]
     for changes in (["--set", "decode.documents=1"], ["--only", "decode"]):
@@ -722,8 +722,8 @@ def test_ruler_is_scored_under_each_variant(tiny: Tiny, tmp_path: Path, monkeypa
     both = replace(tiny.settings, split="report", tasks={"mass": TASKS["mass"], "ruler": task})
     cases = [case for name, case in results.planned(both, tiny.session) if name == "ruler"]
     values = list(Ruler.run(cases, tiny.session))
-    ways = ("sdpa", "tokenselect")
-    assert asked == [(attention, name, 1024, 2, 1) for name in names for attention in ways]
+    both_kinds = ("sdpa", "tokenselect")
+    assert asked == [(kind, name, 1024, 2, 1) for name in names for kind in both_kinds]
     summary = Ruler.summary([case.label | value for case, value in values])
     assert [(r["ruler"], r["variant"], r["score"]) for r in summary] == [
         (name, variant, 0.5) for name in names for variant in ("dense", "few")

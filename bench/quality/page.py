@@ -15,20 +15,20 @@ MARK = "<!-- From here on made by python -m bench.quality page -->\n"
 
 _TASKS = {
     "decode": "After a dense prefill of the context, {continuation} tokens of the text are fed one "
-    "by one, from the same cache each way.",
+    "by one, from the same cache for each variant.",
     "reuse": "As decoding, with a Selection Cache in each layer. *Hits* is the share of steps and "
     "layers that reuse a selection.",
-    "sparse": "Everything is read by the way itself from the first token on, {chunk} tokens at a "
-    "time; tokens from {counted_from:.0%} of the length on are counted. *Beats* is the number of "
-    "documents where the way is better than the best window of its size, of those where dense "
+    "sparse": "Everything is read by the variant itself from the first token on, {chunk} tokens at "
+    "a time; tokens from {counted_from:.0%} of the length on are counted. *Beats* is the number of "
+    "documents where the variant is better than the best window of its size, of those where dense "
     "attention is better than that (beyond the trained length: of all).",
-    "needles": "A number is hidden in a text, and asked for at its end; the way reads all of it "
-    "and writes the answer, greedily. *Filler* is a few sentences over and over, *natural* one of "
-    "the texts, *multikey* filler with {keys} numbers under names, of which one is asked for.",
+    "needles": "A number is hidden in a text, and asked for at its end; the variant reads all of "
+    "it and writes the answer, greedily. *Filler* is a few sentences over and over, *natural* one "
+    "of the texts, *multikey* filler with {keys} numbers under names, of which one is asked for.",
     "mass": "As decoding, {continuation} tokens. *Mass* is the share of a head's dense softmax "
     "that falls on its selection. *Overlap* is Jaccard's, of the tokens chosen by vote: between "
     "neighbouring steps, and between neighbouring layers.",
-    "speed": "Both sides alternate token by token in one process, over caches of noise.",
+    "speed": "The contenders alternate token by token in one process, over caches of noise.",
     "ruler": "{samples} samples of each task.",
 }
 
@@ -53,7 +53,7 @@ def section(report: dict[str, Any]) -> str:
     length = model["trained_length"]
     trained = "a length not said" if length is None else f"{length:,} tokens"
     ran = (
-        f"{r['cases']} cells on {r['date']}, on {r['cpu']}, {r['threads']} thread(s), with "
+        f"{r['cases']} cases on {r['date']}, on {r['cpu']}, {r['threads']} thread(s), with "
         f"{', '.join(f'{package} {version}' for package, version in r['versions'].items())} and "
         f"tokenselect at {r['commit']}"
         for r in report["ran"]
@@ -67,7 +67,7 @@ def section(report: dict[str, Any]) -> str:
         f"Texts: {texts}. `{report['command']}`\n",
     ]
     if report["missing"]:
-        lines.append(f"{report['missing']} cells of these settings have not been run.\n")
+        lines.append(f"{report['missing']} cases of these settings have not been run.\n")
     for task, entry in report["entries"].items():
         if entry["rows"]:
             said = _TASKS[entry["task"]].format(**entry["settings"])
@@ -185,7 +185,7 @@ def _ruler(entry: dict[str, Any]) -> list[str]:
     return _table(body, ("tokens", "{context:,}"), *_VARIANT[1:], *scores)
 
 
-_VARIANT = (("context", "{context:,}"), ("way", "{variant}"), ("budget", "{budget}"))
+_VARIANT = (("context", "{context:,}"), ("variant", "{variant}"), ("budget", "{budget}"))
 _TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     **dict.fromkeys(("decode", "reuse", "sparse"), _documents),
     "needles": _needles,
