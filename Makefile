@@ -55,7 +55,7 @@ help:
 	@echo "make props   the properties only       [BACKEND=name] [HYPOTHESIS_PROFILE=name] [ARGS=...]"
 	@echo "make bench   the benchmark             [ARGS=...]"
 	@echo "make quality how much a model's answers change with selection: 2 minutes, or hours with"
-	@echo "             other settings    [ARGS='run --settings bench/quality/settings/report.yaml']"
+	@echo "             other settings    [ARGS='run --settings report']"
 	@echo "make gpu     all checks and the benchmark on an NVIDIA GPU, with the torch of \$$(PYTHON),"
 	@echo "             which needs no .venv      [PYTHON=...] [ARGS='--quick']"
 	@echo "make resources  compile the kernels for GPUs that are not here, and check registers, spills"

@@ -99,22 +99,10 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 def tiny(vocabulary: int) -> Any:
     torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
-@pytest.fixture
-def model() -> Any:
-    return tiny(11)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    rest: dict[str, Any] = {"vocab_size": vocabulary, "eos_token_id": None, "pad_token_id": 0}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, **rest)).eval()
 
 
 @pytest.fixture
@@ -123,59 +111,43 @@ def tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), unk_token="<unk>")
 
 
-def test_scores_by_task_and_length(
-    stand_in: Any, model: Any, tokenizer: Any, capfd: pytest.CaptureFixture[str]
+def test_what_is_asked_of_lm_eval(
+    stand_in: Any, tokenizer: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    found = ruler.run(model, tokenizer, ["ruler_vt", "ruler_cwe"], [1024, 2048], 3, seed=7)
-    score = {"score": 0.5, "samples": 3, "scores": [1.0, 0.25, 0.25]}
-    assert found == {task: {"1024": score, "2048": score} for task in ("ruler_vt", "ruler_cwe")}
+    """Samples depend on the seed alone, and the model attends as it does at the time."""
+    model = tiny(11)
+    for task, length, seed in [
+        ("ruler_cwe", 1024, 7),
+        ("ruler_cwe", 1024, 8),
+        ("ruler_vt", 2048, 7),
+    ]:
+        found = ruler.scored(model, tokenizer, task, length, 3, seed)
+        assert found == {"score": 0.5, "samples": 3, "scores": [1.0, 0.25, 0.25]}
+    with enable(model, k=1, n_sink=1, n_local=1, theta=0.9):
+        ruler.scored(model, tokenizer, "ruler_cwe", 1024, 3, 7)
     assert capfd.readouterr() == ("", "")
     asked = stand_in().asked
-    assert [(tasks, length) for tasks, length, *_ in asked] == [
-        ([task], length) for task in ("ruler_vt", "ruler_cwe") for length in (1024, 2048)
-    ]
-    for _, length, _, max_length, others in asked:
+    assert [what[:2] for what in asked[:3]] == [
+        (["ruler_cwe"], 1024), (["ruler_cwe"], 1024), (["ruler_vt"], 2048)
+    ]  # fmt: skip
+    for (_, length, _, max_length, others), seed in zip(asked, (7, 8, 7, 7), strict=True):
         assert max_length >= length + 128
-        assert {value for name, value in others.items() if name.endswith("_seed")} == {7}
-
-
-def test_samples_are_the_same_whatever_ran_before(
-    stand_in: Any, model: Any, tokenizer: Any
-) -> None:
-    for seed in (7, 7, 8):
-        ruler.run(model, tokenizer, ["ruler_cwe"], [1024], 3, seed)
-    (*_, first, _, _), (*_, again, _, _), (*_, other, _, _) = stand_in().asked
-    assert first == again != other
-
-
-def test_it_attends_as_the_model_does_now(stand_in: Any, model: Any, tokenizer: Any) -> None:
-    ruler.run(model, tokenizer, ["ruler_vt"], [1024], 1, 0)
-    with enable(model, k=1, n_sink=1, n_local=1, theta=0.9):
-        ruler.run(model, tokenizer, ["ruler_vt"], [1024], 1, 0)
-    assert stand_in(".models.huggingface").caches == ["NoneType", "TokenSelectCache"]
+        assert {value for name, value in others.items() if name.endswith("_seed")} == {seed}
+    prompts = [what[2] for what in asked]
+    assert prompts[0] == prompts[2] == prompts[3] != prompts[1]
+    caches = stand_in(".models.huggingface").caches
+    assert caches == 9 * ["NoneType"] + 3 * ["TokenSelectCache"]
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
-    [
-        ({"tasks": ["niah_single_2"]}, "task 'niah_single_2'.*no network are niah_single_1, "),
-        ({"lengths": [1024, 512]}, "RULER at 512 tokens"),
-        ({"samples": 501}, "501 samples"),
-        ({"samples": 0}, "0 samples"),
-    ],
+    "given", [("niah_single_2", 1024, 1), ("ruler_vt", 512, 1), ("ruler_vt", 1024, 501)]
 )
-def test_what_cannot_be_scored_is_told_at_once(changes: dict[str, Any], told: str) -> None:
-    given: dict[str, Any] = {"tasks": ["ruler_vt"], "lengths": [1024], "samples": 1, "seed": 0}
-    with pytest.raises(InvalidProblem, match=f"(?s){told}"):
-        ruler.run(None, None, **given | changes)
-
-
-def test_without_lm_eval(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_scored_is_told_at_once(given: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InvalidProblem, match="the tasks that need no network"):
+        ruler.scored(None, None, *given, 0)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(
-        InvalidProblem, match=r"pip install '\.\[ruler\]' in a checkout(.|\n)*--only"
-    ):
-        ruler.run(None, None, ["ruler_vt"], [1024], 1, 0)
+    with pytest.raises(InvalidProblem, match=r"(?s)pip install '\.\[ruler\]'.*--only"):
+        ruler.scored(None, None, "ruler_vt", 1024, 1, 0)
 
 
 @pytest.mark.skipif(
@@ -201,14 +173,12 @@ def test_lm_eval_itself_without_a_network(monkeypatch: pytest.MonkeyPatch) -> No
         return generate(*given, **named)
 
     monkeypatch.setattr(model, "generate", generated)
-    dense = ruler.run(model, tokenizer, ruler.TASKS, [1024], 2, 3)
+    found = [ruler.scored(model, tokenizer, task, 1024, 2, 3) for task in ruler.TASKS]
     with enable(model, k=8, n_sink=1, n_local=4, theta=0.9):
-        selected = ruler.run(model, tokenizer, ruler.TASKS[::-1], [1024], 2, 3)
-    for found in (dense, selected):
-        assert sorted(found) == sorted(ruler.TASKS)
-        for lengths in found.values():
-            assert lengths["1024"]["samples"] == 2
-            assert all(0 <= score <= 1 for score in lengths["1024"]["scores"])
+        found += [ruler.scored(model, tokenizer, task, 1024, 2, 3) for task in ruler.TASKS[::-1]]
+    for of in found:
+        assert of["samples"] == 2
+        assert all(0 <= score <= 1 for score in of["scores"])
     seen = {ours: sorted(ids for ids, with_ours in prompts if with_ours == ours) for ours in (0, 1)}
     assert seen[0] == seen[1]
     assert len(seen[0]) == 2 * len(ruler.TASKS)

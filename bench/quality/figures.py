@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+Row = Mapping[str, Any]
 # Rows of logits that are widened to float64 at once.
 _ROWS = 64
 # Nats that may be rounding.
@@ -17,10 +18,10 @@ _TIE = 1e-4
 
 @dataclass
 class Against:
-    """What a way makes of tokens, beside dense attention; one value a token.
+    """What a variant makes of tokens, beside dense attention; one value per token.
 
     nll    negative log likelihood of the token that follows, natural log
-    kl     sum of p log(p / q), p the dense distribution and q the way's
+    kl     sum of p log(p / q), p the dense distribution and q the variant's
     agree  whether both have the same likeliest token
     """
 
@@ -29,7 +30,7 @@ class Against:
     agree: list[bool] = field(default_factory=list)
 
     def add(self, logits: Tensor, dense: Tensor, following: Sequence[int]) -> None:
-        """logits and dense (tokens, vocabulary); following: the token after each."""
+        """Add tokens: logits and dense (tokens, vocabulary), and the token after each."""
         targets = torch.tensor(following)[:, None]
         for rows in torch.arange(len(following)).split(_ROWS):
             log_q = logits[rows].double().log_softmax(-1)
@@ -50,7 +51,7 @@ class Against:
 
 
 def largest(values: Iterable[float]) -> float:
-    """The largest, NaN if one is.
+    """Return the largest, NaN if one is.
 
     >>> largest([2.0, math.nan, 1.0])
     nan
@@ -59,7 +60,7 @@ def largest(values: Iterable[float]) -> float:
 
 
 def wilson(right: int, tries: int, z: float = 1.959964) -> tuple[float, float]:
-    """The Wilson score interval of a share, 95 % by default.
+    """Return the Wilson score interval of a share, 95 % by default.
 
     >>> [round(end, 4) for end in wilson(19, 20)]
     [0.7639, 0.9911]
@@ -74,7 +75,7 @@ def wilson(right: int, tries: int, z: float = 1.959964) -> tuple[float, float]:
 
 
 def bootstrapped(values: Sequence[float], draws: int = 10_000) -> tuple[float, float]:
-    """A 95 % interval of the mean: what it is in 95 % of samples drawn from `values` themselves.
+    """Return a 95 % interval of the mean, of samples drawn from `values` themselves.
 
     With a handful of values it comes out too narrow.
 
@@ -88,74 +89,68 @@ def bootstrapped(values: Sequence[float], draws: int = 10_000) -> tuple[float, f
     return low, high
 
 
-Row = Mapping[str, Any]
-
-
-def grouped(rows: Iterable[Row], names: Sequence[str]) -> dict[tuple[Any, ...], list[Row]]:
-    """Rows by what they say under `names`, in order of appearance."""
+def grouped(rows: Iterable[Row], names: Sequence[str]) -> list[tuple[dict[str, Any], list[Row]]]:
+    """Return rows by what they say under `names`, and that, in order of appearance."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(tuple(row.get(name) for name in names), []).append(row)
-    return groups
+    return [(dict(zip(names, key, strict=True)), group) for key, group in groups.items()]
 
 
 def beside_window(rows: Sequence[Row]) -> list[Row]:
-    """Rows of documents, with two flags where a window of the same size read the document too.
+    """Return rows of documents, with two flags where a window of the same size read it too.
 
     Of several windows of that size, the best counts.
 
     dense_gains   dense attention gains from what the window lacks: its nll is lower, by more than
                   rounding
-    beats_window  the way's nll is lower than the window's
+    beats_window  the variant's nll is lower than the window's
     """
-    dense = {_document(r): r["nll"] for r in rows if r["way"] == "dense"}
+    dense = {_document(r): r["nll"] for r in rows if r["variant"] == "dense"}
     windows: dict[tuple[Any, ...], float] = {}
     for r in rows:
         if r["kind"] == "window":
             key = (*_document(r), r["size"])
             windows[key] = min(r["nll"], windows.get(key, math.inf))
-    found = []
-    for r in rows:
-        window = windows.get((*_document(r), r["size"]))
-        flags = {}
-        if window is not None and _document(r) in dense and r["kind"] == "select":
-            flags = {
-                "dense_gains": window - dense[_document(r)] > _TIE,
-                "beats_window": r["nll"] < window,
-            }
-        found.append({**r, **flags})
-    return found
+
+    def flags(r: Row) -> dict[str, bool]:
+        window, of_dense = windows.get((*_document(r), r["size"])), dense.get(_document(r))
+        if window is None or of_dense is None or r["kind"] != "select":
+            return {}
+        return {"dense_gains": window - of_dense > _TIE, "beats_window": r["nll"] < window}
+
+    return [{**r, **flags(r)} for r in rows]
 
 
 def against_dense(rows: Sequence[Row]) -> list[Row]:
-    """Rows of documents made one row for each way, budget, theta and context.
+    """Return one row for each variant, budget, theta and context, of those of documents.
 
     perplexity    exp of the mean nll over documents; loss: its ratio to dense, minus 1
     worst         the largest such ratio of one document, minus 1
     kl, agreement means over documents; kl_max the largest of a token
     loss_95, kl_95  intervals of both means: see `bootstrapped`
-    closer        documents with a lower KL than that of the first way of this budget that selects
+    closer        documents with a lower KL than the first selecting variant's of this budget
     gains, beats  documents where dense gains from what the window lacks (all of them beyond the
-                  trained length, where dense is no measure), and those among them where the way
-                  beats the best window of its size; None without such a window
+                  trained length, where dense is no measure), and those among them where the
+                  variant beats the best window of its size; None without such a window
     """
-    dense = {_document(r): r["nll"] for r in rows if r["way"] == "dense"}
-    found: list[Row] = []
-    names = ("context", "way", "budget", "theta")
+    dense = {_document(r): r["nll"] for r in rows if r["variant"] == "dense"}
     first: dict[tuple[Any, ...], float] = {}
     for r in rows:
         if r["kind"] == "select":
             first.setdefault((*_document(r), r["budget"]), r["kl"])
-    for values, group in grouped(beside_window(rows), names).items():
-        group = [r for r in group if _document(r) in dense]
-        if not group:
-            continue
+    measured = [r for r in beside_window(rows) if _document(r) in dense]
+    found: list[Row] = []
+    for named, group in grouped(measured, ("context", "variant", "budget", "theta")):
         gaps = [r["nll"] - dense[_document(r)] for r in group]
         beside = [r for r in group if "dense_gains" in r]
         gains = [r for r in beside if r["dense_gains"] or r.get("within_trained") is False]
         rates = [r["hit_rate"] for r in group if "hit_rate" in r]
+        closer = None
+        if group[0]["kind"] == "select":
+            closer = sum(r["kl"] < first[(*_document(r), r["budget"])] for r in group)
         found.append(
-            dict(zip(names, values, strict=True))
+            named
             | {
                 "size": group[0]["size"],
                 "documents": len(group),
@@ -165,9 +160,7 @@ def against_dense(rows: Sequence[Row]) -> list[Row]:
                 "worst": math.exp(largest(gaps)) - 1,
                 "kl": mean(r["kl"] for r in group),
                 "kl_95": list(bootstrapped([r["kl"] for r in group])),
-                "closer": sum(r["kl"] < first[(*_document(r), r["budget"])] for r in group)
-                if group[0]["kind"] == "select"
-                else None,
+                "closer": closer,
                 "kl_max": largest(r["kl_max"] for r in group),
                 "agreement": mean(r["agreement"] for r in group),
                 "gains": len(gains) if beside else None,

@@ -8,6 +8,7 @@ import importlib.util
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,6 +17,10 @@ from unittest import mock
 
 import torch
 
+from bench.quality import texts
+from bench.quality.figures import Row
+from bench.quality.session import Case, Session
+from bench.quality.tasks import Settings, Task, Values
 from tokenselect.errors import InvalidProblem
 from tokenselect.integrations.transformers import NAME, TokenSelectCache
 
@@ -32,56 +37,59 @@ MOST = 500
 _ROOM = 512
 
 
-def run(
-    model: Any,
-    tokenizer: Any,
-    tasks: Sequence[str],
-    lengths: Sequence[int],
-    samples: int,
-    seed: int,
-) -> dict[str, Any]:
-    """Score a model, attending as it does now, by task and length.
+@dataclass(frozen=True, kw_only=True)
+class Ruler(Task):
+    """Score `samples` of each task of TASKS at each length, with that seed of the split.
 
-    lengths  tokens of a prompt with its answer, at most, from 1024 on; they may exceed what the
-             model was trained for
-    samples  of each task and length, 1 to 500. They depend on the seed and the tokenizer, and
-             on nothing else: every way of attending reads the same, and more begin with the same
-
-    Prompts are as lm-eval's default has them, without a chat template. Returns {task:
-    {str(length): {"score", "samples", "scores"}}}: the mean, how many samples there were (fewer
-    than asked for, if some did not fit), and of each the share of the answers that the model gave,
-    from 0 to 1. Raises InvalidProblem for an unknown task, for a length or a number of samples that
-    is out of range, and if lm-eval is not installed.
+    lengths  tokens of a prompt with its answer, at most; they may exceed the trained length
+    samples  depend on the seed and the tokenizer alone: every variant reads the same, and more
+             begin with the same
     """
-    for task in tasks:
-        if task not in TASKS:
-            raise InvalidProblem(
-                f"task {task!r}",
-                f"the tasks that need no network are {', '.join(TASKS)}",
-                "name one of them",
-            )
-    for length in lengths:
-        if length < SHORTEST:
-            raise InvalidProblem(
-                f"RULER at {length} tokens",
-                f"a prompt of less than {SHORTEST} tokens has no room for every task",
-                "give larger lengths",
-            )
-    if not 1 <= samples <= MOST:
+
+    kind = "ruler"
+    lengths: tuple[int, ...]
+    samples: int
+    tasks: tuple[str, ...] = TASKS
+    seed: int = field(default=0, metadata={"least": 0})
+
+    def cases(self, settings: Settings, session: Session) -> Iterator[Case]:
+        seed = texts.seeds(settings.split, self.seed + 1)[-1]
+        for length in self.lengths:
+            for task in self.tasks:
+                check(task, length, self.samples)
+                what = {"ruler": task, "length": length, "samples": self.samples, "seed": seed}
+                for variant in self.resolved(settings, length):
+                    yield Case(
+                        task="ruler",
+                        key=session.key | what,
+                        label={"ruler": task, "context": length} | variant.label,
+                        work=f"ruler {what} {variant.key}",
+                        seconds=0.006 * length * self.samples,
+                        variant=variant,
+                        given=(task, length, self.samples, seed),
+                    )
+
+    @staticmethod
+    def run(cases: Sequence[Case], session: Session) -> Values:
+        for case in cases:
+            with case.variant.applied(session.model):
+                yield case, scored(session.model, session.tokenizer, *case.given)
+
+    @staticmethod
+    def summary(rows: Sequence[Row]) -> list[Row]:
+        """Return scores without those of each sample."""
+        return [{name: v for name, v in row.items() if name != "scores"} for row in rows]
+
+
+def check(task: str, length: int, samples: int) -> None:
+    """Raise InvalidProblem for what lm-eval cannot make."""
+    if task not in TASKS or length < SHORTEST or not 1 <= samples <= MOST:
         raise InvalidProblem(
-            f"{samples} samples", f"lm-eval makes 1 to {MOST} of a task and length", "ask for fewer"
+            f"{samples} samples of RULER's task {task!r} at {length} tokens",
+            f"the tasks that need no network are {', '.join(TASKS)}; a prompt of fewer than "
+            f"{SHORTEST} tokens has no room for every task, and lm-eval makes 1 to {MOST} samples",
+            "ask for such a task, length and number",
         )
-    need_lm_eval()
-    with TemporaryDirectory() as folder:
-        # Tasks are made with a tokenizer read from a folder, and a GGUF file is none.
-        tokenizer.save_pretrained(folder)
-        return {
-            task: {
-                str(length): _scored(model, tokenizer, folder, task, length, samples, seed)
-                for length in lengths
-            }
-            for task in tasks
-        }
 
 
 def need_lm_eval() -> None:
@@ -95,10 +103,19 @@ def need_lm_eval() -> None:
         )
 
 
-def _scored(
-    model: Any, tokenizer: Any, folder: str, task: str, length: int, samples: int, seed: int
+def scored(
+    model: Any, tokenizer: Any, task: str, length: int, samples: int, seed: int
 ) -> dict[str, Any]:
-    with _quietly():
+    """Score a model, attending as it does now; prompts have no chat template, as by default.
+
+    Returns the mean score, the number of samples (fewer than asked for, if some did not fit), and
+    of each the share of the answers that the model gave, from 0 to 1.
+    """
+    check(task, length, samples)
+    need_lm_eval()
+    # Tasks are made with a tokenizer read from a folder, and a GGUF file is none.
+    with TemporaryDirectory() as folder, _quietly():
+        tokenizer.save_pretrained(folder)
         lm_eval, tasks_folder = _imported()
         # This module has a generator of its own, which no seed reaches and which goes on where
         # the last run stopped: it is to be read anew.
@@ -123,7 +140,7 @@ def _scored(
 
 
 def _imported() -> tuple[Any, Path]:
-    """lm-eval, and the folder of its RULER tasks, imported without a look at the network.
+    """Import lm-eval without a look at the network; return it and its RULER tasks' folder.
 
     One of their modules downloads where sentences end when it is imported; essays are cut there,
     and none of these tasks has any.
@@ -154,6 +171,6 @@ def _reader(model: Any, tokenizer: Any, length: int) -> Any:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without lm-eval's own bars, prints and warnings."""
+    """Silence lm-eval's own bars, prints and warnings."""
     with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
         yield

@@ -1,0 +1,191 @@
+"""A number hidden in a long text, and the question for it: read and answered by one variant."""
+
+import random
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from bench.quality import figures, texts
+from bench.quality.figures import Row, grouped
+from bench.quality.session import Case, Session
+from bench.quality.tasks import Settings, Task, Values
+from examples.demo.text import NEEDLE, QUESTION, frame
+from tokenselect.errors import InvalidProblem
+from tokenselect.integrations.transformers import TokenSelectCache
+
+KINDS = ("filler", "natural", "multikey")
+FILLER = (
+    "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+)
+NAMES = (
+    *("anchor", "basket", "candle", "dragon", "engine", "feather", "garden", "hammer"),
+    *("island", "jacket", "kettle", "ladder", "marble", "needle", "orchard", "pepper"),
+)
+
+
+@dataclass(frozen=True)
+class Needle:
+    """One prompt and the number that answers it."""
+
+    ids: tuple[int, ...]
+    number: str
+    prompt: str = field(repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needles(Task):
+    """Read a text with a number in it, and write the answer to the question for it.
+
+    lengths  in tokens, question and chat template included
+    depths   from 0, the start, to 1
+    seeds    how many, each with a number (and a text) of its own
+    kinds    "filler", repeated sentences; "natural", a text; "multikey", `keys` numbers in filler
+    """
+
+    kind = "needles"
+    lengths: tuple[int, ...]
+    depths: tuple[float, ...]
+    seeds: int
+    kinds: tuple[str, ...] = KINDS
+    keys: int = field(default=4, metadata={"least": 2})
+    new_tokens: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        within = all(0 <= depth <= 1 for depth in self.depths) and self.keys <= len(NAMES)
+        if not within or not set(self.kinds) <= set(KINDS):
+            raise InvalidProblem(
+                f"needles: kinds={self.kinds}, depths={self.depths}, keys={self.keys}",
+                f"kinds are of {', '.join(KINDS)}, depths from 0 to 1, keys at most {len(NAMES)}",
+                "give such ones",
+            )
+
+    def cases(self, settings: Settings, session: Session) -> Iterator[Case]:
+        for length in self.lengths:
+            variants = self.resolved(settings, length)
+            for kind in self.kinds:
+                keys = self.keys if kind == "multikey" else 1
+                for seed in texts.seeds(settings.split, self.seeds):
+                    for depth in self.depths:
+                        needle = make(settings, session, kind, length, depth, seed, keys)
+                        sha = texts.sha(needle.prompt)
+                        read = {"sha": sha, "new_tokens": self.new_tokens}
+                        label = {"hidden": kind, "context": length, "depth": depth, "seed": seed}
+                        for variant in variants:
+                            yield Case(
+                                task="needles",
+                                key=session.key | label | read | {"keys": keys},
+                                label=label | variant.label,
+                                work=f"needles {sha} {variant.key}",
+                                seconds=0.006 * length,
+                                variant=variant,
+                                given=(needle, self.new_tokens),
+                            )
+
+    @staticmethod
+    @torch.inference_mode()
+    def run(cases: Sequence[Case], session: Session) -> Values:
+        for case in cases:
+            needle, new_tokens = case.given
+            inputs = torch.tensor([needle.ids])
+            cache = TokenSelectCache(session.model, max_length=len(needle.ids) + new_tokens)
+            with case.variant.applied(session.model):
+                written = session.model.generate(
+                    inputs,
+                    attention_mask=torch.ones_like(inputs),
+                    past_key_values=cache,
+                    max_new_tokens=new_tokens,
+                    do_sample=False,
+                    pad_token_id=0,
+                )[0, len(needle.ids) :]
+            answer = session.tokenizer.decode(written, skip_special_tokens=True)
+            value = {"right": is_right(answer, needle.number), "answer": answer}
+            yield case, value | {"number": needle.number, "tokens": len(needle.ids)}
+
+    @staticmethod
+    def summary(rows: Sequence[Row]) -> list[Row]:
+        """Count what is right, with a 95 % interval: over all depths (depth None), and at each."""
+        found: list[Row] = []
+        for named, group in grouped(rows, ("hidden", "context", "variant", "budget")):
+            for depth, tried in [
+                ({"depth": None}, group),
+                *grouped(group, ("depth",)),
+            ]:
+                right = sum(r["right"] for r in tried)
+                low, high = figures.wilson(right, len(tried))
+                named_here = named | {"size": group[0]["size"]} | depth
+                of = {"right": right, "tries": len(tried), "low": low, "high": high}
+                found.append(named_here | of)
+        return found
+
+
+def make(
+    settings: Settings, session: Session, kind: str, length: int, depth: float, seed: int, keys: int
+) -> Needle:
+    """Return a prompt of at most `length` tokens, and nearly as many.
+
+    The seed says which text; seed, kind and depth together, which numbers.
+    """
+    draw = random.Random(f"{seed} {kind} {depth}")
+    numbers = [str(draw.randrange(10_000, 100_000)) for _ in range(keys)]
+    facts, depths, question = [NEEDLE.format(number=numbers[0])], [depth], QUESTION
+    if kind == "multikey":
+        asked = draw.sample(NAMES, keys)
+        facts = [
+            f"The secret number of the {n} is {m}." for n, m in zip(asked, numbers, strict=True)
+        ]
+        question = f"Question: What is the secret number of the {asked[0]}?"
+        depths += [draw.random() for _ in range(keys - 1)]
+    head, tail = frame(session.tokenizer, question)
+    hay = FILLER * (length // 20 + 2)
+    if kind == "natural":
+        hay = natural(settings.texts, settings.split, seed, length)
+    room = length - len(session.encode("".join([head, *facts, tail]))) - 2 * len(facts) - 2
+    # As many characters of the hay as there is room for, cut after a sentence.
+    offsets = session.offsets(hay)
+    if room < 1 or len(offsets) < room:
+        raise InvalidProblem(
+            f"a needle in {kind} of {length} tokens",
+            f"question, template and needles leave room for {room} tokens of {len(offsets)}",
+            "use other lengths, fewer keys, or longer texts",
+        )
+    hay = hay[: sentence_end(hay, offsets[room - 1])]
+    places = [sentence_end(hay, round(d * len(hay))) for d in depths]
+    text, last = [head], 0
+    for at, fact in sorted(zip(places, facts, strict=True), key=lambda place: place[0]):
+        text += [hay[last:at], f" {fact} " if at else f"{fact} "]
+        last = at
+    prompt = "".join([*text, hay[last:].lstrip(), tail])
+    ids = tuple(session.encode(prompt))
+    assert len(ids) <= length, (len(ids), length)
+    return Needle(ids, numbers[0], prompt)
+
+
+def natural(names: Sequence[str], split: str, seed: int, length: int) -> str:
+    """Return stretches of this split of one of the texts, from one of them on; the seed decides."""
+    of = texts.stretches(names[seed // 2 % len(names)], split)
+    start = seed // 2 % len(of)
+    return "\n".join(text for _, text in of[start:] + of[:start])[: 8 * length]
+
+
+def sentence_end(text: str, near: int) -> int:
+    """Return one past the last full stop up to `near` that space or nothing follows; 0 if none.
+
+    >>> sentence_end("One. See os.path, please", 20)
+    4
+    """
+    at = text.rfind(".", 0, near)
+    while at >= 0 and not (text[at + 1 : at + 2] or " ").isspace():
+        at = text.rfind(".", 0, at)
+    return at + 1
+
+
+def is_right(answer: str, number: str) -> bool:
+    """Return whether the number stands in the answer, not as a part of a longer one.
+
+    >>> is_right("It is 12345.", "12345"), is_right("123456", "12345")
+    (True, False)
+    """
+    return re.search(rf"(?<!\d){number}(?!\d)", answer) is not None
