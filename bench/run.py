@@ -31,10 +31,6 @@ from tokenselect import Problem, Selection, attend, score, select
 SCHEMA = 2
 QUICK = ("decode-32k", "decode-128k")
 
-# bench.gpu and bench.quality still look for these here.
-_check_bound, _commit, _cpu = checks.check_bound, machine.commit, machine.cpu
-read_bandwidth = machine.read_bandwidth
-
 
 @dataclass(frozen=True)
 class Contender:

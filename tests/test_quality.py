@@ -40,7 +40,7 @@ from tests import fresh
 from tests.models import BOTH_KINDS, SIZES, assert_close, model_of, tokens
 from tokenselect.contract import Selection
 from tokenselect.errors import InvalidProblem
-from tokenselect.integrations.transformers import TokenSelectCache, layers
+from tokenselect.integrations.transformers import TokenSelectCache
 from tokenselect.integrations.transformers.options import parse
 
 Patch, Said = pytest.MonkeyPatch, pytest.CaptureFixture[str]
@@ -590,11 +590,6 @@ def test_mass_and_overlap_by_hand() -> None:
         "by_layer": [[1, 0.5556], [0.5556, 1]],  # (1/3 + 1/3 + 1) / 3
         "voted": pytest.approx(5 / 3),
     }
-    before = tokenselect.attention
-    with tasks.recorded():
-        assert tokenselect.attention is before
-        assert layers.tokenselect is not tokenselect
-    assert layers.tokenselect is tokenselect
 
 
 def test_a_summary_of_mass_is_a_mean_over_documents() -> None:

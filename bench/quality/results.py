@@ -19,11 +19,11 @@ from typing import Any, TextIO
 import torch
 from tqdm import tqdm
 
+from bench.machine import cpu
 from bench.quality import ruler, texts
 from bench.quality.figures import beside_window
 from bench.quality.session import Case, Session
 from bench.quality.tasks import Settings, Task
-from bench.run import _cpu as cpu
 from tokenselect.errors import InvalidProblem
 
 SCHEMA = 3

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from transformers.cache_utils import DynamicCache
 
+from bench.machine import cpu
 from bench.quality.figures import Row
 from bench.quality.results import source_tree
 from bench.quality.session import Case, Session, feed, rewound
 from bench.quality.tasks import Settings, Task, Values
 from bench.quality.variants import DENSE, Variant, resolve
-from bench.run import _cpu as cpu
 from tokenselect.integrations.transformers import TokenSelectCache
 
 

@@ -7,17 +7,14 @@ cases of one work, in any order, and `summary` makes the rows of a result into t
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from statistics import mean
-from types import SimpleNamespace
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-import tokenselect
 from bench.quality import figures, texts
 from bench.quality.figures import Against, Row, grouped
 from bench.quality.session import Case, Session, feed, rewound
@@ -26,7 +23,7 @@ from bench.quality.variants import DENSE, Budget, Variant, resolve_all
 from tokenselect import AttentionInfo
 from tokenselect.contract import SelectConfig
 from tokenselect.errors import InvalidProblem
-from tokenselect.integrations.transformers import TokenSelectCache, layers
+from tokenselect.integrations.transformers import TokenSelectCache, recorded
 
 Values = Iterator[tuple[Case, dict[str, Any]]]
 _CHUNK = 512
@@ -282,28 +279,6 @@ class Mass(Decode):
 def known(mass: list[list[float | None]]) -> Tensor:
     """Return (layers, heads) of a row's mass, NaN where it is not known."""
     return torch.tensor([[math.nan if x is None else x for x in heads] for heads in mass])
-
-
-@contextmanager
-def recorded() -> Iterator[list[AttentionInfo]]:
-    """Add the `AttentionInfo` of every selecting call inside, in the order of the layers.
-
-    The module that calls is given a `tokenselect` whose `attention` also asks for the info; the
-    package itself is left alone.
-    """
-    infos: list[AttentionInfo] = []
-
-    def attention(*arguments: Any, **options: Any) -> Any:
-        out, info = tokenselect.attention(*arguments, **options, return_info=True)
-        infos.append(info)
-        return out
-
-    before = layers.tokenselect
-    layers.tokenselect = SimpleNamespace(attention=attention)
-    try:
-        yield infos
-    finally:
-        layers.tokenselect = before
 
 
 def of_infos(
