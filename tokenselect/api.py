@@ -293,7 +293,7 @@ def _config(config: SelectConfig | None, named: dict[str, Any], rare: RareSettin
 
 
 def score(problem: Problem, backend: str = "auto", validate: bool | None = None) -> Scores:
-    """Stage 1 alone: votes (B, R, S, Lk) float32 and lse (B, Hq) float32. See `Scores`."""
+    """Run stage 1 alone: votes (B, R, S, Lk) float32 and lse (B, Hq) float32. See `Scores`."""
     name, reads = _ready(problem, backend, validate)
     return ops.score(name, problem, reads)
 
@@ -301,7 +301,7 @@ def score(problem: Problem, backend: str = "auto", validate: bool | None = None)
 def select(
     votes: Tensor, problem: Problem, backend: str = "auto", validate: bool | None = None
 ) -> Selection:
-    """Stage 2 alone: from votes (B, R, S, Lk) float32 to a `Selection`; bit-exact.
+    """Run stage 2 alone: from votes (B, R, S, Lk) float32 to a `Selection`; bit-exact.
 
     Ties go to the lower position, -0.0 equals 0.0, NaN counts as -inf.
     """
@@ -325,7 +325,7 @@ def select(
 def attend(
     problem: Problem, selection: Selection, backend: str = "auto", validate: bool | None = None
 ) -> AttentionOutput:
-    """Stage 3 alone: out (B, Hq, Lq, Dv) and lse (B, Hq, Lq) over a given selection."""
+    """Run stage 3 alone: out (B, Hq, Lq, Dv) and lse (B, Hq, Lq) over a given selection."""
     name, reads = _ready(problem, backend, validate)
     _check_selection(problem, selection, read=reads)
     return ops.attend(name, problem, selection, reads)

@@ -39,16 +39,16 @@ class Scratch:
         return sum(block.numel() for block in self._blocks.values())
 
     def blocks(self) -> list[Tensor]:
-        """All of the memory, as uint8."""
+        """Return all of the memory, as uint8."""
         return list(self._blocks.values())
 
     def seal(self) -> None:
-        """From now on, asking for more than there is is an error."""
+        """Refuse, from now on, to give out more than there is."""
         self._sealed = True
 
     @contextmanager
     def section(self, name: str) -> Iterator[None]:
-        """Inside, `empty` gives out this workspace's memory, from the section's first block on."""
+        """Let `empty` inside give out this memory, from the section's first block on."""
         before = getattr(_current, "at", None)
         _current.at = [self, name, 0]
         try:
@@ -102,7 +102,7 @@ class Scratch:
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Uninitialised contiguous memory: of the plan whose step is running, else new."""
+    """Return uninitialised contiguous memory: of the plan whose step is running, else new."""
     at = getattr(_current, "at", None)
     if at is None:
         return torch.empty(shape, dtype=dtype, device=device)

@@ -37,12 +37,12 @@ def scatter(
 
 
 def by_token(problem: Problem, cache: Tensor) -> Tensor:
-    """A view of a cache with a token's heads side by side, which `at` is an index of."""
+    """View a cache with the heads of a token side by side; `at` indexes it."""
     return cache if problem.is_paged else cache.transpose(1, 2)
 
 
 def at(problem: Problem, b: int, positions: Tensor) -> tuple[Any, Tensor]:
-    """Where `by_token` has request b's positions, as (len(positions), Hkv, width)."""
+    """Return where `by_token` has request b's positions, as (len(positions), Hkv, width)."""
     positions = positions.long()
     if problem.block_table is None:
         return b, positions

@@ -39,7 +39,7 @@ class Tolerance(NamedTuple):
     slack: Tensor
 
     def compare(self, name: str, got: Tensor) -> Finding:
-        """The entry of `got` that takes the largest share. Non-finite entries must be the same."""
+        """Return the entry that uses most of its tolerance; non-finite ones must be equal."""
         if got.shape != self.truth.shape:
             return Finding(math.inf, f"{name} is {tuple(got.shape)}, not {tuple(self.truth.shape)}")
         if got.numel() == 0:
@@ -96,7 +96,7 @@ def _dtype_finding(*named: tuple[str, Tensor]) -> Finding:
 
 
 def exact(problem: Problem) -> Problem:
-    """The same problem in float64."""
+    """Return the same problem in float64."""
     sinks = problem.sink_logits
     return replace(
         problem,
@@ -108,12 +108,12 @@ def exact(problem: Problem) -> Problem:
 
 
 def unit_roundoff(problem: Problem) -> float:
-    """Of the arithmetic inside: float32, or float64 for float64 inputs."""
+    """Return that of the dtype of computation: float32, or float64 for float64 inputs."""
     return torch.finfo(torch.promote_types(problem.q.dtype, torch.float32)).eps / 2
 
 
 def score_tolerance(problem: Problem) -> ScoreTolerance:
-    """What `score(problem)` may return."""
+    """Return what `score(problem)` may return."""
     truth = exact(problem)
     votes, lse = REFERENCE.score(truth)
     u, c = unit_roundoff(problem), problem.config
@@ -142,13 +142,13 @@ def score_tolerance(problem: Problem) -> ScoreTolerance:
 
 
 def _logits(problem: Problem, queries: Tensor, keys: Tensor, scale: float) -> Tensor:
-    """Float64 logits (H, L, n) of queries (H, L, D) over keys (H, n, D)."""
+    """Return float64 logits (H, L, n) of queries (H, L, D) over keys (H, n, D)."""
     s = queries @ keys.transpose(1, 2) * scale
     return s if problem.softcap is None else problem.softcap * torch.tanh(s / problem.softcap)
 
 
 def _mean_logits(problem: Problem, run: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits (Hq, n) of the mean of a run of queries (Hq, L, D), and bounds on their errors."""
+    """Return logits (Hq, n) of the mean of queries (Hq, L, D), and bounds on their errors."""
     scale = problem.select_scale
     size = run.norm(dim=-1).mean(1, keepdim=True)  # at least the norm of the mean
     error = _logit_error(problem, size, keys, scale, averaged=run.shape[1])
@@ -161,7 +161,7 @@ def _mean_logits(problem: Problem, run: Tensor, keys: Tensor) -> tuple[Tensor, T
 def _logit_error(
     problem: Problem, sizes: Tensor, keys: Tensor, scale: float, averaged: int = 1
 ) -> Tensor:
-    """Bound on the errors of logits (H, L, n) of queries of norms `sizes` (H, L).
+    """Return a bound on the errors of logits (H, L, n) of queries of norms `sizes` (H, L).
 
     The dot product and the mean by Cauchy-Schwarz; two rotations, the scale, the softcap.
     """
@@ -175,12 +175,12 @@ def _logit_error(
 
 
 def _summing(terms: int) -> float:
-    """Roundings that a sum of so many terms is charged with: 4 sqrt(terms) (Higham, Mary 2019)."""
+    """Return the roundings charged to a sum of `terms`: 4 sqrt(terms) (Higham, Mary 2019)."""
     return min(float(terms), 4 * math.sqrt(terms))
 
 
 def _rounding(x: Tensor) -> Tensor:
-    """What rounding finite values to float32 may do, twice."""
+    """Return what rounding finite values to float32 may do, twice."""
     return torch.finfo(torch.float32).eps * x.double().abs().nan_to_num(posinf=0.0)
 
 
@@ -190,7 +190,7 @@ class _SoftmaxError(NamedTuple):
 
 
 def _softmax_error(s: Tensor, error: Tensor, u: float) -> _SoftmaxError:
-    """Bounds for a softmax over the last dim, from those on the errors of its logits."""
+    """Return bounds for a softmax over the last dim, from those on the errors of its logits."""
     if s.shape[-1] == 0:
         return _SoftmaxError(torch.zeros_like(s), s.sum(-1))
     largest, lse = s.amax(-1, keepdim=True), s.logsumexp(-1, keepdim=True)
@@ -204,7 +204,7 @@ def _softmax_error(s: Tensor, error: Tensor, u: float) -> _SoftmaxError:
 
 
 def _vote_slack(s: Tensor, error: Tensor, candidates: slice, problem: Problem, u: float) -> Tensor:
-    """Bound on the error of each head's vote for each candidate: (Hq, candidates)."""
+    """Return a bound on the error of each head's vote for each candidate: (Hq, candidates)."""
     c = problem.config
     if c.vote == "soft" and c.normalize == "visible":
         share = torch.softmax(s, -1).nan_to_num(0.0)[:, candidates]
@@ -236,7 +236,7 @@ def _soft_slack(share: Tensor, relative: Tensor, problem: Problem, u: float) -> 
 
 
 def attend_tolerance(problem: Problem, selection: Selection) -> AttendTolerance:
-    """What `attend(problem, selection)` may return."""
+    """Return what `attend(problem, selection)` may return."""
     truth = exact(problem)
     out, lse = REFERENCE.attend(truth, selection)
     u, dtype = unit_roundoff(problem), problem.q.dtype
@@ -278,7 +278,7 @@ def attend_tolerance(problem: Problem, selection: Selection) -> AttendTolerance:
 
 
 def compare_selection(got: Selection, expected: Selection) -> Finding:
-    """Bit-exact, or the first place where it is not."""
+    """Compare bit for bit; return the first place that differs, or None."""
     for name, mine, theirs in zip(Selection._fields, got, expected, strict=True):
         if mine.dtype != theirs.dtype or mine.shape != theirs.shape:
             return Finding(
@@ -294,7 +294,7 @@ def compare_selection(got: Selection, expected: Selection) -> Finding:
 
 
 def choice_finding(problem: Problem, selection: Selection, tolerance: Tolerance) -> Finding:
-    """Whether a fresh selection is one that votes within `tolerance` could have made.
+    """Find whether votes within `tolerance` could have made a selection.
 
     Every chosen candidate's vote, raised by its slack, reaches every unchosen one's, lowered by
     its own; a split's first ballot likewise for what only it can have chosen. Sink and window are
@@ -330,7 +330,7 @@ def choice_finding(problem: Problem, selection: Selection, tolerance: Tolerance)
 
 
 def _ballots_finding(problem: Problem, chosen: Tensor, truth: Tensor, slack: Tensor) -> Finding:
-    """The choice among candidates (m,), from each ballot's votes and slack (R, m)."""
+    """Return the choice among candidates (m,), from each ballot's votes and slack (R, m)."""
     upper, lower = truth + slack, truth - slack
     if chosen.all():
         return Finding(0.0, "all")

@@ -125,7 +125,7 @@ _NEEDS: tuple[tuple[str, Callable[[Problem], tuple[object, ...]], str], ...] = (
 
 
 def reasons(backend: Backend, problem: Problem) -> list[str]:
-    """Why `backend` cannot run `problem`; empty if it can. Reads metadata only.
+    """Say why `backend` cannot run `problem`; empty if it can. Reads metadata only.
 
     Each reason says what the problem is and what the backend takes.
     """

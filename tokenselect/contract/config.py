@@ -58,17 +58,17 @@ class SelectConfig:
 
     @classmethod
     def faithful(cls, **changes: Any) -> Self:
-        """Closest to dense attention inside the trained length: original and true positions."""
+        """Stay close to dense attention within the trained length: original, true positions."""
         return cls(**changes)
 
     @classmethod
     def extrapolate(cls, **changes: Any) -> Self:
-        """Beyond the trained length: contiguous positions, split scoring. Needs a `rope`."""
+        """Go beyond the trained length: contiguous positions, split scoring. Needs a `rope`."""
         return cls(**{"positions": "contiguous", "score_at": "split"} | changes)
 
     @classmethod
     def paper(cls, **changes: Any) -> Self:
-        """Equation 7 to the letter: logits without 1/sqrt(D), softmax over all tokens."""
+        """Follow equation 7 literally: logits without 1/sqrt(D), softmax over all tokens."""
         return cls(**{"select_scale": 1.0} | changes)
 
     def keys(self) -> Iterator[str]:
@@ -87,7 +87,7 @@ class SelectConfig:
         return ((self.score_at, self.k),)
 
     def regions(self, n: int, Lq: int) -> tuple[int, int]:
-        """(end of the sink, start of the local window); the candidates lie between."""
+        """Return (end of the sink, start of the local window); the candidates lie between."""
         local_start = max(0, n - Lq + 1 - self.n_local)
         return min(self.n_sink, local_start), local_start
 

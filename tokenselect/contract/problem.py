@@ -161,12 +161,12 @@ class Problem:
         return self.scale if chosen is None else float(chosen)
 
     def needs_rotation(self, where: str) -> bool:
-        """Whether vectors must be turned to score at, or attend at, `where`."""
+        """Say whether vectors must be rotated to score at, or attend at, `where`."""
         in_place = where in ("original", "true")
         return self.rope is not None and not (in_place and self.rope.cached == "rotated")
 
     def describe(self) -> str:
-        """One line of shapes and settings, for errors and reports."""
+        """Return one line of shapes and settings, for errors and reports."""
         changed = {
             name: value
             for name, value in dict(self.config).items()

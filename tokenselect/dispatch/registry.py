@@ -119,7 +119,7 @@ def load(name: str, borrowers: tuple[str, ...] = ()) -> Backend:
 
 
 def _refusal(name: object) -> tuple[str, str, str] | None:
-    """Why the name, declared by installed packages, is nobody's; None if it is somebody's."""
+    """Say why the name, declared by installed packages, is nobody's; None if it is somebody's."""
     if not isinstance(name, str) or name in ("auto", *_targets):
         return None
     return _refused.get(name)
@@ -177,7 +177,7 @@ def _check_name(name: str, target: object) -> Backend:
 
 
 def resolved(backend: Backend, borrowers: tuple[str, ...] = ()) -> Backend:
-    """`backend` with each stage that it names by a lender's name replaced by the lender's own."""
+    """Return `backend` with the lender's own function for each stage that it borrows."""
     lenders: dict[str, Backend] = {}
 
     def stages(of: object, where: str) -> dict[str, Any]:

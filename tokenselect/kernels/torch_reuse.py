@@ -21,7 +21,7 @@ COLUMNS = 512
 
 
 def decide_reuse(problem: Problem, state: CacheState, theta: float | None) -> ReuseDecision:
-    """Which requests reuse their selection; changes nothing. theta None: none."""
+    """Decide which requests reuse their selection; change nothing. theta None: none."""
     p, device = problem, problem.q.device
     query = mean_query(p)
     reused = empty((p.B,), torch.bool, device).fill_(theta is not None)

@@ -83,7 +83,7 @@ class Cuda:
 
 
 def _padded(x: Tensor, rows: int) -> Tensor:
-    """x with rows of zeros after its own."""
+    """Return x with rows of zeros after its own."""
     return torch.cat((x, x.new_zeros(rows - x.shape[0], *x.shape[1:])))
 
 
@@ -179,7 +179,7 @@ class Graphs:
         finish: Callable[[Any], Any] = lambda outputs: outputs,
         alive: Any = None,
     ) -> Any:
-        """step(*inputs), captured at the first call of its kind and replayed in all.
+        """Replay step(*inputs), captured at the first call of its kind.
 
         rows: capture for so many in dim 0 of every input; None: for the shapes as they are.
         finish: what is done with the results, tensors in the graph's own memory, before anything

@@ -28,7 +28,7 @@ _INDEXING = (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.inde
 
 
 def check_capturable(step: Callable[..., Any], *inputs: Any) -> Any:
-    """step(*inputs), run once to see whether a CUDA graph can hold it; needs no GPU.
+    """Run step(*inputs) once to see whether a CUDA graph can hold it; needs no GPU.
 
     Raises NotCapturable, which names the operation that would wait for the device. What Selection
     Caches learn is undone.
@@ -57,7 +57,7 @@ _stance_lock = threading.Lock()
 
 @contextmanager
 def force_eager() -> Iterator[None]:
-    """Compiled functions run as they are written meanwhile, in all threads.
+    """Run compiled functions eagerly meanwhile, in all threads.
 
     Once torch.compile has met a mode such as those above, it never compiles that function again.
     """
@@ -97,7 +97,7 @@ class _HostReads(TorchFunctionMode):
         return function(*args, **kwargs)
 
     def _is_host(self, x: Any) -> bool:
-        """ "cpu", or, of another device than that, the same as a torch.device."""
+        """Say whether `x` is "cpu" or, of another device than that, the same as a torch.device."""
         if isinstance(x, str):
             return x == "cpu"
         return isinstance(x, torch.device) and x.type == "cpu" != self._device
@@ -134,7 +134,7 @@ class _Operators(TorchDispatchMode):
 
 
 def _sizes_by_value(function: Any, args: Any, kwargs: Any) -> bool:
-    """Whether the shape of a result, or the work itself, depends on values."""
+    """Say whether the shape of a result, or the work itself, depends on values."""
     if function.overloadpacket in _INDEXING:  # by integers it has a fixed shape
         kinds = {index.dtype for index in args[1] if index is not None}
         assigns_one = len(args) > 2 and args[2].numel() == 1

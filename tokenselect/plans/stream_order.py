@@ -11,7 +11,7 @@ _current = threading.local()
 
 @contextmanager
 def recording_serializers() -> Iterator[list["StreamSerializer"]]:
-    """Whose turns are taken inside: a graph that is captured there takes them at each replay."""
+    """Collect the serializers entered inside: a graph captured there enters them at each replay."""
     before: object = getattr(_current, "turns", None)
     taken: list[StreamSerializer] = []
     _current.turns = taken

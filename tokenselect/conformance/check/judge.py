@@ -51,7 +51,7 @@ class Truth(NamedTuple):
 
 @cache
 def truth(kind: str, seed: int) -> Truth:
-    """What a problem's results are compared with."""
+    """Compute what the results of a problem are compared with."""
     problem = draw(kind, seed)
     scores = score_tolerance(problem)
     selection = _reference_selection(scores.votes.truth.float(), problem)
@@ -80,7 +80,7 @@ def judge(name: str, kind: str, seed: int, device: str) -> Outcome:
 
 
 def _stages(name: str, kind: str, seed: int, device: str) -> Iterator[Outcome]:
-    """Each stage on the reference's input, then the whole call."""
+    """Run each stage on the reference's input, then the whole call."""
     problem, expected = draw(kind, seed), truth(kind, seed)
     there = on(device, problem)
 

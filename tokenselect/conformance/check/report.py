@@ -20,7 +20,7 @@ from tokenselect.dispatch import registry
 
 
 def versions() -> Iterator[tuple[str, str]]:
-    """Names and versions of what the results depend on."""
+    """Return the names and versions of what the results depend on."""
     yield "tokenselect", _version("tokenselect")
     yield "python", platform.python_version()
     yield "torch", torch.__version__
@@ -50,7 +50,7 @@ def _cpu() -> str:
 
 
 def capability(backend: Backend) -> str:
-    """What a backend takes, in a line."""
+    """Say what a backend takes, in one line."""
     limits = []
     for field in fields(Capability):
         value = getattr(backend.capability, field.name)
@@ -64,18 +64,18 @@ def capability(backend: Backend) -> str:
 
 
 def is_interpreted(backend: Backend) -> bool:
-    """Whether Triton's interpreter runs the backend's kernels, as it does without a GPU."""
+    """Say whether Triton's interpreter runs the backend's kernels, as it does without a GPU."""
     uses_triton = "triton" in (backend.name, *(lender.name for lender in backend.lenders))
     return uses_triton and device_of(backend) == "cpu"
 
 
 def where(backend: Backend) -> str:
-    """The device, in words."""
+    """Name the device."""
     return device_of(backend) + (", interpreted" if is_interpreted(backend) else "")
 
 
 def loaded(asked: str) -> Backend | str:
-    """The backend of that name, or at package.module:ATTRIBUTE; or why it is not available."""
+    """Return the backend of that name, or at package.module:ATTRIBUTE; or why it is absent."""
     try:
         return registry.load(registry.named(asked))
     except Exception as error:  # a backend's import may raise anything; the report says what
@@ -119,7 +119,7 @@ def check(
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """The problems are small: threads would only wait for one another."""
+    """Use one thread inside: the problems are small, threads would only wait for one another."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

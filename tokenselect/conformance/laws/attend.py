@@ -186,7 +186,7 @@ def an_infinite_value_of_weight_zero_is_not_a_number(backend: Backend, case: Cas
     )
 )
 def keys_far_out_are_attended_to_exactly(backend: Backend, drawn: Chosen) -> None:
-    """Moved all the way to the front, or raw and turned at where they are: as in scoring."""
+    """Move keys to the front, or rotate raw ones where they are: exact far out, as in scoring."""
     problem, selection = drawn.make()
     finding = attend_tolerance(problem, selection).compare(backend.attend(problem, selection))
     assert finding.holds, finding

@@ -57,13 +57,13 @@ def everything(problem: Problem) -> Selection:
 
 
 def rows_of(problem: Problem, cache: Tensor, b: int) -> Tensor:
-    """The first n rows of request b: (Hkv, n, width)."""
+    """Return the first n rows of request b: (Hkv, n, width)."""
     positions = torch.arange(int(problem.cache_seqlens[b]), device="cpu")
     return by_token(problem, cache)[at(problem, b, positions)].transpose(0, 1)
 
 
 def in_place(problem: Problem, b: int) -> tuple[Tensor, Tensor]:
-    """Queries (Hq, Lq, D) and keys (Hq, n, D) of request b, in float64, turned to their places."""
+    """Return queries (Hq, Lq, D) and keys (Hq, n, D) of request b, float64, rotated."""
     truth, n = exact(problem), int(problem.cache_seqlens[b])
     q, keys = truth.q[b], rows_of(truth, truth.k_cache, b).repeat_interleave(problem.G, 0)
     if problem.rope is not None and problem.rope.cached == "raw":
@@ -193,7 +193,7 @@ def true_mass(problem: Problem, selection: Selection) -> Tensor:
 
 
 def dense_weights(problem: Problem, b: int) -> Tensor:
-    """The dense softmax (Hq, n) of the one query of request b."""
+    """Return the dense softmax (Hq, n) of the one query of request b."""
     q, keys = in_place(problem, b)
     logits = problem.scale * torch.einsum("hd,hnd->hn", q[:, 0], keys)
     if problem.softcap is not None:
@@ -286,7 +286,7 @@ VOTES_ARE_MASS = {
     **VOTES_ARE_MASS,
 )
 def no_other_set_of_k_candidates_retains_more_mass(backend: Backend, case: Case) -> None:
-    """Summed over the heads of a selection, against every set there is."""
+    """Sum over the heads of a selection; compare with every set of as many candidates."""
     problem = replace(case, lengths=tuple(min(n, 12) for n in case.lengths)).problem()
     _, info = run(backend, problem)
     slack = score_tolerance(problem).votes.slack

@@ -29,12 +29,12 @@ SHARES: dict[str, float] = {}
 
 
 def share(examples: float, backend: str) -> int:
-    """The number of a backend's examples, where others get `examples`."""
+    """Return the number of a backend's examples, where others get `examples`."""
     return max(1, round(examples * SHARES.get(backend, 1)))
 
 
 def of_the_profile(examples: int, backend: str) -> int:
-    """The same in the loaded profile, where `examples` are those of the profile `full`."""
+    """Return the same in the loaded profile, where `examples` are those of the profile `full`."""
     of_full = settings.get_profile("full").max_examples
     return share(examples * settings().max_examples / of_full, backend)
 

@@ -129,7 +129,7 @@ def a_request_gets_the_same_alone(backend: Backend, case: Case) -> None:
 
 @law(cases(), Case(lengths=(40,), G=7, config=SelectConfig(4, 1, 2, scope="group")))
 def heads_of_a_group_may_be_permuted(backend: Backend, case: Case) -> None:
-    """The same votes; the outputs permuted likewise."""
+    """Permute the heads of a group: the same votes; the outputs permuted likewise."""
     problem = case.problem()
     generator = torch.Generator().manual_seed(case.seed)
     orders = [
@@ -305,7 +305,7 @@ def it_repeats_twenty_times_to_the_bit(backend: Backend, case: Case) -> None:
 
 @law(cases(), Case(lengths=(60,), content="equal", Lq=5), Case(lengths=(60, 9), page_size=2))
 def what_is_declared_deterministic_repeats_to_the_bit(backend: Backend, case: Case) -> None:
-    """The same call twice."""
+    """Call twice; the results are bit-identical."""
     if not backend.capability.deterministic:
         raise CannotRun("deterministic")
     problem = case.problem()

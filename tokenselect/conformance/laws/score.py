@@ -77,7 +77,7 @@ NEARER = replace(FAR, lengths=(2**13,))  # all of them are scored, and fewer sho
     )
 )
 def keys_far_out_are_moved_exactly(backend: Backend, case: Case) -> None:
-    """A float32 angle is off by a lot out there: angles are float64, or tables exact."""
+    """Score keys far out, where a float32 angle is off: angles are float64, or tables exact."""
     problem = case.problem()
     finding = score_tolerance(problem).compare(backend.score(problem))
     assert finding.holds, finding

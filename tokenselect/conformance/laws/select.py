@@ -13,7 +13,7 @@ from tokenselect.contract import Backend, Problem, SelectConfig, Selection
 
 
 def sorted_selection(votes: Tensor, problem: Problem) -> Selection:
-    """What select must return, by Python's sort: an oracle that shares no line with a backend."""
+    """Select by Python's sort: an oracle that shares no line with a backend."""
     positions, counts = [], []
     for b, n in enumerate(problem.cache_seqlens.tolist()):
         c = problem.config

@@ -120,7 +120,7 @@ def _stream(
 def _streamed_lse(
     problem: Problem, b: int, n: int, where: str, queries: Tensor, tokens: slice
 ) -> Tensor:
-    """logsumexp over `tokens` of the logits of queries (Hkv, rows, D): (Hkv, rows)."""
+    """Return logsumexp over `tokens` of the logits of queries (Hkv, rows, D): (Hkv, rows)."""
     lse = queries.new_full(queries.shape[:2], -math.inf)
     for _, part in _logit_chunks(problem, b, n, where, queries, tokens):
         lse = torch.logaddexp(lse, part.logsumexp(-1))
@@ -138,7 +138,7 @@ def _queries(problem: Problem, b: int, n: int, where: str) -> Tensor:
 
 
 def _logits(problem: Problem, b: int, n: int, where: str, queries: Tensor) -> Tensor:
-    """Logits (Hkv, rows, n) of queries (Hkv, rows, D) over all n tokens; -inf if not finite."""
+    """Return logits (Hkv, rows, n) of queries (Hkv, rows, D); -inf where not finite."""
     logits = queries.new_empty(*queries.shape[:2], n)
     for start, part in _logit_chunks(problem, b, n, where, queries, slice(0, n)):
         # Not out=logits[...]: into a strided slice, bmm would make one product a head.
@@ -220,7 +220,7 @@ class _Rotator:
 
 
 def _vote_(logits: Tensor, candidates: slice, problem: Problem) -> tuple[Tensor, Tensor]:
-    """Votes (Hkv, candidates) summed over rows, and lse (Hkv, rows). Overwrites logits."""
+    """Return votes (Hkv, candidates) summed over rows, and lse (Hkv, rows). Overwrites logits."""
     c = problem.config
     if c.vote == "soft" and c.normalize == "visible":
         sums, largest = _exp_(logits)
@@ -255,12 +255,12 @@ def _weighted_sum(exps: Tensor, sums: Tensor) -> Tensor:
 
 
 def _logsumexp(logits: Tensor) -> Tensor:
-    """logsumexp over the last dim, without a second tensor of that size."""
+    """Return logsumexp over the last dim, without a second tensor of that size."""
     return torch.stack([part.logsumexp(-1) for part in logits.split(_PART, dim=-1)]).logsumexp(0)
 
 
 def _fitting_rows(problem: Problem, n: int) -> int:
-    """Query rows a KV head whose logits over n tokens may be held at once; at least 1."""
+    """Return how many query rows per KV head may have their logits held at once; at least 1."""
     item = problem.compute_dtype.itemsize
     # Beside the logits: votes, their sum and a product of that size; a chunk, turned or not.
     others = 2 * problem.S * item * n + 3 * _CHUNK_BYTES
@@ -295,7 +295,7 @@ def select(votes: Tensor, problem: Problem) -> Selection:
 
 
 def _elect(votes: Tensor, problem: Problem) -> Tensor:
-    """Which candidates (S, m) win, from votes (R, S, m): each ballot fills its share in turn."""
+    """Mark the candidates (S, m) that win by votes (R, S, m), ballot after ballot."""
     (_, share), *rest = problem.config.ballots
     chosen = _best(votes[0], share)
     for ballot, (_, next_share) in enumerate(rest, start=1):
@@ -305,7 +305,7 @@ def _elect(votes: Tensor, problem: Problem) -> Tensor:
 
 
 def _best(votes: Tensor, k: int, taken: Tensor | None = None, n_taken: int = 0) -> Tensor:
-    """Mask of the k largest along the last dim, the lower place first among equals.
+    """Return a mask of the k largest along the last dim, the lower place first among equals.
 
     Of those not `taken`, a mask of n_taken places in every row.
     """
@@ -388,7 +388,7 @@ def _attend_request(
 
 
 def _placed_to_attend(problem: Problem, b: int, n: int, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Scaled queries (Hkv, G, Lq, D) where they are attended; where keys shall be, (S, m)."""
+    """Return scaled queries (Hkv, G, Lq, D), placed; and the places for keys, (S, m)."""
     Lq, at = problem.Lq, positions
     queries = problem.q[b].to(problem.compute_dtype)
     if problem.rope is not None and problem.needs_rotation(problem.config.positions):
@@ -405,7 +405,7 @@ def _placed_to_attend(problem: Problem, b: int, n: int, positions: Tensor) -> tu
 
 
 def _selected_keys(problem: Problem, b: int, positions: Tensor, at: Tensor) -> Tensor:
-    """Keys (Hkv, m, D) of positions (S, m), moved to `at`; row 0 for padding, which is masked."""
+    """Return keys (Hkv, m, D) of positions (S, m), moved to `at`; row 0 for padding."""
     keys = _gather(problem, problem.k_cache, b, positions.clamp(min=0))
     keys = keys.to(problem.compute_dtype)
     if problem.rope is not None and problem.needs_rotation(problem.config.positions):
@@ -414,7 +414,7 @@ def _selected_keys(problem: Problem, b: int, positions: Tensor, at: Tensor) -> T
 
 
 def _selected_values(problem: Problem, b: int, positions: Tensor) -> Tensor:
-    """Values (Hkv, m, Dv) of positions (S, m); zeros for padding."""
+    """Return values (Hkv, m, Dv) of positions (S, m); zeros for padding."""
     padding = positions < 0
     values = _gather(problem, problem.v_cache, b, positions.clamp(min=0))
     values = values.to(problem.compute_dtype)
@@ -422,7 +422,7 @@ def _selected_values(problem: Problem, b: int, positions: Tensor) -> Tensor:
 
 
 def _chunk(problem: Problem, n: int) -> int:
-    """Tokens in a chunk: their keys, converted, stay in the processor's cache, and are few of n."""
+    """Return the tokens per chunk: converted keys stay in the processor's cache; few of n."""
     row = problem.Hkv * max(problem.D, problem.Dv) * problem.compute_dtype.itemsize
     size = min(_CHUNK_BYTES, max(_CHUNK_BYTES // 4, _cached_bytes(problem, n) // 128))
     return max(_LEAST_CHUNK, size // row)
@@ -446,7 +446,7 @@ def _softmax_(logits: Tensor, sink_logits: Tensor | None, visible: Tensor) -> tu
 
 
 def _weigh(weights: Tensor, values: Tensor, visible: Tensor) -> Tensor:
-    """weights (Hkv, G, queries, m) times values (Hkv, m, Dv); unseen values have no influence.
+    """Multiply weights (Hkv, G, queries, m) and values (Hkv, m, Dv), but for unseen values.
 
     In a product 0 * NaN is NaN, so values that are not finite are kept out of it, and added where
     they are seen. visible (S, queries, m).
@@ -473,7 +473,7 @@ def _weigh(weights: Tensor, values: Tensor, visible: Tensor) -> Tensor:
 
 
 def _gather(problem: Problem, cache: Tensor, b: int, positions: Tensor) -> Tensor:
-    """Rows of request b as (Hkv, m, width), from positions (1, m), or (Hkv, m) one list a head.
+    """Return rows (Hkv, m, width) of request b at positions (1, m), or (Hkv, m), one list each.
 
     One gather for every layout, and no other row is read.
     """

@@ -140,7 +140,7 @@ class Rotator:
 
 
 def chunks(problem: Problem, total: int) -> tuple[int, int]:
-    """How many of `total` tokens of a request are read at once; an upper bound on that, times B.
+    """Return how many of `total` tokens per request are read at once; an upper bound times B.
 
     The bound does not grow when B or total shrink, unlike the width.
     """
@@ -151,7 +151,7 @@ def chunks(problem: Problem, total: int) -> tuple[int, int]:
 
 
 def slices(total: int, width: int) -> list[slice]:
-    """0 to total, `width` at a time."""
+    """Return the slices from 0 to total, `width` at a time."""
     return [slice(start, min(start + width, total)) for start in range(0, total, width)]
 
 

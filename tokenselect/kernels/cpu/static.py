@@ -58,7 +58,7 @@ class _Regions(NamedTuple):
 
 
 def _regions(problem: Problem) -> _Regions:
-    """`SelectConfig.regions` of every request."""
+    """Return `SelectConfig.regions` of every request."""
     p, c, device = problem, problem.config, problem.q.device
     n = _lengths(p)
     local_start, sink_end = (empty((p.B,), torch.int64, device) for _ in range(2))
@@ -73,13 +73,13 @@ def _regions(problem: Problem) -> _Regions:
 
 
 def _lengths(problem: Problem) -> Tensor:
-    """cache_seqlens (B,) int64, no less than 0 and no more than the capacity."""
+    """Return cache_seqlens (B,) int64, no less than 0 and no more than the capacity."""
     n = empty((problem.B,), torch.int64, problem.q.device)
     return n.copy_(problem.cache_seqlens).clamp_(0, problem.Lk)
 
 
 def _query_positions(problem: Problem, n: Tensor) -> Tensor:
-    """n - Lq, ..., n - 1 of each request: (B, 1, Lq)."""
+    """Return n - Lq, ..., n - 1 of each request: (B, 1, Lq)."""
     position = empty((problem.B, 1, problem.Lq), torch.int64, n.device)
     return torch.add(n[:, None, None], _newest(problem), out=position)
 
@@ -119,7 +119,7 @@ def _means(problem: Problem, queries: Tensor) -> Tensor:
 def _fill_logits(
     logits: Tensor, problem: Problem, voters: Tensor, where: str, absent: Tensor
 ) -> None:
-    """logits (B, Hkv, rows, Lk) of voters over the whole cache; -inf if not finite, or absent."""
+    """Fill logits (B, Hkv, rows, Lk) of voters over the cache; -inf if not finite, or absent."""
     p, n_rows = problem, voters.shape[1]
     width, tokens = chunks(p, p.Lk)
     reader = Reader(p, p.k_cache, tokens, 1)
@@ -168,7 +168,7 @@ def _vote_(logits: Tensor, n_voters: int, problem: Problem, outside: Tensor) -> 
 
 
 def _softmax_(logits: Tensor, stats: Tensor) -> Tensor:
-    """Softmax in place, zeros where all is -inf; returns the lse. No logit is NaN or inf."""
+    """Apply softmax in place, zeros where all is -inf; return the lse. No logit is NaN or inf."""
     exps = _exp_(logits, stats)
     logits.mul_(exps.sum.reciprocal_().nan_to_num_(posinf=0.0))
     return exps.lse[..., 0]
@@ -239,7 +239,7 @@ def select(votes: Tensor, problem: Problem) -> Selection:
 
 
 def _best(votes: Tensor, k: int, excluded: Tensor) -> Tensor:
-    """Mask of the k largest of votes (..., m), the lower place first among equals; or all.
+    """Return a mask of the k largest of votes (..., m), the lower place first among equals; or all.
 
     Of those not `barred`, whose votes are -inf. No vote is NaN.
     """
@@ -420,7 +420,7 @@ class _Attention:
 
 
 def _places(problem: Problem, selection: Selection) -> tuple[Tensor, Tensor]:
-    """Positions (B, S, M), padding after every query; and the same within the capacity, to read."""
+    """Return positions (B, S, M), padding past every query; and the same clamped, to read."""
     shape, device = tuple(selection.positions.shape), problem.q.device
     place, row = (empty(shape, torch.int64, device) for _ in range(2))
     padding = empty(shape, torch.bool, device)
@@ -430,7 +430,7 @@ def _places(problem: Problem, selection: Selection) -> tuple[Tensor, Tensor]:
 
 
 def _query_blocks(problem: Problem, M: int) -> tuple[int, int]:
-    """How many queries are attended at once; an upper bound on that, times B and M, likewise."""
+    """Return how many queries are attended at once; an upper bound times B and M, likewise."""
     p = problem
     fitting = _LOGITS_BYTES // (p.Hq * p.compute_dtype.itemsize)
     step = min(max(1, fitting // (p.B * M)), p.Lq)
