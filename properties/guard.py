@@ -4,7 +4,7 @@ The triton backend gets all its memory from one function, `launch.empty`. Under 
 function lends tensors between margins of a pattern, filled with what a kernel must not rely on,
 and inputs are copied in between such margins. After a stage every margin and every input has to be
 as it was; what a stage is to write to, only its margins, and it is copied back. Under `run_twice`
-two kinds of poison have to give the same results, to the bit.
+two kinds of poison have to give bit-identical results.
 """
 
 import importlib

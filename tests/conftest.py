@@ -10,7 +10,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--update-snapshots",
         action="store_true",
-        help="write tests/errors.txt anew instead of comparing with it (one process: -n 0)",
+        help="write tests/errors.txt instead of comparing with it (one process: -n 0)",
     )
 
 

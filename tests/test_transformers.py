@@ -346,7 +346,7 @@ class TestSelection:
         assert [info.selection.positions.shape[0] for info in infos] == [2, 2]
 
 
-# Selections of few tokens, made afresh every few tokens and reused between.
+# Selections of few tokens, made every few tokens and reused between.
 REUSED: dict[str, Any] = {"theta": -1.0, "max_reuse": 3, "chunk": 4}
 
 

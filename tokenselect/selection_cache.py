@@ -244,7 +244,7 @@ def used(memory: CacheState) -> None:
     """Note that `memory` is about to be written to: `rollback_caches` puts it back."""
     # What is compiled has run as it is written before, which noted it.
     if is_tried() and not torch.compiler.is_compiling():
-        # By address: torch.compile hands on the tensors, and not the Memory.
+        # By address: torch.compile hands on the tensors, and not the CacheState.
         held: dict[int, tuple[CacheState, list[Tensor]]] = _tried.held
         at = memory.seqlen_at_selection.data_ptr()
         if at not in held:

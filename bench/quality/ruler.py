@@ -118,7 +118,7 @@ def scored(
         tokenizer.save_pretrained(folder)
         lm_eval, tasks_folder = _imported()
         # This module has a generator of its own, which no seed reaches and which goes on where
-        # the last run stopped: it is to be read anew.
+        # the last run stopped: it is read again.
         sys.modules.pop("lm_eval.tasks.ruler.cwe_utils", None)
         found = lm_eval.simple_evaluate(
             model=_reader(model, tokenizer, length),

@@ -22,7 +22,7 @@ from tokenselect.contract import Backend, Problem, Scores, SelectConfig
 
 
 def same(backend: Backend, name: str, one: Tensor, other: Tensor) -> None:
-    """Equal to the bit, NaN and all."""
+    """Compare bit for bit, NaN and all."""
     equal = (one == other) | (one.isnan() & other.isnan())
     assert equal.all(), f"{backend.name}: {name} changed at {(~equal).nonzero()[0].tolist()}"
 
