@@ -4,8 +4,8 @@ reused  =  cos(qbar, qbar at the selection) >= theta, over all heads together, a
            Lq <= tokens appended since <= max_reuse, and the result fits the capacity K
 
 A vote may differ in its last bits from backend to backend; a decision may not. So every backend
-adds in the same order, in float64: rows of 512 (of 16, for a mean) one after the other, then the
-last row half onto half.
+adds in the same order, in float64: rows of 512 (of 16, for a mean) onto one row, one after the
+other, then that row half onto half. docs/semantics.md says where this departs from the paper.
 """
 
 import torch
@@ -15,7 +15,10 @@ from tokenselect.contract import CacheState, Problem, ReuseDecision, Selection
 
 
 def decide_reuse(problem: Problem, state: CacheState, theta: float | None) -> ReuseDecision:
-    """Decide which requests reuse their selection; none if theta is None. Changes nothing."""
+    """Decide which requests reuse their selection; none if theta is None. Changes nothing.
+
+    A request that reuses gets the length 0: to score and select it is absent.
+    """
     query = mean_query(problem)
     reused = torch.zeros_like(problem.cache_seqlens, dtype=torch.bool)
     for b, n in enumerate(problem.cache_seqlens.clamp(0, problem.Lk).tolist()):

@@ -69,6 +69,7 @@ def score(problem: Problem) -> Scores:
                     vote(logits(problem, run.mean(0), head_keys), candidates, c) for run in runs
                 ]
                 head_votes.append(added(torch.stack(run_votes)))
+                # The last ballot's stays: the true one of a split.
                 lse[b, h] = logits(problem, queries[h].mean(0), head_keys).logsumexp(0)
             for s, voters in enumerate(torch.stack(head_votes).chunk(problem.S)):
                 votes[b, ballot, s, candidates] = pooled(
