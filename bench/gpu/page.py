@@ -25,7 +25,8 @@ Made by `make gpu` on a machine with an NVIDIA GPU. It checks first, and no figu
 whose checks do not pass: `tokenselect.check`, the properties, 20 repeats that have to be bitwise
 the same, and compute-sanitizer, where it is installed and ends in time (where not, the table below
 says "skipped"). Then, on the inputs that are timed, every vote, the selection, and attention to it
-are held to float64, as is attention with a budget for everything; so is each dense attention, by the tolerance in `bench/dense.py`.
+are held to float64, as is attention with a budget for everything; so is each dense attention, by
+the tolerance in `bench/dense.py`.
 """
 
 _NONE = """\
