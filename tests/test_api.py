@@ -89,3 +89,25 @@ def test_a_backend_may_do_the_three_stages_in_one() -> None:
     assert len(calls) == 1
     with pytest.raises(AssertionError, match="the fused step"):
         attention(Q, K, V, cache=SelectionCache(), backend="in-one")
+
+
+def test_what_explain_says_is_of_the_call_that_runs() -> None:
+    arguments: dict[str, Any] = {"k": 5, "n_sink": None, "positions": None, "vote": "hard"}
+    attention(Q, K, V, **arguments)
+    assert explain(Q, K, V, **arguments).chosen == "cpu"
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's
+def test_forward_mode_differentiation_is_refused() -> None:
+    with pytest.raises(InvalidProblem, match="q requires grad"):
+        torch.func.jvp(lambda q: attention(q, K, V, 5), (Q,), (Q,))
+
+
+def test_an_out_that_cannot_be_written_to_is_refused_before_a_cache_learns() -> None:
+    cache = SelectionCache()
+    with torch.inference_mode():
+        inference = torch.empty(2, 4, 1, 8)
+    for out in (torch.empty(2, 4, 1, 8, requires_grad=True), inference):
+        with pytest.raises(InvalidProblem, match="out "):
+            attention(Q, K, V, cache=cache, out=out)
+    assert "not used yet" in repr(cache)

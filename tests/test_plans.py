@@ -780,3 +780,12 @@ def test_the_tutorials_loop_writes_the_same_text_through_a_graph() -> None:
     assert min(map(min, hits[0])) > 0
     assert max(map(max, hits[0])) < 40
     assert (recorded.captured, recorded.replayed) == (1, 40)
+
+
+def test_a_program_does_not_take_another_plan_for_its_own() -> None:
+    """A handle is no count: an exported program in another process must not meet one."""
+    one, other = plan(problem(), "cpu"), plan(problem(), "cpu")
+    assert abs(one._handle - other._handle) > 1
+    given = (*(getattr(problem(), name) for name in ("q", "k_cache", "v_cache", "cache_seqlens")),)
+    with pytest.raises(InvalidProblem, match="a plan that is gone, or of another process"):
+        torch.ops.tokenselect.plan_step(*given, None, None, [], None, False, 0)

@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from tokenselect.contract import (
     CONFIG_NAMES,
@@ -283,13 +284,18 @@ def _config(config: SelectConfig | None, named: dict[str, Any], rare: RareSettin
         )
     both = SelectConfig(**dict(config) | given)
     for name in given:
-        if both[name] != config[name]:
+        if not _are_equal(both[name], config[name]):
             raise InvalidProblem(
                 f"{name}={both[name]!r}, config.{name}={config[name]!r}",
                 "a setting that is named both ways has one value",
                 f"leave {name} out, or say dataclasses.replace(config, {name}={both[name]!r})",
             )
     return config
+
+
+def _are_equal(a: Any, b: Any) -> bool:
+    """Say whether two values of a setting are one; tensors are what a rule refuses later."""
+    return a is b or (not isinstance(a, Tensor) and (a == b or (a != a and b != b)))  # NaN
 
 
 def score(problem: Problem, backend: str = "auto", validate: bool | None = None) -> Scores:
@@ -349,11 +355,13 @@ def explain(
     for name in ("validate", "out", "return_info"):
         arguments.pop(name, None)
     tensors = {name: arguments.pop(name) for name in _PROBLEM_ARGUMENTS if name in arguments}
-    settings = _config(config, {"k": k}, arguments)  # type: ignore[arg-type]  # checked there
+    named = {"k": k} | {name: arguments.pop(name, None) for name in _NAMED}
+    settings = _config(config, named, arguments)  # type: ignore[arg-type]  # checked there
     problem = Problem.build(q, k_cache, v_cache, settings, max_reuse=_max_reuse(cache), **tensors)
     return registry.explain(backend, problem)
 
 
+_NAMED = "n_sink", "n_local", "positions", "score_at"
 _PROBLEM_ARGUMENTS = "cache_seqlens", "block_table", "scale", "softcap", "sink_logits", "rope"
 
 
@@ -389,12 +397,21 @@ def refuse_grad(problem: Problem) -> None:
     inputs = {name: getattr(problem, name) for name in ("q", "k_cache", "v_cache", "sink_logits")}
     inputs["rope.inv_freq"] = None if problem.rope is None else problem.rope.inv_freq
     for argument, tensor in inputs.items():
-        if torch.is_grad_enabled() and tensor is not None and tensor.requires_grad:
+        if tensor is None:
+            continue
+        if (torch.is_grad_enabled() and tensor.requires_grad) or _has_tangent(tensor):
             raise InvalidProblem(
                 f"{argument} requires grad",
-                "attention over a KV cache is for inference and has no backward pass",
+                "attention over a KV cache is for inference and has no derivative",
                 "call it under torch.inference_mode() or torch.no_grad()",
             )
+
+
+def _has_tangent(x: Tensor) -> bool:
+    """Say whether forward-mode differentiation carries a tangent of x."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return False
+    return forward_ad.unpack_dual(x).tangent is not None
 
 
 def _check_selection(problem: Problem, selection: Selection, *, read: bool) -> None:
@@ -471,6 +488,10 @@ def check_out(problem: Problem, out: object) -> None:
         came = f"out is {tuple(out.shape)} {out.dtype} on {out.device}"
     elif isinstance(out, Tensor) and not out.is_contiguous():
         came = f"out has strides {out.stride()}"
+    elif isinstance(out, Tensor) and out.requires_grad and torch.is_grad_enabled():
+        came = "out requires grad"
+    elif isinstance(out, Tensor) and out.is_inference() and not torch.is_inference_mode_enabled():
+        came = "out was made in inference mode"
     elif isinstance(out, Tensor):
         return
     raise InvalidProblem(

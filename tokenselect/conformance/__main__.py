@@ -96,6 +96,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     print(f"all right: {backend.name} keeps {len(had_problems)} laws, "
           f"{len(verdicts) - len(had_problems)} are beyond what it declares")  # fmt: skip
+    own = {"reuse": not isinstance(backend.reuse, str), "static": backend.static is not None}
+    if any(own.values()):
+        names = " and ".join(name for name, is_own in own.items() if is_own)
+        print(f"not tried here: {names}; docs/add-a-backend.md says how")
     return 0
 
 

@@ -145,7 +145,15 @@ def named(asked: str) -> str:
             "what is asked for as package.module:ATTRIBUTE is a tokenselect.Backend",
             "name the module's Backend",
         )
-    if backend.name not in _targets:
+    return registered(backend, asked)
+
+
+def registered(backend: Backend, asked: str = "the backend") -> str:
+    """Return the name of a backend that may be registered; register it if it is not.
+
+    Raises InvalidProblem if another one has its name.
+    """
+    if backend.name not in backends():
         register(backend.name, backend)
     elif resolved(backend) != load(backend.name):
         raise InvalidProblem(

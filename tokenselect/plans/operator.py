@@ -10,9 +10,22 @@ from torch import Tensor
 from tokenselect.contract import CacheState, Problem
 from tokenselect.dispatch import ops
 from tokenselect.dispatch.step import Step
+from tokenselect.errors import InvalidProblem
 
 # Plans by the handle that the operator is given.
 PLANS: WeakValueDictionary[int, Any] = WeakValueDictionary()
+
+
+def plan_of(handle: int) -> Any:
+    """Return the plan of that handle, which must live in this process."""
+    found = PLANS.get(handle)
+    if found is None:
+        raise InvalidProblem(
+            "a compiled or exported program calls a plan that is gone, or of another process",
+            "a program that calls a plan needs that plan, alive, in the process that made it",
+            "keep the plan while the program is in use; compile again in another process",
+        )
+    return found
 
 
 def with_tensors(
@@ -59,7 +72,7 @@ def _plan_step(
     handle: int,
 ) -> tuple[Tensor, ...]:
     """Run a call of the plan with that handle."""
-    made = PLANS[handle]
+    made = plan_of(handle)
     given = q, k_cache, v_cache, cache_seqlens, block_table, sink_logits
     problem = with_tensors(made._like, *given)
     out = q.new_empty((problem.B, problem.Hq, problem.Lq, problem.Dv))
@@ -75,7 +88,7 @@ def _fake_plan_step(q: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any) -> 
     if not with_info:
         out = q.new_empty((*q.shape[:3], v_cache.shape[3]))
         return out, *(q.new_empty(0) for _ in Step._fields[1:])
-    like = PLANS[handle]._like
+    like = plan_of(handle)._like
     p = replace(like, q=q, k_cache=k_cache, v_cache=v_cache, block_table=rest[1])
     return (*ops.fake_step(p), q.new_empty((p.B,), dtype=torch.bool))
 

@@ -1,6 +1,6 @@
 """A plan: the memory for a capacity, taken once, and then attention any number of times."""
 
-import itertools
+import secrets
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,8 +20,6 @@ from tokenselect.plans.operator import PLANS, extent, with_tensors
 from tokenselect.plans.stream_order import StreamSerializer
 from tokenselect.scratch import Scratch, empty
 from tokenselect.selection_cache import SelectionCache, used
-
-_handles = itertools.count()
 
 # What every call has in common with the problem that was planned.
 _EQUAL = ("Lq", "Hq", "Hkv", "D", "Dv")
@@ -84,7 +82,8 @@ class Plan:
         self._order = StreamSerializer(problem.q.device)
         self._graphs = None if chosen.replays is None else chosen.replays()
         self._checked: dict[Any, list[int]] = {}
-        self._handle = next(_handles)
+        # Unlike any other process's: programs that were exported or cached hold it as a number.
+        self._handle = secrets.randbits(62)
         PLANS[self._handle] = self
         self._warm_up()
 

@@ -59,6 +59,8 @@ def update(
 
 def mean_query(problem: Problem) -> Tensor:
     """Return the mean of the queries as given, heads side by side: (B, Hq * D) float32."""
+    if problem.Lq == 1:
+        return problem.q[:, :, 0].flatten(1).float()
     queries = problem.q.double().transpose(1, 2).flatten(2)  # (B, Lq, Hq * D)
     mean = torch.stack([added(q, 16) * (1 / problem.Lq) for q in queries])
     return mean.float()

@@ -23,6 +23,7 @@ from tokenselect.conformance.tolerances import (
     score_tolerance,
 )
 from tokenselect.contract import Backend, Problem, SelectConfig, Selection
+from tokenselect.dispatch import ops
 from tokenselect.dispatch.registry import load
 from tokenselect.selection_cache import SelectionCache
 
@@ -40,6 +41,15 @@ def run(
     problem = replace(problem, max_reuse=0 if cache is None else cache.max_reuse)
     problem = able(registered, on(device_of(registered), problem))
     out, info = api.run(problem, backend.name, cache=cache, return_info=True)
+    expected = ops.fake_step(problem)
+    for name, got, like in zip(
+        ("out", "lse", "positions", "count"),
+        (out, info.lse, *info.selection),
+        expected,
+        strict=False,
+    ):
+        came, due = (got.shape, got.dtype, got.device), (like.shape, like.dtype, like.device)
+        assert came == due, f"{name} is {came}; due is {due}"
     lse, mass, reused = back(info.lse, info.retained_mass, info.reused)
     selection = Selection(*back(*info.selection))
     return out.cpu(), AttentionInfo(lse, selection, mass, reused, info.backend)

@@ -35,11 +35,8 @@ def backend_of(asked: str | Backend) -> Backend:
 
     asked  the Backend, its registered name, or "package.module:ATTRIBUTE"
     """
-    if isinstance(asked, Backend):
-        if asked.name not in registry.backends():
-            registry.register(asked.name, asked)
-        return for_the_cpu(registry.load(asked.name))
-    return for_the_cpu(registry.load(registry.named(asked)))
+    name = registry.registered(asked) if isinstance(asked, Backend) else registry.named(asked)
+    return for_the_cpu(registry.load(name))
 
 
 def seeded(examples: int) -> settings:
