@@ -93,7 +93,7 @@ class Variant:
     @property
     def moves(self) -> bool:
         """Whether keys are moved, and so cached before rotation."""
-        return self.options is not None and self.options.moves
+        return self.options is not None and self.options.needs_raw_keys
 
     def with_options(self, **changes: Any) -> "Variant":
         assert self.options is not None
