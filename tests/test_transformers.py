@@ -934,7 +934,11 @@ class TestOptions:
         before, was = model(ids).logits, state(model)
         handle = enable(model, preset, **SMALL, chunk=1)
         assert options.items() <= model.config.tokenselect.items() >= SMALL.items()
-        assert torch.equal(model(ids).logits, before) != has_full_attention(model)
+        selected = model(ids).logits
+        if has_full_attention(model):
+            assert not torch.allclose(selected, before, atol=1e-3)
+        else:  # sliding layers stay dense
+            assert_close(selected, before)
         handle.disable()
         handle.disable()
         assert torch.equal(model(ids).logits, before)
