@@ -6,7 +6,6 @@ from typing import Any, Literal, NamedTuple, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from tokenselect.contract import (
     CONFIG_NAMES,
@@ -21,6 +20,7 @@ from tokenselect.contract import (
     Selection,
     Vote,
 )
+from tokenselect.contract.rules import check_out, check_selection, refuse_grad
 from tokenselect.dispatch import ops, registry
 from tokenselect.dispatch.step import Step
 from tokenselect.errors import InvalidProblem
@@ -333,7 +333,7 @@ def attend(
 ) -> AttentionOutput:
     """Run stage 3 alone: out (B, Hq, Lq, Dv) and lse (B, Hq, Lq) over a given selection."""
     name, reads = _ready(problem, backend, validate)
-    _check_selection(problem, selection, read=reads)
+    check_selection(problem, selection, read=reads)
     return ops.attend(name, problem, selection, reads)
 
 
@@ -392,77 +392,6 @@ def _ready(problem: Problem, backend: str, validate: bool | None) -> tuple[str, 
     return registry.resolve(backend, problem), reads
 
 
-def refuse_grad(problem: Problem) -> None:
-    """Raise InvalidProblem for tensors that a backward pass would go through."""
-    inputs = {name: getattr(problem, name) for name in ("q", "k_cache", "v_cache", "sink_logits")}
-    inputs["rope.inv_freq"] = None if problem.rope is None else problem.rope.inv_freq
-    for argument, tensor in inputs.items():
-        if tensor is None:
-            continue
-        if (torch.is_grad_enabled() and tensor.requires_grad) or _has_tangent(tensor):
-            raise InvalidProblem(
-                f"{argument} requires grad",
-                "attention over a KV cache is for inference and has no derivative",
-                "call it under torch.inference_mode() or torch.no_grad()",
-            )
-
-
-def _has_tangent(x: Tensor) -> bool:
-    """Say whether forward-mode differentiation carries a tangent of x."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
-        return False
-    return forward_ad.unpack_dual(x).tangent is not None
-
-
-def _check_selection(problem: Problem, selection: Selection, *, read: bool) -> None:
-    """Raise InvalidProblem for a selection of another problem; `read`: by its values too."""
-    if not isinstance(selection, Selection):
-        raise InvalidProblem(
-            f"selection is a {type(selection).__name__}",
-            "a selection is a tokenselect.Selection",
-            "pass Selection(positions, count), or what select(votes, problem) returns",
-        )
-    positions, count = selection
-    shape = (problem.B, problem.S)
-    if positions.shape[:2] != shape or positions.dim() != 3 or count.shape != shape:
-        raise InvalidProblem(
-            f"selection has positions {tuple(positions.shape)} and count {tuple(count.shape)}",
-            f"positions are (B, S, K) and count (B, S), with B={shape[0]}, S={shape[1]}",
-            "pass what select(votes, problem) returns",
-        )
-    for name, tensor in zip(Selection._fields, selection, strict=True):
-        if tensor.dtype != torch.int32 or tensor.device != problem.q.device:
-            raise InvalidProblem(
-                f"selection.{name} is {tensor.dtype} on {tensor.device}",
-                f"positions and count are torch.int32 on {problem.q.device}",
-                "pass what select(votes, problem) returns",
-            )
-    if not read:
-        return
-    K = positions.shape[2]
-    outside = (count < 0) | (count > K)
-    if outside.any():
-        b, s = (int(i) for i in outside.nonzero()[0])
-        raise InvalidProblem(
-            f"selection.count[{b}, {s}]={int(count[b, s])}, with K={K} places for positions",
-            "count says how many of the K places are used: 0 <= count <= K",
-            "pass what select(votes, problem) returns",
-        )
-    places = torch.arange(K, device=positions.device)
-    padding = places >= count[..., None]
-    n = problem.cache_seqlens[:, None, None]
-    follows = torch.nn.functional.pad(positions[..., 1:] > positions[..., :-1], (1, 0), value=True)
-    holds = torch.where(padding, positions == -1, (positions >= 0) & (positions < n) & follows)
-    if not holds.all():
-        b, s, place = (int(i) for i in (~holds).nonzero()[0])
-        raise InvalidProblem(
-            f"selection.positions[{b}, {s}, {place}]={int(positions[b, s, place])}, with "
-            f"count={int(count[b, s])} and n={int(n[b])}",
-            "positions are in 0..n-1 and strictly ascending, then padded with -1 from count on",
-            "pass what select(votes, problem) returns",
-        )
-
-
 def _retained_mass(problem: Problem, dense: Tensor, lse: Tensor, reused: Tensor) -> Tensor:
     """Return exp(lse of the selection - lse of all), or NaN where those are of other logits."""
     c = problem.config
@@ -477,25 +406,3 @@ def _retained_mass(problem: Problem, dense: Tensor, lse: Tensor, reused: Tensor)
         return torch.full_like(dense, math.nan)
     known = ~reused[:, None] & dense.isfinite() & selected.isfinite()
     return torch.where(known, (selected - dense).exp().clamp(max=1.0), math.nan)
-
-
-def check_out(problem: Problem, out: object) -> None:
-    """Raise InvalidProblem unless `out` can hold the result of a call."""
-    p = problem
-    shape, dtype, device = (p.B, p.Hq, p.Lq, p.Dv), p.q.dtype, p.q.device
-    came = f"out is a {type(out).__name__}"
-    if isinstance(out, Tensor) and (out.shape, out.dtype, out.device) != (shape, dtype, device):
-        came = f"out is {tuple(out.shape)} {out.dtype} on {out.device}"
-    elif isinstance(out, Tensor) and not out.is_contiguous():
-        came = f"out has strides {out.stride()}"
-    elif isinstance(out, Tensor) and out.requires_grad and torch.is_grad_enabled():
-        came = "out requires grad"
-    elif isinstance(out, Tensor) and out.is_inference() and not torch.is_inference_mode_enabled():
-        came = "out was made in inference mode"
-    elif isinstance(out, Tensor):
-        return
-    raise InvalidProblem(
-        came,
-        f"out is {shape} {dtype} on {device}, contiguous",
-        "make it with torch.empty, or leave it out",
-    )

@@ -1,4 +1,5 @@
-"""The rules that a problem keeps, in the order in which they are checked."""
+"""The rules that a problem keeps, in the order in which they are checked; and those of what comes
+with it: values, gradients, a selection, `out`."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from tokenselect.contract.config import (
     Normalize,
@@ -16,6 +18,7 @@ from tokenselect.contract.config import (
     SelectConfig,
     Vote,
 )
+from tokenselect.contract.results import Selection
 from tokenselect.errors import InvalidProblem
 from tokenselect.rope import Rope
 from tokenselect.scalars import is_integer, is_number
@@ -326,3 +329,96 @@ def check_values(problem: Problem) -> None:
             f"every page in use is in the pool: 0 <= page < {n_pages}",
             "check the allocator; entries past ceil(n / page_size) may be anything",
         )
+
+
+def refuse_grad(problem: Problem) -> None:
+    """Raise InvalidProblem for tensors that a backward pass would go through."""
+    inputs = {name: getattr(problem, name) for name in ("q", "k_cache", "v_cache", "sink_logits")}
+    inputs["rope.inv_freq"] = None if problem.rope is None else problem.rope.inv_freq
+    for argument, tensor in inputs.items():
+        if tensor is None:
+            continue
+        if (torch.is_grad_enabled() and tensor.requires_grad) or _has_tangent(tensor):
+            raise InvalidProblem(
+                f"{argument} requires grad",
+                "attention over a KV cache is for inference and has no derivative",
+                "call it under torch.inference_mode() or torch.no_grad()",
+            )
+
+
+def _has_tangent(x: Tensor) -> bool:
+    """Say whether forward-mode differentiation carries a tangent of x."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return False
+    return forward_ad.unpack_dual(x).tangent is not None
+
+
+def check_selection(problem: Problem, selection: Selection, *, read: bool) -> None:
+    """Raise InvalidProblem for a selection of another problem; `read`: by its values too."""
+    if not isinstance(selection, Selection):
+        raise InvalidProblem(
+            f"selection is a {type(selection).__name__}",
+            "a selection is a tokenselect.Selection",
+            "pass Selection(positions, count), or what select(votes, problem) returns",
+        )
+    positions, count = selection
+    shape = (problem.B, problem.S)
+    if positions.shape[:2] != shape or positions.dim() != 3 or count.shape != shape:
+        raise InvalidProblem(
+            f"selection has positions {tuple(positions.shape)} and count {tuple(count.shape)}",
+            f"positions are (B, S, K) and count (B, S), with B={shape[0]}, S={shape[1]}",
+            "pass what select(votes, problem) returns",
+        )
+    for name, tensor in zip(Selection._fields, selection, strict=True):
+        if tensor.dtype != torch.int32 or tensor.device != problem.q.device:
+            raise InvalidProblem(
+                f"selection.{name} is {tensor.dtype} on {tensor.device}",
+                f"positions and count are torch.int32 on {problem.q.device}",
+                "pass what select(votes, problem) returns",
+            )
+    if not read:
+        return
+    K = positions.shape[2]
+    outside = (count < 0) | (count > K)
+    if outside.any():
+        b, s = (int(i) for i in outside.nonzero()[0])
+        raise InvalidProblem(
+            f"selection.count[{b}, {s}]={int(count[b, s])}, with K={K} places for positions",
+            "count says how many of the K places are used: 0 <= count <= K",
+            "pass what select(votes, problem) returns",
+        )
+    places = torch.arange(K, device=positions.device)
+    padding = places >= count[..., None]
+    n = problem.cache_seqlens[:, None, None]
+    follows = torch.nn.functional.pad(positions[..., 1:] > positions[..., :-1], (1, 0), value=True)
+    holds = torch.where(padding, positions == -1, (positions >= 0) & (positions < n) & follows)
+    if not holds.all():
+        b, s, place = (int(i) for i in (~holds).nonzero()[0])
+        raise InvalidProblem(
+            f"selection.positions[{b}, {s}, {place}]={int(positions[b, s, place])}, with "
+            f"count={int(count[b, s])} and n={int(n[b])}",
+            "positions are in 0..n-1 and strictly ascending, then padded with -1 from count on",
+            "pass what select(votes, problem) returns",
+        )
+
+
+def check_out(problem: Problem, out: object) -> None:
+    """Raise InvalidProblem unless `out` can hold the result of a call."""
+    p = problem
+    shape, dtype, device = (p.B, p.Hq, p.Lq, p.Dv), p.q.dtype, p.q.device
+    came = f"out is a {type(out).__name__}"
+    if isinstance(out, Tensor) and (out.shape, out.dtype, out.device) != (shape, dtype, device):
+        came = f"out is {tuple(out.shape)} {out.dtype} on {out.device}"
+    elif isinstance(out, Tensor) and not out.is_contiguous():
+        came = f"out has strides {out.stride()}"
+    elif isinstance(out, Tensor) and out.requires_grad and torch.is_grad_enabled():
+        came = "out requires grad"
+    elif isinstance(out, Tensor) and out.is_inference() and not torch.is_inference_mode_enabled():
+        came = "out was made in inference mode"
+    elif isinstance(out, Tensor):
+        return
+    raise InvalidProblem(
+        came,
+        f"out is {shape} {dtype} on {device}, contiguous",
+        "make it with torch.empty, or leave it out",
+    )

@@ -10,8 +10,9 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from tokenselect.api import AttentionInfo, check_out, info_of, refuse_grad
+from tokenselect.api import AttentionInfo, info_of
 from tokenselect.contract import CacheState, Problem, Selection
+from tokenselect.contract.rules import check_out, refuse_grad
 from tokenselect.dispatch import registry
 from tokenselect.dispatch.step import Step, run_step, without_autocast
 from tokenselect.errors import InvalidProblem
