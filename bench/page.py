@@ -1,11 +1,11 @@
 """The page docs/benchmarks.md, made from bench/results/*.json: no figure in it is typed by hand."""
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from bench.gpu import page as gpu
+from bench.tables import table
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -137,12 +137,3 @@ def _details(contender: dict[str, Any], read_gb_per_s: float) -> tuple[str, ...]
         f"{one['gb_per_s'] / read_gb_per_s:.0%}",
         verdict,
     )
-
-
-def table(
-    head: tuple[str, ...], rows: Iterable[tuple[str, ...]], is_padded: bool = False
-) -> list[str]:
-    """Return the lines of a Markdown table; padded, the columns line up in a terminal too."""
-    lines = [head, ("---",) * len(head), *rows]
-    widths = [max(map(len, column)) * is_padded for column in zip(*lines, strict=True)]
-    return ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines]

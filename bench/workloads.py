@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tokenselect import Problem, SelectConfig
+from tokenselect.conformance.paging import scatter
 
 # The paper's sizes, with which it reports its speed: 2688 tokens attended to.
 PAPER_SIZES = SelectConfig(k=2048, n_sink=128, n_local=512)
@@ -124,7 +125,9 @@ def make(workload: Workload, *, n: int | None = None, seed: int | None = None) -
             _plant(q[b, heads], k_cache[b, g, :length], v_cache[b, g, :length], random)
     tables: dict[str, Any] = {"cache_seqlens": torch.tensor(lengths, dtype=torch.int32)}
     if w.page_size is not None:
-        k_cache, v_cache, tables["block_table"] = _paged(k_cache, v_cache, w.page_size, random)
+        (k_cache, v_cache), tables["block_table"] = scatter(
+            (k_cache, v_cache), w.page_size, random, filler=0.0, n_spare=w.B
+        )
     return Problem.build(q.to(w.dtype), k_cache, v_cache, w.config, **tables)
 
 
@@ -169,22 +172,3 @@ def _plant(q: Tensor, keys: Tensor, values: Tensor, random: torch.Generator) -> 
 
 def _add(rows: Tensor, what: Tensor) -> None:
     rows.copy_(rows.float() + what)
-
-
-def _paged(
-    k_cache: Tensor, v_cache: Tensor, page_size: int, random: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the same caches in pages, in random order, with one spare page per request."""
-    B, Hkv, n, _ = k_cache.shape
-    max_pages = math.ceil(n / page_size)
-    block_table = torch.randperm(B * (max_pages + 1), generator=random)[: B * max_pages]
-    block_table = block_table.view(B, max_pages)
-
-    def paged(cache: Tensor) -> Tensor:
-        pages = cache.new_zeros(B * (max_pages + 1), page_size, Hkv, cache.shape[3])
-        for b in range(B):
-            slots = (block_table[b, :, None] * page_size + torch.arange(page_size)).flatten()
-            pages.view(-1, Hkv, cache.shape[3])[slots[:n]] = cache[b].transpose(0, 1)
-        return pages
-
-    return paged(k_cache), paged(v_cache), block_table.to(torch.int32)

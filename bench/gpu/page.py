@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from bench.tables import table
+
 SCHEMA = 2  # since 2: planned figures are times of one call in `calls`
 MODES = ("graph", "eager")
 PLANNED = ("hit", "hit, one layer", "miss", "mixed", "short")
@@ -471,10 +473,6 @@ def _median(side: dict[str, Any], mode: str) -> str:
 
 def _plain(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
-
-
-def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
-    return [f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *rows)]
 
 
 def side_of(case: dict[str, Any], name: str) -> dict[str, Any]:

@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 
 import triton
 
-from bench.page import table
 from bench.resources.cases import CASES, problem, shipped
 from bench.resources.compiled import KIB, TARGETS, Resources, resources, specialised
+from bench.tables import table
 from tokenselect import Problem
 
 # The launches of a problem on an architecture.
