@@ -782,6 +782,18 @@ def test_the_tutorials_loop_writes_the_same_text_through_a_graph() -> None:
     assert (recorded.captured, recorded.replayed) == (1, 40)
 
 
+def test_an_out_that_cannot_be_written_to_is_refused_in_a_kind_that_was_seen() -> None:
+    p, step = problem(), plan(problem(), "cpu")
+    given = p.q, p.k_cache, p.v_cache, p.cache_seqlens
+    step(*given, out=torch.empty_like(Q))
+    with torch.inference_mode():
+        frozen = torch.empty_like(Q)
+        assert step(*given, out=frozen) is frozen
+    for out, why in ((frozen, "inference mode"), (torch.empty_like(Q).requires_grad_(), "grad")):
+        with pytest.raises(InvalidProblem, match=f"out .*{why}"):
+            step(*given, out=out)
+
+
 def test_a_program_does_not_take_another_plan_for_its_own() -> None:
     """A handle is no count: an exported program in another process must not meet one."""
     one, other = plan(problem(), "cpu"), plan(problem(), "cpu")

@@ -402,6 +402,13 @@ def check_selection(problem: Problem, selection: Selection, *, read: bool) -> No
         )
 
 
+def _is_frozen(x: Tensor) -> bool:
+    """Say whether x, made in inference mode, cannot be written to outside of it."""
+    if torch.compiler.is_compiling():  # which does not trace the question
+        return False
+    return x.is_inference() and not torch.is_inference_mode_enabled()
+
+
 def check_out(problem: Problem, out: object) -> None:
     """Raise InvalidProblem unless `out` can hold the result of a call."""
     p = problem
@@ -413,7 +420,7 @@ def check_out(problem: Problem, out: object) -> None:
         came = f"out has strides {out.stride()}"
     elif isinstance(out, Tensor) and out.requires_grad and torch.is_grad_enabled():
         came = "out requires grad"
-    elif isinstance(out, Tensor) and out.is_inference() and not torch.is_inference_mode_enabled():
+    elif isinstance(out, Tensor) and _is_frozen(out):
         came = "out was made in inference mode"
     elif isinstance(out, Tensor):
         return

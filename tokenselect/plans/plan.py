@@ -288,11 +288,13 @@ class Plan:
             self._check_kind(given, cache)
             return
         kind: Any = tuple(
-            None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.requires_grad)
+            None
+            if x is None
+            else (x.shape, x.stride(), x.dtype, x.device, x.requires_grad, x.is_inference())
             for x in given
             if x is None or isinstance(x, Tensor)
         )
-        kind = (*kind, torch.is_grad_enabled())
+        kind = (*kind, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
         sizes = self._checked.get(kind)
         if sizes is None:
             self._check_kind(given, cache)
