@@ -87,6 +87,8 @@ class Backend:
              `Scores`), which an ordinary call without a Selection Cache then takes; None: in turn
     static   the stages as a plan runs them; None if they cannot be planned
     reuse    the Selection Cache's steps; those of cpu are torch operators and run on any device
+    unavailable
+             why it cannot run on this machine at all; None if it can
     replays  makes, for one plan, what runs its steps without running their Python each time (see
              `tokenselect.plans.cuda_graph.Graphs`); None: steps run as they are
     """
@@ -100,6 +102,7 @@ class Backend:
     reuse: Reuse | str = "cpu"
     replays: Callable[[], Any] | None = None
     attend_fresh: Callable[[Problem], tuple[AttentionOutput, Selection, Tensor]] | None = None
+    unavailable: str | None = None
     lenders: tuple["Backend", ...] = ()
 
 
@@ -129,7 +132,7 @@ def reasons(backend: Backend, problem: Problem) -> list[str]:
 
     Each reason says what the problem is and what the backend takes.
     """
-    found = []
+    found = [] if backend.unavailable is None else [backend.unavailable]
     for what, needed, name in _NEEDS:
         allowed = getattr(backend.capability, name)
         for value in needed(problem):

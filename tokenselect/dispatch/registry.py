@@ -9,13 +9,14 @@ from tokenselect.contract import Backend, Problem, Reuse, StaticStages, reasons
 from tokenselect.errors import InvalidProblem, UnknownBackend, UnsupportedProblem
 
 # What backend="auto" tries, in this order; everything else has to be asked for by name.
-AUTO = ("cpu", "triton")
+AUTO = ("native", "cpu", "triton")
 
 ENTRY_POINTS = "tokenselect.backends"
 
 _targets: dict[str, str | Backend] = {
     "reference": "tokenselect.reference:BACKEND",
     "cpu": "tokenselect.kernels.cpu:BACKEND",
+    "native": "tokenselect.kernels.native:BACKEND",
     "triton": "tokenselect.kernels.triton:BACKEND",
     "cuda_graph": "tokenselect.plans.cuda_graph:BACKEND",
 }

@@ -1,0 +1,285 @@
+// Stage 3, attend: softmax attention over the selected rows, read where they are.
+//
+// The selected positions are cut into splits of a fixed size. A split's logits are computed first,
+// then its weights, relative to the split's largest logit, then the weighted values; the splits
+// of a query are merged in their order.
+#pragma once
+
+#include "dots.h"
+
+namespace TS_PATH {
+
+constexpr int SPLIT = 256;
+
+struct Attender {
+  const Call& c;
+  int64_t G, S, splits, pitch, width;
+  float *queries, *parts, *turns;
+
+  Attender(const Call& call, Arena& arena) : c(call) {
+    G = c.Hq / c.Hkv, S = c.S, splits = over(c.columns, SPLIT), pitch = padded(c.D);
+    width = c.Dv + 2;  // the sum of weighted values, the largest logit, the sum of weights
+    queries = arena.take<float>(c.B * c.Hq * c.Lq * pitch);
+    parts = arena.take<float>(c.B * c.Hq * c.Lq * splits * width);
+    turns = arena.take<float>(moves() ? c.B * S * c.columns * 2 * c.half : 0);
+  }
+
+  bool moves() const { return c.half > 0 && (c.contiguous || c.is_raw); }
+  const int32_t* row_of(int64_t b, int64_t s) const { return c.positions + (b * S + s) * c.columns; }
+  int64_t count_of(int64_t b, int64_t s) const {
+    return length(c, b) == 0 ? 0 : most(0, least(c.count[b * S + s], c.columns));
+  }
+  int64_t selection_of(int64_t g) const { return S == 1 ? 0 : g; }
+  float* query(int64_t b, int64_t h, int64_t i) const {
+    return queries + ((b * c.Hq + h) * c.Lq + i) * pitch;
+  }
+  float* part(int64_t b, int64_t h, int64_t i, int64_t split) const {
+    return parts + (((b * c.Hq + h) * c.Lq + i) * splits + split) * width;
+  }
+  float* turn(int64_t b, int64_t s, int64_t r) const {
+    return turns + ((b * S + s) * c.columns + r) * 2 * c.half;
+  }
+
+  // How many selected positions query i sees: they ascend, so it sees a prefix.
+  int64_t seen(int64_t b, int64_t s, int64_t i) const {
+    const int32_t* positions = row_of(b, s);
+    int64_t low = 0, high = count_of(b, s), newest = length(c, b) - c.Lq + i;
+    while (low < high) {
+      int64_t middle = (low + high) / 2;
+      if (positions[middle] <= newest) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    return low;
+  }
+
+  template <class E>
+  void place_query(int64_t b, int64_t h, int64_t i) const {
+    int64_t n = length(c, b), count = count_of(b, selection_of(h / G));
+    int64_t at = c.contiguous ? count - c.Lq + i : n - c.Lq + i;
+    query_row<E>(c, b, h, i, moves(), n, at, query(b, h, i));
+  }
+
+  // By what the r-th selected key is rotated, for all heads of a selection.
+  void place_key(int64_t b, int64_t s, int64_t r) const {
+    int64_t position = row_of(b, s)[r], at = c.contiguous ? r : position;
+    float* by = turn(b, s, r);
+    double factor = c.is_raw ? c.rope_scaling : 1.0;
+    wave(c, c.is_raw ? at : at - position, factor, by, by + c.half);
+  }
+
+  // A tile of selected keys, widened and rotated.
+  template <class E>
+  void moved_keys(const Tile<E>& tile, int64_t b, int64_t s, int64_t first, int count,
+                  float* wide, int64_t stride) const {
+    for (int t = 0; t < count; ++t) {
+      float* to = wide + t * stride;
+      widen_row<E>(tile.row[t], c.D, to);
+      split_pairs(c, to);
+      const float* by = turn(b, s, first + t);
+      rotate(c, to, by, by + c.half);
+    }
+  }
+
+  template <class E>
+  void attend_split(int64_t b, int64_t g, int64_t i, int64_t split) const {
+    int64_t n = length(c, b), s = selection_of(g), first = split * SPLIT;
+    int64_t m = least(SPLIT, seen(b, s, i) - first);
+    if (m <= 0) return;
+    const int32_t* position = row_of(b, s) + first;
+    const Cache<E> keys = keys_of<E>(c), values = values_of<E>(c);
+    alignas(64) float weights[MAX_GROUP * SPLIT], wide[TILE * MAX_DIM];
+    float q[MAX_GROUP * MAX_DIM];
+    const float* row[TILE];
+    Tile<E> tile;
+    for (int64_t r = 0; r < G; ++r) {
+      memcpy(q + r * pitch, query(b, g * G + r, i), (size_t)pitch * sizeof *q);
+    }
+    for (int64_t t = 0; t < m; t += TILE) {
+      int count = (int)least(TILE, m - t);
+      tile.take(keys, b, g, position + t, count, n);
+      if (moves()) {
+        moved_keys<E>(tile, b, s, first + t, count, wide, pitch);
+        for (int j = 0; j < TILE; ++j) row[j] = wide + least(j, count - 1) * pitch;
+        dots<Float32>(q, G, pitch, row, count, c.D, weights + t, SPLIT);
+      } else {
+        dots<E>(q, G, pitch, tile.row, count, c.D, weights + t, SPLIT);
+      }
+    }
+    for (int64_t r = 0; r < G; ++r) {
+      float* to = part(b, g * G + r, i, split);
+      weigh(weights + r * SPLIT, m, to + c.Dv);
+      memset(to, 0, (size_t)c.Dv * sizeof *to);
+    }
+    for (int64_t t = 0; t < m; t += TILE) {
+      int count = (int)least(TILE, m - t);
+      tile.take(values, b, g, position + t, count, n);
+      float* to = part(b, g * G, i, split);
+      add_values<E>(tile.row, count, weights + t, to, part(b, g * G + 1, i, split) - to);
+    }
+  }
+
+  // Turn logits into weights relative to the largest; found[0] gets that, found[1] their sum.
+  void weigh(float* s, int64_t m, float* found) const {
+    vf largest = all(-INF), scale = all((float)c.scale);
+    for (int64_t j = 0; j < m; j += W) {
+      vf x = load(s + j) * scale;
+      if (c.softcap > 0) x = tanh(x / (float)c.softcap) * (float)c.softcap;
+      store(s + j, x);
+    }
+    for (int64_t j = m; j < over(m, W) * W; ++j) s[j] = -INF;
+    for (int64_t j = 0; j < m; j += W) largest = larger(load(s + j), largest);
+    found[0] = maximum(largest);
+    vf sums = {}, above = all(finite_or_zero(found[0]));
+    for (int64_t j = 0; j < m; j += W) {
+      vf x = exp(load(s + j) - above);
+      store(s + j, x);
+      sums += x;
+    }
+    found[1] = sum(sums);
+  }
+
+  // Of an infinite logit e^inf is inf, and its share NaN, as in dense attention.
+  static float finite_or_zero(float x) { return x > -INF && x < INF ? x : 0.0f; }
+
+  // to[r] += sum over t of weights[r, t] values[t], for the G rows of a group.
+  template <class E>
+  void add_values(const typename E::raw* const* value, int count, const float* weights, float* to,
+                  int64_t stride) const {
+    int64_t rows = G;
+    while (rows >= 4) {
+      add_values_of<E, 4>(value, count, weights, to, stride);
+      weights += 4 * SPLIT, to += 4 * stride, rows -= 4;
+    }
+    if (rows == 3) add_values_of<E, 3>(value, count, weights, to, stride);
+    if (rows == 2) add_values_of<E, 2>(value, count, weights, to, stride);
+    if (rows == 1) add_values_of<E, 1>(value, count, weights, to, stride);
+  }
+
+  template <class E, int R>
+  void add_values_of(const typename E::raw* const* value, int count, const float* weights,
+                     float* to, int64_t stride) const {
+    constexpr int N = R == 1 ? 4 : 2;
+    int64_t d = 0;
+    for (; d + N * W <= c.Dv; d += N * W) {
+      vf sums[R][N];
+      TS_UNROLL for (int r = 0; r < R; ++r) {
+        TS_UNROLL for (int v = 0; v < N; ++v) sums[r][v] = load(to + r * stride + d + v * W);
+      }
+      for (int t = 0; t < count; ++t) {
+        vf x[N];
+        TS_UNROLL for (int v = 0; v < N; ++v) x[v] = E::widen(value[t] + d + v * W);
+        TS_UNROLL for (int r = 0; r < R; ++r) {
+          vf by = all(weights[r * SPLIT + t]);
+          TS_UNROLL for (int v = 0; v < N; ++v) sums[r][v] += x[v] * by;
+        }
+      }
+      TS_UNROLL for (int r = 0; r < R; ++r) {
+        TS_UNROLL for (int v = 0; v < N; ++v) store(to + r * stride + d + v * W, sums[r][v]);
+      }
+    }
+    for (; d < c.Dv; d += W) {
+      int wide = (int)least(W, c.Dv - d);
+      for (int r = 0; r < R; ++r) {
+        vf sums = widen_part<Float32>(to + r * stride + d, wide);
+        for (int t = 0; t < count; ++t) {
+          sums += widen_part<E>(value[t] + d, wide) * all(weights[r * SPLIT + t]);
+        }
+        memcpy(to + r * stride + d, &sums, (size_t)wide * sizeof *to);
+      }
+    }
+  }
+
+  // Merge the splits of one query, with the sink's logit in the denominator.
+  template <class E>
+  void merge(int64_t b, int64_t h, int64_t i) const {
+    int64_t count = seen(b, selection_of(h / G), i), used = over(count, SPLIT);
+    int64_t at = (b * c.Hq + h) * c.Lq + i;
+    typename E::raw* out = (typename E::raw*)c.out + at * c.Dv;
+    if (used == 0) {
+      for (int64_t d = 0; d < c.Dv; ++d) out[d] = E::narrow(0.0f);
+      c.out_lse[at] = -INF;
+      return;
+    }
+    float largest = -INF;
+    for (int64_t k = 0; k < used; ++k) {
+      float x = part(b, h, i, k)[c.Dv];
+      largest = x > largest ? x : largest;
+    }
+    double total = 0, above = finite_or_zero(largest);
+    double top = above;
+    if (c.sinks && c.sinks[h] > top) top = finite_or_zero(c.sinks[h]);
+    if (c.sinks && largest == -INF) top = finite_or_zero(c.sinks[h]);
+    float sums[MAX_DIM] = {};
+    for (int64_t k = 0; k < used; ++k) {
+      const float* x = part(b, h, i, k);
+      double shrunk = x[c.Dv] == -INF ? 0 : __builtin_exp(finite_or_zero(x[c.Dv]) - above);
+      total += x[c.Dv + 1] * shrunk;
+      float by = (float)shrunk;
+      for (int64_t d = 0; d < c.Dv; ++d) sums[d] += x[d] * by;
+    }
+    c.out_lse[at] = total == 0 ? -INF : (float)(above + __builtin_log(total));
+    double weight = total;
+    double share = 1.0;
+    if (c.sinks) {
+      share = __builtin_exp(above - top);
+      weight = total * share + __builtin_exp(c.sinks[h] - top);
+    }
+    for (int64_t d = 0; d < c.Dv; ++d) out[d] = E::narrow((float)(sums[d] * share / weight));
+  }
+
+  template <class E>
+  void run(int64_t threads) const {
+    ts::parallel(threads, c.B * c.Hq * c.Lq, [&](int64_t unit) {
+      int64_t i = unit % c.Lq, h = unit / c.Lq % c.Hq, b = unit / c.Lq / c.Hq;
+      if (length(c, b) > 0) place_query<E>(b, h, i);
+    });
+    place_keys(threads);
+    ts::parallel(threads, c.B * splits * c.Hkv * c.Lq, [&](int64_t unit) {
+      int64_t i = unit % c.Lq, g = unit / c.Lq % c.Hkv, split = unit / c.Lq / c.Hkv % splits;
+      attend_split<E>(unit / c.Lq / c.Hkv / splits, g, i, split);
+    });
+    ts::parallel(threads, c.B * c.Hq * c.Lq, [&](int64_t unit) {
+      merge<E>(unit / c.Lq / c.Hq, unit / c.Lq % c.Hq, unit % c.Lq);
+    });
+  }
+
+  void place_keys(int64_t threads) const {
+    if (!moves()) return;
+    ts::parallel(threads, c.B * S * splits, [&](int64_t unit) {
+      int64_t split = unit % splits, s = unit / splits % S, b = unit / splits / S;
+      int64_t last = least(count_of(b, s), (split + 1) * SPLIT);
+      for (int64_t r = split * SPLIT; r < last; ++r) place_key(b, s, r);
+    });
+  }
+
+  // The rows of one request, (Hkv, columns, D) and (Hkv, columns, Dv) float32, keys where they
+  // attend and in the order of `split_pairs`; for the matrix products of a chunk of queries.
+  template <class E>
+  void gather(int64_t threads) const {
+    int64_t b = c.request, n = length(c, b);
+    place_keys(threads);
+    ts::parallel(threads, splits * c.Hkv, [&](int64_t unit) {
+      int64_t g = unit % c.Hkv, split = unit / c.Hkv, s = selection_of(g);
+      int64_t last = least(count_of(b, s), (split + 1) * SPLIT);
+      Tile<E> tile;
+      for (int64_t r = split * SPLIT; r < last; r += TILE) {
+        int count = (int)least(TILE, last - r);
+        float* key = c.key_rows + (g * c.columns + r) * c.D;
+        float* value = c.value_rows + (g * c.columns + r) * c.Dv;
+        tile.take(keys_of<E>(c), b, g, row_of(b, s) + r, count, n);
+        if (moves()) {
+          moved_keys<E>(tile, b, s, r, count, key, c.D);
+        } else {
+          for (int t = 0; t < count; ++t) widen_row<E>(tile.row[t], c.D, key + t * c.D);
+        }
+        tile.take(values_of<E>(c), b, g, row_of(b, s) + r, count, n);
+        for (int t = 0; t < count; ++t) widen_row<E>(tile.row[t], c.Dv, value + t * c.Dv);
+      }
+    });
+  }
+};
+
+}  // namespace TS_PATH

@@ -1,0 +1,76 @@
+// What the library exports: C functions, called through ctypes.
+#include <stddef.h>
+
+#include "call.h"
+
+namespace ts {
+void use_region(void* region);
+}
+
+#define TS_DECLARE(path) \
+  namespace path {       \
+  int64_t run_path(const ts::Call& c); \
+  }
+TS_DECLARE(baseline)
+TS_DECLARE(avx2)
+TS_DECLARE(avx512)
+
+namespace {
+
+struct Path {
+  const char* name;
+  int64_t (*run)(const ts::Call&);
+  bool (*runs_here)();
+};
+
+// From the narrowest to the widest. What a path is compiled for is what it is tested for here:
+// each feature by itself, and none by the processor's generation.
+const Path PATHS[] = {
+#if defined(TS_HAS_baseline)
+    {"baseline", baseline::run_path, [] { return true; }},
+#endif
+#if defined(TS_HAS_avx2)
+    {"avx2", avx2::run_path,
+     [] {
+       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+              __builtin_cpu_supports("f16c");
+     }},
+#endif
+#if defined(TS_HAS_avx512)
+    {"avx512", avx512::run_path,
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+              __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+              __builtin_cpu_supports("f16c");
+     }},
+#endif
+};
+constexpr int64_t N_PATHS = sizeof PATHS / sizeof *PATHS;
+
+}  // namespace
+
+#define TS_EXPORT extern "C" __attribute__((visibility("default")))
+
+// The names of a call's fields, in their order.
+TS_EXPORT const char* ts_fields() {
+#define X(type, name) #name " "
+  return TS_FIELDS(X);
+#undef X
+}
+
+// The name of a path; null behind the last. `runs_here` says whether this machine has its features.
+TS_EXPORT const char* ts_path(int64_t path, int64_t* runs_here) {
+  if (path < 0 || path >= N_PATHS) return nullptr;
+  *runs_here = PATHS[path].runs_here();
+  return PATHS[path].name;
+}
+
+TS_EXPORT void ts_use_region(void* region) { ts::use_region(region); }
+
+// Run a call's stages; with a null scratch, return how many bytes of it they need instead.
+TS_EXPORT int64_t ts_run(const ts::Call* call) { return PATHS[call->path].run(*call); }
+
+#define X(type, name) static_assert(sizeof(ts::Call::name) == 8, "eight bytes each");
+TS_FIELDS(X)
+#undef X

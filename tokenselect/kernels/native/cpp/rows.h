@@ -1,0 +1,186 @@
+// Rows of a cache: where they are, contiguous or paged, and how they are rotated.
+#pragma once
+
+#include "call.h"
+#include "simd.h"
+
+namespace TS_PATH {
+
+using ts::Call;
+using ts::MAX_DIM;
+using ts::MAX_GROUP;
+
+constexpr int TILE = 16;  // rows that are taken at once
+
+// Memory of a call, handed out in one order: the same code measures it, from a null pointer on.
+struct Arena {
+  char* base;
+  int64_t used;
+
+  template <class T>
+  T* take(int64_t count) {
+    T* result = (T*)(base + used);
+    used += over(count * (int64_t)sizeof(T), 64) * 64;
+    return result;
+  }
+};
+
+// Floats of a query's row: whole vectors, zeros behind D.
+static inline int64_t padded(int64_t D) { return over(D, 16) * 16; }
+
+static inline int64_t length(const Call& c, int64_t b) {
+  return most(0, least(c.lengths[b], c.Lk));
+}
+
+// The first candidate, and the first position of the local window (semantics: regions).
+struct Regions {
+  int64_t sink_end, local_start;
+};
+
+static inline Regions regions(const Call& c, int64_t n) {
+  int64_t local_start = most(0, n - c.Lq + 1 - c.n_local);
+  return {least(c.n_sink, local_start), local_start};
+}
+
+// A cache of elements E. A page that is not in the pool is read as page 0: nonsense, in bounds.
+template <class E>
+struct Cache {
+  typedef typename E::raw raw;
+  const Call& c;
+  const raw* base;
+  int64_t outer, head, token, dim, width;
+
+  const raw* row(int64_t b, int64_t g, int64_t position) const {
+    if (c.table == nullptr) return base + b * outer + g * head + position * token;
+    uint32_t page = (uint32_t)position / (uint32_t)c.page_size;
+    uint32_t slot = (uint32_t)position % (uint32_t)c.page_size;
+    return base + page_of(b, page) * outer + g * head + slot * token;
+  }
+
+  int64_t page_of(int64_t b, int64_t page) const {
+    int64_t entry = c.table[b * c.table_request + page * c.table_page];
+    return entry >= 0 && entry < c.n_pages ? entry : 0;
+  }
+};
+
+template <class E>
+static inline Cache<E> keys_of(const Call& c) {
+  return {c, (const typename E::raw*)c.k, c.k_outer, c.k_head, c.k_token, c.k_dim, c.D};
+}
+
+template <class E>
+static inline Cache<E> values_of(const Call& c) {
+  return {c, (const typename E::raw*)c.v, c.v_outer, c.v_head, c.v_token, c.v_dim, c.Dv};
+}
+
+// Up to TILE rows, each contiguous: in place, or copied where a row's elements lie apart.
+template <class E>
+struct Tile {
+  typedef typename E::raw raw;
+  const raw* row[TILE];
+  alignas(64) raw copies[TILE * MAX_DIM];
+
+  void gather(const Cache<E>& cache) {
+    if (cache.dim == 1) return;
+    for (int t = 0; t < TILE; ++t) {
+      raw* copy = copies + t * MAX_DIM;
+      for (int64_t d = 0; d < cache.width; ++d) copy[d] = row[t][d * cache.dim];
+      row[t] = copy;
+    }
+  }
+
+  // Positions first to first + count - 1; the last one again in the places behind.
+  void take(const Cache<E>& cache, int64_t b, int64_t g, int64_t first, int count) {
+    if (cache.c.table == nullptr) {
+      for (int t = 0; t < TILE; ++t) row[t] = cache.row(b, g, first + least(t, count - 1));
+    } else {
+      int64_t page_size = cache.c.page_size, page = first / page_size, slot = first % page_size;
+      const raw* start = cache.base + cache.page_of(b, page) * cache.outer + g * cache.head;
+      for (int t = 0; t < TILE; ++t) {
+        row[t] = start + slot * cache.token;
+        if (t + 1 < count && ++slot == page_size) {
+          slot = 0;
+          start = cache.base + cache.page_of(b, ++page) * cache.outer + g * cache.head;
+        }
+      }
+    }
+    gather(cache);
+  }
+
+  // Listed positions. One that the request does not have is read as its last.
+  void take(const Cache<E>& cache, int64_t b, int64_t g, const int32_t* position, int count,
+            int64_t n) {
+    for (int t = 0; t < TILE; ++t) {
+      int64_t at = position[least(t, count - 1)];
+      row[t] = cache.row(b, g, at >= 0 && at < n ? at : n - 1);
+    }
+    gather(cache);
+  }
+};
+
+template <class E>
+static inline void widen_row(const typename E::raw* from, int64_t width, float* to) {
+  int64_t d = 0;
+  for (; d + W <= width; d += W) store(to + d, E::widen(from + d));
+  for (; d < width; ++d) to[d] = E::widen_one(from[d]);
+}
+
+// --- rotations (semantics: positions; numerics: moving keys) ---
+
+// cos and sin of `by` positions at every frequency, times a factor; from tables in float64 where
+// they reach, of high and low digits of `by`, so that the angle is as exact as in float64.
+static inline void wave(const Call& c, int64_t by, double factor, float* cos, float* sin) {
+  int64_t size = by < 0 ? -by : by, half = c.half, high = size / ts::LOW, low = size % ts::LOW;
+  double sign = by < 0 ? -1.0 : 1.0;
+  if (high < c.n_waves) {
+    const double *a = c.waves + low * 2 * half, *b = c.waves + (ts::LOW + high) * 2 * half;
+    for (int64_t i = 0; i < half; ++i) {
+      cos[i] = (float)((a[i] * b[i] - a[half + i] * b[half + i]) * factor);
+      sin[i] = (float)((a[i] * b[half + i] + a[half + i] * b[i]) * factor * sign);
+    }
+    return;
+  }
+  for (int64_t i = 0; i < half; ++i) {
+    double angle = (double)by * c.rates[i];
+    cos[i] = (float)(__builtin_cos(angle) * factor);
+    sin[i] = (float)(__builtin_sin(angle) * factor);
+  }
+}
+
+// Put the first of each pair of rotated dims below the second ones, as `rotate` has them. Queries
+// and keys alike, so that a dot product does not change.
+static inline void split_pairs(const Call& c, float* x) {
+  if (!c.interleaved) return;
+  float apart[MAX_DIM];
+  for (int64_t i = 0; i < c.half; ++i) {
+    apart[i] = x[2 * i];
+    apart[c.half + i] = x[2 * i + 1];
+  }
+  memcpy(x, apart, (size_t)(2 * c.half) * sizeof *x);
+}
+
+static inline void rotate(const Call& c, float* x, const float* cos, const float* sin) {
+  float *first = x, *second = x + c.half;
+  for (int64_t i = 0; i < c.half; ++i) {
+    float a = first[i], b = second[i];
+    first[i] = a * cos[i] - b * sin[i];
+    second[i] = a * sin[i] + b * cos[i];
+  }
+}
+
+// Query i of a head, float32, zeros behind D, moved from its own position to `at`.
+template <class E>
+static inline void query_row(const Call& c, int64_t b, int64_t h, int64_t i, bool moves,
+                             int64_t n, int64_t at, float* to) {
+  const typename E::raw* from =
+      (const typename E::raw*)c.q + b * c.q_request + h * c.q_head + i * c.q_token;
+  for (int64_t d = 0; d < c.D; ++d) to[d] = E::widen_one(from[d * c.q_dim]);
+  for (int64_t d = c.D; d < padded(c.D); ++d) to[d] = 0;
+  if (!moves) return;
+  float cos[MAX_DIM / 2], sin[MAX_DIM / 2];
+  wave(c, c.is_raw ? at : at - (n - c.Lq + i), c.is_raw ? c.rope_scaling : 1.0, cos, sin);
+  split_pairs(c, to);
+  rotate(c, to, cos, sin);
+}
+
+}  // namespace TS_PATH

@@ -1,0 +1,347 @@
+// Stage 1, score: one pass over the keys; what is kept is a float per head and token.
+//
+// The tokens of a request are cut into blocks. Of each block and head, what is kept is e^(s - top),
+// top, the largest logit of the block, and the sum; a softmax's weight is then a product, without a
+// second exp. Blocks depend on positions alone and are added up in their order, so that no result
+// depends on the number of threads.
+#pragma once
+
+#include "dots.h"
+#include "select.h"
+
+namespace TS_PATH {
+
+constexpr int BLOCK = 512;
+constexpr int OFFSETS = 64;  // keys that are rotated by the same table, relative to the first
+
+// What one pass adds: the votes of one run of queries on one ballot, or its lse, or both.
+struct Pass {
+  int64_t ballot;
+  bool is_fixed;            // scored at the one distance, else at the true one
+  int64_t first, last;      // of the queries that are averaged
+  bool votes, lse, is_new;  // is_new: the ballot's first votes
+};
+
+struct Scorer {
+  const Call& c;
+  int64_t G, R, blocks, pitch;
+  float *queries, *mass, *top, *total, *inner_top, *inner_total, *factor, *offsets, *unpooled;
+  Cut* cuts;
+  float* votes;
+  int32_t* queue;
+
+  Scorer(const Call& call, int64_t longest, Arena& arena, bool own_votes) : c(call) {
+    G = c.Hq / c.Hkv, R = c.score_at == ts::AT_BOTH ? 2 : 1;
+    blocks = over(longest, BLOCK), pitch = padded(c.D);
+    queries = arena.take<float>(c.B * c.Hq * pitch);
+    mass = arena.take<float>(c.B * c.Hq * blocks * BLOCK);
+    top = arena.take<float>(c.B * c.Hq * blocks);
+    total = arena.take<float>(c.B * c.Hq * blocks);
+    inner_top = c.over_candidates ? arena.take<float>(c.B * c.Hq * blocks) : top;
+    inner_total = c.over_candidates ? arena.take<float>(c.B * c.Hq * blocks) : total;
+    factor = arena.take<float>(c.B * c.Hq * blocks);
+    offsets = arena.take<float>(OFFSETS * 2 * c.half);
+    cuts = arena.take<Cut>(c.vote == ts::HARD ? c.B * c.Hq : 0);
+    votes = own_votes ? arena.take<float>(c.B * R * c.S * c.Lk) : c.votes;
+    unpooled = c.pool > 1 ? arena.take<float>(c.B * c.S * c.Lk) : nullptr;
+    queue = arena.take<int32_t>(c.pool > 1 ? c.B * c.S * c.Lk : 0);
+  }
+
+  bool rotates(bool is_fixed) const { return c.half > 0 && (is_fixed || c.is_raw); }
+  // Keys are rotated up to their positions, down from them, or not at all.
+  int64_t direction(bool is_fixed) const { return (is_fixed ? 0 : 1) - (c.is_raw ? 0 : 1); }
+  float* votes_of(int64_t b, int64_t ballot, int64_t s) const {
+    return votes + ((b * R + ballot) * c.S + s) * c.Lk;
+  }
+  // Where a pass adds up: what is pooled later is apart.
+  float* sums_of(int64_t b, int64_t ballot, int64_t s) const {
+    return unpooled ? unpooled + (b * c.S + s) * c.Lk : votes_of(b, ballot, s);
+  }
+  float* block_of(int64_t b, int64_t g, int64_t block) const {
+    return mass + ((b * c.Hkv + g) * blocks + block) * G * BLOCK;
+  }
+  int64_t place(int64_t b, int64_t h, int64_t block) const {
+    return (b * c.Hq + h) * blocks + block;
+  }
+
+  template <class E>
+  void average(const Pass& pass, int64_t b, int64_t h) const {
+    int64_t n = length(c, b);
+    double sums[MAX_DIM] = {};
+    float row[MAX_DIM];
+    for (int64_t i = pass.first; i < pass.last; ++i) {
+      int64_t at = pass.is_fixed ? c.n_local : n - c.Lq + i;
+      query_row<E>(c, b, h, i, rotates(pass.is_fixed), n, at, row);
+      for (int64_t d = 0; d < c.D; ++d) sums[d] += row[d];
+    }
+    float* mean = queries + (b * c.Hq + h) * pitch;
+    double share = 1.0 / (double)(pass.last - pass.first);
+    for (int64_t d = 0; d < pitch; ++d) mean[d] = d < c.D ? (float)(sums[d] * share) : 0.0f;
+  }
+
+  // Logits of a block, before scale and softcap.
+  template <class E>
+  void products(int64_t b, int64_t g, int64_t first, int64_t m, float* s) const {
+    const Cache<E> keys = keys_of<E>(c);
+    const float* q = queries + (b * c.Hq + g * G) * pitch;
+    Tile<E> tile;
+    for (int64_t t = 0; t < m; t += TILE) {
+      int count = (int)least(TILE, m - t);
+      tile.take(keys, b, g, first + t, count);
+      dots<E>(q, G, pitch, tile.row, count, c.D, s + t, BLOCK);
+    }
+  }
+
+  // The same for keys that are rotated. A logit depends on the difference of two angles alone: so
+  // the queries take that of the first of OFFSETS keys, once, and the keys only what is left.
+  template <class E>
+  void rotated_products(const Pass& pass, int64_t b, int64_t g, int64_t first, int64_t m,
+                        float* s) const {
+    const Cache<E> keys = keys_of<E>(c);
+    int64_t up = direction(pass.is_fixed);
+    float cos[MAX_DIM / 2], sin[MAX_DIM / 2];
+    alignas(64) float moved[MAX_GROUP * MAX_DIM], wide[TILE * MAX_DIM];
+    const float* row[TILE];
+    Tile<E> tile;
+    for (int64_t t = 0; t < m; t += TILE) {
+      if (t % OFFSETS == 0) {
+        wave(c, -up * (first + t), c.is_raw ? c.rope_scaling : 1.0, cos, sin);
+        memcpy(moved, queries + (b * c.Hq + g * G) * pitch, (size_t)(G * pitch) * sizeof *moved);
+        for (int64_t r = 0; r < G; ++r) rotate(c, moved + r * pitch, cos, sin);
+      }
+      int count = (int)least(TILE, m - t);
+      tile.take(keys, b, g, first + t, count);
+      for (int i = 0; i < TILE; ++i) {
+        float* to = wide + i * pitch;
+        row[i] = to;
+        widen_row<E>(tile.row[i], c.D, to);
+        split_pairs(c, to);
+        const float* by = offsets + (t + i) % OFFSETS * 2 * c.half;
+        if (up != 0) rotate(c, to, by, by + c.half);
+      }
+      dots<Float32>(moved, G, pitch, row, count, c.D, s + t, BLOCK);
+    }
+  }
+
+  // The table of rotations of keys by 0 to OFFSETS - 1 positions.
+  void prepare(const Pass& pass) const {
+    if (!rotates(pass.is_fixed)) return;
+    for (int64_t i = 0; i < OFFSETS; ++i) {
+      float* by = offsets + i * 2 * c.half;
+      wave(c, direction(pass.is_fixed) * i, 1.0, by, by + c.half);
+    }
+  }
+
+  template <class E>
+  void score_block(const Pass& pass, int64_t b, int64_t g, int64_t block) const {
+    int64_t n = length(c, b), first = block * BLOCK, m = least(BLOCK, n - first);
+    float* s = block_of(b, g, block);
+    if (rotates(pass.is_fixed)) {
+      rotated_products<E>(pass, b, g, first, m, s);
+    } else {
+      products<E>(b, g, first, m, s);
+    }
+    Regions of = regions(c, n);
+    for (int64_t r = 0; r < G; ++r) {
+      int64_t at = place(b, g * G + r, block);
+      float* row = s + r * BLOCK;
+      top[at] = finish(row, m);
+      if (c.vote != ts::SOFT) {
+        total[at] = add_up(row, 0, m, top[at], nullptr);
+      } else if (!c.over_candidates) {
+        total[at] = add_up(row, 0, m, top[at], row);
+      } else {
+        total[at] = add_up(row, 0, m, top[at], nullptr);
+        int64_t from = most(of.sink_end - first, 0), to = least(of.local_start - first, m);
+        inner_top[at] = -INF;
+        for (int64_t j = from; j < to; ++j) {
+          inner_top[at] = row[j] > inner_top[at] ? row[j] : inner_top[at];
+        }
+        inner_total[at] = add_up(row, from, to, inner_top[at], row);
+      }
+    }
+  }
+
+  // Scale, cap, and give -inf to what is not finite and to what lies behind m; return the largest.
+  float finish(float* s, int64_t m) const {
+    vf largest = all(-INF), scale = all((float)c.select_scale);
+    for (int64_t j = m; j < over(m, W) * W; ++j) s[j] = -INF;
+    for (int64_t j = 0; j < m; j += W) {
+      vf x = load(s + j) * scale;
+      vi finite = (vf)((vi)x & 0x7fffffff) < INF;
+      if (c.softcap > 0) x = tanh(x / (float)c.softcap) * (float)c.softcap;
+      x = pick(finite, x, all(-INF));
+      store(s + j, x);
+      largest = larger(x, largest);
+    }
+    return maximum(largest);
+  }
+
+  // The sum of e^(s - top) over a range; `kept` gets the terms, if it is not null.
+  static float add_up(const float* s, int64_t from, int64_t to, float top, float* kept) {
+    vf sums = {}, above = all(top > -INF ? top : 0.0f);
+    int64_t j = from;
+    for (; j + W <= to; j += W) {
+      vf x = exp(load(s + j) - above);
+      if (kept) store(kept + j, x);
+      sums += x;
+    }
+    if (j < to) {
+      float part[W];
+      store(part, all(-INF));
+      memcpy(part, s + j, (size_t)(to - j) * sizeof *s);
+      vf x = exp(load(part) - above);
+      store(part, x);
+      if (kept) memcpy(kept + j, part, (size_t)(to - j) * sizeof *s);
+      sums += x;
+    }
+    return sum(sums);
+  }
+
+  // Of a head's blocks: the lse, and by what a kept term becomes a weight of the softmax.
+  void normalize(const Pass& pass, int64_t b, int64_t h) const {
+    int64_t n = length(c, b), used = over(n, BLOCK);
+    if (pass.lse) {
+      double sum;
+      float largest = merged(top, total, b, h, used, sum);
+      c.dense_lse[b * c.Hq + h] = sum > 0 ? (float)(largest + __builtin_log(sum)) : -INF;
+    }
+    if (!pass.votes) return;
+    if (c.vote == ts::HARD) {
+      Regions of = regions(c, n);
+      auto key = [&](int64_t i) { return ordered(logit(b, h, of.sink_end + i)); };
+      cuts[b * c.Hq + h] = find_cut(of.local_start - of.sink_end, c.budget, key);
+    }
+    if (c.vote != ts::SOFT) return;
+    double sum;
+    float largest = merged(inner_top, inner_total, b, h, used, sum);
+    for (int64_t i = 0; i < used; ++i) {
+      int64_t at = place(b, h, i);
+      bool has_weight = inner_top[at] > -INF && sum > 0;
+      factor[at] = has_weight
+                       ? (float)(__builtin_exp((double)inner_top[at] - largest) / sum)
+                       : 0.0f;
+    }
+  }
+
+  float merged(const float* tops, const float* totals, int64_t b, int64_t h, int64_t used,
+               double& sum) const {
+    float largest = -INF;
+    for (int64_t i = 0; i < used; ++i) {
+      float x = tops[place(b, h, i)];
+      largest = x > largest ? x : largest;
+    }
+    sum = 0;
+    for (int64_t i = 0; i < used; ++i) {
+      int64_t at = place(b, h, i);
+      if (tops[at] > -INF) sum += totals[at] * __builtin_exp((double)tops[at] - largest);
+    }
+    return largest;
+  }
+
+  float logit(int64_t b, int64_t h, int64_t j) const {
+    return block_of(b, h / G, j / BLOCK)[h % G * BLOCK + j % BLOCK];
+  }
+
+  // Add a block's votes up, head after head; a whole block, whatever of it are candidates.
+  void vote_block(const Pass& pass, int64_t b, int64_t block) const {
+    int64_t n = length(c, b), first = block * BLOCK, m = least(BLOCK, n - first);
+    int64_t heads = c.Hq / c.S;
+    alignas(64) float sums[BLOCK];
+    for (int64_t s = 0; s < c.S; ++s) {
+      float* to = sums_of(b, pass.ballot, s) + first;
+      memset(sums, 0, sizeof sums);
+      if (!pass.is_new) memcpy(sums, to, (size_t)m * sizeof *to);
+      for (int64_t h = s * heads; h < (s + 1) * heads; ++h) {
+        const float* x = block_of(b, h / G, block) + h % G * BLOCK;
+        if (c.vote == ts::HARD) {
+          const Cut& cut = cuts[b * c.Hq + h];
+          int64_t start = regions(c, n).sink_end;
+          for (int64_t j = 0; j < m; ++j) {
+            sums[j] += first + j >= start && cut.takes(ordered(x[j]), first + j - start);
+          }
+        } else {
+          vf by = all(c.vote == ts::SOFT ? factor[place(b, h, block)] : 1.0f);
+          for (int64_t j = 0; j < m; j += W) store(sums + j, load(sums + j) + load(x + j) * by);
+        }
+      }
+      memcpy(to, sums, (size_t)m * sizeof *to);
+    }
+  }
+
+  // The largest of each centred window of `pool` candidates, by a queue of those that may be it.
+  void pool_votes(int64_t b, int64_t ballot, int64_t s) const {
+    Regions of = regions(c, length(c, b));
+    int64_t m = of.local_start - of.sink_end, reach = least(c.pool / 2, m), read = 0;
+    const float* from = sums_of(b, ballot, s) + of.sink_end;
+    float* to = votes_of(b, ballot, s) + of.sink_end;
+    int32_t* in_reach = queue + (b * c.S + s) * c.Lk;
+    int64_t front = 0, back = 0;
+    for (int64_t j = 0; j < m; ++j) {
+      for (; read < m && read <= j + reach; ++read) {
+        while (back > front && from[in_reach[back - 1]] <= from[read]) --back;
+        in_reach[back++] = (int32_t)read;
+      }
+      while (in_reach[front] < j - reach) ++front;
+      to[j] = from[in_reach[front]];
+    }
+  }
+
+  // -inf to all places of a row that are no candidate's.
+  void veil(int64_t b, int64_t ballot, int64_t s) const {
+    int64_t n = length(c, b);
+    Regions of = n > 0 ? regions(c, n) : Regions{0, 0};
+    float* row = votes_of(b, ballot, s);
+    for (int64_t j = 0; j < of.sink_end; ++j) row[j] = -INF;
+    for (int64_t j = of.local_start; j < c.Lk; ++j) row[j] = -INF;
+  }
+
+  template <class E>
+  void run_pass(const Pass& pass, int64_t threads) const {
+    prepare(pass);
+    ts::parallel(threads, c.B * c.Hq, [&](int64_t unit) {
+      if (length(c, unit / c.Hq) > 0) average<E>(pass, unit / c.Hq, unit % c.Hq);
+    });
+    ts::parallel(threads, c.B * blocks * c.Hkv, [&](int64_t unit) {
+      int64_t g = unit % c.Hkv, block = unit / c.Hkv % blocks, b = unit / c.Hkv / blocks;
+      if (block * BLOCK < length(c, b)) score_block<E>(pass, b, g, block);
+    });
+    ts::parallel(threads, c.B * c.Hq, [&](int64_t unit) {
+      int64_t b = unit / c.Hq, h = unit % c.Hq;
+      if (length(c, b) > 0) {
+        normalize(pass, b, h);
+      } else if (pass.lse) {
+        c.dense_lse[unit] = -INF;
+      }
+    });
+    if (!pass.votes) return;
+    ts::parallel(threads, c.B * blocks, [&](int64_t unit) {
+      int64_t b = unit / blocks, block = unit % blocks;
+      if (block * BLOCK < length(c, b)) vote_block(pass, b, block);
+    });
+  }
+
+  template <class E>
+  void run(int64_t threads, bool veils) const {
+    int64_t runs = least(c.runs, c.Lq);
+    for (int64_t ballot = 0; ballot < R; ++ballot) {
+      bool is_fixed = c.score_at == ts::AT_FIXED || (R == 2 && ballot == 0);
+      bool is_last = ballot == R - 1;
+      for (int64_t i = 0, first = 0; i < runs; ++i) {
+        int64_t last = first + c.Lq / runs + (i < c.Lq % runs);
+        run_pass<E>({ballot, is_fixed, first, last, true, is_last && runs == 1, i == 0}, threads);
+        first = last;
+      }
+      if (is_last && runs > 1) {
+        run_pass<E>({ballot, is_fixed, 0, c.Lq, false, true, false}, threads);
+      }
+      ts::parallel(threads, c.B * c.S, [&](int64_t unit) {
+        int64_t b = unit / c.S, s = unit % c.S;
+        if (unpooled && length(c, b) > 0) pool_votes(b, ballot, s);
+        if (veils) veil(b, ballot, s);
+      });
+    }
+  }
+};
+
+}  // namespace TS_PATH

@@ -1,0 +1,172 @@
+"""The stages of one call, each a call of the library; the fused step is one."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenselect.contract import AttentionOutput, Problem, Scores, Selection
+from tokenselect.kernels.native import chunk
+from tokenselect.kernels.native.library import Library
+from tokenselect.kernels.native.waves import waves
+from tokenselect.scratch import empty
+
+SCORE, SELECT, ATTEND, GATHER = 1, 2, 4, 8
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_VOTES = {"soft": 0, "logit": 1, "hard": 2}
+_SCORE_AT = {"true": 0, "fixed": 1, "split": 2}
+# Less than this many bytes of cache are read by one thread: waking others takes as long.
+_ALONE = 2**20
+# More queries than this are attended by matrix products over gathered rows.
+_FEW_QUERIES = 16
+# Scratch that is kept for the next call.
+_KEPT = 2**28
+
+
+class Stages:
+    """The stages, on one library. No state shows in a result: what is kept is spare memory."""
+
+    def __init__(self, library: Library) -> None:
+        self._library = library
+        self._spare: list[Tensor] = []
+        self._nothing = dict.fromkeys(library.fields, 0) | {"path": library.number}
+
+    def score(self, problem: Problem) -> Scores:
+        """Return votes and lse within their tolerance, in one pass over the keys."""
+        p, device = problem, problem.q.device
+        votes = empty((p.B, p.R, p.S, p.Lk), torch.float32, device)
+        lse = empty((p.B, p.Hq), torch.float32, device)
+        self._run(p, SCORE, votes=votes, dense_lse=lse)
+        return Scores(votes, lse)
+
+    def select(self, votes: Tensor, problem: Problem) -> Selection:
+        """Return the selection that votes (B, R, S, Lk) make; bit-exact."""
+        selection = self._selection(problem)
+        self._run(
+            problem, SELECT, votes=votes.contiguous(), positions=selection[0], count=selection[1]
+        )
+        return selection
+
+    def attend(self, problem: Problem, selection: Selection) -> AttentionOutput:
+        """Return attention over any selection, within its tolerance."""
+        positions, count = (x.contiguous() for x in selection)
+        attended = self._attended(problem)
+        if problem.Lq > _FEW_QUERIES:
+            chunk.attend(problem, positions, count, *attended, self._gather)
+        else:
+            self._run(
+                problem, ATTEND, positions=positions, count=count,
+                out=attended[0], out_lse=attended[1],
+            )  # fmt: skip
+        return attended
+
+    def attend_fresh(self, problem: Problem) -> tuple[AttentionOutput, Selection, Tensor]:
+        """Score, select and attend in one call of the library."""
+        p = problem
+        lse = empty((p.B, p.Hq), torch.float32, p.q.device)
+        selection, attended = self._selection(p), self._attended(p)
+        made = {"dense_lse": lse, "positions": selection[0], "count": selection[1]}
+        if p.Lq > _FEW_QUERIES:
+            self._run(p, SCORE | SELECT, **made)
+            chunk.attend(p, *selection, *attended, self._gather)
+        else:
+            self._run(
+                p, SCORE | SELECT | ATTEND, **made, out=attended[0], out_lse=attended[1]
+            )
+        return attended, selection, lse
+
+    def _gather(self, problem: Problem, request: int, **tensors: Tensor) -> None:
+        self._run(problem, GATHER, request=request, **tensors)
+
+    @staticmethod
+    def _selection(p: Problem) -> Selection:
+        device = p.q.device
+        positions = empty((p.B, p.S, p.K), torch.int32, device)
+        return Selection(positions, empty((p.B, p.S), torch.int32, device))
+
+    @staticmethod
+    def _attended(p: Problem) -> AttentionOutput:
+        out = empty((p.B, p.Hq, p.Lq, p.Dv), p.q.dtype, p.q.device)
+        return AttentionOutput(out, empty((p.B, p.Hq, p.Lq), torch.float32, p.q.device))
+
+    def _run(self, problem: Problem, stages: int, request: int = 0, **tensors: Tensor) -> None:
+        """Run stages of a problem; `tensors` are what they read and write beside it."""
+        values = self._values(problem, stages)
+        values["request"] = request
+        for name, tensor in tensors.items():
+            values[name] = tensor.data_ptr()
+        if "positions" in tensors:
+            values["columns"] = tensors["positions"].shape[2]
+        needed = self._library.run(values)
+        if needed == 0:
+            needed = 1
+        try:
+            scratch = self._spare.pop()
+        except IndexError:
+            scratch = None
+        if scratch is None or scratch.numel() < needed:
+            scratch = torch.empty(needed, dtype=torch.uint8)
+        values["scratch"] = scratch.data_ptr()
+        self._library.run(values)
+        if scratch.numel() <= _KEPT and len(self._spare) < 4:
+            self._spare.append(scratch)
+
+    def _values(self, p: Problem, stages: int) -> dict[str, Any]:
+        """Return the fields of `Call` in cpp/call.h that a problem fills in."""
+        c = p.config
+        q, k, v = p.q, p.k_cache, p.v_cache
+        B, Hq, Lq, D = q.shape
+        values = self._nothing.copy()
+        q_request, q_head, q_token, q_dim = q.stride()
+        table = p.block_table
+        if table is None:
+            Hkv, Lk = k.shape[1], k.shape[2]
+            k_outer, k_head, k_token, k_dim = k.stride()
+            v_outer, v_head, v_token, v_dim = v.stride()
+        else:
+            page_size, Hkv = k.shape[1], k.shape[2]
+            Lk = table.shape[1] * page_size
+            k_outer, k_token, k_head, k_dim = k.stride()
+            v_outer, v_token, v_head, v_dim = v.stride()
+            table_request, table_page = table.stride()
+            values.update(
+                table=table.data_ptr(), table_request=table_request, table_page=table_page,
+                n_pages=k.shape[0], page_size=page_size,
+            )  # fmt: skip
+        threads = 1
+        if self._library.has_threads and 2 * B * Hkv * Lk * D * k.itemsize > _ALONE:
+            threads = torch.get_num_threads()
+        values.update(
+            stages=stages, threads=threads, B=B, Hq=Hq, Hkv=Hkv, Lq=Lq, D=D, Dv=v.shape[3], Lk=Lk,
+            S=p.S, K=p.K, columns=p.K, dtype=DTYPES[q.dtype],
+            q=q.data_ptr(), q_request=q_request, q_head=q_head, q_token=q_token, q_dim=q_dim,
+            k=k.data_ptr(), k_outer=k_outer, k_head=k_head, k_token=k_token, k_dim=k_dim,
+            v=v.data_ptr(), v_outer=v_outer, v_head=v_head, v_token=v_token, v_dim=v_dim,
+            lengths=p.cache_seqlens.data_ptr(), select_scale=p.select_scale, scale=p.scale,
+            softcap=p.softcap or 0.0, budget=c.k, fixed_budget=c.ballots[0][1],
+            n_sink=c.n_sink, n_local=c.n_local, vote=_VOTES[c.vote],
+            over_candidates=c.vote == "soft" and c.normalize == "candidates",
+            pool=c.pool, runs=c.n_query_means, score_at=_SCORE_AT[c.score_at],
+            contiguous=c.positions == "contiguous",
+        )  # fmt: skip
+        if p.sink_logits is not None:
+            sinks = p.sink_logits.float().contiguous()
+            values["kept sinks"], values["sinks"] = sinks, sinks.data_ptr()
+        if p.rope is not None and (p.rope.cached == "raw" or _moves(p)):
+            tables = waves(p.rope.inv_freq, Lk)
+            values["kept waves"] = tables
+            values.update(
+                waves=tables.waves.data_ptr(), n_waves=tables.n_waves,
+                rates=tables.rates.data_ptr(), half=p.rope.inv_freq.shape[0],
+                interleaved=p.rope.interleaved, is_raw=p.rope.cached == "raw",
+                rope_scaling=p.rope.scaling,
+            )  # fmt: skip
+        return values
+
+
+def _moves(p: Problem) -> bool:
+    return p.config.positions == "contiguous" or p.config.score_at != "true"
+
+
+Gather = Callable[..., None]

@@ -1,0 +1,47 @@
+"""Tables of cos and sin in float64, from which the kernels make any angle, as exactly."""
+
+import threading
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LOW = 512  # as in cpp/call.h
+_KEPT = 8
+_tables: dict[tuple[bytes, int], "Waves"] = {}
+_lock = threading.Lock()
+
+
+class Waves(NamedTuple):
+    """Of angles position * inv_freq.
+
+    waves    (LOW + n_waves, 2, half) float64: cos and sin of positions 0 to LOW - 1, then of
+             0, LOW, 2 LOW, ...
+    n_waves  how many of the latter
+    rates    (half,) float64, the frequencies
+    """
+
+    waves: Tensor
+    n_waves: int
+    rates: Tensor
+
+
+def waves(inv_freq: Tensor, reach: int) -> Waves:
+    """Return the tables for positions up to `reach`, kept for the next call.
+
+    What is kept depends on the frequencies' values alone, so that it cannot show in a result.
+    """
+    rates = inv_freq.detach().double().contiguous()
+    n_waves = 1 << (-(-(reach + 1) // LOW) - 1).bit_length()
+    key = rates.numpy().tobytes(), n_waves
+    found = _tables.get(key)
+    if found is None:
+        low, high = torch.arange(LOW), torch.arange(n_waves) * LOW
+        angle = torch.cat((low, high)).double()[:, None] * rates
+        table = torch.stack((angle.cos(), angle.sin()), dim=1).contiguous()
+        found = Waves(table, n_waves, rates.clone())
+        with _lock:
+            while len(_tables) >= _KEPT:
+                _tables.pop(next(iter(_tables)))
+            _tables[key] = found
+    return found
