@@ -209,9 +209,6 @@ struct Attender {
       largest = x > largest ? x : largest;
     }
     double total = 0, above = finite_or_zero(largest);
-    double top = above;
-    if (c.sinks && c.sinks[h] > top) top = finite_or_zero(c.sinks[h]);
-    if (c.sinks && largest == -INF) top = finite_or_zero(c.sinks[h]);
     float sums[MAX_DIM] = {};
     for (int64_t k = 0; k < used; ++k) {
       const float* x = part(b, h, i, k);
@@ -221,11 +218,12 @@ struct Attender {
       for (int64_t d = 0; d < c.Dv; ++d) sums[d] += x[d] * by;
     }
     c.out_lse[at] = total == 0 ? -INF : (float)(above + __builtin_log(total));
-    double weight = total;
-    double share = 1.0;
+    double share = 1, weight = total;
     if (c.sinks) {
-      share = __builtin_exp(above - top);
-      weight = total * share + __builtin_exp(c.sinks[h] - top);
+      double sink = c.sinks[h];
+      bool takes_more = sink > above || (largest == -INF && sink > -INF);
+      if (takes_more) share = largest == -INF ? 0 : __builtin_exp(above - sink);
+      weight = total * share + (takes_more ? 1 : __builtin_exp(sink - above));
     }
     for (int64_t d = 0; d < c.Dv; ++d) out[d] = E::narrow((float)(sums[d] * share / weight));
   }
