@@ -9,7 +9,7 @@
 
 namespace TS_PATH {
 
-constexpr int SPLIT = 256;
+constexpr int SPLIT = 10 * TILE;
 
 struct Attender {
   const Call& c;
@@ -92,20 +92,28 @@ struct Attender {
     const Cache<E> keys = keys_of<E>(c), values = values_of<E>(c);
     alignas(64) float weights[MAX_GROUP * SPLIT], wide[TILE * MAX_DIM];
     float q[MAX_GROUP * MAX_DIM];
-    const float* row[TILE];
-    Tile<E> tile;
     for (int64_t r = 0; r < G; ++r) {
       memcpy(q + r * pitch, query(b, g * G + r, i), (size_t)pitch * sizeof *q);
     }
+    Tile<E> tiles[2];
+    auto take = [&](const Cache<E>& cache, int64_t t) {
+      int64_t count = least(TILE, m - t);
+      tiles[t / TILE % 2].take(cache, b, g, position + t, (int)count, n);
+    };
+    take(keys, 0);
     for (int64_t t = 0; t < m; t += TILE) {
       int count = (int)least(TILE, m - t);
-      tile.take(keys, b, g, position + t, count, n);
+      const Tile<E>&tile = tiles[t / TILE % 2], &ahead = tiles[t / TILE % 2 ^ 1];
+      bool is_last = t + TILE >= m || keys.dim != 1;
+      if (t + TILE < m) take(keys, t + TILE);
       if (moves()) {
+        const float* row[TILE];
         moved_keys<E>(tile, b, s, first + t, count, wide, pitch);
         for (int j = 0; j < TILE; ++j) row[j] = wide + least(j, count - 1) * pitch;
-        dots<Float32>(q, G, pitch, row, count, c.D, weights + t, SPLIT);
+        dots<Float32>(q, G, pitch, row, row, count, c.D, weights + t, SPLIT);
       } else {
-        dots<E>(q, G, pitch, tile.row, count, c.D, weights + t, SPLIT);
+        dots<E>(q, G, pitch, tile.row, is_last ? tile.row : ahead.row, count, c.D, weights + t,
+                SPLIT);
       }
     }
     for (int64_t r = 0; r < G; ++r) {
@@ -113,11 +121,14 @@ struct Attender {
       weigh(weights + r * SPLIT, m, to + c.Dv);
       memset(to, 0, (size_t)c.Dv * sizeof *to);
     }
+    take(values, 0);
     for (int64_t t = 0; t < m; t += TILE) {
-      int count = (int)least(TILE, m - t);
-      tile.take(values, b, g, position + t, count, n);
+      const Tile<E>&tile = tiles[t / TILE % 2], &ahead = tiles[t / TILE % 2 ^ 1];
+      if (t + TILE < m) take(values, t + TILE);
+      bool is_last = t + TILE >= m || values.dim != 1;
       float* to = part(b, g * G, i, split);
-      add_values<E>(tile.row, count, weights + t, to, part(b, g * G + 1, i, split) - to);
+      add_values<E>(tile.row, is_last ? tile.row : ahead.row, (int)least(TILE, m - t),
+                    weights + t, to, part(b, g * G + 1, i, split) - to);
     }
   }
 
@@ -146,21 +157,21 @@ struct Attender {
 
   // to[r] += sum over t of weights[r, t] values[t], for the G rows of a group.
   template <class E>
-  void add_values(const typename E::raw* const* value, int count, const float* weights, float* to,
-                  int64_t stride) const {
+  void add_values(const typename E::raw* const* value, const typename E::raw* const* ahead,
+                  int count, const float* weights, float* to, int64_t stride) const {
     int64_t rows = G;
     while (rows >= 4) {
-      add_values_of<E, 4>(value, count, weights, to, stride);
-      weights += 4 * SPLIT, to += 4 * stride, rows -= 4;
+      add_values_of<E, 4>(value, ahead, count, weights, to, stride);
+      weights += 4 * SPLIT, to += 4 * stride, rows -= 4, ahead = value;
     }
-    if (rows == 3) add_values_of<E, 3>(value, count, weights, to, stride);
-    if (rows == 2) add_values_of<E, 2>(value, count, weights, to, stride);
-    if (rows == 1) add_values_of<E, 1>(value, count, weights, to, stride);
+    if (rows == 3) add_values_of<E, 3>(value, ahead, count, weights, to, stride);
+    if (rows == 2) add_values_of<E, 2>(value, ahead, count, weights, to, stride);
+    if (rows == 1) add_values_of<E, 1>(value, ahead, count, weights, to, stride);
   }
 
   template <class E, int R>
-  void add_values_of(const typename E::raw* const* value, int count, const float* weights,
-                     float* to, int64_t stride) const {
+  void add_values_of(const typename E::raw* const* value, const typename E::raw* const* ahead,
+                     int count, const float* weights, float* to, int64_t stride) const {
     constexpr int N = R == 1 ? 4 : 2;
     int64_t d = 0;
     for (; d + N * W <= c.Dv; d += N * W) {
@@ -170,7 +181,10 @@ struct Attender {
       }
       for (int t = 0; t < count; ++t) {
         vf x[N];
-        TS_UNROLL for (int v = 0; v < N; ++v) x[v] = E::widen(value[t] + d + v * W);
+        TS_UNROLL for (int v = 0; v < N; ++v) {
+          x[v] = E::widen(value[t] + d + v * W);
+          __builtin_prefetch(ahead[t] + d + v * W);
+        }
         TS_UNROLL for (int r = 0; r < R; ++r) {
           vf by = all(weights[r * SPLIT + t]);
           TS_UNROLL for (int v = 0; v < N; ++v) sums[r][v] += x[v] * by;

@@ -10,7 +10,7 @@ using ts::Call;
 using ts::MAX_DIM;
 using ts::MAX_GROUP;
 
-constexpr int TILE = 16;  // rows that are taken at once
+constexpr int TILE = 24;  // rows that are taken at once
 
 // Memory of a call, handed out in one order: the same code measures it, from a null pointer on.
 struct Arena {

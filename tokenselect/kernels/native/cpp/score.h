@@ -11,8 +11,8 @@
 
 namespace TS_PATH {
 
-constexpr int BLOCK = 512;
-constexpr int OFFSETS = 64;  // keys that are rotated by the same table, relative to the first
+constexpr int BLOCK = 20 * TILE;
+constexpr int OFFSETS = 2 * TILE;  // keys that are rotated by the same table, relative to the first
 
 // What one pass adds: the votes of one run of queries on one ballot, or its lse, or both.
 struct Pass {
@@ -79,16 +79,29 @@ struct Scorer {
     for (int64_t d = 0; d < pitch; ++d) mean[d] = d < c.D ? (float)(sums[d] * share) : 0.0f;
   }
 
-  // Logits of a block, before scale and softcap.
+  // Logits of a block and some KV heads, before scale and softcap: a tile of all of these heads
+  // after the other, while the next one is fetched.
   template <class E>
-  void products(int64_t b, int64_t g, int64_t first, int64_t m, float* s) const {
+  void products(int64_t b, int64_t g_first, int64_t g_end, int64_t first, int64_t m,
+                int64_t block) const {
     const Cache<E> keys = keys_of<E>(c);
-    const float* q = queries + (b * c.Hq + g * G) * pitch;
-    Tile<E> tile;
+    Tile<E> tiles[2];
+    int now = 0;
+    tiles[0].take(keys, b, g_first, first, (int)least(TILE, m));
     for (int64_t t = 0; t < m; t += TILE) {
-      int count = (int)least(TILE, m - t);
-      tile.take(keys, b, g, first + t, count);
-      dots<E>(q, G, pitch, tile.row, count, c.D, s + t, BLOCK);
+      for (int64_t g = g_first; g < g_end; ++g, now ^= 1) {
+        bool is_last = g + 1 == g_end;
+        int64_t t_next = is_last ? t + TILE : t, left = m - t_next;
+        if (left > 0) {
+          tiles[now ^ 1].take(keys, b, is_last ? g_first : g + 1, first + t_next,
+                              (int)least(TILE, left));
+        }
+        const auto* row = tiles[now].row;
+        const auto* ahead = left > 0 && keys.dim == 1 ? tiles[now ^ 1].row : row;
+        const float* q = queries + (b * c.Hq + g * G) * pitch;
+        dots<E>(q, G, pitch, row, ahead, (int)least(TILE, m - t), c.D,
+                block_of(b, g, block) + t, BLOCK);
+      }
     }
   }
 
@@ -119,7 +132,7 @@ struct Scorer {
         const float* by = offsets + (t + i) % OFFSETS * 2 * c.half;
         if (up != 0) rotate(c, to, by, by + c.half);
       }
-      dots<Float32>(moved, G, pitch, row, count, c.D, s + t, BLOCK);
+      dots<Float32>(moved, G, pitch, row, row, count, c.D, s + t, BLOCK);
     }
   }
 
@@ -132,16 +145,22 @@ struct Scorer {
     }
   }
 
+  // A block of tokens of some KV heads.
   template <class E>
-  void score_block(const Pass& pass, int64_t b, int64_t g, int64_t block) const {
-    int64_t n = length(c, b), first = block * BLOCK, m = least(BLOCK, n - first);
-    float* s = block_of(b, g, block);
-    if (rotates(pass.is_fixed)) {
-      rotated_products<E>(pass, b, g, first, m, s);
-    } else {
-      products<E>(b, g, first, m, s);
+  void score_block(const Pass& pass, int64_t b, int64_t g_first, int64_t g_end,
+                   int64_t block) const {
+    int64_t first = block * BLOCK, m = least(BLOCK, length(c, b) - first);
+    if (!rotates(pass.is_fixed)) products<E>(b, g_first, g_end, first, m, block);
+    for (int64_t g = g_first; g < g_end; ++g) {
+      float* s = block_of(b, g, block);
+      if (rotates(pass.is_fixed)) rotated_products<E>(pass, b, g, first, m, s);
+      soften(b, g, block, first, m, s);
     }
-    Regions of = regions(c, n);
+  }
+
+  // Turn a block's logits into what is kept of them.
+  void soften(int64_t b, int64_t g, int64_t block, int64_t first, int64_t m, float* s) const {
+    Regions of = regions(c, length(c, b));
     for (int64_t r = 0; r < G; ++r) {
       int64_t at = place(b, g * G + r, block);
       float* row = s + r * BLOCK;
@@ -302,9 +321,11 @@ struct Scorer {
     ts::parallel(threads, c.B * c.Hq, [&](int64_t unit) {
       if (length(c, unit / c.Hq) > 0) average<E>(pass, unit / c.Hq, unit % c.Hq);
     });
-    ts::parallel(threads, c.B * blocks * c.Hkv, [&](int64_t unit) {
-      int64_t g = unit % c.Hkv, block = unit / c.Hkv % blocks, b = unit / c.Hkv / blocks;
-      if (block * BLOCK < length(c, b)) score_block<E>(pass, b, g, block);
+    // Where the heads of a token lie side by side, they are read together.
+    int64_t together = c.k_head < c.k_token ? c.Hkv : 1, parts = c.Hkv / together;
+    ts::parallel(threads, c.B * blocks * parts, [&](int64_t unit) {
+      int64_t g = unit % parts * together, block = unit / parts % blocks, b = unit / parts / blocks;
+      if (block * BLOCK < length(c, b)) score_block<E>(pass, b, g, g + together, block);
     });
     ts::parallel(threads, c.B * c.Hq, [&](int64_t unit) {
       int64_t b = unit / c.Hq, h = unit % c.Hq;

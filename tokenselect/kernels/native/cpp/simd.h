@@ -66,9 +66,16 @@ struct Float32 {
 struct BFloat16 {
   typedef uint16_t raw;
   static vf widen(const raw* p) {
+#if defined(__AVX512F__)
+    vu bits = (vu)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__AVX2__)
+    vu bits = (vu)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+#else
     vh x;
     memcpy(&x, p, sizeof x);
-    return (vf)(__builtin_convertvector(x, vu) << 16);
+    vu bits = __builtin_convertvector(x, vu);
+#endif
+    return (vf)(bits << 16);
   }
   static float widen_one(raw x) {
     uint32_t bits = (uint32_t)x << 16;
@@ -195,18 +202,24 @@ static inline vf folded(vf x, vf y, Lanes<I...>) {
 #endif
 }
 
-constexpr int reversed(int lane, int size) {
-  int result = 0;
-  for (int bit = 1; bit < size; bit *= 2, lane /= 2) result = 2 * result + lane % 2;
-  return result;
-}
+// Where lane_sums has the sum of vector i: folding reverses the bits of its lane.
+struct SumAt {
+  int place[64];
+
+  constexpr SumAt() : place() {
+    for (int i = 0; i < 64; ++i) {
+      int lane = i % W, result = 0;
+      for (int bit = 1; bit < W; bit *= 2, lane /= 2) result = 2 * result + lane % 2;
+      place[i] = i / W * W + result;
+    }
+  }
+};
+constexpr SumAt SUM_AT;
 
 template <int N, int H>
 static inline void fold(const vf* a, float* sums) {
   if constexpr (H == 0) {
-    float lanes[N * W];
-    TS_UNROLL for (int i = 0; i < N; ++i) store(lanes + i * W, a[i]);
-    TS_UNROLL for (int i = 0; i < N * W; ++i) sums[i / W * W + reversed(i % W, W)] = lanes[i];
+    TS_UNROLL for (int i = 0; i < N; ++i) store(sums + i * W, a[i]);
   } else {
     constexpr int M = (N + 1) / 2;
     vf b[M];
@@ -217,8 +230,8 @@ static inline void fold(const vf* a, float* sums) {
   }
 }
 
-// The sum of the lanes of each of N vectors, in an order that depends on nothing but W. There is
-// room for N rounded up to a multiple of W.
+// The sum of the lanes of each of N vectors, that of vector i at sums[SUM_AT.place[i]], added up in an
+// order that depends on nothing but W. There is room for N rounded up to a multiple of W.
 template <int N>
 static inline void lane_sums(const vf* a, float* sums) {
   fold<N, W / 2>(a, sums);
