@@ -85,6 +85,9 @@ class Backend:
     attend_fresh
              score, select and attend in one: problem -> (AttentionOutput, Selection, the lse of
              `Scores`), which an ordinary call without a Selection Cache then takes; None: in turn
+    attend_cached
+             the same with one: (problem, state, theta) -> the three, and reused (B,) bool, with
+             the steps of `reuse` around the stages; None: in turn
     static   the stages as a plan runs them; None if they cannot be planned
     reuse    the Selection Cache's steps; those of cpu are torch operators and run on any device
     unavailable
@@ -102,6 +105,13 @@ class Backend:
     reuse: Reuse | str = "cpu"
     replays: Callable[[], Any] | None = None
     attend_fresh: Callable[[Problem], tuple[AttentionOutput, Selection, Tensor]] | None = None
+    attend_cached: (
+        Callable[
+            [Problem, CacheState, float | None],
+            tuple[AttentionOutput, Selection, Tensor, Tensor],
+        ]
+        | None
+    ) = None
     unavailable: str | None = None
     lenders: tuple["Backend", ...] = ()
 

@@ -55,7 +55,8 @@ def run_step(
     """Run score, select and attend of `stages`, around them decide_reuse and update if `state`.
 
     stages   a Backend, or anything with its three functions; its `attend_fresh`, if it has one,
-             does the work of all three where there is no Selection Cache
+             does the work of all three where there is no Selection Cache, and `attend_cached`
+             where there is one
     section  entered around each part by its name: a plan lends each part its own memory
     """
     if state is None:
@@ -67,6 +68,11 @@ def run_step(
             return Step(attended.out, attended.lse, positions, counts, dense_lse, None)
         recomputed, decision = problem, None
     else:
+        cached = getattr(stages, "attend_cached", None)
+        if cached is not None:
+            with section("attend_cached"):
+                attended, (positions, counts), dense_lse, reused = cached(problem, state, theta)
+            return Step(attended.out, attended.lse, positions, counts, dense_lse, reused)
         assert reuse is not None
         with section("decide_reuse"):
             decision = ReuseDecision(*reuse.decide_reuse(problem, state, theta))

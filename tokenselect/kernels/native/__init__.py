@@ -7,7 +7,7 @@ chunk    attention of many queries, by matrix products of torch
 waves    tables of cos and sin
 """
 
-from tokenselect.contract import Backend, Capability
+from tokenselect.contract import Backend, Capability, Reuse
 from tokenselect.kernels.native.library import Library, open_library
 from tokenselect.kernels.native.stages import DTYPES, Stages
 
@@ -28,7 +28,9 @@ def backend(library: Library, name: str = "native") -> Backend:
         stages.score,
         stages.select,
         stages.attend,
+        reuse=Reuse(stages.decide_reuse, stages.update),
         attend_fresh=stages.attend_fresh,
+        attend_cached=stages.attend_cached,
     )
 
 

@@ -6,13 +6,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenselect.contract import AttentionOutput, Problem, Scores, Selection
+from tokenselect.contract import (
+    AttentionOutput,
+    CacheState,
+    Problem,
+    ReuseDecision,
+    Scores,
+    Selection,
+)
 from tokenselect.kernels.native import chunk
 from tokenselect.kernels.native.library import Library
 from tokenselect.kernels.native.waves import waves
 from tokenselect.scratch import empty
 
-SCORE, SELECT, ATTEND, GATHER = 1, 2, 4, 8
+SCORE, SELECT, ATTEND, GATHER, DECIDE, UPDATE = 1, 2, 4, 8, 16, 32
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _VOTES = {"soft": 0, "logit": 1, "hard": 2}
 _SCORE_AT = {"true": 0, "fixed": 1, "split": 2}
@@ -63,18 +70,60 @@ class Stages:
 
     def attend_fresh(self, problem: Problem) -> tuple[AttentionOutput, Selection, Tensor]:
         """Score, select and attend in one call of the library."""
-        p = problem
+        return self._fused(problem, SCORE | SELECT, {})
+
+    def attend_cached(
+        self, problem: Problem, state: CacheState, theta: float | None
+    ) -> tuple[AttentionOutput, Selection, Tensor, Tensor]:
+        """Do the same with a Selection Cache: decide before, and update after selecting."""
+        reused = empty((problem.B,), torch.bool, problem.q.device)
+        stages = DECIDE | SCORE | SELECT | UPDATE
+        return *self._fused(problem, stages, {"reused": reused}, state, theta), reused
+
+    def _fused(
+        self,
+        p: Problem,
+        stages: int,
+        made: dict[str, Tensor],
+        state: CacheState | None = None,
+        theta: float | None = None,
+    ) -> tuple[AttentionOutput, Selection, Tensor]:
         lse = empty((p.B, p.Hq), torch.float32, p.q.device)
         selection, attended = self._selection(p), self._attended(p)
-        made = {"dense_lse": lse, "positions": selection[0], "count": selection[1]}
+        made |= {"dense_lse": lse, "positions": selection[0], "count": selection[1]}
         if p.Lq > _FEW_QUERIES:
-            self._run(p, SCORE | SELECT, **made)
+            self._run(p, stages, state, theta, **made)
             chunk.attend(p, *selection, *attended, self._gather)
         else:
-            self._run(
-                p, SCORE | SELECT | ATTEND, **made, out=attended[0], out_lse=attended[1]
-            )
+            made |= {"out": attended[0], "out_lse": attended[1]}
+            self._run(p, stages | ATTEND, state, theta, **made)
         return attended, selection, lse
+
+    def decide_reuse(
+        self, problem: Problem, state: CacheState, theta: float | None
+    ) -> ReuseDecision:
+        """Decide which requests reuse their selection; change nothing."""
+        p, device = problem, problem.q.device
+        decision = ReuseDecision(
+            empty((p.B,), torch.bool, device),
+            empty((p.B,), torch.int32, device),
+            empty((p.B, p.Hq * p.D), torch.float32, device),
+        )
+        self._run(
+            p, DECIDE, state, theta,
+            reused=decision[0], open_lengths=decision[1], mean_query=decision[2],
+        )  # fmt: skip
+        return decision
+
+    def update(
+        self, problem: Problem, state: CacheState, decision: ReuseDecision, selection: Selection
+    ) -> None:
+        """Complete the selections that are reused, in `selection`; store the others."""
+        self._run(
+            problem, UPDATE, state, None,
+            reused=decision[0], open_lengths=decision[1], mean_query=decision[2],
+            positions=selection[0], count=selection[1],
+        )  # fmt: skip
 
     def _gather(self, problem: Problem, request: int, **tensors: Tensor) -> None:
         self._run(problem, GATHER, request=request, **tensors)
@@ -90,10 +139,26 @@ class Stages:
         out = empty((p.B, p.Hq, p.Lq, p.Dv), p.q.dtype, p.q.device)
         return AttentionOutput(out, empty((p.B, p.Hq, p.Lq), torch.float32, p.q.device))
 
-    def _run(self, problem: Problem, stages: int, request: int = 0, **tensors: Tensor) -> None:
+    def _run(
+        self,
+        problem: Problem,
+        stages: int,
+        state: CacheState | None = None,
+        theta: float | None = None,
+        request: int = 0,
+        **tensors: Tensor,
+    ) -> None:
         """Run stages of a problem; `tensors` are what they read and write beside it."""
         values = self._values(problem, stages)
         values["request"] = request
+        if state is not None:
+            values.update(
+                has_theta=theta is not None, theta=theta or 0.0, max_reuse=problem.max_reuse,
+                stored_query=state.query.data_ptr(), stored=state.positions.data_ptr(),
+                stored_columns=state.positions.shape[2], stored_count=state.count.data_ptr(),
+                stored_length=state.seqlen_at_selection.data_ptr(),
+                hits=state.hits.data_ptr(), misses=state.misses.data_ptr(),
+            )  # fmt: skip
         for name, tensor in tensors.items():
             values[name] = tensor.data_ptr()
         if "positions" in tensors:

@@ -8,26 +8,35 @@ namespace TS_PATH {
 // The stages that a call names, in turn. With a null scratch, only measure it.
 template <class E>
 static int64_t run(const Call& c) {
-  int64_t longest = 0, threads = c.threads;
-  for (int64_t b = 0; b < c.B; ++b) longest = most(longest, length(c, b));
-  if (c.is_static) longest = c.Lk;
-  Arena arena{c.scratch, 0};
   bool measures = c.scratch == nullptr;
-  const float* votes = c.votes;
+  Arena arena{c.scratch, 0};
+  // To score and select, a request that reuses its selection is absent.
+  Call open = c;
+  bool reuses = c.stages & (ts::DECIDE | ts::UPDATE);
+  Arena unused{nullptr, 0};
+  Reuser reuser(c, reuses ? arena : unused);
+  if (c.stages & ts::DECIDE) {
+    open.lengths = reuser.open_lengths;
+    if (!measures) reuser.decide<E>(c.threads);
+  }
+  int64_t longest = 0;
+  for (int64_t b = 0; b < c.B; ++b) longest = most(longest, length(measures ? c : open, b));
+  if (c.is_static) longest = c.Lk;
   if (c.stages & ts::SCORE) {
     bool fused = c.stages & ts::SELECT;
-    Scorer scorer(c, longest, arena, fused);
-    votes = scorer.votes;
-    if (!measures) scorer.run<E>(threads, !fused);
+    Scorer scorer(open, longest, arena, fused);
+    open.votes = scorer.votes;
+    if (!measures) scorer.run<E>(c.threads, !fused);
   }
   if (c.stages & ts::SELECT) {
-    Selector selector(c, votes, longest, arena);
-    if (!measures) selector.run(threads);
+    Selector selector(open, open.votes, longest, arena);
+    if (!measures) selector.run(c.threads);
   }
+  if (c.stages & ts::UPDATE && !measures) reuser.update(c.threads);
   if (c.stages & (ts::ATTEND | ts::GATHER)) {
     Attender attender(c, arena);
-    if (!measures && c.stages & ts::ATTEND) attender.run<E>(threads);
-    if (!measures && c.stages & ts::GATHER) attender.gather<E>(threads);
+    if (!measures && c.stages & ts::ATTEND) attender.run<E>(c.threads);
+    if (!measures && c.stages & ts::GATHER) attender.gather<E>(c.threads);
   }
   return arena.used;
 }
