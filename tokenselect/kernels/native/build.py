@@ -27,7 +27,7 @@ import torch
 
 SOURCES = Path(__file__).parent / "cpp"
 FLAGS = (
-    *("-std=c++17", "-O2", "-ftree-vectorize", "-fPIC", "-fvisibility=hidden"),
+    *("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden"),
     # Sums keep their order and NaN stays NaN; errno and the flags of exceptions are not looked at.
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
 )
@@ -42,6 +42,12 @@ PATHS: dict[str, dict[str, tuple[str, ...]]] = {
         ),
     },
     "aarch64": {"baseline": ()},
+}
+# What a path needs, as the system lists a processor's features; the library tests them itself.
+_NEEDS = {
+    "baseline": (),
+    "avx2": ("avx2", "fma", "f16c"),
+    "avx512": ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq"),
 }
 OLDEST = {"g++": 11, "clang++": 14}
 SECONDS = 600  # that a compiler, or another process that compiles, may take
@@ -160,6 +166,12 @@ def _features() -> str:
     return next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
 
 
+def widest(machine: str) -> str:
+    """Return the widest path of an architecture that this processor has the features of."""
+    features = set(_features().split())
+    return [path for path in PATHS[machine] if features.issuperset(_NEEDS[path])][-1]
+
+
 def _prefix(sources: Path, flags: Sequence[str]) -> str:
     """Return how the names of libraries begin that these sources make on this machine."""
     texts = [(path.name, path.read_bytes()) for path in sorted(sources.iterdir()) if path.is_file()]
@@ -172,7 +184,9 @@ def library(
 ) -> Path:
     """Return the compiled library, compiling it if it is not there. Raises CannotBuild.
 
-    flags  more of them; paths: those to compile, for tests; all of this architecture's otherwise.
+    flags  more of them
+    paths  those to compile; None: the widest that this machine has the features of
+
     Without a compiler, a library that one made here before is taken.
     """
     machine = platform.machine()
@@ -182,7 +196,8 @@ def library(
             f"{' and '.join(PATHS)}"
         )
     directory = cache_directory()
-    prefix = _prefix(sources, (*FLAGS, *flags, *(paths or ())))
+    paths = paths or (widest(machine),)
+    prefix = _prefix(sources, (*FLAGS, *flags, *paths))
     try:
         compiler = find_compiler()
     except CannotBuild:
@@ -237,7 +252,7 @@ def _compile(
     compiler: Compiler,
     sources: Path,
     flags: Sequence[str],
-    paths: Sequence[str] | None,
+    paths: Sequence[str],
     directory: Path,
     target: Path,
 ) -> None:
@@ -263,14 +278,13 @@ def compile_in(
     compiler: Compiler,
     sources: Path,
     flags: Sequence[str],
-    paths: Sequence[str] | None = None,
+    paths: Sequence[str],
 ) -> Path:
     """Compile the sources in a directory and return the library. Raises CannotBuild."""
     own = PATHS[compiler.machine]
-    chosen = {name: own[name] for name in own if paths is None or name in paths}
     # Each path is a namespace; what runs it is compiled once.
-    units = [(name, "kernels.cpp", (f"-DTS_PATH={name}", *own[name])) for name in chosen]
-    units += [(name, f"{name}.cpp", tuple(f"-DTS_HAS_{path}" for path in chosen))
+    units = [(name, "kernels.cpp", (f"-DTS_PATH={name}", *own[name])) for name in paths]
+    units += [(name, f"{name}.cpp", tuple(f"-DTS_HAS_{path}" for path in paths))
               for name in ("entry", "threads")]  # fmt: skip
 
     def compiled(unit: tuple[str, str, tuple[str, ...]]) -> str:

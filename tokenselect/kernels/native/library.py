@@ -32,8 +32,11 @@ class Library:
             raise CannotBuild(f"{file} cannot be loaded: {error}; remove it") from None
         self._run.argtypes, self._run.restype = [ctypes.c_char_p], ctypes.c_int64
         here = [name for name, runs_here in self.paths.items() if runs_here]
-        if path is not None and path not in here:
-            raise CannotBuild(f"path {path} does not run here; these do: {', '.join(here)}")
+        if not here or path not in (None, *here):
+            raise CannotBuild(
+                f"{file} has kernels for {', '.join(self.paths)}; here run "
+                f"{', '.join(here) or 'none of them'}"
+            )
         self.path = path or here[-1]
         self.number = list(self.paths).index(self.path)
         self._packed = struct.Struct("".join("d" if x in _FACTORS else "q" for x in self.fields))
@@ -43,7 +46,7 @@ class Library:
         loaded.ts_use_region(region)
 
     def run(self, values: dict[str, Any]) -> int:
-        """Run a call's stages; with a scratch of 0, return the bytes of it that they need."""
+        """Run a call's stages and return 0; or return how many bytes of scratch they need."""
         return int(self._run(self._packed.pack(*[values[name] for name in self.fields])))
 
 

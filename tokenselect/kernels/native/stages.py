@@ -27,8 +27,8 @@ _SCORE_AT = {"true": 0, "fixed": 1, "split": 2}
 _ALONE = 2**20
 # More queries than this are attended by matrix products over gathered rows.
 _FEW_QUERIES = 16
-# Scratch that is kept for the next call.
-_KEPT = 2**28
+# Bytes of scratch: of a first call, and what is kept for the next.
+_LEAST, _KEPT = 2**16, 2**28
 
 
 class Stages:
@@ -163,17 +163,14 @@ class Stages:
             values[name] = tensor.data_ptr()
         if "positions" in tensors:
             values["columns"] = tensors["positions"].shape[2]
-        needed = self._library.run(values)
-        if needed == 0:
-            needed = 1
         try:
             scratch = self._spare.pop()
-        except IndexError:
-            scratch = None
-        if scratch is None or scratch.numel() < needed:
-            scratch = torch.empty(needed, dtype=torch.uint8)
-        values["scratch"] = scratch.data_ptr()
-        self._library.run(values)
+        except IndexError:  # none, or another thread's
+            scratch = torch.empty(_LEAST, dtype=torch.uint8)
+        values.update(scratch=scratch.data_ptr(), scratch_bytes=scratch.numel())
+        while (needed := self._library.run(values)) > 0:
+            scratch = torch.empty(needed + needed // 4, dtype=torch.uint8)
+            values.update(scratch=scratch.data_ptr(), scratch_bytes=scratch.numel())
         if scratch.numel() <= _KEPT and len(self._spare) < 4:
             self._spare.append(scratch)
 

@@ -41,7 +41,7 @@ struct Attender {
   }
 
   // How many selected positions query i sees: they ascend, so it sees a prefix.
-  int64_t seen(int64_t b, int64_t s, int64_t i) const {
+  TS_APART int64_t seen(int64_t b, int64_t s, int64_t i) const {
     const int32_t* positions = row_of(b, s);
     int64_t low = 0, high = count_of(b, s), newest = length(c, b) - c.Lq + i;
     while (low < high) {
@@ -95,25 +95,29 @@ struct Attender {
     for (int64_t r = 0; r < G; ++r) {
       memcpy(q + r * pitch, query(b, g * G + r, i), (size_t)pitch * sizeof *q);
     }
+    // Tiles in turn: while one is multiplied, the next one is fetched, the first values behind the
+    // last keys.
     Tile<E> tiles[2];
-    auto take = [&](const Cache<E>& cache, int64_t t) {
-      int64_t count = least(TILE, m - t);
-      tiles[t / TILE % 2].take(cache, b, g, position + t, (int)count, n);
+    int64_t n_tiles = over(m, TILE);
+    auto take = [&](int64_t tile) {
+      int64_t t = tile % n_tiles * TILE;
+      const Cache<E>& cache = tile < n_tiles ? keys : values;
+      tiles[tile % 2].take(cache, b, g, position + t, (int)least(TILE, m - t), n);
+      return cache.dim == 1;
     };
-    take(keys, 0);
-    for (int64_t t = 0; t < m; t += TILE) {
+    take(0);
+    for (int64_t tile = 0; tile < n_tiles; ++tile) {
+      int64_t t = tile * TILE;
       int count = (int)least(TILE, m - t);
-      const Tile<E>&tile = tiles[t / TILE % 2], &ahead = tiles[t / TILE % 2 ^ 1];
-      bool is_last = t + TILE >= m || keys.dim != 1;
-      if (t + TILE < m) take(keys, t + TILE);
+      const Tile<E>& now = tiles[tile % 2];
+      const auto* ahead = take(tile + 1) ? tiles[(tile + 1) % 2].row : now.row;
       if (moves()) {
         const float* row[TILE];
-        moved_keys<E>(tile, b, s, first + t, count, wide, pitch);
+        moved_keys<E>(now, b, s, first + t, count, wide, pitch);
         for (int j = 0; j < TILE; ++j) row[j] = wide + least(j, count - 1) * pitch;
         dots<Float32>(q, G, pitch, row, row, count, c.D, weights + t, SPLIT);
       } else {
-        dots<E>(q, G, pitch, tile.row, is_last ? tile.row : ahead.row, count, c.D, weights + t,
-                SPLIT);
+        dots<E>(q, G, pitch, now.row, ahead, count, c.D, weights + t, SPLIT);
       }
     }
     for (int64_t r = 0; r < G; ++r) {
@@ -121,19 +125,18 @@ struct Attender {
       weigh(weights + r * SPLIT, m, to + c.Dv);
       memset(to, 0, (size_t)c.Dv * sizeof *to);
     }
-    take(values, 0);
-    for (int64_t t = 0; t < m; t += TILE) {
-      const Tile<E>&tile = tiles[t / TILE % 2], &ahead = tiles[t / TILE % 2 ^ 1];
-      if (t + TILE < m) take(values, t + TILE);
-      bool is_last = t + TILE >= m || values.dim != 1;
+    for (int64_t tile = n_tiles; tile < 2 * n_tiles; ++tile) {
+      int64_t t = (tile - n_tiles) * TILE;
+      const Tile<E>& now = tiles[tile % 2];
+      bool fetches = tile + 1 < 2 * n_tiles && take(tile + 1);
       float* to = part(b, g * G, i, split);
-      add_values<E>(tile.row, is_last ? tile.row : ahead.row, (int)least(TILE, m - t),
-                    weights + t, to, part(b, g * G + 1, i, split) - to);
+      add_values<E>(now.row, fetches ? tiles[(tile + 1) % 2].row : now.row,
+                    (int)least(TILE, m - t), weights + t, to, part(b, g * G + 1, i, split) - to);
     }
   }
 
   // Turn logits into weights relative to the largest; found[0] gets that, found[1] their sum.
-  void weigh(float* s, int64_t m, float* found) const {
+  TS_APART void weigh(float* s, int64_t m, float* found) const {
     vf largest = all(-INF), scale = all((float)c.scale);
     for (int64_t j = 0; j < m; j += W) {
       vf x = load(s + j) * scale;
@@ -157,7 +160,7 @@ struct Attender {
 
   // to[r] += sum over t of weights[r, t] values[t], for the G rows of a group.
   template <class E>
-  void add_values(const typename E::raw* const* value, const typename E::raw* const* ahead,
+  TS_APART void add_values(const typename E::raw* const* value, const typename E::raw* const* ahead,
                   int count, const float* weights, float* to, int64_t stride) const {
     int64_t rows = G;
     while (rows >= 4) {
@@ -243,24 +246,25 @@ struct Attender {
   }
 
   template <class E>
-  void run(int64_t threads) const {
-    ts::parallel(threads, c.B * c.Hq * c.Lq, [&](int64_t unit) {
+  void run() const {
+    int64_t rows = c.B * c.Hq * c.Lq;
+    ts::parallel(threads_for(c, rows * c.D), rows, [&](int64_t unit) {
       int64_t i = unit % c.Lq, h = unit / c.Lq % c.Hq, b = unit / c.Lq / c.Hq;
       if (length(c, b) > 0) place_query<E>(b, h, i);
     });
-    place_keys(threads);
-    ts::parallel(threads, c.B * splits * c.Hkv * c.Lq, [&](int64_t unit) {
+    place_keys();
+    ts::parallel(c.threads, c.B * splits * c.Hkv * c.Lq, [&](int64_t unit) {
       int64_t i = unit % c.Lq, g = unit / c.Lq % c.Hkv, split = unit / c.Lq / c.Hkv % splits;
       attend_split<E>(unit / c.Lq / c.Hkv / splits, g, i, split);
     });
-    ts::parallel(threads, c.B * c.Hq * c.Lq, [&](int64_t unit) {
+    ts::parallel(threads_for(c, rows * splits * c.Dv), rows, [&](int64_t unit) {
       merge<E>(unit / c.Lq / c.Hq, unit / c.Lq % c.Hq, unit % c.Lq);
     });
   }
 
-  void place_keys(int64_t threads) const {
+  void place_keys() const {
     if (!moves()) return;
-    ts::parallel(threads, c.B * S * splits, [&](int64_t unit) {
+    ts::parallel(c.threads, c.B * S * splits, [&](int64_t unit) {
       int64_t split = unit % splits, s = unit / splits % S, b = unit / splits / S;
       int64_t last = least(count_of(b, s), (split + 1) * SPLIT);
       for (int64_t r = split * SPLIT; r < last; ++r) place_key(b, s, r);
@@ -270,10 +274,10 @@ struct Attender {
   // The rows of one request, (Hkv, columns, D) and (Hkv, columns, Dv) float32, keys where they
   // attend and in the order of `split_pairs`; for the matrix products of a chunk of queries.
   template <class E>
-  void gather(int64_t threads) const {
+  void gather() const {
     int64_t b = c.request, n = length(c, b);
-    place_keys(threads);
-    ts::parallel(threads, splits * c.Hkv, [&](int64_t unit) {
+    place_keys();
+    ts::parallel(c.threads, splits * c.Hkv, [&](int64_t unit) {
       int64_t g = unit % c.Hkv, split = unit / c.Hkv, s = selection_of(g);
       int64_t last = least(count_of(b, s), (split + 1) * SPLIT);
       Tile<E> tile;

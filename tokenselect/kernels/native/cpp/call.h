@@ -31,7 +31,7 @@
   X(float*, stored_query) X(int32_t*, stored) X(int64_t, stored_columns)                        \
   X(int32_t*, stored_count) X(int32_t*, stored_length) X(int64_t*, hits) X(int64_t*, misses)    \
   X(uint8_t*, reused) X(int32_t*, open_lengths) X(float*, mean_query)                           \
-  X(char*, scratch)
+  X(char*, scratch) X(int64_t, scratch_bytes)
 
 namespace ts {
 

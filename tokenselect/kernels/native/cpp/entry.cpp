@@ -68,8 +68,16 @@ TS_EXPORT const char* ts_path(int64_t path, int64_t* runs_here) {
 
 TS_EXPORT void ts_use_region(void* region) { ts::use_region(region); }
 
-// Run a call's stages; with a null scratch, return how many bytes of it they need instead.
-TS_EXPORT int64_t ts_run(const ts::Call* call) { return PATHS[call->path].run(*call); }
+// Run a call's stages and return 0; or, if they need more scratch than there is, run nothing and
+// return how many bytes they need.
+TS_EXPORT int64_t ts_run(const ts::Call* call) {
+  ts::Call measured = *call;
+  measured.scratch = nullptr;
+  int64_t needed = PATHS[call->path].run(measured);
+  if (needed > call->scratch_bytes) return needed;
+  PATHS[call->path].run(*call);
+  return 0;
+}
 
 #define X(type, name) static_assert(sizeof(ts::Call::name) == 8, "eight bytes each");
 TS_FIELDS(X)

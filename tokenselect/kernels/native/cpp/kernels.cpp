@@ -9,15 +9,15 @@ namespace TS_PATH {
 template <class E>
 static int64_t run(const Call& c) {
   bool measures = c.scratch == nullptr;
-  Arena arena{c.scratch, 0};
+  Arena arena{(uintptr_t)c.scratch, 0};
   // To score and select, a request that reuses its selection is absent.
   Call open = c;
   bool reuses = c.stages & (ts::DECIDE | ts::UPDATE);
-  Arena unused{nullptr, 0};
+  Arena unused{0, 0};
   Reuser reuser(c, reuses ? arena : unused);
   if (c.stages & ts::DECIDE) {
     open.lengths = reuser.open_lengths;
-    if (!measures) reuser.decide<E>(c.threads);
+    if (!measures) reuser.decide<E>();
   }
   int64_t longest = 0;
   for (int64_t b = 0; b < c.B; ++b) longest = most(longest, length(measures ? c : open, b));
@@ -26,17 +26,17 @@ static int64_t run(const Call& c) {
     bool fused = c.stages & ts::SELECT;
     Scorer scorer(open, longest, arena, fused);
     open.votes = scorer.votes;
-    if (!measures) scorer.run<E>(c.threads, !fused);
+    if (!measures) scorer.run<E>(!fused);
   }
   if (c.stages & ts::SELECT) {
     Selector selector(open, open.votes, longest, arena);
-    if (!measures) selector.run(c.threads);
+    if (!measures) selector.run();
   }
-  if (c.stages & ts::UPDATE && !measures) reuser.update(c.threads);
+  if (c.stages & ts::UPDATE && !measures) reuser.update();
   if (c.stages & (ts::ATTEND | ts::GATHER)) {
     Attender attender(c, arena);
-    if (!measures && c.stages & ts::ATTEND) attender.run<E>(c.threads);
-    if (!measures && c.stages & ts::GATHER) attender.gather<E>(c.threads);
+    if (!measures && c.stages & ts::ATTEND) attender.run<E>();
+    if (!measures && c.stages & ts::GATHER) attender.gather<E>();
   }
   return arena.used;
 }

@@ -22,8 +22,8 @@ struct Reuser {
   }
 
   template <class E>
-  void decide(int64_t threads) const {
-    ts::parallel(threads, c.B, [&](int64_t b) {
+  void decide() const {
+    ts::parallel(threads_for(c, c.B * c.Hq * c.D * (c.Lq + 3)), c.B, [&](int64_t b) {
       for (int64_t h = 0; h < c.Hq; ++h) average<E>(b, h);
       reused[b] = c.has_theta && holds(b);
       open_lengths[b] = reused[b] ? 0 : c.lengths[b];
@@ -79,8 +79,8 @@ struct Reuser {
   }
 
   // Complete the selections that are reused with what was appended; store the others.
-  void update(int64_t threads) const {
-    ts::parallel(threads, c.B, [&](int64_t b) {
+  void update() const {
+    ts::parallel(threads_for(c, c.B * c.S * c.columns), c.B, [&](int64_t b) {
       int64_t n = length(c, b), stored_n = c.stored_length[b];
       for (int64_t s = 0; s < c.S; ++s) {
         int32_t* to = c.positions + (b * c.S + s) * c.columns;

@@ -12,18 +12,23 @@ using ts::MAX_GROUP;
 
 constexpr int TILE = 24;  // rows that are taken at once
 
-// Memory of a call, handed out in one order: the same code measures it, from a null pointer on.
+// Memory of a call, handed out in one order: the same code measures it, from address 0 on.
 struct Arena {
-  char* base;
+  uintptr_t base;
   int64_t used;
 
   template <class T>
   T* take(int64_t count) {
-    T* result = (T*)(base + used);
+    T* result = (T*)(base + (uintptr_t)used);
     used += over(count * (int64_t)sizeof(T), 64) * 64;
     return result;
   }
 };
+
+// Threads for so many steps of a cheap loop: waking others takes as long as some thousands.
+static inline int64_t threads_for(const Call& c, int64_t steps) {
+  return steps < 1 << 16 ? 1 : c.threads;
+}
 
 // Floats of a query's row: whole vectors, zeros behind D.
 static inline int64_t padded(int64_t D) { return over(D, 16) * 16; }
@@ -80,7 +85,7 @@ struct Tile {
   const raw* row[TILE];
   alignas(64) raw copies[TILE * MAX_DIM];
 
-  void gather(const Cache<E>& cache) {
+  TS_APART void gather(const Cache<E>& cache) {
     if (cache.dim == 1) return;
     for (int t = 0; t < TILE; ++t) {
       raw* copy = copies + t * MAX_DIM;
@@ -90,7 +95,7 @@ struct Tile {
   }
 
   // Positions first to first + count - 1; the last one again in the places behind.
-  void take(const Cache<E>& cache, int64_t b, int64_t g, int64_t first, int count) {
+  TS_APART void take(const Cache<E>& cache, int64_t b, int64_t g, int64_t first, int count) {
     if (cache.c.table == nullptr) {
       for (int t = 0; t < TILE; ++t) row[t] = cache.row(b, g, first + least(t, count - 1));
     } else {
@@ -108,8 +113,8 @@ struct Tile {
   }
 
   // Listed positions. One that the request does not have is read as its last.
-  void take(const Cache<E>& cache, int64_t b, int64_t g, const int32_t* position, int count,
-            int64_t n) {
+  TS_APART void take(const Cache<E>& cache, int64_t b, int64_t g, const int32_t* position,
+                     int count, int64_t n) {
     for (int t = 0; t < TILE; ++t) {
       int64_t at = position[least(t, count - 1)];
       row[t] = cache.row(b, g, at >= 0 && at < n ? at : n - 1);
@@ -119,7 +124,7 @@ struct Tile {
 };
 
 template <class E>
-static inline void widen_row(const typename E::raw* from, int64_t width, float* to) {
+TS_APART static void widen_row(const typename E::raw* from, int64_t width, float* to) {
   int64_t d = 0;
   for (; d + W <= width; d += W) store(to + d, E::widen(from + d));
   for (; d < width; ++d) to[d] = E::widen_one(from[d]);
@@ -129,7 +134,7 @@ static inline void widen_row(const typename E::raw* from, int64_t width, float* 
 
 // cos and sin of `by` positions at every frequency, times a factor; from tables in float64 where
 // they reach, of high and low digits of `by`, so that the angle is as exact as in float64.
-static inline void wave(const Call& c, int64_t by, double factor, float* cos, float* sin) {
+TS_APART static void wave(const Call& c, int64_t by, double factor, float* cos, float* sin) {
   int64_t size = by < 0 ? -by : by, half = c.half, high = size / ts::LOW, low = size % ts::LOW;
   double sign = by < 0 ? -1.0 : 1.0;
   if (high < c.n_waves) {
@@ -149,7 +154,7 @@ static inline void wave(const Call& c, int64_t by, double factor, float* cos, fl
 
 // Put the first of each pair of rotated dims below the second ones, as `rotate` has them. Queries
 // and keys alike, so that a dot product does not change.
-static inline void split_pairs(const Call& c, float* x) {
+TS_APART static void split_pairs(const Call& c, float* x) {
   if (!c.interleaved) return;
   float apart[MAX_DIM];
   for (int64_t i = 0; i < c.half; ++i) {
@@ -159,7 +164,7 @@ static inline void split_pairs(const Call& c, float* x) {
   memcpy(x, apart, (size_t)(2 * c.half) * sizeof *x);
 }
 
-static inline void rotate(const Call& c, float* x, const float* cos, const float* sin) {
+TS_APART static void rotate(const Call& c, float* x, const float* cos, const float* sin) {
   float *first = x, *second = x + c.half;
   for (int64_t i = 0; i < c.half; ++i) {
     float a = first[i], b = second[i];
@@ -170,7 +175,7 @@ static inline void rotate(const Call& c, float* x, const float* cos, const float
 
 // Query i of a head, float32, zeros behind D, moved from its own position to `at`.
 template <class E>
-static inline void query_row(const Call& c, int64_t b, int64_t h, int64_t i, bool moves,
+TS_APART static void query_row(const Call& c, int64_t b, int64_t h, int64_t i, bool moves,
                              int64_t n, int64_t at, float* to) {
   const typename E::raw* from =
       (const typename E::raw*)c.q + b * c.q_request + h * c.q_head + i * c.q_token;

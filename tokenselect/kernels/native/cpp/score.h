@@ -159,7 +159,7 @@ struct Scorer {
   }
 
   // Turn a block's logits into what is kept of them.
-  void soften(int64_t b, int64_t g, int64_t block, int64_t first, int64_t m, float* s) const {
+  TS_APART void soften(int64_t b, int64_t g, int64_t block, int64_t first, int64_t m, float* s) const {
     Regions of = regions(c, length(c, b));
     for (int64_t r = 0; r < G; ++r) {
       int64_t at = place(b, g * G + r, block);
@@ -182,7 +182,7 @@ struct Scorer {
   }
 
   // Scale, cap, and give -inf to what is not finite and to what lies behind m; return the largest.
-  float finish(float* s, int64_t m) const {
+  TS_APART float finish(float* s, int64_t m) const {
     vf largest = all(-INF), scale = all((float)c.select_scale);
     for (int64_t j = m; j < over(m, W) * W; ++j) s[j] = -INF;
     for (int64_t j = 0; j < m; j += W) {
@@ -197,7 +197,7 @@ struct Scorer {
   }
 
   // The sum of e^(s - top) over a range; `kept` gets the terms, if it is not null.
-  static float add_up(const float* s, int64_t from, int64_t to, float top, float* kept) {
+  TS_APART static float add_up(const float* s, int64_t from, int64_t to, float top, float* kept) {
     vf sums = {}, above = all(top > -INF ? top : 0.0f);
     int64_t j = from;
     for (; j + W <= to; j += W) {
@@ -218,7 +218,7 @@ struct Scorer {
   }
 
   // Of a head's blocks: the lse, and by what a kept term becomes a weight of the softmax.
-  void normalize(const Pass& pass, int64_t b, int64_t h) const {
+  TS_APART void normalize(const Pass& pass, int64_t b, int64_t h) const {
     int64_t n = length(c, b), used = over(n, BLOCK);
     if (pass.lse) {
       double sum;
@@ -243,7 +243,7 @@ struct Scorer {
     }
   }
 
-  float merged(const float* tops, const float* totals, int64_t b, int64_t h, int64_t used,
+  TS_APART float merged(const float* tops, const float* totals, int64_t b, int64_t h, int64_t used,
                double& sum) const {
     float largest = -INF;
     for (int64_t i = 0; i < used; ++i) {
@@ -263,7 +263,7 @@ struct Scorer {
   }
 
   // Add a block's votes up, head after head; a whole block, whatever of it are candidates.
-  void vote_block(const Pass& pass, int64_t b, int64_t block) const {
+  TS_APART void vote_block(const Pass& pass, int64_t b, int64_t block) const {
     int64_t n = length(c, b), first = block * BLOCK, m = least(BLOCK, n - first);
     int64_t heads = c.Hq / c.S;
     alignas(64) float sums[BLOCK];
@@ -289,7 +289,7 @@ struct Scorer {
   }
 
   // The largest of each centred window of `pool` candidates, by a queue of those that may be it.
-  void pool_votes(int64_t b, int64_t ballot, int64_t s) const {
+  TS_APART void pool_votes(int64_t b, int64_t ballot, int64_t s) const {
     Regions of = regions(c, length(c, b));
     int64_t m = of.local_start - of.sink_end, reach = least(c.pool / 2, m), read = 0;
     const float* from = sums_of(b, ballot, s) + of.sink_end;
@@ -316,18 +316,20 @@ struct Scorer {
   }
 
   template <class E>
-  void run_pass(const Pass& pass, int64_t threads) const {
+  void run_pass(const Pass& pass) const {
     prepare(pass);
-    ts::parallel(threads, c.B * c.Hq, [&](int64_t unit) {
+    int64_t averaged = c.B * c.Hq * (pass.last - pass.first) * c.D;
+    ts::parallel(threads_for(c, averaged), c.B * c.Hq, [&](int64_t unit) {
       if (length(c, unit / c.Hq) > 0) average<E>(pass, unit / c.Hq, unit % c.Hq);
     });
     // Where the heads of a token lie side by side, they are read together.
     int64_t together = c.k_head < c.k_token ? c.Hkv : 1, parts = c.Hkv / together;
-    ts::parallel(threads, c.B * blocks * parts, [&](int64_t unit) {
+    ts::parallel(c.threads, c.B * blocks * parts, [&](int64_t unit) {
       int64_t g = unit % parts * together, block = unit / parts % blocks, b = unit / parts / blocks;
       if (block * BLOCK < length(c, b)) score_block<E>(pass, b, g, g + together, block);
     });
-    ts::parallel(threads, c.B * c.Hq, [&](int64_t unit) {
+    int64_t exps = c.vote == ts::HARD ? c.Lk : 16 * blocks;
+    ts::parallel(threads_for(c, c.B * c.Hq * exps), c.B * c.Hq, [&](int64_t unit) {
       int64_t b = unit / c.Hq, h = unit % c.Hq;
       if (length(c, b) > 0) {
         normalize(pass, b, h);
@@ -336,27 +338,28 @@ struct Scorer {
       }
     });
     if (!pass.votes) return;
-    ts::parallel(threads, c.B * blocks, [&](int64_t unit) {
+    ts::parallel(threads_for(c, c.B * c.Hq * blocks * BLOCK / 4), c.B * blocks, [&](int64_t unit) {
       int64_t b = unit / blocks, block = unit % blocks;
       if (block * BLOCK < length(c, b)) vote_block(pass, b, block);
     });
   }
 
   template <class E>
-  void run(int64_t threads, bool veils) const {
+  void run(bool veils) const {
     int64_t runs = least(c.runs, c.Lq);
     for (int64_t ballot = 0; ballot < R; ++ballot) {
       bool is_fixed = c.score_at == ts::AT_FIXED || (R == 2 && ballot == 0);
       bool is_last = ballot == R - 1;
       for (int64_t i = 0, first = 0; i < runs; ++i) {
         int64_t last = first + c.Lq / runs + (i < c.Lq % runs);
-        run_pass<E>({ballot, is_fixed, first, last, true, is_last && runs == 1, i == 0}, threads);
+        run_pass<E>({ballot, is_fixed, first, last, true, is_last && runs == 1, i == 0});
         first = last;
       }
       if (is_last && runs > 1) {
-        run_pass<E>({ballot, is_fixed, 0, c.Lq, false, true, false}, threads);
+        run_pass<E>({ballot, is_fixed, 0, c.Lq, false, true, false});
       }
-      ts::parallel(threads, c.B * c.S, [&](int64_t unit) {
+      if (!unpooled && !veils) continue;
+      ts::parallel(threads_for(c, c.B * c.S * c.Lk / 4), c.B * c.S, [&](int64_t unit) {
         int64_t b = unit / c.S, s = unit % c.S;
         if (unpooled && length(c, b) > 0) pool_votes(b, ballot, s);
         if (veils) veil(b, ballot, s);

@@ -28,7 +28,7 @@ struct Cut {
 
 // The cut that takes the k largest of m, or all if there are no more; key(place) is never 0.
 template <class Key>
-static inline Cut find_cut(int64_t m, int64_t k, Key key) {
+TS_APART static Cut find_cut(int64_t m, int64_t k, Key key) {
   if (k >= m) return {0, m};
   if (k <= 0) return {0xffffffffu, 0};
   constexpr int SHIFTS[] = {21, 10, 0}, WIDTHS[] = {11, 11, 10};
@@ -110,7 +110,7 @@ struct Selector {
     return listed;
   }
 
-  void select(int64_t b, int64_t s) const {
+  TS_APART void select(int64_t b, int64_t s) const {
     int64_t n = length(c, b);
     Regions of = n > 0 ? regions(c, n) : Regions{0, 0};
     int64_t m = of.local_start - of.sink_end, row = b * c.S + s, n_chosen = 0;
@@ -145,8 +145,8 @@ struct Selector {
     for (int64_t i = count; i < c.K; ++i) to[i] = -1;
   }
 
-  void run(int64_t threads) const {
-    ts::parallel(threads, c.B * c.S, [&](int64_t unit) { select(unit / c.S, unit % c.S); });
+  void run() const {
+    ts::parallel(threads_for(c, c.B * c.S * room), c.B * c.S, [&](int64_t unit) { select(unit / c.S, unit % c.S); });
   }
 };
 
