@@ -72,14 +72,11 @@ struct Attender {
 
   // A tile of selected keys, widened and rotated.
   template <class E>
-  void moved_keys(const Tile<E>& tile, int64_t b, int64_t s, int64_t first, int count,
-                  float* wide, int64_t stride) const {
+  void moved_keys(const typename E::raw* const* rows, const typename E::raw* const* ahead,
+                  int64_t b, int64_t s, int64_t first, int count, float* wide,
+                  int64_t stride) const {
     for (int t = 0; t < count; ++t) {
-      float* to = wide + t * stride;
-      widen_row<E>(tile.row[t], c.D, to);
-      split_pairs(c, to);
-      const float* by = turn(b, s, first + t);
-      rotate(c, to, by, by + c.half);
+      widen_rotated<E>(c, rows[t], ahead[t], turn(b, s, first + t), wide + t * stride);
     }
   }
 
@@ -113,7 +110,7 @@ struct Attender {
       const auto* ahead = take(tile + 1) ? tiles[(tile + 1) % 2].row : now.row;
       if (moves()) {
         const float* row[TILE];
-        moved_keys<E>(now, b, s, first + t, count, wide, pitch);
+        moved_keys<E>(now.row, ahead, b, s, first + t, count, wide, pitch);
         for (int j = 0; j < TILE; ++j) row[j] = wide + least(j, count - 1) * pitch;
         dots<Float32>(q, G, pitch, row, row, count, c.D, weights + t, SPLIT);
       } else {
@@ -287,7 +284,7 @@ struct Attender {
         float* value = c.value_rows + (g * c.columns + r) * c.Dv;
         tile.take(keys_of<E>(c), b, g, row_of(b, s) + r, count, n);
         if (moves()) {
-          moved_keys<E>(tile, b, s, r, count, key, c.D);
+          moved_keys<E>(tile.row, tile.row, b, s, r, count, key, c.D);
         } else {
           for (int t = 0; t < count; ++t) widen_row<E>(tile.row[t], c.D, key + t * c.D);
         }

@@ -173,6 +173,35 @@ TS_APART static void rotate(const Call& c, float* x, const float* cos, const flo
   }
 }
 
+// A row, widened, and rotated by cos and sin (`by`, one after the other) if that is not null; what
+// is `ahead` of it is fetched. In the order of split_pairs.
+template <class E>
+TS_APART static void widen_rotated(const Call& c, const typename E::raw* from,
+                                   const typename E::raw* ahead, const float* by, float* to) {
+  const int64_t half = c.half;
+  if (c.interleaved || by == nullptr) {
+    widen_row<E>(from, c.D, to);
+    split_pairs(c, to);
+    if (by) rotate(c, to, by, by + half);
+    return;
+  }
+  int64_t i = 0;
+  for (; i + W <= half; i += W) {
+    vf a = E::widen(from + i), b = E::widen(from + half + i);
+    vf cos = load(by + i), sin = load(by + half + i);
+    store(to + i, a * cos - b * sin);
+    store(to + half + i, a * sin + b * cos);
+    __builtin_prefetch(ahead + i);
+    __builtin_prefetch(ahead + half + i);
+  }
+  for (; i < half; ++i) {
+    float a = E::widen_one(from[i]), b = E::widen_one(from[half + i]);
+    to[i] = a * by[i] - b * by[half + i];
+    to[half + i] = a * by[half + i] + b * by[i];
+  }
+  widen_row<E>(from + 2 * half, c.D - 2 * half, to + 2 * half);
+}
+
 // Query i of a head, float32, zeros behind D, moved from its own position to `at`.
 template <class E>
 TS_APART static void query_row(const Call& c, int64_t b, int64_t h, int64_t i, bool moves,

@@ -14,12 +14,10 @@ namespace TS_PATH {
 constexpr int BLOCK = 20 * TILE;
 constexpr int OFFSETS = 2 * TILE;  // keys that are rotated by the same table, relative to the first
 
-// What one pass adds: the votes of one run of queries on one ballot, or its lse, or both.
+// What one pass over the keys adds: the votes of one run of queries, or the lse, or both.
 struct Pass {
-  int64_t ballot;
-  bool is_fixed;            // scored at the one distance, else at the true one
   int64_t first, last;      // of the queries that are averaged
-  bool votes, lse, is_new;  // is_new: the ballot's first votes
+  bool votes, lse, is_new;  // is_new: the first votes
 };
 
 struct Scorer {
@@ -33,48 +31,58 @@ struct Scorer {
   Scorer(const Call& call, int64_t longest, Arena& arena, bool own_votes) : c(call) {
     G = c.Hq / c.Hkv, R = c.score_at == ts::AT_BOTH ? 2 : 1;
     blocks = over(longest, BLOCK), pitch = padded(c.D);
-    queries = arena.take<float>(c.B * c.Hq * pitch);
-    mass = arena.take<float>(c.B * c.Hq * blocks * BLOCK);
-    top = arena.take<float>(c.B * c.Hq * blocks);
-    total = arena.take<float>(c.B * c.Hq * blocks);
-    inner_top = c.over_candidates ? arena.take<float>(c.B * c.Hq * blocks) : top;
-    inner_total = c.over_candidates ? arena.take<float>(c.B * c.Hq * blocks) : total;
-    factor = arena.take<float>(c.B * c.Hq * blocks);
-    offsets = arena.take<float>(OFFSETS * 2 * c.half);
-    cuts = arena.take<Cut>(c.vote == ts::HARD ? c.B * c.Hq : 0);
+    int64_t rows = R * c.B * c.Hq;
+    queries = arena.take<float>(rows * pitch);
+    mass = arena.take<float>(rows * blocks * BLOCK);
+    top = arena.take<float>(rows * blocks);
+    total = arena.take<float>(rows * blocks);
+    inner_top = c.over_candidates ? arena.take<float>(rows * blocks) : top;
+    inner_total = c.over_candidates ? arena.take<float>(rows * blocks) : total;
+    factor = arena.take<float>(rows * blocks);
+    offsets = arena.take<float>(R * OFFSETS * 2 * c.half);
+    cuts = arena.take<Cut>(c.vote == ts::HARD ? rows : 0);
     votes = own_votes ? arena.take<float>(c.B * R * c.S * c.Lk) : c.votes;
-    unpooled = c.pool > 1 ? arena.take<float>(c.B * c.S * c.Lk) : nullptr;
+    unpooled = c.pool > 1 ? arena.take<float>(c.B * R * c.S * c.Lk) : nullptr;
     queue = arena.take<int32_t>(c.pool > 1 ? c.B * c.S * c.Lk : 0);
   }
 
-  bool rotates(bool is_fixed) const { return c.half > 0 && (is_fixed || c.is_raw); }
+  // Of two ballots, the first scores at the one distance.
+  bool is_fixed(int64_t ballot) const {
+    return c.score_at == ts::AT_FIXED || ballot + 1 < R;
+  }
+  bool rotates(int64_t ballot) const { return c.half > 0 && (is_fixed(ballot) || c.is_raw); }
   // Keys are rotated up to their positions, down from them, or not at all.
-  int64_t direction(bool is_fixed) const { return (is_fixed ? 0 : 1) - (c.is_raw ? 0 : 1); }
+  int64_t direction(int64_t ballot) const {
+    return (is_fixed(ballot) ? 0 : 1) - (c.is_raw ? 0 : 1);
+  }
+  // Rows: of a ballot, a request and a query head.
+  int64_t row(int64_t ballot, int64_t b, int64_t h) const {
+    return (ballot * c.B + b) * c.Hq + h;
+  }
   float* votes_of(int64_t b, int64_t ballot, int64_t s) const {
     return votes + ((b * R + ballot) * c.S + s) * c.Lk;
   }
   // Where a pass adds up: what is pooled later is apart.
   float* sums_of(int64_t b, int64_t ballot, int64_t s) const {
-    return unpooled ? unpooled + (b * c.S + s) * c.Lk : votes_of(b, ballot, s);
+    return unpooled ? unpooled + ((b * R + ballot) * c.S + s) * c.Lk : votes_of(b, ballot, s);
   }
-  float* block_of(int64_t b, int64_t g, int64_t block) const {
-    return mass + ((b * c.Hkv + g) * blocks + block) * G * BLOCK;
+  // A block's G rows of BLOCK, side by side.
+  float* block_of(int64_t ballot, int64_t b, int64_t g, int64_t block) const {
+    return mass + (row(ballot, b, g * G) * blocks + block * G) * BLOCK;
   }
-  int64_t place(int64_t b, int64_t h, int64_t block) const {
-    return (b * c.Hq + h) * blocks + block;
-  }
+  int64_t place(int64_t row, int64_t block) const { return row * blocks + block; }
 
   template <class E>
-  void average(const Pass& pass, int64_t b, int64_t h) const {
+  void average(const Pass& pass, int64_t ballot, int64_t b, int64_t h) const {
     int64_t n = length(c, b);
     double sums[MAX_DIM] = {};
-    float row[MAX_DIM];
+    float one[MAX_DIM];
     for (int64_t i = pass.first; i < pass.last; ++i) {
-      int64_t at = pass.is_fixed ? c.n_local : n - c.Lq + i;
-      query_row<E>(c, b, h, i, rotates(pass.is_fixed), n, at, row);
-      for (int64_t d = 0; d < c.D; ++d) sums[d] += row[d];
+      int64_t at = is_fixed(ballot) ? c.n_local : n - c.Lq + i;
+      query_row<E>(c, b, h, i, rotates(ballot), n, at, one);
+      for (int64_t d = 0; d < c.D; ++d) sums[d] += one[d];
     }
-    float* mean = queries + (b * c.Hq + h) * pitch;
+    float* mean = queries + row(ballot, b, h) * pitch;
     double share = 1.0 / (double)(pass.last - pass.first);
     for (int64_t d = 0; d < pitch; ++d) mean[d] = d < c.D ? (float)(sums[d] * share) : 0.0f;
   }
@@ -82,10 +90,11 @@ struct Scorer {
   // Logits of a block and some KV heads, before scale and softcap: a tile of all of these heads
   // after the other, while the next one is fetched.
   template <class E>
-  void products(int64_t b, int64_t g_first, int64_t g_end, int64_t first, int64_t m,
-                int64_t block) const {
+  void products(int64_t ballot, int64_t b, int64_t g_first, int64_t g_end, int64_t first,
+                int64_t m, int64_t block) const {
     const Cache<E> keys = keys_of<E>(c);
     Tile<E> tiles[2];
+    Turn turn;
     int now = 0;
     tiles[0].take(keys, b, g_first, first, (int)least(TILE, m));
     for (int64_t t = 0; t < m; t += TILE) {
@@ -96,87 +105,87 @@ struct Scorer {
           tiles[now ^ 1].take(keys, b, is_last ? g_first : g + 1, first + t_next,
                               (int)least(TILE, left));
         }
-        const auto* row = tiles[now].row;
-        const auto* ahead = left > 0 && keys.dim == 1 ? tiles[now ^ 1].row : row;
-        const float* q = queries + (b * c.Hq + g * G) * pitch;
-        dots<E>(q, G, pitch, row, ahead, (int)least(TILE, m - t), c.D,
-                block_of(b, g, block) + t, BLOCK);
+        const auto* rows = tiles[now].row;
+        const auto* ahead = left > 0 && keys.dim == 1 ? tiles[now ^ 1].row : rows;
+        const float* q = queries + row(ballot, b, g * G) * pitch;
+        float* s = block_of(ballot, b, g, block) + t;
+        int count = (int)least(TILE, m - t);
+        if (rotates(ballot)) {
+          rotated_products<E>(turn, ballot, q, first + t, t, rows, ahead, count, s);
+        } else {
+          dots<E>(q, G, pitch, rows, ahead, count, c.D, s, BLOCK);
+        }
       }
     }
   }
+
+  // Keys and queries of a tile that is rotated, and what both are rotated by.
+  struct Turn {
+    alignas(64) float queries[MAX_GROUP * MAX_DIM], keys[TILE * MAX_DIM];
+    float cos[MAX_DIM / 2], sin[MAX_DIM / 2];
+  };
 
   // The same for keys that are rotated. A logit depends on the difference of two angles alone: so
-  // the queries take that of the first of OFFSETS keys, once, and the keys only what is left.
+  // the queries take that of the first of OFFSETS keys, and the keys only what is left of theirs.
   template <class E>
-  void rotated_products(const Pass& pass, int64_t b, int64_t g, int64_t first, int64_t m,
-                        float* s) const {
-    const Cache<E> keys = keys_of<E>(c);
-    int64_t up = direction(pass.is_fixed);
-    float cos[MAX_DIM / 2], sin[MAX_DIM / 2];
-    alignas(64) float moved[MAX_GROUP * MAX_DIM], wide[TILE * MAX_DIM];
+  void rotated_products(Turn& turn, int64_t ballot, const float* q, int64_t first, int64_t t,
+                        const typename E::raw* const* rows, const typename E::raw* const* ahead,
+                        int count, float* s) const {
+    int64_t offset = t % OFFSETS, up = direction(ballot);
+    const float* by = offsets + (ballot * OFFSETS + offset) * 2 * c.half;
     const float* row[TILE];
-    Tile<E> tile;
-    for (int64_t t = 0; t < m; t += TILE) {
-      if (t % OFFSETS == 0) {
-        wave(c, -up * (first + t), c.is_raw ? c.rope_scaling : 1.0, cos, sin);
-        memcpy(moved, queries + (b * c.Hq + g * G) * pitch, (size_t)(G * pitch) * sizeof *moved);
-        for (int64_t r = 0; r < G; ++r) rotate(c, moved + r * pitch, cos, sin);
+    wave(c, -up * (first - offset), c.is_raw ? c.rope_scaling : 1.0, turn.cos, turn.sin);
+    memcpy(turn.queries, q, (size_t)(G * pitch) * sizeof *q);
+    for (int64_t r = 0; r < G; ++r) rotate(c, turn.queries + r * pitch, turn.cos, turn.sin);
+    for (int i = 0; i < TILE; ++i) {
+      row[i] = turn.keys + i * pitch;
+      widen_rotated<E>(c, rows[i], ahead[i], up == 0 ? nullptr : by + i * 2 * c.half,
+                       turn.keys + i * pitch);
+    }
+    dots<Float32>(turn.queries, G, pitch, row, row, count, c.D, s, BLOCK);
+  }
+
+  // The tables of rotations of keys by 0 to OFFSETS - 1 positions.
+  void prepare() const {
+    for (int64_t ballot = 0; ballot < R; ++ballot) {
+      for (int64_t i = 0; i < OFFSETS && rotates(ballot); ++i) {
+        float* by = offsets + (ballot * OFFSETS + i) * 2 * c.half;
+        wave(c, direction(ballot) * i, 1.0, by, by + c.half);
       }
-      int count = (int)least(TILE, m - t);
-      tile.take(keys, b, g, first + t, count);
-      for (int i = 0; i < TILE; ++i) {
-        float* to = wide + i * pitch;
-        row[i] = to;
-        widen_row<E>(tile.row[i], c.D, to);
-        split_pairs(c, to);
-        const float* by = offsets + (t + i) % OFFSETS * 2 * c.half;
-        if (up != 0) rotate(c, to, by, by + c.half);
-      }
-      dots<Float32>(moved, G, pitch, row, row, count, c.D, s + t, BLOCK);
     }
   }
 
-  // The table of rotations of keys by 0 to OFFSETS - 1 positions.
-  void prepare(const Pass& pass) const {
-    if (!rotates(pass.is_fixed)) return;
-    for (int64_t i = 0; i < OFFSETS; ++i) {
-      float* by = offsets + i * 2 * c.half;
-      wave(c, direction(pass.is_fixed) * i, 1.0, by, by + c.half);
-    }
-  }
-
-  // A block of tokens of some KV heads.
+  // A block of tokens of some KV heads. The second ballot finds the keys in the processor's cache.
   template <class E>
   void score_block(const Pass& pass, int64_t b, int64_t g_first, int64_t g_end,
                    int64_t block) const {
     int64_t first = block * BLOCK, m = least(BLOCK, length(c, b) - first);
-    if (!rotates(pass.is_fixed)) products<E>(b, g_first, g_end, first, m, block);
-    for (int64_t g = g_first; g < g_end; ++g) {
-      float* s = block_of(b, g, block);
-      if (rotates(pass.is_fixed)) rotated_products<E>(pass, b, g, first, m, s);
-      soften(b, g, block, first, m, s);
+    for (int64_t ballot = pass.votes ? 0 : R - 1; ballot < R; ++ballot) {
+      products<E>(ballot, b, g_first, g_end, first, m, block);
+      for (int64_t g = g_first; g < g_end; ++g) soften(ballot, b, g, block, first, m);
     }
   }
 
   // Turn a block's logits into what is kept of them.
-  TS_APART void soften(int64_t b, int64_t g, int64_t block, int64_t first, int64_t m, float* s) const {
+  TS_APART void soften(int64_t ballot, int64_t b, int64_t g, int64_t block, int64_t first,
+                       int64_t m) const {
     Regions of = regions(c, length(c, b));
     for (int64_t r = 0; r < G; ++r) {
-      int64_t at = place(b, g * G + r, block);
-      float* row = s + r * BLOCK;
-      top[at] = finish(row, m);
+      int64_t at = place(row(ballot, b, g * G + r), block);
+      float* s = block_of(ballot, b, g, block) + r * BLOCK;
+      top[at] = finish(s, m);
       if (c.vote != ts::SOFT) {
-        total[at] = add_up(row, 0, m, top[at], nullptr);
+        total[at] = add_up(s, 0, m, top[at], nullptr);
       } else if (!c.over_candidates) {
-        total[at] = add_up(row, 0, m, top[at], row);
+        total[at] = add_up(s, 0, m, top[at], s);
       } else {
-        total[at] = add_up(row, 0, m, top[at], nullptr);
+        total[at] = add_up(s, 0, m, top[at], nullptr);
         int64_t from = most(of.sink_end - first, 0), to = least(of.local_start - first, m);
         inner_top[at] = -INF;
         for (int64_t j = from; j < to; ++j) {
-          inner_top[at] = row[j] > inner_top[at] ? row[j] : inner_top[at];
+          inner_top[at] = s[j] > inner_top[at] ? s[j] : inner_top[at];
         }
-        inner_total[at] = add_up(row, from, to, inner_top[at], row);
+        inner_total[at] = add_up(s, from, to, inner_top[at], s);
       }
     }
   }
@@ -218,69 +227,63 @@ struct Scorer {
   }
 
   // Of a head's blocks: the lse, and by what a kept term becomes a weight of the softmax.
-  TS_APART void normalize(const Pass& pass, int64_t b, int64_t h) const {
-    int64_t n = length(c, b), used = over(n, BLOCK);
-    if (pass.lse) {
+  TS_APART void normalize(const Pass& pass, int64_t ballot, int64_t b, int64_t h) const {
+    int64_t n = length(c, b), used = over(n, BLOCK), head = row(ballot, b, h);
+    if (pass.lse && ballot + 1 == R) {
       double sum;
-      float largest = merged(top, total, b, h, used, sum);
+      float largest = merged(top, total, head, used, sum);
       c.dense_lse[b * c.Hq + h] = sum > 0 ? (float)(largest + __builtin_log(sum)) : -INF;
     }
     if (!pass.votes) return;
     if (c.vote == ts::HARD) {
       Regions of = regions(c, n);
-      auto key = [&](int64_t i) { return ordered(logit(b, h, of.sink_end + i)); };
-      cuts[b * c.Hq + h] = find_cut(of.local_start - of.sink_end, c.budget, key);
+      auto key = [&](int64_t i) { return ordered(logit(ballot, b, h, of.sink_end + i)); };
+      cuts[head] = find_cut(of.local_start - of.sink_end, c.budget, key);
     }
     if (c.vote != ts::SOFT) return;
     double sum;
-    float largest = merged(inner_top, inner_total, b, h, used, sum);
-    for (int64_t i = 0; i < used; ++i) {
-      int64_t at = place(b, h, i);
+    float largest = merged(inner_top, inner_total, head, used, sum);
+    for (int64_t at = place(head, 0); at < place(head, used); ++at) {
       bool has_weight = inner_top[at] > -INF && sum > 0;
-      factor[at] = has_weight
-                       ? (float)(__builtin_exp((double)inner_top[at] - largest) / sum)
-                       : 0.0f;
+      factor[at] = has_weight ? (float)(__builtin_exp((double)inner_top[at] - largest) / sum) : 0;
     }
   }
 
-  TS_APART float merged(const float* tops, const float* totals, int64_t b, int64_t h, int64_t used,
-               double& sum) const {
+  TS_APART float merged(const float* tops, const float* totals, int64_t head, int64_t used,
+                        double& sum) const {
     float largest = -INF;
-    for (int64_t i = 0; i < used; ++i) {
-      float x = tops[place(b, h, i)];
-      largest = x > largest ? x : largest;
+    for (int64_t at = place(head, 0); at < place(head, used); ++at) {
+      largest = tops[at] > largest ? tops[at] : largest;
     }
     sum = 0;
-    for (int64_t i = 0; i < used; ++i) {
-      int64_t at = place(b, h, i);
+    for (int64_t at = place(head, 0); at < place(head, used); ++at) {
       if (tops[at] > -INF) sum += totals[at] * __builtin_exp((double)tops[at] - largest);
     }
     return largest;
   }
 
-  float logit(int64_t b, int64_t h, int64_t j) const {
-    return block_of(b, h / G, j / BLOCK)[h % G * BLOCK + j % BLOCK];
+  float logit(int64_t ballot, int64_t b, int64_t h, int64_t j) const {
+    return block_of(ballot, b, h / G, j / BLOCK)[h % G * BLOCK + j % BLOCK];
   }
 
   // Add a block's votes up, head after head; a whole block, whatever of it are candidates.
-  TS_APART void vote_block(const Pass& pass, int64_t b, int64_t block) const {
+  TS_APART void vote_block(const Pass& pass, int64_t ballot, int64_t b, int64_t block) const {
     int64_t n = length(c, b), first = block * BLOCK, m = least(BLOCK, n - first);
-    int64_t heads = c.Hq / c.S;
+    int64_t heads = c.Hq / c.S, start = regions(c, n).sink_end;
     alignas(64) float sums[BLOCK];
     for (int64_t s = 0; s < c.S; ++s) {
-      float* to = sums_of(b, pass.ballot, s) + first;
+      float* to = sums_of(b, ballot, s) + first;
       memset(sums, 0, sizeof sums);
       if (!pass.is_new) memcpy(sums, to, (size_t)m * sizeof *to);
       for (int64_t h = s * heads; h < (s + 1) * heads; ++h) {
-        const float* x = block_of(b, h / G, block) + h % G * BLOCK;
+        const float* x = block_of(ballot, b, h / G, block) + h % G * BLOCK;
         if (c.vote == ts::HARD) {
-          const Cut& cut = cuts[b * c.Hq + h];
-          int64_t start = regions(c, n).sink_end;
+          const Cut& cut = cuts[row(ballot, b, h)];
           for (int64_t j = 0; j < m; ++j) {
             sums[j] += first + j >= start && cut.takes(ordered(x[j]), first + j - start);
           }
         } else {
-          vf by = all(c.vote == ts::SOFT ? factor[place(b, h, block)] : 1.0f);
+          vf by = all(c.vote == ts::SOFT ? factor[place(row(ballot, b, h), block)] : 1.0f);
           for (int64_t j = 0; j < m; j += W) store(sums + j, load(sums + j) + load(x + j) * by);
         }
       }
@@ -294,7 +297,7 @@ struct Scorer {
     int64_t m = of.local_start - of.sink_end, reach = least(c.pool / 2, m), read = 0;
     const float* from = sums_of(b, ballot, s) + of.sink_end;
     float* to = votes_of(b, ballot, s) + of.sink_end;
-    int32_t* in_reach = queue + (b * c.S + s) * c.Lk;
+    int32_t* in_reach = queue + (b * c.S + s) * c.Lk;  // of one ballot after the other
     int64_t front = 0, back = 0;
     for (int64_t j = 0; j < m; ++j) {
       for (; read < m && read <= j + reach; ++read) {
@@ -317,10 +320,10 @@ struct Scorer {
 
   template <class E>
   void run_pass(const Pass& pass) const {
-    prepare(pass);
-    int64_t averaged = c.B * c.Hq * (pass.last - pass.first) * c.D;
-    ts::parallel(threads_for(c, averaged), c.B * c.Hq, [&](int64_t unit) {
-      if (length(c, unit / c.Hq) > 0) average<E>(pass, unit / c.Hq, unit % c.Hq);
+    int64_t rows = R * c.B * c.Hq;
+    ts::parallel(threads_for(c, rows * (pass.last - pass.first) * c.D), rows, [&](int64_t unit) {
+      int64_t h = unit % c.Hq, b = unit / c.Hq % c.B;
+      if (length(c, b) > 0) average<E>(pass, unit / c.Hq / c.B, b, h);
     });
     // Where the heads of a token lie side by side, they are read together.
     int64_t together = c.k_head < c.k_token ? c.Hkv : 1, parts = c.Hkv / together;
@@ -329,42 +332,39 @@ struct Scorer {
       if (block * BLOCK < length(c, b)) score_block<E>(pass, b, g, g + together, block);
     });
     int64_t exps = c.vote == ts::HARD ? c.Lk : 16 * blocks;
-    ts::parallel(threads_for(c, c.B * c.Hq * exps), c.B * c.Hq, [&](int64_t unit) {
-      int64_t b = unit / c.Hq, h = unit % c.Hq;
+    ts::parallel(threads_for(c, rows * exps), rows, [&](int64_t unit) {
+      int64_t h = unit % c.Hq, b = unit / c.Hq % c.B;
       if (length(c, b) > 0) {
-        normalize(pass, b, h);
+        normalize(pass, unit / c.Hq / c.B, b, h);
       } else if (pass.lse) {
-        c.dense_lse[unit] = -INF;
+        c.dense_lse[b * c.Hq + h] = -INF;
       }
     });
     if (!pass.votes) return;
-    ts::parallel(threads_for(c, c.B * c.Hq * blocks * BLOCK / 4), c.B * blocks, [&](int64_t unit) {
-      int64_t b = unit / blocks, block = unit % blocks;
-      if (block * BLOCK < length(c, b)) vote_block(pass, b, block);
+    ts::parallel(threads_for(c, rows * blocks * BLOCK / 4), R * c.B * blocks, [&](int64_t unit) {
+      int64_t block = unit % blocks, b = unit / blocks % c.B;
+      if (block * BLOCK < length(c, b)) vote_block(pass, unit / blocks / c.B, b, block);
     });
   }
 
   template <class E>
   void run(bool veils) const {
+    prepare();
     int64_t runs = least(c.runs, c.Lq);
-    for (int64_t ballot = 0; ballot < R; ++ballot) {
-      bool is_fixed = c.score_at == ts::AT_FIXED || (R == 2 && ballot == 0);
-      bool is_last = ballot == R - 1;
-      for (int64_t i = 0, first = 0; i < runs; ++i) {
-        int64_t last = first + c.Lq / runs + (i < c.Lq % runs);
-        run_pass<E>({ballot, is_fixed, first, last, true, is_last && runs == 1, i == 0});
-        first = last;
-      }
-      if (is_last && runs > 1) {
-        run_pass<E>({ballot, is_fixed, 0, c.Lq, false, true, false});
-      }
-      if (!unpooled && !veils) continue;
-      ts::parallel(threads_for(c, c.B * c.S * c.Lk / 4), c.B * c.S, [&](int64_t unit) {
+    for (int64_t i = 0, first = 0; i < runs; ++i) {
+      int64_t last = first + c.Lq / runs + (i < c.Lq % runs);
+      run_pass<E>({first, last, true, runs == 1, i == 0});
+      first = last;
+    }
+    if (runs > 1) run_pass<E>({0, c.Lq, false, true, false});
+    if (!unpooled && !veils) return;
+    ts::parallel(threads_for(c, c.B * R * c.S * c.Lk / 4), c.B * c.S, [&](int64_t unit) {
+      for (int64_t ballot = 0; ballot < R; ++ballot) {
         int64_t b = unit / c.S, s = unit % c.S;
         if (unpooled && length(c, b) > 0) pool_votes(b, ballot, s);
         if (veils) veil(b, ballot, s);
-      });
-    }
+      }
+    });
   }
 };
 
