@@ -49,12 +49,17 @@ def backend(backend_name: str) -> Backend:
 
 @pytest.fixture(autouse=True)
 def _guarded(monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> None:
-    """Whoever asks for the triton backend here gets it in guarded memory."""
+    """Whoever asks for the triton backend here, or native, gets it in guarded memory."""
     if "triton" in chosen(pytestconfig):
         launch = importlib.import_module("tokenselect.kernels.triton.launch")
         if launch.INTERPRETED:
             interpreter.hasten()
         monkeypatch.setitem(registry._loaded, "triton", guard.watched(load("triton"), launch))
+    if "native" in chosen(pytestconfig) and load("native").unavailable is None:
+        stages = importlib.import_module("tokenselect.kernels.native.stages")
+        monkeypatch.setattr(stages, "_LEAST", 0)  # scratch of the very size, new at each call
+        monkeypatch.setattr(stages, "_KEPT", -1)
+        monkeypatch.setitem(registry._loaded, "native", guard.watched(load("native"), stages))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

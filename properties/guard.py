@@ -118,6 +118,8 @@ def run_guarded(
         if isinstance(mine, changes):
             for x, copy in zip(tensors(mine), tensors(theirs), strict=True):
                 own[id(copy)] = x.copy_(copy)
+    if not own or type(results) is tuple:  # of a fused step, which returns nothing that it changes
+        return results
     return results and type(results)(*(own.get(id(x), x) for x in results))
 
 
@@ -160,6 +162,9 @@ def watched(backend: Backend, launch: Any) -> Backend:
 
     stages = ("score", "select", "attend")
     own: dict[str, Any] = {name: guarded(getattr(backend, name)) for name in stages}
+    for name, changes in {"attend_fresh": (), "attend_cached": (CacheState,)}.items():
+        if getattr(backend, name) is not None:
+            own[name] = guarded(getattr(backend, name), *changes)
     if backend.static is not None:
         planned = {name: guarded(getattr(backend.static, name)) for name in stages[:2]}
         # `out` is the one tensor that it is given by itself.

@@ -7,9 +7,11 @@ it would on a GPU. What it cannot show: streams, the memory of a graph's pool, a
 refuses.
 """
 
+import importlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -113,28 +115,30 @@ def _key(x: Tensor) -> int:
 def opaque_kernels(
     note: Callable[[Callable[[], Any]], Any] = lambda call: None, *, run_them: bool = True
 ) -> Iterator[None]:
-    """Triton kernels as one operation each: what the interpreter does inside is not the step's.
+    """Kernels as one operation each: what Triton's interpreter does inside is not the step's.
 
+    Those of the native backend are no operators of torch either.
     note gets each run of launches, as a function without arguments.
     """
-    try:
-        from tokenselect.kernels.triton import launch
-    except ModuleNotFoundError:
+    launchers = {"triton.launch": "run", "native.library": "launch"}
+    with ExitStack() as patches:
+        for module, name in launchers.items():
+            with suppress(ModuleNotFoundError):  # triton is optional
+                launcher = importlib.import_module(f"tokenselect.kernels.{module}")
+                noted = _noted(getattr(launcher, name), note, run_them)
+                patches.enter_context(mock.patch.object(launcher, name, noted))
         yield
-        return
-    run = launch.run
 
-    def noted(*given: Any) -> None:
-        def call() -> None:
+
+def _noted(
+    run: Callable[..., Any], note: Callable[[Callable[[], Any]], Any], run_them: bool
+) -> Callable[..., Any]:
+    def noted(*given: Any) -> Any:
+        def call() -> Any:
             with _disable_current_modes(), torch._C.DisableTorchFunction():
-                run(*given)
+                return run(*given)
 
         note(call)
-        if run_them:
-            call()
+        return call() if run_them else 0
 
-    launch.run = noted
-    try:
-        yield
-    finally:
-        launch.run = run
+    return noted

@@ -7,7 +7,7 @@ chunk    attention of many queries, by matrix products of torch
 waves    tables of cos and sin
 """
 
-from tokenselect.contract import Backend, Capability, Reuse
+from tokenselect.contract import Backend, Capability, Reuse, StaticStages
 from tokenselect.kernels.native.library import Library, open_library
 from tokenselect.kernels.native.stages import DTYPES, Stages
 
@@ -21,13 +21,14 @@ _TAKES = Capability(
 
 def backend(library: Library, name: str = "native") -> Backend:
     """Return the backend of a compiled library."""
-    stages = Stages(library)
+    stages, planned = Stages(library), Stages(library, is_static=True)
     return Backend(
         name,
         _TAKES,
         stages.score,
         stages.select,
         stages.attend,
+        static=StaticStages(planned.score, planned.select, planned.attend),
         reuse=Reuse(stages.decide_reuse, stages.update),
         attend_fresh=stages.attend_fresh,
         attend_cached=stages.attend_cached,

@@ -47,7 +47,17 @@ class Library:
 
     def run(self, values: dict[str, Any]) -> int:
         """Run a call's stages and return 0; or return how many bytes of scratch they need."""
+        return launch(self._run, self._packed.pack(*[values[name] for name in self.fields]), values)
+
+    def needs(self, values: dict[str, Any]) -> int:
+        """Return how many bytes of scratch a call's stages need at their most."""
+        values = values | {"scratch": 0, "scratch_bytes": -1}
         return int(self._run(self._packed.pack(*[values[name] for name in self.fields])))
+
+
+def launch(function: Any, packed: bytes, kept: dict[str, Any]) -> int:
+    """Call the library; `kept` holds what the packed addresses are of."""
+    return int(function(packed))
 
 
 def _paths(loaded: ctypes.CDLL) -> dict[str, bool]:

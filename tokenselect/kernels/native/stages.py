@@ -32,10 +32,13 @@ _LEAST, _KEPT = 2**16, 2**28
 
 
 class Stages:
-    """The stages, on one library. No state shows in a result: what is kept is spare memory."""
+    """The stages, on one library. No state shows in a result: what is kept is spare memory.
 
-    def __init__(self, library: Library) -> None:
-        self._library = library
+    is_static  as a plan runs them: scratch for the whole capacity comes from the plan too
+    """
+
+    def __init__(self, library: Library, *, is_static: bool = False) -> None:
+        self._library, self._is_static = library, is_static
         self._spare: list[Tensor] = []
         self._nothing = dict.fromkeys(library.fields, 0) | {"path": library.number}
 
@@ -55,11 +58,13 @@ class Stages:
         )
         return selection
 
-    def attend(self, problem: Problem, selection: Selection) -> AttentionOutput:
-        """Return attention over any selection, within its tolerance."""
+    def attend(
+        self, problem: Problem, selection: Selection, out: Tensor | None = None
+    ) -> AttentionOutput:
+        """Return attention over any selection, within its tolerance, in `out` if there is one."""
         positions, count = (x.contiguous() for x in selection)
-        attended = self._attended(problem)
-        if problem.Lq > _FEW_QUERIES:
+        attended = self._attended(problem, out)
+        if problem.Lq > _FEW_QUERIES and not self._is_static:
             chunk.attend(problem, positions, count, *attended, self._gather)
         else:
             self._run(
@@ -135,8 +140,9 @@ class Stages:
         return Selection(positions, empty((p.B, p.S), torch.int32, device))
 
     @staticmethod
-    def _attended(p: Problem) -> AttentionOutput:
-        out = empty((p.B, p.Hq, p.Lq, p.Dv), p.q.dtype, p.q.device)
+    def _attended(p: Problem, out: Tensor | None = None) -> AttentionOutput:
+        if out is None:
+            out = empty((p.B, p.Hq, p.Lq, p.Dv), p.q.dtype, p.q.device)
         return AttentionOutput(out, empty((p.B, p.Hq, p.Lq), torch.float32, p.q.device))
 
     def _run(
@@ -161,15 +167,23 @@ class Stages:
             )  # fmt: skip
         for name, tensor in tensors.items():
             values[name] = tensor.data_ptr()
+        values["kept"] = tensors
         if "positions" in tensors:
             values["columns"] = tensors["positions"].shape[2]
+        if self._is_static:
+            values["is_static"] = True
+            needed = self._library.needs(values)
+            scratch = empty((needed,), torch.uint8, problem.q.device)
+            values.update(scratch=scratch.data_ptr(), scratch_bytes=scratch.numel())
+            self._library.run(values)
+            return
         try:
             scratch = self._spare.pop()
         except IndexError:  # none, or another thread's
             scratch = torch.empty(_LEAST, dtype=torch.uint8)
         values.update(scratch=scratch.data_ptr(), scratch_bytes=scratch.numel())
         while (needed := self._library.run(values)) > 0:
-            scratch = torch.empty(needed + needed // 4, dtype=torch.uint8)
+            scratch = empty((needed,), torch.uint8, problem.q.device)
             values.update(scratch=scratch.data_ptr(), scratch_bytes=scratch.numel())
         if scratch.numel() <= _KEPT and len(self._spare) < 4:
             self._spare.append(scratch)
@@ -213,7 +227,7 @@ class Stages:
             contiguous=c.positions == "contiguous",
         )  # fmt: skip
         if p.sink_logits is not None:
-            sinks = p.sink_logits.float().contiguous()
+            sinks = empty((Hq,), torch.float32, q.device).copy_(p.sink_logits)
             values["kept sinks"], values["sinks"] = sinks, sinks.data_ptr()
         if p.rope is not None and (p.rope.cached == "raw" or _moves(p)):
             tables = waves(p.rope.inv_freq, Lk)

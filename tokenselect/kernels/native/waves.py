@@ -1,5 +1,6 @@
 """Tables of cos and sin in float64, from which the kernels make any angle, as exactly."""
 
+import ctypes
 import threading
 from typing import NamedTuple
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 LOW = 512  # as in cpp/call.h
 _KEPT = 8
-_tables: dict[tuple[bytes, int], "Waves"] = {}
+_tables: dict[tuple[bytes, torch.dtype, int], "Waves"] = {}
 _lock = threading.Lock()
 
 
@@ -31,15 +32,17 @@ def waves(inv_freq: Tensor, reach: int) -> Waves:
 
     What is kept depends on the frequencies' values alone, so that it cannot show in a result.
     """
-    rates = inv_freq.detach().double().contiguous()
     n_waves = 1 << (-(-(reach + 1) // LOW) - 1).bit_length()
-    key = rates.numpy().tobytes(), n_waves
+    rates = inv_freq.contiguous()  # itself, as a rule
+    values = ctypes.string_at(rates.data_ptr(), rates.numel() * rates.itemsize)
+    key = values, rates.dtype, n_waves
     found = _tables.get(key)
     if found is None:
+        rates = rates.detach().to(torch.float64, copy=True)
         low, high = torch.arange(LOW), torch.arange(n_waves) * LOW
         angle = torch.cat((low, high)).double()[:, None] * rates
         table = torch.stack((angle.cos(), angle.sin()), dim=1).contiguous()
-        found = Waves(table, n_waves, rates.clone())
+        found = Waves(table, n_waves, rates)
         with _lock:
             while len(_tables) >= _KEPT:
                 _tables.pop(next(iter(_tables)))

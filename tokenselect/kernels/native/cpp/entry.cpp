@@ -9,7 +9,7 @@ void use_region(void* region);
 
 #define TS_DECLARE(path) \
   namespace path {       \
-  int64_t run_path(const ts::Call& c); \
+  int64_t run_path(const ts::Call& c, bool measures); \
   }
 TS_DECLARE(baseline)
 TS_DECLARE(avx2)
@@ -19,7 +19,7 @@ namespace {
 
 struct Path {
   const char* name;
-  int64_t (*run)(const ts::Call&);
+  int64_t (*run)(const ts::Call&, bool);
   bool (*runs_here)();
 };
 
@@ -71,11 +71,9 @@ TS_EXPORT void ts_use_region(void* region) { ts::use_region(region); }
 // Run a call's stages and return 0; or, if they need more scratch than there is, run nothing and
 // return how many bytes they need.
 TS_EXPORT int64_t ts_run(const ts::Call* call) {
-  ts::Call measured = *call;
-  measured.scratch = nullptr;
-  int64_t needed = PATHS[call->path].run(measured);
+  int64_t needed = PATHS[call->path].run(*call, true);
   if (needed > call->scratch_bytes) return needed;
-  PATHS[call->path].run(*call);
+  PATHS[call->path].run(*call, false);
   return 0;
 }
 

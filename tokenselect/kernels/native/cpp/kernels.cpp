@@ -5,11 +5,10 @@
 
 namespace TS_PATH {
 
-// The stages that a call names, in turn. With a null scratch, only measure it.
+// The stages that a call names, in turn; or only measure the scratch that they need.
 template <class E>
-static int64_t run(const Call& c) {
-  bool measures = c.scratch == nullptr;
-  Arena arena{(uintptr_t)c.scratch, 0};
+static int64_t run(const Call& c, bool measures) {
+  Arena arena{measures ? 0 : (uintptr_t)c.scratch, 0};
   // To score and select, a request that reuses its selection is absent.
   Call open = c;
   bool reuses = c.stages & (ts::DECIDE | ts::UPDATE);
@@ -41,10 +40,10 @@ static int64_t run(const Call& c) {
   return arena.used;
 }
 
-int64_t run_path(const Call& c) {
-  if (c.dtype == ts::BFLOAT16) return run<BFloat16>(c);
-  if (c.dtype == ts::FLOAT16) return run<Float16>(c);
-  return run<Float32>(c);
+int64_t run_path(const Call& c, bool measures) {
+  if (c.dtype == ts::BFLOAT16) return run<BFloat16>(c, measures);
+  if (c.dtype == ts::FLOAT16) return run<Float16>(c, measures);
+  return run<Float32>(c, measures);
 }
 
 }  // namespace TS_PATH
