@@ -16,7 +16,7 @@ ENTRY_POINTS = "tokenselect.backends"
 _targets: dict[str, str | Backend] = {
     "reference": "tokenselect.reference:BACKEND",
     "cpu": "tokenselect.kernels.cpu:BACKEND",
-    "native": "tokenselect.kernels.native:BACKEND",
+    "native": "tokenselect.kernels.native.backend:BACKEND",
     "triton": "tokenselect.kernels.triton:BACKEND",
     "cuda_graph": "tokenselect.plans.cuda_graph:BACKEND",
 }

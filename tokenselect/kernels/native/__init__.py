@@ -1,42 +1,9 @@
 """The native backend: C++ kernels for CPUs, compiled on the machine that runs them.
 
+backend  what it takes; the first import compiles the kernels, or says why it cannot
 build    finds a compiler, compiles the sources in `cpp`, keeps the library
 library  loads it and calls it
 stages   the stages, each one call of the library
 chunk    attention of many queries, by matrix products of torch
 waves    tables of cos and sin
 """
-
-from tokenselect.contract import Backend, Capability, Reuse, StaticStages
-from tokenselect.kernels.native.library import Library, open_library
-from tokenselect.kernels.native.stages import DTYPES, Stages
-
-_TAKES = Capability(
-    devices=("cpu",),
-    dtypes=tuple(DTYPES),
-    head_dims=range(1, 257),
-    group_sizes=range(1, 33),
-)
-
-
-def backend(library: Library, name: str = "native") -> Backend:
-    """Return the backend of a compiled library."""
-    stages, planned = Stages(library), Stages(library, is_static=True)
-    return Backend(
-        name,
-        _TAKES,
-        stages.score,
-        stages.select,
-        stages.attend,
-        static=StaticStages(planned.score, planned.select, planned.attend),
-        reuse=Reuse(stages.decide_reuse, stages.update),
-        attend_fresh=stages.attend_fresh,
-        attend_cached=stages.attend_cached,
-    )
-
-
-_LIBRARY = open_library()
-if isinstance(_LIBRARY, Library):
-    BACKEND = backend(_LIBRARY)
-else:  # the stages are never called: `reasons` says why
-    BACKEND = Backend("native", _TAKES, "cpu", "cpu", "cpu", unavailable=_LIBRARY)

@@ -1,9 +1,10 @@
 """Compile the C++ kernels, once per machine, with the compiler that is there.
 
-The library is kept in a directory that belongs to the user alone: TOKENSELECT_CACHE, or `tokenselect`
-in the user's cache directory. Its name is made of all that it depends on. The compiler is run without
-a shell; one process compiles at a time, under a lock that ends with the process; a library appears
-whole, by a rename. Whatever goes wrong is raised as `CannotBuild`, which says why.
+The library is kept in a directory that belongs to the user alone: TOKENSELECT_CACHE, or
+`tokenselect` in the user's cache directory. Its name is made of all that it depends on. The
+compiler is run without a shell; one process compiles at a time, under a lock that ends with the
+process; a library appears whole, by a rename. Whatever goes wrong is raised as `CannotBuild`,
+which says why.
 """
 
 import fcntl
@@ -115,7 +116,9 @@ def _run(command: Sequence[str], where: Path) -> str:
         raise CannotBuild(f"{command[0]}: {error}") from None
     if done.returncode != 0:
         said = [line for line in done.stderr.splitlines() if "error" in line] or [done.stderr[:300]]
-        raise CannotBuild(f"{command[0]} failed with exit code {done.returncode}: {said[0].strip()}")
+        raise CannotBuild(
+            f"{command[0]} failed with exit code {done.returncode}: {said[0].strip()}"
+        )
     return done.stdout
 
 

@@ -30,9 +30,7 @@ def attend(
         if n == 0:
             out[b], lse[b] = 0.0, -math.inf
             continue
-        gather(
-            p, b, positions=positions, count=count, key_rows=keys, value_rows=values
-        )
+        gather(p, b, positions=positions, count=count, key_rows=keys, value_rows=values)
         for g in range(p.Hkv):
             s = 0 if p.S == 1 else g
             m = int(count[b, s])

@@ -22,6 +22,7 @@ class Library:
 
     def __init__(self, file: Path, path: str | None = None) -> None:
         build.check_own(file)
+        self.file = file
         try:
             loaded = ctypes.CDLL(str(file))
             loaded.ts_fields.restype = loaded.ts_path.restype = ctypes.c_char_p

@@ -1,6 +1,5 @@
 """The stages of one call, each a call of the library; the fused step is one."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,7 +39,8 @@ class Stages:
     def __init__(self, library: Library, *, is_static: bool = False) -> None:
         self._library, self._is_static = library, is_static
         self._spare: list[Tensor] = []
-        self._nothing = dict.fromkeys(library.fields, 0) | {"path": library.number}
+        self._nothing: dict[str, Any] = dict.fromkeys(library.fields, 0)
+        self._nothing["path"] = library.number
 
     def score(self, problem: Problem) -> Scores:
         """Return votes and lse within their tolerance, in one pass over the keys."""
@@ -243,6 +243,3 @@ class Stages:
 
 def _moves(p: Problem) -> bool:
     return p.config.positions == "contiguous" or p.config.score_at != "true"
-
-
-Gather = Callable[..., None]

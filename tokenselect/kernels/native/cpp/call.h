@@ -1,7 +1,7 @@
 // One call, as Python hands it over: numbers, factors and pointers, eight bytes each.
 //
-// The fields are listed once, here. The library tells their names (`ts_fields`), and the Python side
-// refuses a library whose names are not its own. Strides of tensors are in elements.
+// The fields are listed once, here: the library tells their names in order (`ts_fields`), by which
+// Python packs them. Strides of tensors are in elements.
 #pragma once
 
 #include <stdint.h>

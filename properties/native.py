@@ -1,0 +1,125 @@
+"""The native backend with one line of its C++ wrong, or compiled to watch itself."""
+
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+from properties.guard import watched
+from tokenselect import Backend, register
+from tokenselect.kernels.native import backend as native
+from tokenselect.kernels.native import build, stages
+from tokenselect.kernels.native.library import Library
+
+# Compiled in a fraction of the time; the problems of a law are small.
+QUICK = ("-O0",)
+SANITIZED = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+
+
+class Mutant(NamedTuple):
+    """In `file`, `old` becomes `new`; it stands there once.
+
+    `stage` is the one whose laws should notice; "reuse": the Selection Cache's steps.
+    `law`: one that is known to notice, which is tried first.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    stage: str
+    law: str | None = None
+
+
+VOTES = "votes_and_lse_are_within_tolerance"
+SELECTED = "select_is_bit_exact"
+OUT = "out_and_lse_are_within_tolerance"
+
+MUTANTS = (
+    Mutant("reads-one-key-too-many", "score.h", "least(BLOCK, length(c, b) - first);\n    for",
+           "least(BLOCK, length(c, b) + 1 - first);\n    for", "score", VOTES),
+    Mutant("forgets-a-block-at-a-new-maximum", "score.h",
+           "sum += totals[at] * __builtin_exp((double)tops[at] - largest)", "sum += totals[at]",
+           "score", VOTES),
+    Mutant("drops-the-last-block", "score.h", "used = over(n, BLOCK), head", "used = n / BLOCK, head",
+           "score", VOTES),
+    Mutant("weighs-blocks-alike", "score.h", "__builtin_exp((double)inner_top[at] - largest) / sum",
+           "1 / sum", "score", VOTES),
+    Mutant("votes-of-the-wrong-group", "score.h", "const float* x = block_of(ballot, b, h / G, block)",
+           "const float* x = block_of(ballot, b, h % c.Hkv, block)", "score", VOTES),
+    Mutant("averages-all-queries-in-each-run", "score.h", "i = pass.first; i < pass.last",
+           "i = 0; i < pass.last", "score", VOTES),
+    Mutant("pools-to-one-side", "score.h", "read <= j + reach", "read <= j", "score", VOTES),
+    Mutant("rotates-keys-the-wrong-way", "score.h", "wave(c, direction(ballot) * i, 1.0",
+           "wave(c, -direction(ballot) * i, 1.0", "score", VOTES),
+    Mutant("starts-the-table-anew", "score.h", "int64_t offset = t % OFFSETS", "int64_t offset = 0",
+           "score", None),
+    Mutant("counts-nan-as-a-logit", "score.h", "x = pick(finite, x, all(-INF));", "", "score",
+           "a_key_that_is_not_finite_gets_no_votes"),
+    Mutant("leaves-votes-of-no-candidates", "score.h", "j < of.sink_end; ++j) row[j] = -INF",
+           "j < of.sink_end; ++j) row[j] = 0", "score", VOTES),
+    Mutant("widens-half-of-a-vector", "simd.h", "memcpy(part, p, (size_t)count * sizeof *p);",
+           "memcpy(part, p, (size_t)(count - 1) * sizeof *p);", "score", VOTES),
+    Mutant("cuts-exp-short", "simd.h", "p = p * r + 0x1.12106cp-7f;", "", "score", VOTES),
+    Mutant("rounds-angles-to-float", "rows.h", "double angle = (double)by * c.rates[i];",
+           "double angle = (float)by * (float)c.rates[i] + 1e-3;", "score", VOTES),
+    Mutant("takes-a-page-too-far", "rows.h", "++slot == page_size", "slot++ == page_size", "score",
+           VOTES),
+    Mutant("wins-one-tie-too-many", "select.h", "place < ties_end", "place <= ties_end", "select",
+           SELECTED),
+    Mutant("orders-signed-zeros", "select.h", "x = x == x ? x + 0.0f : -INF;",
+           "x = x == x ? x : -INF;", "select", SELECTED),
+    Mutant("orders-nan-first", "select.h", "x = x == x ? x + 0.0f : -INF;", "x = x + 0.0f;",
+           "select", SELECTED),
+    Mutant("counts-a-digit-of-others", "select.h", "if ((x & known) == digits) ++counts",
+           "if ((x & known) >= digits) ++counts", "select", SELECTED),
+    Mutant("chooses-twice", "select.h", "if (next < n_taken && taken[next] == j) {",
+           "if (next < n_taken && taken[next] == -1) {", "select", SELECTED),
+    Mutant("bounds-too-high", "select.h", "bound(from, m, share + n_chosen, top)",
+           "bound(from, m, share / 2 + n_chosen, top)", "select", SELECTED),
+    Mutant("pads-with-zero", "select.h", "to[i] = -1;", "to[i] = 0;", "select", SELECTED),
+    Mutant("query-does-not-see-itself", "attend.h", "newest = length(c, b) - c.Lq + i;",
+           "newest = length(c, b) - c.Lq + i - 1;", "attend", OUT),
+    Mutant("lets-every-query-see-all", "attend.h", "newest = length(c, b) - c.Lq + i;",
+           "newest = length(c, b);", "attend", OUT),
+    Mutant("merges-unweighed", "attend.h", "float by = (float)shrunk;", "float by = 1;", "attend",
+           OUT),
+    Mutant("drops-the-last-split", "attend.h", "int64_t count = seen(b, selection_of(h / G), i), used "
+           "= over(count, SPLIT);", "int64_t count = seen(b, selection_of(h / G), i), used = "
+           "most(1, count / SPLIT);", "attend", None),
+    Mutant("weighs-the-sink-alone", "attend.h", "weight = total * share + (takes_more",
+           "weight = total + (takes_more", "attend", OUT),
+    Mutant("reads-kv-head-modulo", "attend.h", "memcpy(q + r * pitch, query(b, g * G + r, i)",
+           "memcpy(q + r * pitch, query(b, r * c.Hkv + g, i)", "attend", OUT),
+    Mutant("walks-in-place", "attend.h", "at = c.contiguous ? r : position;", "at = position;",
+           "attend", OUT),
+    Mutant("narrows-towards-zero", "simd.h", "(bits + 0x7fff + (bits >> 16 & 1)) >> 16",
+           "bits >> 16", "attend", OUT),
+    Mutant("adds-up-in-float32", "reuse.h", "(double)x[i + j] * (double)y[i + j]",
+           "x[i + j] * y[i + j]", "reuse"),
+    Mutant("compares-unsigned", "reuse.h", "product * __builtin_fabs(product) >= bound",
+           "product * product >= bound", "reuse"),
+    Mutant("drops-what-was-appended", "reuse.h", "int64_t total = stored_count + n - stored_n;",
+           "int64_t total = stored_count;", "reuse"),
+    Mutant("remembers-who-is-gone", "reuse.h", "c.stored_length[b] = (int32_t)n;",
+           "if (n > 0) c.stored_length[b] = (int32_t)n;", "reuse"),
+)  # fmt: skip
+
+
+def build_mutant(mutant: Mutant, where: Path) -> Backend:
+    """The backend of sources with the mistake in them, registered, and guarded."""
+    sources = where / "cpp"
+    shutil.copytree(build.SOURCES, sources)
+    text = (sources / mutant.file).read_text()
+    assert text.count(mutant.old) == 1, f"{mutant.old!r} is {text.count(mutant.old)} times there"
+    (sources / mutant.file).write_text(text.replace(mutant.old, mutant.new))
+    made = Library(compiled(where, sources, QUICK))
+    backend = watched(native.backend(made, f"planted-native-{mutant.name}"), stages)
+    register(backend.name, backend)
+    return backend
+
+
+def compiled(where: Path, sources: Path, flags: tuple[str, ...]) -> Path:
+    """A library of sources, in a directory; for the path that runs here."""
+    compiler = build.find_compiler()
+    paths = (build.widest(compiler.machine),)
+    return build.compile_in(where, compiler, sources, (*build.FLAGS, *flags), paths)

@@ -1,0 +1,37 @@
+"""python -m properties.sanitized LIBRARY: every law on a library that watches itself.
+
+The sanitizers' runtime has to be loaded first, by LD_PRELOAD; it ends the process at a mistake.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from tokenselect import register
+from tokenselect.conformance import laws  # noqa: F401  # registers them
+from tokenselect.conformance.laws.law import LAWS
+from tokenselect.conformance.laws.verdict import seeded, verdict
+from tokenselect.kernels.native import backend as native
+from tokenselect.kernels.native import stages
+from tokenselect.kernels.native.library import Library
+
+
+def main(file: str) -> int:
+    torch.set_num_threads(1)
+    # Scratch of the very size, new at each call: its end is the end of an allocation.
+    stages._LEAST, stages._KEPT = 0, -1  # type: ignore[misc]
+    backend = native.backend(Library(Path(file)), "native-sanitized")
+    register(backend.name, backend)
+    wrong = []
+    for law in LAWS:
+        found = verdict(law, backend, seeded(10))
+        print(law.name, found.became, flush=True)
+        if found.became == "failed":
+            wrong.append(f"{law.name}: {found.error}")
+    print("\n".join(wrong) or "laws held")
+    return len(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,60 @@
+"""Mistakes planted in the C++ kernels are caught; sanitizers find nothing on the laws' problems."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from properties import test_reuse
+from properties.native import MUTANTS, SANITIZED, Mutant, build_mutant, compiled
+from properties.test_planted import catcher
+from tokenselect.conformance.laws.law import SHARES
+from tokenselect.dispatch.registry import load
+from tokenselect.kernels.native import build, stages
+
+pytestmark = pytest.mark.skipif(
+    load("native").unavailable is not None, reason=str(load("native").unavailable)
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_a_mistake_in_the_source_is_caught(
+    mutant: Mutant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "_LEAST", 0)
+    monkeypatch.setattr(stages, "_KEPT", -1)
+    backend = build_mutant(mutant, tmp_path)
+    SHARES[backend.name] = 0.5
+    if mutant.stage == "reuse":
+        with pytest.raises(AssertionError):
+            test_reuse.test_steps_leave_what_the_reference_leaves(backend, 1, -1.0)
+            test_reuse.test_steps_leave_what_the_reference_leaves(backend, 3, 0.9)
+            test_reuse.test_decisions_are_those_of_the_reference_and_of_each_request_alone(backend)
+    else:
+        hint = mutant.law
+        assert catcher(backend, mutant.stage, hint=hint), f"no law notices {mutant.name}"
+
+
+@pytest.mark.slow
+def test_sanitizers_find_nothing_on_the_problems_of_the_laws(tmp_path: Path) -> None:
+    """AddressSanitizer sees past the end of every tensor; UBSan, arithmetic that has no meaning."""
+    compiler = build.find_compiler()
+    runtime = subprocess.run(
+        [*compiler.command, "-print-file-name=libasan.so"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    if not Path(runtime).is_absolute():
+        pytest.skip(f"NOT TRIED: {compiler.command[0]} has no libasan.so")
+    library = compiled(tmp_path, build.SOURCES, SANITIZED)
+    environment = os.environ | {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0"}
+    done = subprocess.run(
+        [sys.executable, "-m", "properties.sanitized", str(library)],
+        env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert "laws held" in done.stdout

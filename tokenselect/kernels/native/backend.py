@@ -1,0 +1,35 @@
+"""The native backend: what it takes, on the library that this machine compiles."""
+
+from tokenselect.contract import Backend, Capability, Reuse, StaticStages
+from tokenselect.kernels.native.library import Library, open_library
+from tokenselect.kernels.native.stages import DTYPES, Stages
+
+_TAKES = Capability(
+    devices=("cpu",),
+    dtypes=tuple(DTYPES),
+    head_dims=range(1, 257),
+    group_sizes=range(1, 33),
+)
+
+
+def backend(library: Library, name: str = "native") -> Backend:
+    """Return the backend of a compiled library."""
+    stages, planned = Stages(library), Stages(library, is_static=True)
+    return Backend(
+        name,
+        _TAKES,
+        stages.score,
+        stages.select,
+        stages.attend,
+        static=StaticStages(planned.score, planned.select, planned.attend),
+        reuse=Reuse(stages.decide_reuse, stages.update),
+        attend_fresh=stages.attend_fresh,
+        attend_cached=stages.attend_cached,
+    )
+
+
+LIBRARY = open_library()
+if isinstance(LIBRARY, Library):
+    BACKEND = backend(LIBRARY)
+else:  # the stages are never called: `reasons` says why
+    BACKEND = Backend("native", _TAKES, "cpu", "cpu", "cpu", unavailable=LIBRARY)
