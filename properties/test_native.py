@@ -10,6 +10,7 @@ import pytest
 from properties import test_reuse
 from properties.native import MUTANTS, SANITIZED, Mutant, build_mutant, compiled
 from properties.test_planted import catcher
+from tokenselect import Backend
 from tokenselect.conformance.laws.law import SHARES
 from tokenselect.dispatch.registry import load
 from tokenselect.kernels.native import build, stages
@@ -17,6 +18,12 @@ from tokenselect.kernels.native import build, stages
 pytestmark = pytest.mark.skipif(
     load("native").unavailable is not None, reason=str(load("native").unavailable)
 )
+
+
+def reuse_laws(backend: Backend) -> None:
+    test_reuse.test_steps_leave_what_the_reference_leaves(backend, 1, -1.0)
+    test_reuse.test_steps_leave_what_the_reference_leaves(backend, 3, 0.9)
+    test_reuse.test_decisions_are_those_of_the_reference_and_of_each_request_alone(backend)
 
 
 @pytest.mark.slow
@@ -30,9 +37,7 @@ def test_a_mistake_in_the_source_is_caught(
     SHARES[backend.name] = 0.5
     if mutant.stage == "reuse":
         with pytest.raises(AssertionError):
-            test_reuse.test_steps_leave_what_the_reference_leaves(backend, 1, -1.0)
-            test_reuse.test_steps_leave_what_the_reference_leaves(backend, 3, 0.9)
-            test_reuse.test_decisions_are_those_of_the_reference_and_of_each_request_alone(backend)
+            reuse_laws(backend)
     else:
         hint = mutant.law
         assert catcher(backend, mutant.stage, hint=hint), f"no law notices {mutant.name}"

@@ -18,7 +18,7 @@ def attend(
     count: Tensor,
     out: Tensor,
     lse: Tensor,
-    gather: Callable[..., None],
+    gather: Callable[[Problem, int, dict[str, Tensor]], None],
 ) -> None:
     """Fill out (B, Hq, Lq, Dv) and lse (B, Hq, Lq) from positions (B, S, K) and count (B, S)."""
     p = problem
@@ -30,7 +30,8 @@ def attend(
         if n == 0:
             out[b], lse[b] = 0.0, -math.inf
             continue
-        gather(p, b, positions=positions, count=count, key_rows=keys, value_rows=values)
+        rows = {"key_rows": keys, "value_rows": values}
+        gather(p, b, {"positions": positions, "count": count} | rows)
         for g in range(p.Hkv):
             s = 0 if p.S == 1 else g
             m = int(count[b, s])

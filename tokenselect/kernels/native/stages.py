@@ -47,15 +47,15 @@ class Stages:
         p, device = problem, problem.q.device
         votes = empty((p.B, p.R, p.S, p.Lk), torch.float32, device)
         lse = empty((p.B, p.Hq), torch.float32, device)
-        self._run(p, SCORE, votes=votes, dense_lse=lse)
+        self._run(p, SCORE, {"votes": votes, "dense_lse": lse})
         return Scores(votes, lse)
 
     def select(self, votes: Tensor, problem: Problem) -> Selection:
         """Return the selection that votes (B, R, S, Lk) make; bit-exact."""
         selection = self._selection(problem)
-        self._run(
-            problem, SELECT, votes=votes.contiguous(), positions=selection[0], count=selection[1]
-        )
+        positions, count = selection
+        made = {"votes": votes.contiguous(), "positions": positions, "count": count}
+        self._run(problem, SELECT, made)
         return selection
 
     def attend(
@@ -67,10 +67,9 @@ class Stages:
         if problem.Lq > _FEW_QUERIES and not self._is_static:
             chunk.attend(problem, positions, count, *attended, self._gather)
         else:
-            self._run(
-                problem, ATTEND, positions=positions, count=count,
-                out=attended[0], out_lse=attended[1],
-            )  # fmt: skip
+            out, lse = attended
+            given = {"positions": positions, "count": count, "out": out, "out_lse": lse}
+            self._run(problem, ATTEND, given)
         return attended
 
     def attend_fresh(self, problem: Problem) -> tuple[AttentionOutput, Selection, Tensor]:
@@ -97,11 +96,11 @@ class Stages:
         selection, attended = self._selection(p), self._attended(p)
         made |= {"dense_lse": lse, "positions": selection[0], "count": selection[1]}
         if p.Lq > _FEW_QUERIES:
-            self._run(p, stages, state, theta, **made)
+            self._run(p, stages, made, state, theta)
             chunk.attend(p, *selection, *attended, self._gather)
         else:
             made |= {"out": attended[0], "out_lse": attended[1]}
-            self._run(p, stages | ATTEND, state, theta, **made)
+            self._run(p, stages | ATTEND, made, state, theta)
         return attended, selection, lse
 
     def decide_reuse(
@@ -114,24 +113,19 @@ class Stages:
             empty((p.B,), torch.int32, device),
             empty((p.B, p.Hq * p.D), torch.float32, device),
         )
-        self._run(
-            p, DECIDE, state, theta,
-            reused=decision[0], open_lengths=decision[1], mean_query=decision[2],
-        )  # fmt: skip
+        self._run(p, DECIDE, _named(decision), state, theta)
         return decision
 
     def update(
         self, problem: Problem, state: CacheState, decision: ReuseDecision, selection: Selection
     ) -> None:
         """Complete the selections that are reused, in `selection`; store the others."""
-        self._run(
-            problem, UPDATE, state, None,
-            reused=decision[0], open_lengths=decision[1], mean_query=decision[2],
-            positions=selection[0], count=selection[1],
-        )  # fmt: skip
+        positions, count = selection
+        made = _named(decision) | {"positions": positions, "count": count}
+        self._run(problem, UPDATE, made, state)
 
-    def _gather(self, problem: Problem, request: int, **tensors: Tensor) -> None:
-        self._run(problem, GATHER, request=request, **tensors)
+    def _gather(self, problem: Problem, request: int, tensors: dict[str, Tensor]) -> None:
+        self._run(problem, GATHER, tensors, request=request)
 
     @staticmethod
     def _selection(p: Problem) -> Selection:
@@ -149,10 +143,10 @@ class Stages:
         self,
         problem: Problem,
         stages: int,
+        tensors: dict[str, Tensor],
         state: CacheState | None = None,
         theta: float | None = None,
         request: int = 0,
-        **tensors: Tensor,
     ) -> None:
         """Run stages of a problem; `tensors` are what they read and write beside it."""
         values = self._values(problem, stages)
@@ -243,3 +237,8 @@ class Stages:
 
 def _moves(p: Problem) -> bool:
     return p.config.positions == "contiguous" or p.config.score_at != "true"
+
+
+def _named(decision: ReuseDecision) -> dict[str, Tensor]:
+    reused, open_lengths, mean_query = decision
+    return {"reused": reused, "open_lengths": open_lengths, "mean_query": mean_query}

@@ -9,7 +9,7 @@
 
 namespace TS_PATH {
 
-constexpr int SPLIT = 10 * TILE;
+constexpr int SPLIT = TS_SPLIT_TILES * TILE;
 
 struct Attender {
   const Call& c;

@@ -12,6 +12,13 @@ using ts::MAX_GROUP;
 
 constexpr int TILE = 24;  // rows that are taken at once
 
+// Tiles per block of scores, and per split of attention. Tests compile smaller ones, so that small
+// problems have several.
+#ifndef TS_BLOCK_TILES
+#define TS_BLOCK_TILES 20
+#define TS_SPLIT_TILES 10
+#endif
+
 // Memory of a call, handed out in one order: the same code measures it, from address 0 on.
 struct Arena {
   uintptr_t base;

@@ -11,7 +11,7 @@
 
 namespace TS_PATH {
 
-constexpr int BLOCK = 20 * TILE;
+constexpr int BLOCK = TS_BLOCK_TILES * TILE;
 constexpr int OFFSETS = 2 * TILE;  // keys that are rotated by the same table, relative to the first
 
 // What one pass over the keys adds: the votes of one run of queries, or the lse, or both.
