@@ -18,7 +18,7 @@ from tokenselect.kernels.native.library import Library
 from tokenselect.kernels.native.waves import waves
 from tokenselect.scratch import empty
 
-SCORE, SELECT, ATTEND, GATHER, DECIDE, UPDATE = 1, 2, 4, 8, 16, 32
+SCORE, SELECT, ATTEND, GATHER, DECIDE, UPDATE, WEIGH = 1, 2, 4, 8, 16, 32, 64
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _VOTES = {"soft": 0, "logit": 1, "hard": 2}
 _SCORE_AT = {"true": 0, "fixed": 1, "split": 2}
@@ -65,7 +65,7 @@ class Stages:
         positions, count = (x.contiguous() for x in selection)
         attended = self._attended(problem, out)
         if problem.Lq > _FEW_QUERIES and not self._is_static:
-            chunk.attend(problem, positions, count, *attended, self._gather)
+            chunk.attend(problem, positions, count, *attended, self._gather, self._weigh)
         else:
             out, lse = attended
             given = {"positions": positions, "count": count, "out": out, "out_lse": lse}
@@ -97,7 +97,7 @@ class Stages:
         made |= {"dense_lse": lse, "positions": selection[0], "count": selection[1]}
         if p.Lq > _FEW_QUERIES:
             self._run(p, stages, made, state, theta)
-            chunk.attend(p, *selection, *attended, self._gather)
+            chunk.attend(p, *selection, *attended, self._gather, self._weigh)
         else:
             made |= {"out": attended[0], "out_lse": attended[1]}
             self._run(p, stages | ATTEND, made, state, theta)
@@ -124,8 +124,11 @@ class Stages:
         made = _named(decision) | {"positions": positions, "count": count}
         self._run(problem, UPDATE, made, state)
 
-    def _gather(self, problem: Problem, request: int, tensors: dict[str, Tensor]) -> None:
-        self._run(problem, GATHER, tensors, request=request)
+    def _gather(self, problem: Problem, tensors: dict[str, Tensor], **numbers: int) -> None:
+        self._run(problem, GATHER, tensors, numbers=numbers)
+
+    def _weigh(self, problem: Problem, tensors: dict[str, Tensor], **numbers: int) -> None:
+        self._run(problem, WEIGH, tensors, numbers=numbers)
 
     @staticmethod
     def _selection(p: Problem) -> Selection:
@@ -146,11 +149,11 @@ class Stages:
         tensors: dict[str, Tensor],
         state: CacheState | None = None,
         theta: float | None = None,
-        request: int = 0,
+        numbers: dict[str, int] | None = None,
     ) -> None:
         """Run stages of a problem; `tensors` are what they read and write beside it."""
         values = self._values(problem, stages)
-        values["request"] = request
+        values.update(numbers or {})
         if state is not None:
             values.update(
                 has_theta=theta is not None, theta=theta or 0.0, max_reuse=problem.max_reuse,

@@ -19,8 +19,9 @@ struct Attender {
   Attender(const Call& call, Arena& arena) : c(call) {
     G = c.Hq / c.Hkv, S = c.S, splits = over(c.columns, SPLIT), pitch = padded(c.D);
     width = c.Dv + 2;  // the sum of weighted values, the largest logit, the sum of weights
-    queries = arena.take<float>(c.B * c.Hq * c.Lq * pitch);
-    parts = arena.take<float>(c.B * c.Hq * c.Lq * splits * width);
+    int64_t rows = c.stages & ts::ATTEND ? c.B * c.Hq * c.Lq : 0;
+    queries = arena.take<float>(rows * pitch);
+    parts = arena.take<float>(rows * splits * width);
     turns = arena.take<float>(moves() ? c.B * S * c.columns * 2 * c.half : 0);
   }
 
@@ -119,7 +120,7 @@ struct Attender {
     }
     for (int64_t r = 0; r < G; ++r) {
       float* to = part(b, g * G + r, i, split);
-      weigh(weights + r * SPLIT, m, to + c.Dv);
+      weigh(weights + r * SPLIT, m, (float)c.scale, to + c.Dv);
       memset(to, 0, (size_t)c.Dv * sizeof *to);
     }
     for (int64_t tile = n_tiles; tile < 2 * n_tiles; ++tile) {
@@ -132,9 +133,10 @@ struct Attender {
     }
   }
 
-  // Turn logits into weights relative to the largest; found[0] gets that, found[1] their sum.
-  TS_APART void weigh(float* s, int64_t m, float* found) const {
-    vf largest = all(-INF), scale = all((float)c.scale);
+  // Turn logits, times a factor, into weights relative to the largest; found[0] gets that, found[1]
+  // their sum. There is room for whole vectors.
+  TS_APART void weigh(float* s, int64_t m, float factor, float* found) const {
+    vf largest = all(-INF), scale = all(factor);
     for (int64_t j = 0; j < m; j += W) {
       vf x = load(s + j) * scale;
       if (c.softcap > 0) x = tanh(x / (float)c.softcap) * (float)c.softcap;
@@ -206,7 +208,18 @@ struct Attender {
     }
   }
 
-  // Merge the splits of one query, with the sink's logit in the denominator.
+  // By what a sum of weighted values is multiplied, with the sink's logit in the denominator; the
+  // weights are relative to `above` and add up to `total`.
+  double factor(int64_t h, float largest, double total) const {
+    if (!c.sinks) return 1 / total;
+    double sink = c.sinks[h], above = finite_or_zero(largest);
+    if (largest == -INF && sink > -INF) return 0;
+    if (sink <= above) return 1 / (total + __builtin_exp(sink - above));
+    double share = __builtin_exp(above - sink);
+    return share / (total * share + 1);
+  }
+
+  // Merge the splits of one query.
   template <class E>
   void merge(int64_t b, int64_t h, int64_t i) const {
     int64_t count = seen(b, selection_of(h / G), i), used = over(count, SPLIT);
@@ -232,14 +245,8 @@ struct Attender {
       for (int64_t d = 0; d < c.Dv; ++d) sums[d] += x[d] * by;
     }
     c.out_lse[at] = total == 0 ? -INF : (float)(above + __builtin_log(total));
-    double share = 1, weight = total;
-    if (c.sinks) {
-      double sink = c.sinks[h];
-      bool takes_more = sink > above || (largest == -INF && sink > -INF);
-      if (takes_more) share = largest == -INF ? 0 : __builtin_exp(above - sink);
-      weight = total * share + (takes_more ? 1 : __builtin_exp(sink - above));
-    }
-    for (int64_t d = 0; d < c.Dv; ++d) out[d] = E::narrow((float)(sums[d] * share / weight));
+    double by = factor(h, largest, total);
+    for (int64_t d = 0; d < c.Dv; ++d) out[d] = E::narrow((float)(sums[d] * by));
   }
 
   template <class E>
@@ -291,6 +298,22 @@ struct Attender {
         tile.take(values_of<E>(c), b, g, row_of(b, s) + r, count, n);
         for (int t = 0; t < count; ++t) widen_row<E>(tile.row[t], c.Dv, value + t * c.Dv);
       }
+    });
+  }
+
+  // Turn logits (G, n_queries, columns) of a KV head, scaled already, into weights: zeros for what a
+  // query does not see. Fills its lse, and `factors`, which the weighted values are multiplied by.
+  void weigh_rows() const {
+    int64_t b = c.request, s = selection_of(c.group), m = count_of(b, s);
+    ts::parallel(threads_for(c, G * c.n_queries * m), G * c.n_queries, [&](int64_t row) {
+      int64_t h = c.group * G + row / c.n_queries, i = c.first_query + row % c.n_queries;
+      int64_t visible = seen(b, s, i);
+      float *to = c.logits + row * c.logits_pitch, found[2];
+      weigh(to, visible, 1.0f, found);
+      for (int64_t j = visible; j < m; ++j) to[j] = 0;
+      float* lse = c.out_lse + (b * c.Hq + h) * c.Lq + i;
+      *lse = found[1] == 0 ? -INF : finite_or_zero(found[0]) + (float)__builtin_log(found[1]);
+      c.factors[row] = visible == 0 ? 0 : (float)factor(h, found[0], found[1]);
     });
   }
 };

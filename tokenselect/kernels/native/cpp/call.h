@@ -27,6 +27,8 @@
   X(int32_t*, positions) X(int32_t*, count)                                                     \
   X(char*, out) X(float*, out_lse)                                                              \
   X(float*, key_rows) X(float*, value_rows) X(int64_t, request)                                 \
+  X(float*, logits) X(int64_t, logits_pitch) X(float*, factors)                                 \
+  X(int64_t, group) X(int64_t, first_query) X(int64_t, n_queries)                               \
   X(int64_t, has_theta) X(double, theta) X(int64_t, max_reuse)                                  \
   X(float*, stored_query) X(int32_t*, stored) X(int64_t, stored_columns)                        \
   X(int32_t*, stored_count) X(int32_t*, stored_length) X(int64_t*, hits) X(int64_t*, misses)    \
@@ -41,8 +43,17 @@ struct Call {
 #undef X
 };
 
-// Stages, to be added up. `REUSE_*` are the Selection Cache's steps.
-enum : int64_t { SCORE = 1, SELECT = 2, ATTEND = 4, GATHER = 8, DECIDE = 16, UPDATE = 32 };
+// Stages, to be added up. DECIDE and UPDATE are the Selection Cache's; GATHER and WEIGH are for
+// attention by matrix products.
+enum : int64_t {
+  SCORE = 1,
+  SELECT = 2,
+  ATTEND = 4,
+  GATHER = 8,
+  DECIDE = 16,
+  UPDATE = 32,
+  WEIGH = 64
+};
 enum : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 enum : int64_t { SOFT = 0, LOGIT = 1, HARD = 2 };
 enum : int64_t { AT_TRUE = 0, AT_FIXED = 1, AT_BOTH = 2 };

@@ -32,10 +32,11 @@ static int64_t run(const Call& c, bool measures) {
     if (!measures) selector.run();
   }
   if (c.stages & ts::UPDATE && !measures) reuser.update();
-  if (c.stages & (ts::ATTEND | ts::GATHER)) {
+  if (c.stages & (ts::ATTEND | ts::GATHER | ts::WEIGH)) {
     Attender attender(c, arena);
     if (!measures && c.stages & ts::ATTEND) attender.run<E>();
     if (!measures && c.stages & ts::GATHER) attender.gather<E>();
+    if (!measures && c.stages & ts::WEIGH) attender.weigh_rows();
   }
   return arena.used;
 }
