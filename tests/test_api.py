@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests import fresh
 from tests.problems import problem
 from tokenselect import (
     InvalidProblem,
@@ -69,7 +70,7 @@ def test_out_is_written_to_and_returned() -> None:
 
 
 def test_a_backend_may_do_the_three_stages_in_one() -> None:
-    """Where there is no Selection Cache; with one, decisions come between them."""
+    """Where there is no Selection Cache; with one, `attend_cached` may."""
     cpu, calls = load("cpu"), []
 
     def fused(p: Any) -> Any:
@@ -94,7 +95,7 @@ def test_a_backend_may_do_the_three_stages_in_one() -> None:
 def test_what_explain_says_is_of_the_call_that_runs() -> None:
     arguments: dict[str, Any] = {"k": 5, "n_sink": None, "positions": None, "vote": "hard"}
     attention(Q, K, V, **arguments)
-    assert explain(Q, K, V, **arguments).chosen == "cpu"
+    assert explain(Q, K, V, **arguments).chosen == fresh.AUTO
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's

@@ -88,9 +88,11 @@ def test_all_is_right_here() -> None:
     for name in ("tokenselect", "python", "torch", "triton", "platform", "cpu"):
         assert re.search(rf"^{name} +\S", done.stdout, re.MULTILINE), name
     assert torch.__version__ in done.stdout
-    for backend in ("reference", "cpu"):
+    for backend in ("reference", "cpu", *({fresh.AUTO} - {"cpu"})):
         found = section(done.stdout, backend)
         assert list(found) == list(kinds.KINDS)
+        if backend == "native":
+            assert found.pop("float64").startswith("not supported: dtype")
         assert all(re.fullmatch(r"ok +0\.\d{3}( +\w+)?", what) for what in found.values()), found
     if not torch.cuda.is_available():
         *found, more = section(done.stdout, "triton")

@@ -158,7 +158,7 @@ def test_an_entry_point_adds_a_backend(distribution: Path) -> None:
         """),
         distribution,
     )
-    assert printed.splitlines() == ["speedy False", "speedy scores", "True", "cpu"]
+    assert printed.splitlines() == ["speedy False", "speedy scores", "True", fresh.AUTO]
 
 
 def test_an_entry_point_is_found_by_name_alone(distribution: Path) -> None:
@@ -181,8 +181,8 @@ def test_an_entry_point_cannot_take_a_built_in_name(distribution: Path) -> None:
         """),
         distribution,
     ).splitlines()
-    assert printed[:2] == ["1 False", "cpu"]
-    assert "chosen:  cpu" in printed
+    assert printed[:2] == ["1 False", fresh.AUTO]
+    assert f"chosen:  {fresh.AUTO}" in printed
     for name in ("cpu", "auto"):
         came = f"refused {name}: speedy declares '{name}' = 'speedy:BACKEND'; "
         assert any(line.startswith(came) for line in printed), printed
@@ -305,6 +305,7 @@ def test_auto_takes_the_first_that_can_and_says_why_not_the_others() -> None:
         "passed over one: vote is soft; one takes hard",
         "not tried reference: not asked for",
         "not tried cpu: two comes first and can",
+        "not tried native: not asked for",
         "not tried triton: not asked for",
         "not tried cuda_graph: not asked for",
         "not tried three: two comes first and can",

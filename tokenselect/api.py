@@ -162,9 +162,10 @@ def attention(
     backward pass. Raises InvalidProblem, UnsupportedProblem or UnknownBackend, all ValueErrors.
 
     >>> q, cached = torch.ones(1, 8, 1, 64), torch.ones(1, 2, 99, 64)
-    >>> out, info = attention(q, cached, cached, k=16, n_sink=4, n_local=8, return_info=True)
+    >>> settings = {"k": 16, "n_sink": 4, "n_local": 8, "backend": "reference"}
+    >>> out, info = attention(q, cached, cached, **settings, return_info=True)
     >>> out.shape, int(info.selection.count), info.backend
-    (torch.Size([1, 8, 1, 64]), 28, 'cpu')
+    (torch.Size([1, 8, 1, 64]), 28, 'reference')
     """
     named = {
         "k": k,

@@ -12,7 +12,6 @@
 namespace TS_PATH {
 
 constexpr int BLOCK = TS_BLOCK_TILES * TILE;
-constexpr int OFFSETS = 2 * TILE;  // keys that are rotated by the same table, relative to the first
 
 // What one pass over the keys adds: the votes of one run of queries, or the lse, or both.
 struct Pass {
@@ -39,7 +38,7 @@ struct Scorer {
     inner_top = c.over_candidates ? arena.take<float>(rows * blocks) : top;
     inner_total = c.over_candidates ? arena.take<float>(rows * blocks) : total;
     factor = arena.take<float>(rows * blocks);
-    offsets = arena.take<float>(R * OFFSETS * 2 * c.half);
+    offsets = arena.take<float>(R * TILE * 2 * c.half);
     cuts = arena.take<Cut>(c.vote == ts::HARD ? rows : 0);
     votes = own_votes ? arena.take<float>(c.B * R * c.S * c.Lk) : c.votes;
     unpooled = c.pool > 1 ? arena.take<float>(c.B * R * c.S * c.Lk) : nullptr;
@@ -111,7 +110,7 @@ struct Scorer {
         float* s = block_of(ballot, b, g, block) + t;
         int count = (int)least(TILE, m - t);
         if (rotates(ballot)) {
-          rotated_products<E>(turn, ballot, q, first + t, t, rows, ahead, count, s);
+          rotated_products<E>(turn, ballot, q, first + t, rows, ahead, count, s);
         } else {
           dots<E>(q, G, pitch, rows, ahead, count, c.D, s, BLOCK);
         }
@@ -126,15 +125,15 @@ struct Scorer {
   };
 
   // The same for keys that are rotated. A logit depends on the difference of two angles alone: so
-  // the queries take that of the first of OFFSETS keys, and the keys only what is left of theirs.
+  // the queries take that of a tile's first key, and the keys only what is left of theirs.
   template <class E>
-  void rotated_products(Turn& turn, int64_t ballot, const float* q, int64_t first, int64_t t,
+  void rotated_products(Turn& turn, int64_t ballot, const float* q, int64_t first,
                         const typename E::raw* const* rows, const typename E::raw* const* ahead,
                         int count, float* s) const {
-    int64_t offset = t % OFFSETS, up = direction(ballot);
-    const float* by = offsets + (ballot * OFFSETS + offset) * 2 * c.half;
+    int64_t up = direction(ballot);
+    const float* by = offsets + ballot * TILE * 2 * c.half;
     const float* row[TILE];
-    wave(c, -up * (first - offset), c.is_raw ? c.rope_scaling : 1.0, turn.cos, turn.sin);
+    wave(c, -up * first, c.is_raw ? c.rope_scaling : 1.0, turn.cos, turn.sin);
     memcpy(turn.queries, q, (size_t)(G * pitch) * sizeof *q);
     for (int64_t r = 0; r < G; ++r) rotate(c, turn.queries + r * pitch, turn.cos, turn.sin);
     for (int i = 0; i < TILE; ++i) {
@@ -145,11 +144,11 @@ struct Scorer {
     dots<Float32>(turn.queries, G, pitch, row, row, count, c.D, s, BLOCK);
   }
 
-  // The tables of rotations of keys by 0 to OFFSETS - 1 positions.
+  // The tables of rotations of keys by 0 to TILE - 1 positions.
   void prepare() const {
     for (int64_t ballot = 0; ballot < R; ++ballot) {
-      for (int64_t i = 0; i < OFFSETS && rotates(ballot); ++i) {
-        float* by = offsets + (ballot * OFFSETS + i) * 2 * c.half;
+      for (int64_t i = 0; i < TILE && rotates(ballot); ++i) {
+        float* by = offsets + (ballot * TILE + i) * 2 * c.half;
         wave(c, direction(ballot) * i, 1.0, by, by + c.half);
       }
     }
