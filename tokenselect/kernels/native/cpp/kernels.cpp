@@ -5,6 +5,19 @@
 
 namespace TS_PATH {
 
+// Whether a step of one query selects everything, and its scores are the logits that it attends by:
+// then votes decide nothing, and the lse of scores is that of attention.
+static bool needs_no_scores(const Call& c) {
+  constexpr int64_t STEP = ts::SCORE | ts::SELECT | ts::ATTEND;
+  bool same_logits = c.select_scale == c.scale && c.score_at == ts::AT_TRUE && !c.contiguous;
+  if (c.stages != STEP || c.is_static || c.Lq != 1 || !same_logits) return false;
+  for (int64_t b = 0; b < c.B; ++b) {
+    Regions of = regions(c, length(c, b));
+    if (of.local_start - of.sink_end > c.budget) return false;
+  }
+  return true;
+}
+
 // The stages that a call names, in turn; or only measure the scratch that they need.
 template <class E>
 static int64_t run(const Call& c, bool measures) {
@@ -21,7 +34,8 @@ static int64_t run(const Call& c, bool measures) {
   int64_t longest = 0;
   for (int64_t b = 0; b < c.B; ++b) longest = most(longest, length(measures ? c : open, b));
   if (c.is_static) longest = c.Lk;
-  if (c.stages & ts::SCORE) {
+  bool scores = c.stages & ts::SCORE && !needs_no_scores(c);
+  if (scores) {
     bool fused = c.stages & ts::SELECT;
     Scorer scorer(open, longest, arena, fused);
     open.votes = scorer.votes;
@@ -35,6 +49,9 @@ static int64_t run(const Call& c, bool measures) {
   if (c.stages & (ts::ATTEND | ts::GATHER | ts::WEIGH)) {
     Attender attender(c, arena);
     if (!measures && c.stages & ts::ATTEND) attender.run<E>();
+    if (!measures && c.stages & ts::SCORE && !scores) {
+      memcpy(c.dense_lse, c.out_lse, (size_t)(c.B * c.Hq) * sizeof *c.out_lse);
+    }
     if (!measures && c.stages & ts::GATHER) attender.gather<E>();
     if (!measures && c.stages & ts::WEIGH) attender.weigh_rows();
   }

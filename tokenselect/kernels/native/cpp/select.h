@@ -110,10 +110,18 @@ struct Selector {
     return listed;
   }
 
+  // Where every candidate is chosen, votes are not looked at.
+  void select_all(int64_t row, int64_t n) const {
+    int32_t* to = c.positions + row * c.K;
+    for (int64_t j = 0; j < c.K; ++j) to[j] = j < n ? (int32_t)j : -1;
+    c.count[row] = (int32_t)n;
+  }
+
   TS_APART void select(int64_t b, int64_t s) const {
     int64_t n = length(c, b);
     Regions of = n > 0 ? regions(c, n) : Regions{0, 0};
     int64_t m = of.local_start - of.sink_end, row = b * c.S + s, n_chosen = 0;
+    if (m <= c.budget) return select_all(row, n);
     Listed* entries = listed + row * room;
     uint32_t* top = tops + row * (room / GROUP);
     int32_t *taken = chosen + row * 2 * c.K, *next = taken + c.K;
