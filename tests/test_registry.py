@@ -214,7 +214,7 @@ def test_a_name_that_two_packages_declare_harms_only_those_who_ask_for_it(rivals
         """),
         rivals,
     )
-    assert printed.startswith("cpu\nTrue\n")
+    assert printed.startswith(f"{fresh.AUTO}\nTrue\n")
     rule = "a backend's name is declared by one installed package"
     came = re.search(r"refused speedy: (.*); " + rule, printed)
     assert came is not None, printed
