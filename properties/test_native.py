@@ -20,6 +20,11 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_what_a_mistake_changes_is_there_once(mutant: Mutant) -> None:
+    assert (build.SOURCES / mutant.file).read_text().count(mutant.old) == 1
+
+
 def reuse_laws(backend: Backend) -> None:
     test_reuse.test_steps_leave_what_the_reference_leaves(backend, 1, -1.0)
     test_reuse.test_steps_leave_what_the_reference_leaves(backend, 3, 0.9)
