@@ -260,8 +260,9 @@ def _selections(module: Any, options: Options, key: Tensor) -> Selections | None
             f"{layer_name(module)}",
             "selections that are reused live with the KV cache, so that they are cropped, "
             "reordered and reset with it",
-            "pass past_key_values=TokenSelectCache(model); if you did, this layer changes its keys "
-            "after they were cached, or caches them in a way of its own: leave theta out",
+            "pass past_key_values=TokenSelectCache(model) (cache= from transformers 5.24 on); if "
+            "you did, this layer changes its keys after they were cached, or caches them in a way "
+            "of its own: leave theta out",
         )
     return found
 
