@@ -96,8 +96,9 @@ TRITONS ?= 3.6.0 3.9.0
 NUMPY_FOR_3.6.0 := 'numpy<2.4'
 WARNING_FOR_3.6.0 := -W 'ignore:Conversion of an array with ndim:DeprecationWarning'
 
+# Of the laws those that hold each stage to the reference.
 TRITON_TESTS := $(addprefix properties/test_,laws.py plans.py reuse.py triton.py triton_bits.py \
-	triton_reuse.py)
+	triton_reuse.py) -k 'not test_law or within_tolerance or bit_exact or moved_exactly'
 
 test-tritons: $(TRITONS:%=test-triton-%)
 

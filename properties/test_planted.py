@@ -93,6 +93,12 @@ def test_each_has_its_witness() -> None:
     assert witnesses.known().keys() == bent | of_laws, "run with -n 0 --update-snapshots"
 
 
+def test_a_witness_of_another_kind_shows_nothing() -> None:
+    for law, case in (("select_is_bit_exact", "Case()"), (LAWS[0].name, "Case()")):
+        kept = Witness(law, case)
+        assert not witnesses.shows(kept, load("cpu"), Exception, SEARCH)
+
+
 def test_there_are_many() -> None:
     assert len(PLANTED) >= 15
     for base, beyond in BASES.items():

@@ -323,14 +323,16 @@ def _refuse(module: Any, dropout: float, others: dict[str, Any]) -> None:
     ]
     if getattr(config, "output_attentions", False) and "output_attentions" not in asked:
         asked.append("output_attentions")
+    known = [
+        f"{name}: {_WHY.get(name, 'not known, and it may change the result')}" for name in asked
+    ]
+    dense = "eager" if "output_attentions" in asked else "sdpa"
+    fix = f"do without it, or set_attn_implementation('{dense}')"
     if dropout:
-        asked.append(f"dropout={dropout}")
-    if asked:
-        known = [
-            f"{name}: {_WHY.get(name, 'not known, and it may change the result')}" for name in asked
-        ]
-        dense = "eager" if "output_attentions" in asked else "sdpa"
-        raise refuse_layer(module, known, f"do without it, or set_attn_implementation('{dense}')")
+        known.append(f"dropout={dropout}: the model is in training mode")
+        fix = f"call model.eval(); {fix}" if asked else "call model.eval()"
+    if known:
+        raise refuse_layer(module, known, fix)
 
 
 _WHY = {
