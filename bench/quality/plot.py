@@ -10,14 +10,11 @@ import matplotlib
 from matplotlib import pyplot
 
 from bench.quality.figures import Row, grouped
-from tokenselect.errors import InvalidProblem
 
 _NAMES = {
     "kl": "KL from dense attention, nats",
-    "perplexity": "perplexity",
     "hit_rate": "share of selections reused",
     "size": "tokens attended to",
-    "theta": "theta",
     "context": "tokens cached",
     "median": "seconds per token",
 }
@@ -25,27 +22,18 @@ _NAMES = {
 
 def plot(result: Path, out: Path) -> list[Path]:
     """Draw every task of a result into a folder; return the files written."""
-    try:
-        report = json.loads(result.read_text(encoding="utf-8"))
-        entries = {n: e for n, e in report["entries"].items() if e["rows"] and e["task"] in _DRAW}
-    except (ValueError, TypeError, KeyError):
-        entries = {}
-    if not entries:
-        raise InvalidProblem(
-            f"{result}: no result of bench.quality, or nothing to draw",
-            f"a result is the JSON that collect writes, and pictures are of {', '.join(_DRAW)}",
-            "give such a file: OUT/quality-NAME.json, or one of bench/results",
-        )
+    report = json.loads(result.read_text(encoding="utf-8"))
     matplotlib.use("Agg")
     out.mkdir(parents=True, exist_ok=True)
     written = []
-    for name, entry in entries.items():
-        figure = _DRAW[entry["task"]](entry)
-        model = report["model"]["file"] or report["model"]["name"]
-        figure.suptitle(f"{report['name']}: {name}; {model}")
-        written.append(out / f"quality-{report['name']}-{name}.png")
-        figure.savefig(written[-1], dpi=120)
-        pyplot.close(figure)
+    for name, entry in report["entries"].items():
+        if entry["rows"] and entry["task"] in _DRAW:
+            figure = _DRAW[entry["task"]](entry)
+            model = report["model"]["file"] or report["model"]["name"]
+            figure.suptitle(f"{report['name']}: {name}; {model}")
+            written.append(out / f"quality-{report['name']}-{name}.png")
+            figure.savefig(written[-1], dpi=120)
+            pyplot.close(figure)
     return written
 
 
@@ -55,38 +43,23 @@ def _axes(rows: int, columns: int, width: float, height: float) -> tuple[Any, An
 
 
 def _curves(rows: Sequence[Row], by: Sequence[str], x: str, *ys: str) -> Any:
-    """Draw each y by x, a line for each of what rows say under `by`.
-
-    Rows without an x are levels, dotted. Where each line is one point, draw a row for each, so that
-    many can be told apart.
-    """
+    """Draw each y by x, a line for each of what rows say under `by`; dotted, those without an x."""
     groups = [(" ".join(map(str, of.values())), group) for of, group in grouped(rows, by)]
     figure, (axes,) = _axes(1, len(ys), 6, max(5, 1 + 0.3 * len(groups)))
     for axis, y in zip(axes, ys, strict=True):
-        lines = {
-            label: sorted((r[x], r[y]) for r in group if r[x] is not None)
-            for label, group in groups
-        }
-        is_single = all(len(points) < 2 for points in lines.values())
-        for label, points in lines.items():
-            for at, value in points if is_single else ():
-                axis.plot(value, f"{label}, {at:,g}", "o", color="C0")
-            if points and not is_single:
-                axis.plot(*zip(*points, strict=True), marker="o", label=label)
-        axis.set_xlabel(_NAMES[y if is_single else x])
-        axis.set_ylabel(_NAMES[x if is_single else y])
         for label, group in groups:
+            points = sorted((r[x], r[y]) for r in group if r[x] is not None)
+            if points:
+                axis.plot(*zip(*points, strict=True), marker="o", label=label)
             for level in [r[y] for r in group if r[x] is None and r[y] is not None]:
-                mark = axis.axvline if is_single else axis.axhline
-                mark(level, color="gray", linestyle=":", label=label)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize="small")
+                axis.axhline(level, color="gray", linestyle=":", label=label)
+        axis.set(xlabel=_NAMES.get(x, x), ylabel=_NAMES.get(y, y))
+    axes[-1].legend(fontsize="small")
     return figure
 
 
 def _documents(entry: dict[str, Any]) -> Any:
-    by = ("variant", "context")
-    return _curves(entry["summary"], by, "size", "kl", "perplexity")
+    return _curves(entry["summary"], ("variant", "context"), "size", "kl", "perplexity")
 
 
 def _reuse(entry: dict[str, Any]) -> Any:
@@ -99,7 +72,7 @@ def _speed(entry: dict[str, Any]) -> Any:
     return _curves(rows, ("name",), "context", "median")
 
 
-def _image(axis: Any, values: Any, **labels: str) -> Any:
+def _image(axis: Any, values: Any, **labels: Any) -> None:
     """Draw numbers from 0 to 1 in colours; None and NaN stay white."""
     values = [[math.nan if x is None else x for x in row] for row in values]
     drawn = axis.imshow(values, vmin=0, vmax=1, aspect="auto")
@@ -111,16 +84,14 @@ def _needles(entry: dict[str, Any]) -> Any:
     """Draw the share of right answers by depth and length, for each variant and kind of text."""
     rows = [row for row in entry["summary"] if row["depth"] is not None]
     groups = grouped(rows, ("hidden", "variant", "budget"))
-    lengths = sorted({row["context"] for row in rows})
-    depths = sorted({row["depth"] for row in rows})
-    n_kinds = len({of["hidden"] for of, _ in groups})
-    figure, axes = _axes(n_kinds, math.ceil(len(groups) / n_kinds), 3, 3)
-    for axis, (of, group) in zip(axes.flat, groups, strict=False):
+    lengths, depths = (sorted({row[name] for row in rows}) for name in ("context", "depth"))
+    figure, (axes,) = _axes(1, len(groups), 3, 3)
+    for axis, (of, group) in zip(axes, groups, strict=True):
         share = {(r["depth"], r["context"]): r["right"] / r["tries"] for r in group}
         field = [[share.get((depth, length)) for length in lengths] for depth in depths]
-        _image(axis, field, xlabel="tokens", ylabel="depth", title=" ".join(of.values()))
-        axis.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths])
-        axis.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+        _image(axis, field, xlabel="tokens", ylabel="depth", title=" ".join(of.values()),
+               xticks=range(len(lengths)), xticklabels=[f"{n:,}" for n in lengths],
+               yticks=range(len(depths)), yticklabels=[f"{d:.0%}" for d in depths])  # fmt: skip
     return figure
 
 
@@ -137,8 +108,5 @@ def _mass(entry: dict[str, Any]) -> Any:
 
 _DRAW: dict[str, Callable[[dict[str, Any]], Any]] = {
     **dict.fromkeys(("decode", "sparse"), _documents),
-    "reuse": _reuse,
-    "needles": _needles,
-    "mass": _mass,
-    "speed": _speed,
+    **dict(reuse=_reuse, needles=_needles, mass=_mass, speed=_speed),
 }

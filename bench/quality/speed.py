@@ -1,7 +1,6 @@
 """Decode time per token beside stock attention, and the memory that a prefill takes; on the CPU."""
 
 import multiprocessing
-import re
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -13,13 +12,22 @@ from typing import Any, NamedTuple
 import torch
 from transformers.cache_utils import DynamicCache
 
-from bench.machine import cpu
+import tokenselect
+from bench.machine import cpu, forget_peak, resident
+from bench.quality import texts
 from bench.quality.figures import Row
-from bench.quality.results import source_tree
-from bench.quality.session import Case, Session, feed, rewound
-from bench.quality.tasks import Settings, Task, Values
-from bench.quality.variants import DENSE, Variant, resolve
+from bench.quality.session import Session, feed, rewound
+from bench.quality.tasks import Case, Settings, Task, Values
+from bench.quality.variants import DENSE, Variant, resolve_all
 from tokenselect.integrations.transformers import TokenSelectCache
+
+
+class Contender(NamedTuple):
+    """A variant over a kind of cache."""
+
+    name: str
+    variant: Variant
+    stock_cache: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +35,7 @@ class Speed(Task):
     """Time `rounds` tokens of each contender over caches of `contexts` tokens.
 
     prefills  [new, cached] tokens, of which dense attention's and each variant's peak memory is
-              measured
+              measured, at the first budget
     """
 
     kind = "speed"
@@ -37,61 +45,39 @@ class Speed(Task):
 
     def cases(self, settings: Settings, session: Session) -> Iterator[Case]:
         here = {"threads": torch.get_num_threads(), "cpu": cpu()}
-        base = session.key | here | {"source": source_tree()}  # faster code is another case
+        files = sorted(Path(tokenselect.__file__).parent.rglob("*.py"))
+        # Faster code is another case.
+        source = texts.sha("".join(path.read_text(encoding="utf-8") for path in files))
+        stock = Contender("sdpa, DynamicCache", DENSE, True)
         for context in self.contexts:
-            several = [
-                Contender("sdpa, DynamicCache", DENSE, True),
-                Contender("sdpa, TokenSelectCache", DENSE),
-                *(
-                    Contender(f"{variant.name} {variant.budget}".strip(), variant)
-                    for variant in self.selecting(settings, context)
-                ),
-            ]
+            several = [stock, Contender("sdpa, TokenSelectCache", DENSE)]
+            for variant in self.selecting(settings, context):
+                several.append(Contender(f"{variant.name} {variant.budget}".strip(), variant))
             keys = [[c.name, c.stock_cache, c.variant.key] for c in several]
-            what = {"context": context, "rounds": self.rounds}
-            yield Case(
-                task="speed",
-                key=base | what | {"contenders": keys},
-                label=what | here,
-                work=f"speed {what}",
-                seconds=self.rounds * len(several) * (0.1 + context * 1e-5),
-                variant=DENSE,
-                given=several,
-            )
+            label = {"context": context, "rounds": self.rounds, **here}
+            yield self.case(session, DENSE, several, label, source=source, contenders=keys)
+        names, budgets = dict.fromkeys(("dense", *self.variants)), self.budgets[:1]
         for new, cached in self.prefills:
-            for name in dict.fromkeys(("dense", *self.variants)):
-                budget = self.budgets[0] if self.budgets else None
-                variant = resolve(name, settings.variants, budget, new + cached)
-                what = {"new": new, "cached": cached}
-                label = {"variant": variant.name, "budget": variant.budget}
-                yield Case(
-                    task="speed",
-                    key=base | what,
-                    label=what | label | here,
-                    work=f"memory {what} {variant.key}",
-                    seconds=0.01 * new + 10,
-                    variant=variant,
-                )
+            for variant in resolve_all(names, settings.variants, budgets, new + cached):
+                label = {"new": new, "cached": cached, **here}
+                yield self.case(session, variant, None, label, source=source)
 
     @staticmethod
     def run(cases: Sequence[Case], session: Session) -> Values:
         for case in cases:
-            if case.given is None:
-                yield case, peak(case, session)
-            else:
-                yield case, times(case.given, case.label["context"], case.label["rounds"], session)
+            label = case.label
+            if case.given is not None:
+                yield case, times(case.given, label["context"], label["rounds"], session)
+                continue
+            # In a process of its own.
+            given = session.path, session.gguf_file, session.dtype, case.variant
+            size = label["threads"], label["new"], label["cached"]
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                yield case, pool.submit(peak, *given, *size).result()
 
     @staticmethod
     def summary(rows: Sequence[Row]) -> list[Row]:
         return list(rows)
-
-
-class Contender(NamedTuple):
-    """A variant over a kind of cache."""
-
-    name: str
-    variant: Variant
-    stock_cache: bool = False
 
 
 @torch.inference_mode()
@@ -121,13 +107,13 @@ def times(
                 took = time.perf_counter() - start
             if turn > 0:
                 seconds[name].append(took)
-    baselines = [c.name for c in contenders if c.variant.kind == "dense"]
+    bases = {f"of {c.name}": seconds[c.name] for c in contenders if c.variant.kind == "dense"}
     return {
         "contenders": [
             {"name": name, "median": median(s), "least": min(s), "largest": max(s)}
             | {
-                f"of {base}": median(a / b for a, b in zip(s, seconds[base], strict=True))
-                for base in baselines
+                of: median(a / b for a, b in zip(s, base, strict=True))
+                for of, base in bases.items()
             }
             for name, s in seconds.items()
         ]
@@ -146,19 +132,8 @@ def filled(cache: Any, session: Session, variant: Variant, n: int) -> Any:
     return cache
 
 
-# --- memory, in a process of its own ---
-
-
-def peak(case: Case, session: Session) -> dict[str, Any]:
-    """Measure one prefill in a process of its own."""
-    model = session.path, session.gguf_file, session.dtype
-    size = torch.get_num_threads(), case.label["new"], case.label["cached"]
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(measure, *model, case.variant, *size).result()
-
-
 @torch.inference_mode()
-def measure(
+def peak(
     path: Path, gguf_file: str | None, dtype: str, variant: Variant, threads: int, new: int, n: int
 ) -> dict[str, Any]:
     """Return MiB that a prefill of `new` tokens on top of n adds to this process, at most.
@@ -174,19 +149,12 @@ def measure(
     with rewound(cache):  # so the cache has its memory
         filled(cache, session, variant, new)
     ids = tuple(i % min(1000, model.config.vocab_size) for i in range(new))
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets the peak
+    forget_peak()
     # Of the peak itself: what is resident may shrink at any time, as the system takes back pages.
-    before, start = _peak_so_far(), time.perf_counter()
+    before, start = resident("VmHWM"), time.perf_counter()
     with variant.applied(model):
         feed(model, cache, ids)
-    added, took = _peak_so_far() - before, time.perf_counter() - start
+    added, took = resident("VmHWM") - before, time.perf_counter() - start
     several = [getattr(i, "_buffers", None) or (i.keys, i.values) for i in cache.layers]
     size = sum(tensor.nbytes for tensors in several for tensor in tensors)
-    return {"peak_mib": added, "cache_mib": size / 2**20, "seconds": took}
-
-
-def _peak_so_far() -> float:
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    found = re.search(r"VmHWM:\s*(\d+) kB", status)
-    assert found is not None
-    return int(found[1]) / 1024
+    return {"peak_mib": added / 2**20, "cache_mib": size / 2**20, "seconds": took}

@@ -4,7 +4,7 @@ A task is a frozen dataclass of its settings. `cases` names all there is to comp
 cases of one work, in any order, and `summary` makes the rows of a result into those of its tables.
 """
 
-import math
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -12,46 +12,82 @@ from itertools import pairwise
 from statistics import mean
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bench.quality import figures, texts
 from bench.quality.figures import Against, Row, grouped
-from bench.quality.session import Case, Session, feed, rewound
-from bench.quality.texts import Document
-from bench.quality.variants import DENSE, Budget, Variant, resolve_all
+from bench.quality.session import Session, feed, rewound
+from bench.quality.variants import DENSE, Variant, one_of, resolve_all
 from tokenselect import AttentionInfo
 from tokenselect.contract import SelectConfig
 from tokenselect.errors import InvalidProblem
 from tokenselect.integrations.transformers import TokenSelectCache, recorded
 
-Values = Iterator[tuple[Case, dict[str, Any]]]
+# What a version of the tasks computes. Raise it when the same case would get another value.
+VERSION = 3
 _CHUNK = 512
-# Caches that the task sparse holds at once, in bytes.
-_MEMORY = 4e9
+# Caches that the task sparse holds at once.
+_AT_ONCE = 8
+
+
+@dataclass(frozen=True)
+class Case:
+    """The least that is computed, kept and never computed again.
+
+    task   the kind of task that runs it
+    label  what rows say of it, beside its variant
+    more   what else decides its value
+    given  what the task needs to run it
+    """
+
+    task: str
+    variant: Variant
+    label: Mapping[str, Any]
+    more: Mapping[str, Any]
+    given: Any = field(default=None, repr=False)
+
+    @property
+    def row(self) -> dict[str, Any]:
+        return {**self.label, **self.variant.label}
+
+    @property
+    def work(self) -> str:
+        """Cases of one work share something costly, and are run together."""
+        return json.dumps([VERSION, self.task, dict(self.label), dict(self.more)], sort_keys=True)
+
+    @property
+    def sha(self) -> str:
+        """The name under which the value is kept."""
+        return texts.sha(self.work + json.dumps(self.variant.key, sort_keys=True))
+
+
+Values = Iterator[tuple[Case, dict[str, Any]]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What all kinds have: names of variants, each taken at every budget."""
+    """What all kinds have: names of variants, each taken at every budget: see `variants.votes`."""
 
     kinds: ClassVar[dict[str, type["Task"]]] = {}
     kind: ClassVar[str]
+    runs_as: ClassVar[str]  # the kind whose `run` it has, and whose cases
     variants: tuple[str, ...]
-    budgets: tuple[Budget, ...] = ()
+    budgets: tuple[float, ...] = ()
 
     def __init_subclass__(cls) -> None:
         Task.kinds[cls.kind] = cls
+        if "run" in vars(cls):
+            cls.runs_as = cls.kind
 
     def __post_init__(self) -> None:
         for item in fields(self):
             value = getattr(self, item.name)
-            if type(value) is int and value < item.metadata.get("least", 1):
-                raise InvalidProblem(
-                    f"{self.kind}: {item.name}={value}",
-                    f"it is at least {item.metadata.get('least', 1)}",
-                    "give more",
-                )
+            least = item.metadata.get("least", 1)
+            if type(value) is int and value < least:
+                came = f"{self.kind}: {item.name}={value}"
+                raise InvalidProblem(came, f"it is at least {least}", "give more")
 
     def resolved(self, settings: "Settings", context: int) -> list[Variant]:
         return resolve_all(self.variants, settings.variants, self.budgets, context)
@@ -59,6 +95,9 @@ class Task:
     def selecting(self, settings: "Settings", context: int) -> list[Variant]:
         """All variants but dense attention."""
         return [v for v in self.resolved(settings, context) if v.kind != "dense"]
+
+    def case(self, session: Session, variant: Variant, given: Any, label: Row, **more: Any) -> Case:
+        return Case(self.runs_as, variant, label, session.key | more, given)
 
     def cases(self, settings: "Settings", session: Session) -> Iterator[Case]:
         raise NotImplementedError
@@ -92,31 +131,21 @@ class Settings:
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
-        if self.split not in texts.SPLITS or not re.fullmatch(r"\w[\w.-]*", self.name):
-            raise InvalidProblem(
-                f"settings: name={self.name!r}, split={self.split!r}",
-                f"files are named after them, and a split is one of {', '.join(texts.SPLITS)}",
-                "give such ones",
-            )
-
-    def documents(self, session: Session, count: int, length: int) -> list[Document]:
-        return texts.documents(session.tokenize, self.texts, self.split, count, length)
+        one_of("split", self.split, texts.SPLITS)
+        if not re.fullmatch(r"\w[\w.-]*", self.name):
+            rule = "files are named after settings"
+            raise InvalidProblem(f"name={self.name!r}", rule, "use letters, digits, _, . and -")
 
 
-def of_document(
-    session: Session, task: str, document: Document, variant: Variant, seconds: float,
-    **what: Any,
-) -> Case:  # fmt: skip
-    """Return the case of a task that reads one document with one variant."""
-    return Case(
-        task=task,
-        key=session.key | {"document": document.id, "sha": document.sha} | what,
-        label={"document": document.id} | what | variant.label,
-        work=f"{task} {document.sha} {what}",
-        seconds=seconds,
-        variant=variant,
-        given=document,
-    )
+def reading(
+    task: Any, settings: Settings, session: Session, n: int, several: list[Variant], **label: Any
+) -> Iterator[Case]:
+    """Return a case for each variant and each of the task's documents, of n tokens and one more."""
+    few = task.documents, n + 1
+    for name, ids in texts.documents(session, settings.texts, settings.split, *few):
+        sha = texts.sha(" ".join(map(str, ids)))
+        for variant in several:
+            yield task.case(session, variant, ids, {"document": name, **label}, sha=sha)
 
 
 # --- decode, reuse and mass: tokens fed one by one ---
@@ -134,21 +163,15 @@ class Decode(Task):
     documents: int
     continuation: int = 128
 
-    def cases(self, settings: Settings, session: Session) -> Iterator[Case]:
-        for context in self.contexts:
-            variants = [DENSE, *self.selecting(settings, context)]
-            yield from self.of_variants("decode", variants, context, settings, session)
+    def fed(self, settings: Settings, context: int) -> list[Variant]:
+        """The variants that are fed tokens at this context."""
+        return [DENSE, *self.selecting(settings, context)]
 
-    def of_variants(
-        self, task: str, variants: list[Variant], n: int, settings: Settings, session: Session
-    ) -> Iterator[Case]:
-        """Return a case for each document and variant, at one context."""
-        what = {"context": n, "continuation": self.continuation}
-        # The token after the last is what its logits are scored by.
-        for document in settings.documents(session, self.documents, n + self.continuation + 1):
-            for variant in variants:
-                seconds = 0.06 * self.continuation + 0.006 * n * (variant.kind == "dense")
-                yield of_document(session, task, document, variant, seconds, **what)
+    def cases(self, settings: Settings, session: Session) -> Iterator[Case]:
+        for n in self.contexts:
+            label = {"context": n, "continuation": self.continuation}
+            several, tokens = self.fed(settings, n), n + self.continuation
+            yield from reading(self, settings, session, tokens, several, **label)
 
     @staticmethod
     @torch.inference_mode()
@@ -161,25 +184,22 @@ class Decode(Task):
             logits, reused = dense, {}
             if case.variant.kind != "dense":
                 logits, reused = decoded(session, cache, rest, case.variant)
-            against = Against()
-            against.add(logits, dense, rest[1:])
-            yield case, against.summary() | reused
+            yield case, Against().add(logits, dense, rest[1:]).summary() | reused
 
 
 def _prefilled(
     session: Session, cases: Iterable[Case]
 ) -> Iterator[tuple[Case, TokenSelectCache, tuple[int, ...]]]:
     """Yield cases of one work, each with the cache of the context and the tokens that follow."""
-    moves, cache = None, None
+    caches: dict[bool, TokenSelectCache] = {}
     for case in sorted(cases, key=lambda case: case.variant.moves):
-        context, ids = case.label["context"], case.given.ids
+        context, ids, moves = case.label["context"], case.given, case.variant.moves
         # What is moved is cached otherwise, and needs a prefill of its own.
-        if case.variant.moves != moves:
-            moves, cache = case.variant.moves, None
+        if moves not in caches:
+            caches.clear()
             everything = case.variant.selecting_all(len(ids))
-            cache = prefilled(session, ids[:context], everything, len(ids))
-        assert cache is not None
-        yield case, cache, ids[context:]
+            caches[moves] = prefilled(session, ids[:context], everything, len(ids))
+        yield case, caches[moves], ids[context:]
 
 
 def prefilled(
@@ -205,10 +225,9 @@ def decoded(
         selection.clear()
     with rewound(cache), variant.applied(session.model):
         logits = torch.cat([feed(session.model, cache, (token,)) for token in ids[:-1]])
-    if variant.options is None or variant.options.theta is None:
+    if variant.label["theta"] is None:
         return logits, {}
-    counts = [selection.counts() for selection in selections]
-    rates = [hits / (hits + misses) for hits, misses in counts]
+    rates = [hits / (hits + misses) for hits, misses in (s.counts() for s in selections)]
     return logits, {"hit_rate": mean(rates), "hit_rate_of_layers": rates}
 
 
@@ -220,18 +239,14 @@ class Reuse(Decode):
     thetas: tuple[float, ...]
     max_reuse: int = field(default=64, metadata={"least": 0})
 
-    def cases(self, settings: Settings, session: Session) -> Iterator[Case]:
-        for context in self.contexts:
-            several = [DENSE]
-            for variant in self.selecting(settings, context):
-                several.append(variant.with_options(theta=None))
-                several += [
-                    variant.with_options(theta=theta, max_reuse=self.max_reuse)
-                    for theta in self.thetas
-                ]
-            for case in self.of_variants("decode", several, context, settings, session):
-                options = case.variant.options
-                yield replace(case, label={**case.label, "theta": options and options.theta})
+    def fed(self, settings: Settings, context: int) -> list[Variant]:
+        several = [DENSE]
+        for variant in self.selecting(settings, context):
+            several.append(variant.with_options(theta=None))
+            several += [
+                variant.with_options(theta=theta, max_reuse=self.max_reuse) for theta in self.thetas
+            ]
+        return several
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,10 +256,8 @@ class Mass(Decode):
     kind = "mass"
     continuation: int = field(default=32, metadata={"least": 2})
 
-    def cases(self, settings: Settings, session: Session) -> Iterator[Case]:
-        for context in self.contexts:
-            variants = self.selecting(settings, context)
-            yield from self.of_variants("mass", variants, context, settings, session)
+    def fed(self, settings: Settings, context: int) -> list[Variant]:
+        return self.selecting(settings, context)
 
     @staticmethod
     @torch.inference_mode()
@@ -258,27 +271,19 @@ class Mass(Decode):
 
     @staticmethod
     def summary(rows: Sequence[Row]) -> list[Row]:
-        """Return means over documents; `..._of_layers` in full, by layer."""
+        """Return means over documents; None for what is not known."""
         found: list[Row] = []
         for named, group in grouped(rows, ("context", "variant", "budget")):
-            mass = torch.stack([known(r["mass"]) for r in group]).mean(0)
-            by_step = torch.tensor([r["by_step"] for r in group]).mean(0)
-            neighbours = torch.tensor([r["by_layer"] for r in group]).mean(0).diagonal(1)
+            names = ("mass", "by_step", "by_layer", "voted")
+            of = {n: np.array([r[n] for r in group], dtype=float).mean(0) for n in names}
             found.append(
                 named
                 | {"size": group[0]["size"], "documents": len(group)}
-                | {"mass": rounded(mass.mean()), "mass_of_layers": rounded(mass.mean(1))}
-                | {"least_of_a_head": rounded(mass.min())}  # NaN if one is
-                | {"by_step": rounded(by_step.mean()), "by_step_of_layers": rounded(by_step)}
-                | {"neighbours": rounded(neighbours.mean())}
-                | {"voted": mean(r["voted"] for r in group)}
+                | {"mass": rounded(of["mass"].mean()), "least_of_a_head": rounded(of["mass"].min())}
+                | {"by_step": rounded(of["by_step"].mean()), "voted": rounded(of["voted"])}
+                | {"neighbours": rounded(of["by_layer"].diagonal(1).mean())}
             )
         return found
-
-
-def known(mass: list[list[float | None]]) -> Tensor:
-    """Return (layers, heads) of a row's mass, NaN where it is not known."""
-    return torch.tensor([[math.nan if x is None else x for x in heads] for heads in mass])
 
 
 def of_infos(
@@ -293,13 +298,10 @@ def of_infos(
     An overlap is Jaccard's: tokens in both over tokens in either, 1 for nothing in both.
     """
     n_layers = len(infos) // steps
-    assert n_layers * steps == len(infos)
     # Of each step: (layers, selections, tokens)
     voted = [
-        torch.stack(
-            [votes(info, n + step + 1, config) for info in infos[step * n_layers :][:n_layers]]
-        )
-        for step in range(steps)
+        torch.stack([votes(info, n + i + 1, config) for info in infos[i * n_layers :][:n_layers]])
+        for i in range(steps)
     ]
     by_step = [overlap(now[..., : before.shape[-1]], before) for before, now in pairwise(voted)]
     by_layer = [overlap(now[:, None], now[None]) for now in voted]
@@ -329,12 +331,9 @@ def overlap(a: Tensor, b: Tensor) -> Tensor:
 
 
 def rounded(values: Any) -> Any:
-    """Return lists of numbers, or one, to 4 digits; None for what is not known."""
-    if isinstance(values, Tensor):
-        values = values.tolist()
-    if isinstance(values, list):
-        return [rounded(value) for value in values]
-    return None if math.isnan(values) else round(values, 4)
+    """Return numbers to 4 digits, as lists or one alone; None for NaN."""
+    found = np.round(np.asarray(values, dtype=float), 4)
+    return np.where(np.isnan(found), None, found).tolist()
 
 
 # --- sparse: everything read by the variant itself ---
@@ -357,57 +356,39 @@ class Sparse(Task):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.counted_from <= 0.95:
-            raise InvalidProblem(
-                f"sparse: counted_from={self.counted_from}",
-                "it is a share of the length, from 0 to 0.95",
-                "give such a one",
-            )
+            rule = "it is a share of the length, from 0 to 0.95"
+            raise InvalidProblem(f"sparse: counted_from={self.counted_from}", rule, "give such one")
 
     def cases(self, settings: Settings, session: Session) -> Iterator[Case]:
         for n in self.lengths:
-            what = {"context": n, "first": int(self.counted_from * n), "chunk": self.chunk}
-            within = {"within_trained": session.trained is None or n <= session.trained}
-            for document in settings.documents(session, self.documents, n + 1):
-                for variant in [DENSE, *self.selecting(settings, n)]:
-                    case = of_document(session, "sparse", document, variant, 0.007 * n, **what)
-                    yield replace(case, label={**case.label, **within})
+            label = {"context": n, "first": int(self.counted_from * n), "chunk": self.chunk}
+            label["within_trained"] = session.trained is None or n <= session.trained
+            several = [DENSE, *self.selecting(settings, n)]
+            yield from reading(self, settings, session, n, several, **label)
 
     @staticmethod
     @torch.inference_mode()
     def run(cases: Sequence[Case], session: Session) -> Values:
-        config = session.config
-        width = getattr(config, "head_dim", None)
-        width = width or config.hidden_size // config.num_attention_heads
-        per_token = 2 * 4 * config.num_hidden_layers * session.kv_heads * width
-        at_once = max(1, int(_MEMORY / (per_token * cases[0].label["context"])) - 1)
-        # Dense attention is read along anyway, and its own case holds no further cache.
-        cases = sorted(cases, key=lambda case: case.variant.kind != "dense")
-        at_once += cases[0].variant.kind == "dense"
-        for start in range(0, len(cases), at_once):
-            yield from _lockstep(cases[start : start + at_once], session)
+        for start in range(0, len(cases), _AT_ONCE):
+            yield from _lockstep(cases[start : start + _AT_ONCE], session)
 
 
 def _lockstep(cases: Sequence[Case], session: Session) -> Values:
     """Read one document with dense attention and all these variants, a chunk at a time."""
-    label, ids, model = cases[0].label, cases[0].given.ids, session.model
+    label, ids, model = cases[0].label, cases[0].given, session.model
     length, first, chunk = label["context"], label["first"], label["chunk"]
-    dense_cache = TokenSelectCache(model, max_length=length)
-    several = [
-        (case, case.variant.kind != "dense" and TokenSelectCache(model, max_length=length))
-        for case in cases
-    ]
-    found = [(case, cache, Against()) for case, cache in several]
+    # Dense attention is read along anyway, first; its own case holds no further cache.
+    variants = dict.fromkeys((DENSE, *(case.variant for case in cases)))
+    caches = {variant: TokenSelectCache(model, max_length=length) for variant in variants}
+    found = {variant: Against() for variant in variants}
     for start in range(0, length, chunk):
         stop = min(start + chunk, length)
         count = max(0, stop - max(first, start))  # the newest of them, which are counted
-        tokens, following = ids[start:stop], ids[stop + 1 - count : stop + 1]
-        with DENSE.applied(model):
-            dense = feed(model, dense_cache, tokens, max(count, 1))
-        for case, cache, against in found:
-            logits = dense
-            if cache:
-                with case.variant.applied(model):
-                    logits = feed(model, cache, tokens, max(count, 1))
+        for variant, cache in caches.items():
+            with variant.applied(model):
+                logits = feed(model, cache, ids[start:stop], max(count, 1))
+            if variant == DENSE:
+                dense = logits
             if count:
-                against.add(logits, dense, following)
-    yield from ((case, against.summary()) for case, _, against in found)
+                found[variant].add(logits, dense, ids[stop + 1 - count : stop + 1])
+    yield from ((case, found[case.variant].summary()) for case in cases)
