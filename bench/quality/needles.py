@@ -13,6 +13,7 @@ from bench.quality.figures import Row, grouped
 from bench.quality.session import Session
 from bench.quality.tasks import Case, Settings, Task, Values
 from bench.quality.variants import one_of
+from examples.demo.model import named
 from examples.demo.text import NEEDLE, QUESTION, frame
 from tokenselect.errors import InvalidProblem
 from tokenselect.integrations.transformers import TokenSelectCache
@@ -75,7 +76,7 @@ class Needles(Task):
                 written = session.model.generate(
                     inputs,
                     attention_mask=torch.ones_like(inputs),
-                    past_key_values=cache,
+                    **named(session.model, cache),
                     max_new_tokens=new_tokens,
                     do_sample=False,
                     pad_token_id=0,
@@ -88,12 +89,12 @@ class Needles(Task):
     def summary(rows: Sequence[Row]) -> list[Row]:
         """Count what is right, with a 95 % interval: over all depths (depth None), and at each."""
         found: list[Row] = []
-        for named, group in grouped(rows, ("hidden", "context", "variant", "budget")):
+        for of, group in grouped(rows, ("hidden", "context", "variant", "budget")):
             for depth, tried in [({"depth": None}, group), *grouped(group, ("depth",))]:
                 right = sum(r["right"] for r in tried)
                 low, high = figures.wilson(right, len(tried))
-                of = {"right": right, "tries": len(tried), "low": low, "high": high}
-                found.append(named | {"size": group[0]["size"]} | depth | of)
+                count = {"right": right, "tries": len(tried), "low": low, "high": high}
+                found.append(of | {"size": group[0]["size"]} | depth | count)
         return found
 
 

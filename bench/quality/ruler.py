@@ -23,6 +23,7 @@ from bench.quality.figures import Row
 from bench.quality.session import Session
 from bench.quality.tasks import Case, Settings, Task, Values
 from bench.quality.variants import one_of
+from examples.demo.model import named
 from tokenselect.errors import InvalidProblem
 from tokenselect.integrations.transformers import NAME, TokenSelectCache
 
@@ -116,10 +117,10 @@ def scored(
         class Reader(HFLM):
             """Where the model selects, it generates with the cache that keeps selections."""
 
-            def _model_generate(self, *arguments: Any, **named: Any) -> torch.Tensor:
+            def _model_generate(self, *arguments: Any, **how: Any) -> torch.Tensor:
                 if self.model.config.get_text_config(decoder=True)._attn_implementation == NAME:
-                    named["past_key_values"] = TokenSelectCache(self.model)
-                tokens: torch.Tensor = super()._model_generate(*arguments, **named)
+                    how |= named(self.model, TokenSelectCache(self.model))
+                tokens: torch.Tensor = super()._model_generate(*arguments, **how)
                 return tokens
 
         # This module has a generator of its own, which no seed reaches and which goes on where

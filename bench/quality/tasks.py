@@ -275,7 +275,7 @@ class Mass(Decode):
         found: list[Row] = []
         for named, group in grouped(rows, ("context", "variant", "budget")):
             names = ("mass", "by_step", "by_layer", "voted")
-            of = {n: np.array([r[n] for r in group], dtype=float).mean(0) for n in names}
+            of = {n: torch.tensor(np.array([r[n] for r in group], float)).mean(0) for n in names}
             found.append(
                 named
                 | {"size": group[0]["size"], "documents": len(group)}
