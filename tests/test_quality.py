@@ -33,9 +33,9 @@ from bench.quality.session import Session, feed
 from bench.quality.settings import SETTINGS, VARIANTS
 from bench.quality.speed import Speed
 from bench.quality.tasks import Decode, Mass, Reuse, Settings, Sparse
-from bench.quality.variants import DENSE, Variant, resolve
+from bench.quality.variants import DENSE, resolve
 from tests import fresh
-from tests.models import BOTH_KINDS, SIZES, assert_close, model_of, tokens
+from tests.models import BOTH_KINDS, SIZES, model_of, tokens
 from tokenselect.contract import Selection
 from tokenselect.errors import InvalidProblem
 from tokenselect.integrations.transformers import TokenSelectCache
@@ -57,9 +57,9 @@ ALL: dict[str, Any] = {"contexts": (96,), "documents": 2}
 TASKS: dict[str, Any] = {
     "decode": Decode(variants=THREE, documents=2, continuation=6, **AT),
     "same": Decode(variants=("all", "all-moved"), continuation=6, **ALL),
-    "sparse": Sparse(variants=(*THREE, "dense"), lengths=(128,), documents=2, chunk=48,
+    "sparse": Sparse(variants=(*THREE, "dense"), contexts=(128,), documents=2, chunk=48,
                      budgets=AT["budgets"]),
-    "needles": Needles(variants=("dense", "few"), lengths=(600,), depths=(0.0, 0.5, 1.0), seeds=1,
+    "needles": Needles(variants=("dense", "few"), contexts=(600,), depths=(0.0, 0.5, 1.0), seeds=1,
                        keys=2, budgets=(30,)),
     "reuse": Reuse(variants=FEW, documents=1, continuation=6, thetas=(-1.0, 1.0), **AT),
     "mass": Mass(variants=FEW, documents=1, continuation=4, **AT),
@@ -215,26 +215,12 @@ def test_every_option_of_a_variant_reaches_the_model(tiny: Tiny) -> None:
         assert tiny.session.config._attn_implementation == "tokenselect"
 
 
-@torch.inference_mode()
-@pytest.mark.parametrize("name", THREE)
-def test_a_variant_that_selects_all_is_dense(tiny: Tiny, name: str) -> None:
-    def read(variant: Variant) -> torch.Tensor:
-        cache = TokenSelectCache(tiny.session.model)
-        with variant.applied(tiny.session.model):
-            feed(tiny.session.model, cache, tuple(range(64)))
-            return feed(tiny.session.model, cache, tuple(range(64, 96)), 32)
-
-    it, dense = resolve(name, OURS, 14, 96), read(DENSE)
-    assert (read(it) - dense).abs().max() > 0.01 * dense.abs().max()
-    assert_close(read(it.selecting_all(96)), dense)
-
-
 # --- keys and the store ---
 
 OTHERWISE: dict[str, dict[str, Any]] = {
     **{name: {"continuation": 7, "contexts": (97,)} for name in ("decode", "mass", "reuse")},
-    "sparse": {"chunk": 7, "counted_from": 0.25, "lengths": (129,)},
-    "needles": {"new_tokens": 7, "depths": (0.25,), "lengths": (601,)},
+    "sparse": {"chunk": 7, "counted_from": 0.25, "contexts": (129,)},
+    "needles": {"new_tokens": 7, "depths": (0.25,), "contexts": (601,)},
 }
 
 
@@ -382,7 +368,7 @@ def test_kl_and_agreement_are_those_of_torch() -> None:
     expected = {"tokens": 150, "nll": -log_q[:, 0].mean(), "kl": kl.mean(), "kl_max": kl.max()}
     expected = {name: float(value) for name, value in expected.items()}
     expected["agreement"] = float(agree.mean())
-    found = figures.Against().add(q, p, [0] * 150).summary()
+    found = figures.beside_dense(q, p, [0] * 150)
     assert found == pytest.approx(expected, rel=1e-5)
 
 
@@ -397,8 +383,8 @@ def test_kl_and_agreement_are_those_of_torch() -> None:
     ],
 )
 def test_kl_where_a_probability_is_nothing(logits: Any, dense: Any, kl: float) -> None:
-    against = figures.Against().add(torch.tensor([logits]), torch.tensor([dense]), [0])
-    assert against.summary()["kl"] == pytest.approx(kl, nan_ok=True)
+    found = figures.beside_dense(torch.tensor([logits]), torch.tensor([dense]), [0])
+    assert found["kl"] == pytest.approx(kl, nan_ok=True)
 
 
 def test_intervals_are_the_known_ones() -> None:
@@ -455,17 +441,6 @@ def test_of_two_windows_the_better_counts(order: int) -> None:
 # --- tasks ---
 
 
-def test_lockstep_in_several_goes_changes_nothing(tiny: Tiny, monkeypatch: Patch) -> None:
-    monkeypatch.setattr(tasks, "_AT_ONCE", 1)
-    cases = list(tiny.cases(tiny.only("sparse")).values())
-    work = [case for case in cases if case.work == cases[0].work]
-    assert len(work) == 4
-    for case, value in Sparse.run(work, tiny.session):
-        (row,) = tiny.rows("sparse", **case.row)
-        assert value.items() <= row.items()
-
-
-@torch.inference_mode()
 def test_reuse_counts_its_hits(tiny: Tiny) -> None:
     (always,) = tiny.rows("reuse", theta=-1)
     assert always["hit_rate"] == pytest.approx(5 / 6)  # all but the first step
@@ -474,11 +449,6 @@ def test_reuse_counts_its_hits(tiny: Tiny) -> None:
     assert same["hit_rate"] == 0
     assert "hit_rate" not in never
     assert never["nll"] == same["nll"]
-    it = resolve("it", {"it": OURS["few"] | {"theta": -1}}, 14, 20)
-    cache = tasks.prefilled(tiny.session, tuple(range(20)), DENSE, 30)
-    for count in (3, 8):  # of one decoding, not of all
-        _, reused = tasks.decoded(tiny.session, cache, range(20, 21 + count), it)
-        assert reused["hit_rate"] == pytest.approx((count - 1) / count)
 
 
 def test_mass_and_overlap_of_everything_are_one(tiny: Tiny) -> None:
@@ -609,20 +579,27 @@ def test_memory_is_measured(tmp_path: Path, name: str, family: str, n: int) -> N
 
 @torch.inference_mode()
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "qwen2_sliding"])
-@pytest.mark.parametrize("name", ["dense", "few", "moved"])
-def test_what_is_decoded_leaves_no_trace_in_the_cache(family: str, name: str) -> None:
+def test_every_variant_starts_from_the_same_cache(family: str) -> None:
     """Bit-identical, with windows shorter than the context and than what is decoded."""
-    small = {key: {**options, "n_local": 2} for key, options in OURS.items()}
-    it, model = resolve(name, small, 8, 30), model_of(family)
+    model, ids = model_of(family), tuple(tokens(1, 31)[0].tolist())
     model.set_attn_implementation("sdpa")
-    ids = tuple(tokens(1, 30)[0].tolist())
+    small = {key: {**options, "n_local": 2, "theta": -1} for key, options in OURS.items()}
+    few, moved = (resolve(name, small, 8, 30) for name in ("few", "moved"))
+    passage = tasks.Passage(ids, 20, 20, 1)
     with_model: Any = SimpleNamespace(model=model)
-    cache = tasks.prefilled(with_model, ids[:20], it.selecting_all(30), 30)
-    again = [tasks.decoded(with_model, cache, ids[20:], it)[0] for _ in range(3)]
-    fresh_cache = tasks.prefilled(with_model, ids[:20], it.selecting_all(30), 30)
-    with it.applied(model):
-        expected = torch.cat([feed(model, fresh_cache, (token,)) for token in ids[20:-1]])
-    assert all(torch.equal(logits, expected) for logits in again)
+    cases = [tasks.Case("decode", v, {}, {}, passage) for v in (DENSE, few, moved, few, moved)]
+    for case, logits, selections, _ in tasks.passes(cases, with_model):
+        cache = TokenSelectCache(model, max_length=31)
+        with case.variant.selecting_all(31).applied(model):
+            feed(model, cache, ids[:20])
+        for layer in cache.layers:
+            if hasattr(layer, "selections"):
+                layer.selections.clear()
+        with case.variant.applied(model):
+            expected = torch.cat([feed(model, cache, (token,)) for token in ids[20:30]])
+        assert torch.equal(logits, expected)
+        counts = [one.counts() for one in selections]
+        assert all(count == ((9, 1) if case.variant != DENSE else (0, 0)) for count in counts)
 
 
 @pytest.mark.parametrize("family", ["gemma3", "gpt2", "bfloat16"])
@@ -666,8 +643,8 @@ def test_named_settings_can_be_run() -> None:
         assert settings.split == ("report" if name[:6] in ("report", "ruler") else "choose")
         for task in settings.tasks.values():
             used.update(task.variants)
-            for n in getattr(task, "contexts", getattr(task, "lengths", ())):
-                assert task.resolved(settings, n)
+            for n in task.contexts:
+                assert task.answering(settings, n)
     assert used == {"dense", *VARIANTS}
 
 

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from statistics import mean
 from typing import Any
 
@@ -16,34 +15,24 @@ _ROWS = 64
 _TIE = 1e-4
 
 
-@dataclass
-class Against:
-    """What a variant makes of tokens, beside dense attention; one value per token.
+def beside_dense(logits: Tensor, dense: Tensor, following: Sequence[int]) -> dict[str, Any]:
+    """Return what a variant makes of tokens: means over them, and the largest KL.
 
-    nll    negative log likelihood of the token that follows, natural log
-    kl     sum of p log(p / q), p the dense distribution and q the variant's
-    agree  whether both have the same likeliest token
+    nll        negative log likelihood of the token that follows, natural log
+    kl         sum of p log(p / q), p the dense distribution and q the variant's
+    agreement  whether both have the same likeliest token
+    logits and dense are (tokens, vocabulary); the same tensor for dense attention itself.
     """
-
-    nll: list[float] = field(default_factory=list)
-    kl: list[float] = field(default_factory=list)
-    agree: list[bool] = field(default_factory=list)
-
-    def add(self, logits: Tensor, dense: Tensor, following: Sequence[int]) -> "Against":
-        """Add tokens: logits and dense (tokens, vocabulary), and the token after each."""
-        targets = torch.tensor(following)[:, None]
-        for rows in torch.arange(len(following)).split(_ROWS):
-            log_q = logits[rows].double().log_softmax(-1)
-            log_p = log_q if dense is logits else dense[rows].double().log_softmax(-1)
-            self.nll += (-log_q.gather(1, targets[rows])[:, 0]).tolist()
-            p = log_p.exp()
-            self.kl += torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(-1).tolist()
-            self.agree += (log_p.argmax(-1) == log_q.argmax(-1)).tolist()
-        return self
-
-    def summary(self) -> dict[str, float]:
-        kl = {"kl": mean(self.kl), "kl_max": largest(self.kl)}
-        return {"tokens": len(self.nll), "nll": mean(self.nll), **kl, "agreement": mean(self.agree)}
+    nll, kl, agree, targets = [], [], [], torch.tensor(following)[:, None]
+    for rows in torch.arange(len(following)).split(_ROWS):
+        log_q = logits[rows].double().log_softmax(-1)
+        log_p = log_q if dense is logits else dense[rows].double().log_softmax(-1)
+        nll += (-log_q.gather(1, targets[rows])[:, 0]).tolist()
+        p = log_p.exp()
+        kl += torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(-1).tolist()
+        agree += (log_p.argmax(-1) == log_q.argmax(-1)).tolist()
+    means = {"nll": mean(nll), "kl": mean(kl), "kl_max": largest(kl), "agreement": mean(agree)}
+    return {"tokens": len(nll), **means}
 
 
 def largest(values: Iterable[float]) -> float:

@@ -2,7 +2,7 @@
 
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
 
@@ -11,7 +11,7 @@ import torch
 from bench.quality import figures, texts
 from bench.quality.figures import Row, grouped
 from bench.quality.session import Session
-from bench.quality.tasks import Case, Settings, Task, Values
+from bench.quality.tasks import Asked, Case, Settings, Task, Values
 from bench.quality.variants import one_of
 from examples.demo.model import named
 from examples.demo.text import NEEDLE, QUESTION, frame
@@ -32,14 +32,13 @@ NAMES = (
 class Needles(Task):
     """Read a text with a number in it, and write the answer to the question for it.
 
-    lengths  in tokens, question and chat template included
-    depths   from 0, the start, to 1
-    seeds    how many, each with a number (and a text) of its own
-    kinds    "filler", repeated sentences; "natural", a text; "multikey", `keys` numbers in filler
+    contexts  include question and chat template
+    depths    from 0, the start, to 1
+    seeds     how many, each with a number (and a text) of its own
+    kinds     "filler", repeated sentences; "natural", a text; "multikey", `keys` numbers in filler
     """
 
     kind = "needles"
-    lengths: tuple[int, ...]
     depths: tuple[float, ...]
     seeds: int
     kinds: tuple[str, ...] = KINDS
@@ -55,15 +54,13 @@ class Needles(Task):
             rule = f"depths are from 0 to 1, and keys at most {len(NAMES)}"
             raise InvalidProblem(came, rule, "give such ones")
 
-    def cases(self, settings: Settings, session: Session) -> Iterator[Case]:
+    def asked(self, settings: Settings, session: Session, n: int) -> Asked:
         seeds = texts.seeds(settings.split, self.seeds)
-        for length, kind, seed, depth in product(self.lengths, self.kinds, seeds, self.depths):
+        for kind, seed, depth in product(self.kinds, seeds, self.depths):
             keys = self.keys if kind == "multikey" else 1
-            prompt, number = make(settings, session, kind, length, depth, seed, keys)
-            label = {"hidden": kind, "context": length, "depth": depth, "seed": seed}
+            prompt, number = make(settings, session, kind, n, depth, seed, keys)
             more = {"sha": texts.sha(prompt), "new_tokens": self.new_tokens, "keys": keys}
-            for variant in self.resolved(settings, length):
-                yield self.case(session, variant, (prompt, number), label, **more)
+            yield {"hidden": kind, "depth": depth, "seed": seed}, more, (prompt, number)
 
     @staticmethod
     @torch.inference_mode()

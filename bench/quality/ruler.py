@@ -6,11 +6,10 @@ downloaded. What it takes: pip install '.[ruler]' in a checkout.
 
 import importlib.util
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
-from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,7 +20,7 @@ import torch
 from bench.quality import texts
 from bench.quality.figures import Row
 from bench.quality.session import Session
-from bench.quality.tasks import Case, Settings, Task, Values
+from bench.quality.tasks import Asked, Case, Settings, Task, Values
 from bench.quality.variants import one_of
 from examples.demo.model import named
 from tokenselect.errors import InvalidProblem
@@ -41,13 +40,12 @@ _ROOM = 512
 class Ruler(Task):
     """Score `samples` of each task of TASKS at each length, with the seed-th seed of the split.
 
-    lengths  tokens of a prompt with its answer, at most; they may exceed the trained length
-    samples  depend on the seed and the tokenizer alone: every variant reads the same, and more
-             begin with the same
+    contexts  tokens of a prompt with its answer, at most; they may exceed the trained length
+    samples   depend on the seed and the tokenizer alone: every variant reads the same, and more
+              begin with the same
     """
 
     kind = "ruler"
-    lengths: tuple[int, ...]
     samples: int
     tasks: tuple[str, ...] = TASKS
     seed: int = 1
@@ -56,15 +54,15 @@ class Ruler(Task):
         super().__post_init__()
         for task in self.tasks:
             one_of("ruler: tasks", task, TASKS)
-        if min(self.lengths) < SHORTEST or self.samples > MOST:
+        if min(self.contexts) < SHORTEST or self.samples > MOST:
             raise InvalidProblem(
-                f"ruler: samples={self.samples}, lengths={self.lengths}",
+                f"ruler: samples={self.samples}, contexts={self.contexts}",
                 f"a prompt of fewer than {SHORTEST} tokens has no room for every task, and lm-eval "
                 f"makes at most {MOST} samples",
                 "ask for such a length and number",
             )
 
-    def cases(self, settings: Settings, session: Session) -> Iterator[Case]:
+    def asked(self, settings: Settings, session: Session, n: int) -> Asked:
         if importlib.util.find_spec("lm_eval") is None:
             raise InvalidProblem(
                 "RULER without lm-eval, which is not installed",
@@ -72,10 +70,9 @@ class Ruler(Task):
                 "pip install '.[ruler]' in a checkout, another 600 MB; or run the other tasks of "
                 "the settings: --only NAME ...",
             )
-        more = {"samples": self.samples, "seed": texts.seeds(settings.split, self.seed)[-1]}
-        for n, task in product(self.lengths, self.tasks):
-            for variant in self.resolved(settings, n):
-                yield self.case(session, variant, None, {"ruler": task, "context": n}, **more)
+        seed = texts.seeds(settings.split, self.seed)[-1]
+        for task in self.tasks:
+            yield {"ruler": task}, {"samples": self.samples, "seed": seed}, None
 
     @staticmethod
     def run(cases: Sequence[Case], session: Session) -> Values:

@@ -1,9 +1,7 @@
 """The model that a run measures, and its tokenizer."""
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
-from copy import deepcopy
+from contextlib import redirect_stderr
 from functools import cache, cached_property
 from io import StringIO
 from pathlib import Path
@@ -11,7 +9,6 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.cache_utils import DynamicLayer
 
 from examples.demo.model import default_model, find_gguf, named
 from tokenselect.errors import InvalidProblem
@@ -133,22 +130,3 @@ def feed(model: Any, cache: Any, ids: tuple[int, ...], keep: int = 1) -> torch.T
     out = model(input_ids=torch.tensor([ids]), **given, use_cache=True, logits_to_keep=keep)
     logits: torch.Tensor = out.logits[0]
     return logits
-
-
-@contextmanager
-def rewound(cache: Any) -> Iterator[None]:
-    """Forget after the block what it feeds to a cache."""
-    before = cache.get_seq_length()
-    # A sliding layer lets go of what a crop would have to bring back. It is small, so it is copied.
-    others = {
-        i: deepcopy(layer)
-        for i, layer in enumerate(cache.layers)
-        if not (isinstance(layer, GrowableLayer) or type(layer) is DynamicLayer)
-    }
-    yield
-    more = cache.get_seq_length() - before
-    for i, layer in enumerate(cache.layers):
-        if i in others:
-            cache.layers[i] = others[i]
-        else:
-            layer.crop(-more)

@@ -70,7 +70,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 # Contexts of the 8192 tokens that SmolLM2 was trained for, of which decoding takes 128; and beyond.
 _NEAR: Any = {"contexts": (8064,), "budgets": (0.1,)}
-_FAR: Any = {"lengths": (16384,), "budgets": (656,)}
+_FAR: Any = {"contexts": (16384,), "budgets": (656,)}
 _QUICK: Any = {"contexts": (1536,), "budgets": (0.1,)}
 _PREFILLS = ((512, 7680), (512, 15872), (512, 32256), (2048, 6144), (8192, 0), (4096, 0))
 
@@ -79,9 +79,9 @@ def _settings() -> Iterator[Settings]:
     both, one = ("faithful-64", "window-64"), ("faithful-64",)
     yield Settings(name="quick", split="choose", variants=VARIANTS, tasks={
         "decode": Decode(variants=both, documents=2, continuation=32, **_QUICK),
-        "sparse": Sparse(variants=both, lengths=(1536,), documents=1,
+        "sparse": Sparse(variants=both, contexts=(1536,), documents=1,
                          budgets=(0.25,)),
-        "needles": Needles(variants=("dense", *one), lengths=(1024,), depths=(0.5,), seeds=1,
+        "needles": Needles(variants=("dense", *one), contexts=(1024,), depths=(0.5,), seeds=1,
                            budgets=(208,)),
         "reuse": Reuse(variants=one, documents=1, continuation=32, thetas=(0.7, 0.9), **_QUICK),
         "mass": Mass(variants=one, documents=1, continuation=8, **_QUICK),
@@ -98,7 +98,7 @@ def _settings() -> Iterator[Settings]:
     several += ("candidates-means-16", "group-means-16", "chunk-64-local-512")
     splits = ("split-25", "split-25-one", "split-10", "split-50")
     yield Settings(name="choose-long", split="choose", variants=VARIANTS, dtype="bfloat16", tasks={
-        "sparse": Sparse(variants=(*several, "chunk-128-local-512"), lengths=(8192,), documents=3,
+        "sparse": Sparse(variants=(*several, "chunk-128-local-512"), contexts=(8192,), documents=3,
                          budgets=(0.1,)),
         "needles": Needles(variants=(*splits, "contiguous-means-16", "fixed-means-16"),
                            depths=(0.1, 0.5, 0.9), seeds=1, kinds=("filler",), **_FAR),
@@ -119,22 +119,22 @@ def _settings() -> Iterator[Settings]:
     hidden: Any = {"depths": (0.0, 0.2, 0.4, 0.6, 0.8), "kinds": ("filler",)}
     beyond = ("window", "window-contiguous", "faithful", "contiguous", "fixed", "released")
     yield Settings(name="report-long", split="report", variants=VARIANTS, dtype="bfloat16", tasks={
-        "sparse": Sparse(variants=both, lengths=(8192,), documents=8, budgets=(0.1,)),
-        "sparse-rounding": Sparse(variants=("everything",), lengths=(8192,), documents=2),
+        "sparse": Sparse(variants=both, contexts=(8192,), documents=8, budgets=(0.1,)),
+        "sparse-rounding": Sparse(variants=("everything",), contexts=(8192,), documents=2),
         "needles-beyond": Needles(variants=("extrapolate",), seeds=4, **hidden, **_FAR),
         "needles-beyond-natural": Needles(variants=("extrapolate",), depths=(0.1, 0.5, 0.9),
                                           seeds=2, kinds=("natural",), **_FAR),
         "needles-beyond-others": Needles(variants=("dense", *beyond), depths=(0.2, 0.6), seeds=1,
                                          kinds=("filler",), **_FAR),
         "needles-32k": Needles(variants=("extrapolate",), seeds=2,
-                               **hidden | _FAR | {"lengths": (32768,)}),
+                               **hidden | _FAR | {"contexts": (32768,)}),
         "sparse-beyond": Sparse(
             variants=("faithful", "window", "window-contiguous", "contiguous", "extrapolate"),
             documents=1, **_FAR,
         ),
     })  # fmt: skip
     yield Settings(name="ruler", split="report", variants=VARIANTS, tasks={
-        "ruler": Ruler(variants=("dense", *one), lengths=(4096,), samples=5,
+        "ruler": Ruler(variants=("dense", *one), contexts=(4096,), samples=5,
                        budgets=(656,)),
     })  # fmt: skip
 

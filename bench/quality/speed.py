@@ -1,5 +1,6 @@
 """Decode time per token beside stock attention, and the memory that a prefill takes; on the CPU."""
 
+import functools
 import multiprocessing
 import time
 from collections.abc import Iterator, Sequence
@@ -16,8 +17,8 @@ import tokenselect
 from bench.machine import cpu, forget_peak, resident
 from bench.quality import texts
 from bench.quality.figures import Row
-from bench.quality.session import Session, feed, rewound
-from bench.quality.tasks import Case, Settings, Task, Values
+from bench.quality.session import Session, feed
+from bench.quality.tasks import Asked, Case, Settings, Task, Values
 from bench.quality.variants import DENSE, Variant, resolve_all
 from tokenselect.integrations.transformers import TokenSelectCache
 
@@ -39,28 +40,27 @@ class Speed(Task):
     """
 
     kind = "speed"
-    contexts: tuple[int, ...]
     rounds: int = 20
     prefills: tuple[tuple[int, int], ...] = ()
 
+    def answering(self, settings: Settings, n: int) -> list[Variant]:
+        return [DENSE]
+
+    def asked(self, settings: Settings, session: Session, n: int) -> Asked:
+        several = [Contender("sdpa, DynamicCache", DENSE, True)]
+        several += [Contender("sdpa, TokenSelectCache", DENSE)]
+        for variant in self.selecting(settings, n):
+            several.append(Contender(f"{variant.name} {variant.budget}".strip(), variant))
+        keys = [[c.name, c.stock_cache, c.variant.key] for c in several]
+        yield {"rounds": self.rounds, **here()}, {"source": source(), "contenders": keys}, several
+
     def cases(self, settings: Settings, session: Session) -> Iterator[Case]:
-        here = {"threads": torch.get_num_threads(), "cpu": cpu()}
-        files = sorted(Path(tokenselect.__file__).parent.rglob("*.py"))
-        # Faster code is another case.
-        source = texts.sha("".join(path.read_text(encoding="utf-8") for path in files))
-        stock = Contender("sdpa, DynamicCache", DENSE, True)
-        for context in self.contexts:
-            several = [stock, Contender("sdpa, TokenSelectCache", DENSE)]
-            for variant in self.selecting(settings, context):
-                several.append(Contender(f"{variant.name} {variant.budget}".strip(), variant))
-            keys = [[c.name, c.stock_cache, c.variant.key] for c in several]
-            label = {"context": context, "rounds": self.rounds, **here}
-            yield self.case(session, DENSE, several, label, source=source, contenders=keys)
+        yield from super().cases(settings, session)
         names, budgets = dict.fromkeys(("dense", *self.variants)), self.budgets[:1]
         for new, cached in self.prefills:
             for variant in resolve_all(names, settings.variants, budgets, new + cached):
-                label = {"new": new, "cached": cached, **here}
-                yield self.case(session, variant, None, label, source=source)
+                label = {"new": new, "cached": cached, **here()}
+                yield Case("speed", variant, label, session.key | {"source": source()})
 
     @staticmethod
     def run(cases: Sequence[Case], session: Session) -> Values:
@@ -89,24 +89,19 @@ def times(
     The caches hold noise: what attention takes does not depend on it. Contenders alternate token by
     token, every other round in reverse, after one round of warm-up.
     """
-    model = session.model
-    caches: dict[tuple[bool, bool], Any] = {}
-    for _, variant, stock_cache in contenders:
-        if (stock_cache, variant.moves) not in caches:
-            cache: Any = DynamicCache(config=model.config)
-            if not stock_cache:
-                cache = TokenSelectCache(model, max_length=context + 1)
-            caches[stock_cache, variant.moves] = filled(cache, session, variant, context)
+    model, room, caches = session.model, context + rounds + 1, []
+    for _, variant, is_stock in contenders:
+        empty = DynamicCache(config=model.config) if is_stock else TokenSelectCache(model, room)
+        caches.append(filled(empty, session, variant, context))
     seconds: dict[str, list[float]] = {c.name: [] for c in contenders}
     for turn in range(rounds + 1):
-        for name, variant, stock_cache in contenders if turn % 2 == 0 else reversed(contenders):
-            cache = caches[stock_cache, variant.moves]
-            with rewound(cache), variant.applied(model):
+        of_round = list(zip(contenders, caches, strict=True))[:: 1 if turn % 2 == 0 else -1]
+        for (name, variant, _), cache in of_round:
+            with variant.applied(model):
                 start = time.perf_counter()
                 feed(model, cache, (100 + turn,))
                 took = time.perf_counter() - start
-            if turn > 0:
-                seconds[name].append(took)
+            seconds[name] += [took] * (turn > 0)
     bases = {f"of {c.name}": seconds[c.name] for c in contenders if c.variant.kind == "dense"}
     return {
         "contenders": [
@@ -138,7 +133,7 @@ def peak(
 ) -> dict[str, Any]:
     """Return MiB that a prefill of `new` tokens on top of n adds to this process, at most.
 
-    The cache, whose MiB come with it, has its room before: what is added is what reading takes.
+    Without those of the cache, which come with it.
     """
     torch.set_num_threads(threads)
     session = Session(path, gguf_file, dtype)
@@ -146,15 +141,28 @@ def peak(
     cache = TokenSelectCache(model, max_length=n + new)
     if n:
         filled(cache, session, variant, n)
-    with rewound(cache):  # so the cache has its memory
-        filled(cache, session, variant, new)
     ids = tuple(i % min(1000, model.config.vocab_size) for i in range(new))
     forget_peak()
     # Of the peak itself: what is resident may shrink at any time, as the system takes back pages.
-    before, start = resident("VmHWM"), time.perf_counter()
+    before, held, start = resident("VmHWM"), size(cache), time.perf_counter()
     with variant.applied(model):
         feed(model, cache, ids)
-    added, took = resident("VmHWM") - before, time.perf_counter() - start
-    several = [getattr(i, "_buffers", None) or (i.keys, i.values) for i in cache.layers]
-    size = sum(tensor.nbytes for tensors in several for tensor in tensors)
-    return {"peak_mib": added / 2**20, "cache_mib": size / 2**20, "seconds": took}
+    added, took = resident("VmHWM") - before - (size(cache) - held), time.perf_counter() - start
+    return {"peak_mib": added / 2**20, "cache_mib": size(cache) / 2**20, "seconds": took}
+
+
+def size(cache: Any) -> int:
+    """Return the bytes of a cache's keys and values."""
+    return sum(x.nbytes for i in cache.layers if i.is_initialized for x in (i.keys, i.values))
+
+
+def here() -> dict[str, Any]:
+    """Return what of this machine decides a time."""
+    return {"threads": torch.get_num_threads(), "cpu": cpu()}
+
+
+@functools.cache
+def source() -> str:
+    """Return the sha of the library's source: faster code is another case."""
+    files = sorted(Path(tokenselect.__file__).parent.rglob("*.py"))
+    return texts.sha("".join(path.read_text(encoding="utf-8") for path in files))

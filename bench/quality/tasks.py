@@ -6,19 +6,20 @@ cases of one work, in any order, and `summary` makes the rows of a result into t
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from statistics import mean
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from bench.quality import figures, texts
-from bench.quality.figures import Against, Row, grouped
-from bench.quality.session import Session, feed, rewound
+from bench.quality.figures import Row, grouped
+from bench.quality.session import Session, feed
 from bench.quality.variants import DENSE, Variant, one_of, resolve_all
 from tokenselect import AttentionInfo
 from tokenselect.contract import SelectConfig
@@ -28,8 +29,6 @@ from tokenselect.integrations.transformers import TokenSelectCache, recorded
 # What a version of the tasks computes. Raise it when the same case would get another value.
 VERSION = 3
 _CHUNK = 512
-# Caches that the task sparse holds at once.
-_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
@@ -64,51 +63,8 @@ class Case:
 
 
 Values = Iterator[tuple[Case, dict[str, Any]]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """What all kinds have: names of variants, each taken at every budget: see `variants.votes`."""
-
-    kinds: ClassVar[dict[str, type["Task"]]] = {}
-    kind: ClassVar[str]
-    runs_as: ClassVar[str]  # the kind whose `run` it has, and whose cases
-    variants: tuple[str, ...]
-    budgets: tuple[float, ...] = ()
-
-    def __init_subclass__(cls) -> None:
-        Task.kinds[cls.kind] = cls
-        if "run" in vars(cls):
-            cls.runs_as = cls.kind
-
-    def __post_init__(self) -> None:
-        for item in fields(self):
-            value = getattr(self, item.name)
-            least = item.metadata.get("least", 1)
-            if type(value) is int and value < least:
-                came = f"{self.kind}: {item.name}={value}"
-                raise InvalidProblem(came, f"it is at least {least}", "give more")
-
-    def resolved(self, settings: "Settings", context: int) -> list[Variant]:
-        return resolve_all(self.variants, settings.variants, self.budgets, context)
-
-    def selecting(self, settings: "Settings", context: int) -> list[Variant]:
-        """All variants but dense attention."""
-        return [v for v in self.resolved(settings, context) if v.kind != "dense"]
-
-    def case(self, session: Session, variant: Variant, given: Any, label: Row, **more: Any) -> Case:
-        return Case(self.runs_as, variant, label, session.key | more, given)
-
-    def cases(self, settings: "Settings", session: Session) -> Iterator[Case]:
-        raise NotImplementedError
-
-    @staticmethod
-    def run(cases: Sequence[Case], session: Session) -> Values:
-        raise NotImplementedError
-
-    @staticmethod
-    def summary(rows: Sequence[Row]) -> list[Row]:
-        return figures.against_dense(rows)
+# What rows say of what is asked, what else decides its value, and what `run` takes.
+Asked = Iterator[tuple[Row, Row, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +81,7 @@ class Settings:
 
     name: str
     split: Literal["choose", "report"]
-    tasks: Mapping[str, Task]
+    tasks: Mapping[str, "Task"]
     variants: Mapping[str, Mapping[str, Any]]
     texts: tuple[str, ...] = ("kjv", "pydoc", "source")
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -136,19 +92,115 @@ class Settings:
             rule = "files are named after settings"
             raise InvalidProblem(f"name={self.name!r}", rule, "use letters, digits, _, . and -")
 
-
-def reading(
-    task: Any, settings: Settings, session: Session, n: int, several: list[Variant], **label: Any
-) -> Iterator[Case]:
-    """Return a case for each variant and each of the task's documents, of n tokens and one more."""
-    few = task.documents, n + 1
-    for name, ids in texts.documents(session, settings.texts, settings.split, *few):
-        sha = texts.sha(" ".join(map(str, ids)))
-        for variant in several:
-            yield task.case(session, variant, ids, {"document": name, **label}, sha=sha)
+    def documents(self, session: Session, count: int, n: int) -> list[tuple[str, tuple[int, ...]]]:
+        return texts.documents(session, self.texts, self.split, count, n)
 
 
-# --- decode, reuse and mass: tokens fed one by one ---
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What all kinds have.
+
+    contexts  lengths in tokens
+    variants  by name, each taken at every budget: see `variants.votes`
+    """
+
+    kinds: ClassVar[dict[str, type["Task"]]] = {}
+    kind: ClassVar[str]
+    runs_as: ClassVar[str]  # the kind of its cases; its own, unless a class says so
+    contexts: tuple[int, ...]
+    variants: tuple[str, ...]
+    budgets: tuple[float, ...] = ()
+
+    def __init_subclass__(cls) -> None:
+        Task.kinds[cls.kind] = cls
+        cls.runs_as = vars(cls).get("runs_as", cls.kind)
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value, least = getattr(self, item.name), item.metadata.get("least", 1)
+            if type(value) is int and value < least:
+                came = f"{self.kind}: {item.name}={value}"
+                raise InvalidProblem(came, f"it is at least {least}", "give more")
+
+    def asked(self, settings: Settings, session: Session, n: int) -> Asked:
+        """Return all that is asked of each variant at context n."""
+        raise NotImplementedError
+
+    def answering(self, settings: Settings, n: int) -> list[Variant]:
+        """Return the variants that are asked."""
+        return resolve_all(self.variants, settings.variants, self.budgets, n)
+
+    def selecting(self, settings: Settings, n: int) -> list[Variant]:
+        """Return all variants but dense attention."""
+        named = resolve_all(self.variants, settings.variants, self.budgets, n)
+        return [variant for variant in named if variant != DENSE]
+
+    def cases(self, settings: Settings, session: Session) -> Iterator[Case]:
+        for n in self.contexts:
+            variants = self.answering(settings, n)
+            for label, more, given in self.asked(settings, session, n):
+                for variant in variants:
+                    what = {"context": n, **label}
+                    yield Case(self.runs_as, variant, what, session.key | more, given)
+
+    @staticmethod
+    def run(cases: Sequence[Case], session: Session) -> Values:
+        raise NotImplementedError
+
+    @staticmethod
+    def summary(rows: Sequence[Row]) -> list[Row]:
+        return figures.against_dense(rows)
+
+
+# --- decode, reuse, mass and sparse: a document is read ---
+
+
+def sha_of(ids: Sequence[int]) -> str:
+    return texts.sha(" ".join(map(str, ids)))
+
+
+class Passage(NamedTuple):
+    """Tokens to read: those before `start` densely, the others by the variant, `chunk` at a time.
+
+    The last is only what the one before is scored by. Logits count from `first` on.
+    """
+
+    ids: tuple[int, ...]
+    start: int
+    first: int
+    chunk: int
+
+
+def passes(
+    cases: Sequence[Case], session: Session
+) -> Iterator[tuple[Case, Tensor, list[Any], list[AttentionInfo]]]:
+    """Read a passage with the variant of each case, from one cache of what stands before it.
+
+    Yields with each case the logits that count (tokens, vocabulary), the `Selections` of the cache,
+    and what was recorded.
+    """
+    ids, start, first, chunk = cases[0].given
+    end, model = len(ids) - 1, session.model
+    before: dict[bool, TokenSelectCache] = {}
+    for case in sorted(cases, key=lambda case: case.variant.moves):
+        # What is moved is cached otherwise, and needs a prefill of its own.
+        if case.variant.moves not in before:
+            cache = TokenSelectCache(model, max_length=len(ids))
+            with case.variant.selecting_all(len(ids)).applied(model):
+                for at in range(0, start, _CHUNK):
+                    feed(model, cache, ids[at : min(at + _CHUNK, start)])
+            before = {case.variant.moves: cache}
+        cache, logits = deepcopy(before[case.variant.moves]), []
+        selections = [layer.selections for layer in cache.layers if hasattr(layer, "selections")]
+        for one in selections:
+            one.clear()
+        with case.variant.applied(model), recorded() as infos:
+            for at in range(start, end, chunk):
+                stop = min(at + chunk, end)
+                count = stop - max(first, at)  # the newest of them
+                found = feed(model, cache, ids[at:stop], max(count, 1))
+                logits += [found] if count > 0 else []
+        yield case, torch.cat(logits), selections, infos
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,94 +211,80 @@ class Decode(Task):
     """
 
     kind = "decode"
-    contexts: tuple[int, ...]
     documents: int
     continuation: int = 128
 
-    def fed(self, settings: Settings, context: int) -> list[Variant]:
-        """The variants that are fed tokens at this context."""
-        return [DENSE, *self.selecting(settings, context)]
+    def answering(self, settings: Settings, n: int) -> list[Variant]:
+        return [DENSE, *self.selecting(settings, n)]
 
-    def cases(self, settings: Settings, session: Session) -> Iterator[Case]:
-        for n in self.contexts:
-            label = {"context": n, "continuation": self.continuation}
-            several, tokens = self.fed(settings, n), n + self.continuation
-            yield from reading(self, settings, session, tokens, several, **label)
+    def asked(self, settings: Settings, session: Session, n: int) -> Asked:
+        for name, ids in settings.documents(session, self.documents, n + self.continuation + 1):
+            label = {"document": name, "continuation": self.continuation}
+            yield label, {"sha": sha_of(ids)}, Passage(ids, n, n, 1)
 
     @staticmethod
     @torch.inference_mode()
     def run(cases: Sequence[Case], session: Session) -> Values:
         stock = replace(cases[0], variant=DENSE)
-        for case, cache, rest in _prefilled(session, [stock, *cases]):
-            if case is stock:
-                dense, _ = decoded(session, cache, rest, DENSE)
-                continue
-            logits, reused = dense, {}
-            if case.variant.kind != "dense":
-                logits, reused = decoded(session, cache, rest, case.variant)
-            yield case, Against().add(logits, dense, rest[1:]).summary() | reused
+        others = passes([stock, *(c for c in cases if c.variant != DENSE)], session)
+        for case, logits, selections, _ in chain([of_stock := next(others)], others):
+            following = case.given.ids[case.given.first + 1 :]
+            value = figures.beside_dense(logits, of_stock[1], following)
+            if case.variant.label["theta"] is not None:
+                rates = [
+                    hits / (hits + misses) for hits, misses in (s.counts() for s in selections)
+                ]
+                value |= {"hit_rate": mean(rates), "hit_rate_of_layers": rates}
+            if case in cases:
+                yield case, value
 
 
-def _prefilled(
-    session: Session, cases: Iterable[Case]
-) -> Iterator[tuple[Case, TokenSelectCache, tuple[int, ...]]]:
-    """Yield cases of one work, each with the cache of the context and the tokens that follow."""
-    caches: dict[bool, TokenSelectCache] = {}
-    for case in sorted(cases, key=lambda case: case.variant.moves):
-        context, ids, moves = case.label["context"], case.given, case.variant.moves
-        # What is moved is cached otherwise, and needs a prefill of its own.
-        if moves not in caches:
-            caches.clear()
-            everything = case.variant.selecting_all(len(ids))
-            caches[moves] = prefilled(session, ids[:context], everything, len(ids))
-        yield case, caches[moves], ids[context:]
+@dataclass(frozen=True, kw_only=True)
+class Sparse(Task):
+    """Read documents of `contexts` tokens in chunks, and count tokens from that share of it on.
 
-
-def prefilled(
-    session: Session, ids: tuple[int, ...], variant: Variant, room: int
-) -> TokenSelectCache:
-    """Return a cache of these tokens with room for `room`, read with `variant` in chunks."""
-    cache = TokenSelectCache(session.model, max_length=room)
-    with variant.applied(session.model):
-        for start in range(0, len(ids), _CHUNK):
-            feed(session.model, cache, ids[start : start + _CHUNK])
-    return cache
-
-
-def decoded(
-    session: Session, cache: TokenSelectCache, ids: Sequence[int], variant: Variant
-) -> tuple[Tensor, dict[str, Any]]:
-    """Return logits (tokens, vocabulary) after each token but the last, and how often layers reuse.
-
-    The cache is afterwards as it was.
+    Beyond the trained length dense attention is no measure, and a row says so.
     """
-    selections = [layer.selections for layer in cache.layers if hasattr(layer, "selections")]
-    for selection in selections:
-        selection.clear()
-    with rewound(cache), variant.applied(session.model):
-        logits = torch.cat([feed(session.model, cache, (token,)) for token in ids[:-1]])
-    if variant.label["theta"] is None:
-        return logits, {}
-    rates = [hits / (hits + misses) for hits, misses in (s.counts() for s in selections)]
-    return logits, {"hit_rate": mean(rates), "hit_rate_of_layers": rates}
+
+    kind = "sparse"
+    documents: int
+    counted_from: float = 0.5
+    chunk: int = _CHUNK
+    answering, run = Decode.answering, staticmethod(Decode.run)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.counted_from <= 0.95:
+            rule = "it is a share of the length, from 0 to 0.95"
+            raise InvalidProblem(f"sparse: counted_from={self.counted_from}", rule, "give such one")
+
+    def asked(self, settings: Settings, session: Session, n: int) -> Asked:
+        first, within = int(self.counted_from * n), n <= (session.trained or n)
+        for name, ids in settings.documents(session, self.documents, n + 1):
+            label = {
+                "document": name,
+                "first": first,
+                "chunk": self.chunk,
+                "within_trained": within,
+            }
+            yield label, {"sha": sha_of(ids)}, Passage(ids, 0, first, self.chunk)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reuse(Decode):
     """Decode with every theta on top of every variant, and without reuse to compare."""
 
-    kind = "reuse"
+    kind, runs_as = "reuse", "decode"
     thetas: tuple[float, ...]
     max_reuse: int = field(default=64, metadata={"least": 0})
 
-    def fed(self, settings: Settings, context: int) -> list[Variant]:
-        several = [DENSE]
-        for variant in self.selecting(settings, context):
-            several.append(variant.with_options(theta=None))
-            several += [
-                variant.with_options(theta=theta, max_reuse=self.max_reuse) for theta in self.thetas
-            ]
-        return several
+    def answering(self, settings: Settings, n: int) -> list[Variant]:
+        reuses = [{"theta": theta, "max_reuse": self.max_reuse} for theta in self.thetas]
+        several = self.selecting(settings, n)
+        return [
+            DENSE,
+            *(v.with_options(**how) for v in several for how in ({"theta": None}, *reuses)),
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,19 +293,14 @@ class Mass(Decode):
 
     kind = "mass"
     continuation: int = field(default=32, metadata={"least": 2})
-
-    def fed(self, settings: Settings, context: int) -> list[Variant]:
-        return self.selecting(settings, context)
+    answering = Task.selecting
 
     @staticmethod
     @torch.inference_mode()
     def run(cases: Sequence[Case], session: Session) -> Values:
-        for case, cache, rest in _prefilled(session, cases):
-            with recorded() as infos:
-                decoded(session, cache, rest, case.variant)
+        for case, logits, _, infos in passes(cases, session):
             assert case.variant.options is not None
-            select = case.variant.options.select
-            yield case, of_infos(infos, len(rest) - 1, case.label["context"], select)
+            yield case, of_infos(infos, len(logits), case.given.start, case.variant.options.select)
 
     @staticmethod
     def summary(rows: Sequence[Row]) -> list[Row]:
@@ -334,61 +367,3 @@ def rounded(values: Any) -> Any:
     """Return numbers to 4 digits, as lists or one alone; None for NaN."""
     found = np.round(np.asarray(values, dtype=float), 4)
     return np.where(np.isnan(found), None, found).tolist()
-
-
-# --- sparse: everything read by the variant itself ---
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sparse(Task):
-    """Read documents of `lengths` tokens in chunks, and count tokens from that share of it on.
-
-    All variants read in lockstep with dense attention, each into a cache of its own, so no logits
-    are kept. Beyond the trained length dense attention is no measure, and a row says so.
-    """
-
-    kind = "sparse"
-    lengths: tuple[int, ...]
-    documents: int
-    counted_from: float = 0.5
-    chunk: int = _CHUNK
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.counted_from <= 0.95:
-            rule = "it is a share of the length, from 0 to 0.95"
-            raise InvalidProblem(f"sparse: counted_from={self.counted_from}", rule, "give such one")
-
-    def cases(self, settings: Settings, session: Session) -> Iterator[Case]:
-        for n in self.lengths:
-            label = {"context": n, "first": int(self.counted_from * n), "chunk": self.chunk}
-            label["within_trained"] = session.trained is None or n <= session.trained
-            several = [DENSE, *self.selecting(settings, n)]
-            yield from reading(self, settings, session, n, several, **label)
-
-    @staticmethod
-    @torch.inference_mode()
-    def run(cases: Sequence[Case], session: Session) -> Values:
-        for start in range(0, len(cases), _AT_ONCE):
-            yield from _lockstep(cases[start : start + _AT_ONCE], session)
-
-
-def _lockstep(cases: Sequence[Case], session: Session) -> Values:
-    """Read one document with dense attention and all these variants, a chunk at a time."""
-    label, ids, model = cases[0].label, cases[0].given, session.model
-    length, first, chunk = label["context"], label["first"], label["chunk"]
-    # Dense attention is read along anyway, first; its own case holds no further cache.
-    variants = dict.fromkeys((DENSE, *(case.variant for case in cases)))
-    caches = {variant: TokenSelectCache(model, max_length=length) for variant in variants}
-    found = {variant: Against() for variant in variants}
-    for start in range(0, length, chunk):
-        stop = min(start + chunk, length)
-        count = max(0, stop - max(first, start))  # the newest of them, which are counted
-        for variant, cache in caches.items():
-            with variant.applied(model):
-                logits = feed(model, cache, ids[start:stop], max(count, 1))
-            if variant == DENSE:
-                dense = logits
-            if count:
-                found[variant].add(logits, dense, ids[stop + 1 - count : stop + 1])
-    yield from ((case, found[case.variant].summary()) for case in cases)
