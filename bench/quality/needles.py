@@ -38,7 +38,7 @@ class Needles(Task):
     kinds     "filler", repeated sentences; "natural", a text; "multikey", `keys` numbers in filler
     """
 
-    kind = "needles"
+    kind = computes = "needles"
     depths: tuple[float, ...]
     seeds: int
     kinds: tuple[str, ...] = KINDS

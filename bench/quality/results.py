@@ -20,7 +20,7 @@ from bench import machine
 from bench.quality import texts
 from bench.quality.figures import beside_window
 from bench.quality.session import Session
-from bench.quality.tasks import Case, Settings, Task
+from bench.quality.tasks import Case, Settings
 from tokenselect.errors import InvalidProblem
 
 SCHEMA = 3
@@ -64,7 +64,7 @@ def run(cases: Planned, session: Session, out: Path, i: int = 1, n: int = 1) -> 
         for work in mine:
             start = time.perf_counter()
             left = [case for sha, case in work.items() if sha not in done]
-            for case, value in Task.kinds[left[0].task].run(left, session) if left else ():
+            for case, value in left[0].run(left, session) if left else ():
                 took = time.perf_counter() - start
                 keep(out, case, {"value": value, "seconds": round(took, 2), "ran": ran})
                 said = {

@@ -45,7 +45,7 @@ class Ruler(Task):
               begin with the same
     """
 
-    kind = "ruler"
+    kind = computes = "ruler"
     samples: int
     tasks: tuple[str, ...] = TASKS
     seed: int = 1

@@ -1,6 +1,5 @@
 """Decode time per token beside stock attention, and the memory that a prefill takes; on the CPU."""
 
-import functools
 import multiprocessing
 import time
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,7 @@ from bench.machine import cpu, forget_peak, resident
 from bench.quality import texts
 from bench.quality.figures import Row
 from bench.quality.session import Session, feed
-from bench.quality.tasks import Asked, Case, Settings, Task, Values
+from bench.quality.tasks import Case, Settings, Task, Values
 from bench.quality.variants import DENSE, Variant, resolve_all
 from tokenselect.integrations.transformers import TokenSelectCache
 
@@ -39,40 +38,39 @@ class Speed(Task):
               measured, at the first budget
     """
 
-    kind = "speed"
+    kind = computes = "speed"
     rounds: int = 20
     prefills: tuple[tuple[int, int], ...] = ()
 
-    def answering(self, settings: Settings, n: int) -> list[Variant]:
-        return [DENSE]
-
-    def asked(self, settings: Settings, session: Session, n: int) -> Asked:
-        several = [Contender("sdpa, DynamicCache", DENSE, True)]
-        several += [Contender("sdpa, TokenSelectCache", DENSE)]
-        for variant in self.selecting(settings, n):
-            several.append(Contender(f"{variant.name} {variant.budget}".strip(), variant))
-        keys = [[c.name, c.stock_cache, c.variant.key] for c in several]
-        yield {"rounds": self.rounds, **here()}, {"source": source(), "contenders": keys}, several
-
     def cases(self, settings: Settings, session: Session) -> Iterator[Case]:
-        yield from super().cases(settings, session)
-        names, budgets = dict.fromkeys(("dense", *self.variants)), self.budgets[:1]
+        files = sorted(Path(tokenselect.__file__).parent.rglob("*.py"))
+        source = texts.sha("".join(path.read_text(encoding="utf-8") for path in files))
+        more = session.key | {"source": source}  # faster code is another case
+        here = {"threads": torch.get_num_threads(), "cpu": cpu()}
+        for n in self.contexts:
+            several = [Contender("sdpa, DynamicCache", DENSE, True)]
+            several.append(Contender("sdpa, TokenSelectCache", DENSE))
+            for variant in self.selecting(settings, n):
+                several.append(Contender(f"{variant.name} {variant.budget}".strip(), variant))
+            label = {"context": n, "rounds": self.rounds, **here}
+            keys = [[c.name, c.stock_cache, c.variant.key] for c in several]
+            yield Case(self.computes, self.run, DENSE, label, more | {"contenders": keys}, several)
+        names, budgets = ("dense", *self.variants), self.budgets[:1]
         for new, cached in self.prefills:
+            label = {"new": new, "cached": cached, **here}
             for variant in resolve_all(names, settings.variants, budgets, new + cached):
-                label = {"new": new, "cached": cached, **here()}
-                yield Case("speed", variant, label, session.key | {"source": source()})
+                yield Case(self.computes, self.run, variant, label, more)
 
     @staticmethod
     def run(cases: Sequence[Case], session: Session) -> Values:
         for case in cases:
-            label = case.label
+            of, given = case.label, (session.path, session.gguf_file, session.dtype, case.variant)
             if case.given is not None:
-                yield case, times(case.given, label["context"], label["rounds"], session)
+                yield case, times(case.given, of["context"], of["rounds"], session)
                 continue
             # In a process of its own.
-            given = session.path, session.gguf_file, session.dtype, case.variant
-            size = label["threads"], label["new"], label["cached"]
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                size = of["threads"], of["new"], of["cached"]
                 yield case, pool.submit(peak, *given, *size).result()
 
     @staticmethod
@@ -154,15 +152,3 @@ def peak(
 def size(cache: Any) -> int:
     """Return the bytes of a cache's keys and values."""
     return sum(x.nbytes for i in cache.layers if i.is_initialized for x in (i.keys, i.values))
-
-
-def here() -> dict[str, Any]:
-    """Return what of this machine decides a time."""
-    return {"threads": torch.get_num_threads(), "cpu": cpu()}
-
-
-@functools.cache
-def source() -> str:
-    """Return the sha of the library's source: faster code is another case."""
-    files = sorted(Path(tokenselect.__file__).parent.rglob("*.py"))
-    return texts.sha("".join(path.read_text(encoding="utf-8") for path in files))

@@ -6,7 +6,7 @@ cases of one work, in any order, and `summary` makes the rows of a result into t
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
 from itertools import chain, pairwise
@@ -20,6 +20,7 @@ from torch import Tensor
 from bench.quality import figures, texts
 from bench.quality.figures import Row, grouped
 from bench.quality.session import Session, feed
+from bench.quality.texts import Document
 from bench.quality.variants import DENSE, Variant, one_of, resolve_all
 from tokenselect import AttentionInfo
 from tokenselect.contract import SelectConfig
@@ -35,13 +36,14 @@ _CHUNK = 512
 class Case:
     """The least that is computed, kept and never computed again.
 
-    task   the kind of task that runs it
+    task   what is computed, and by which `run`, with others of its work
     label  what rows say of it, beside its variant
     more   what else decides its value
-    given  what the task needs to run it
+    given  what `run` needs besides
     """
 
     task: str
+    run: Callable[[Sequence["Case"], Session], "Values"] = field(compare=False)
     variant: Variant
     label: Mapping[str, Any]
     more: Mapping[str, Any]
@@ -92,7 +94,7 @@ class Settings:
             rule = "files are named after settings"
             raise InvalidProblem(f"name={self.name!r}", rule, "use letters, digits, _, . and -")
 
-    def documents(self, session: Session, count: int, n: int) -> list[tuple[str, tuple[int, ...]]]:
+    def documents(self, session: Session, count: int, n: int) -> list[Document]:
         return texts.documents(session, self.texts, self.split, count, n)
 
 
@@ -104,16 +106,11 @@ class Task:
     variants  by name, each taken at every budget: see `variants.votes`
     """
 
-    kinds: ClassVar[dict[str, type["Task"]]] = {}
     kind: ClassVar[str]
-    runs_as: ClassVar[str]  # the kind of its cases; its own, unless a class says so
+    computes: ClassVar[str]  # kinds with one `run` may share cases
     contexts: tuple[int, ...]
     variants: tuple[str, ...]
     budgets: tuple[float, ...] = ()
-
-    def __init_subclass__(cls) -> None:
-        Task.kinds[cls.kind] = cls
-        cls.runs_as = vars(cls).get("runs_as", cls.kind)
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -141,7 +138,7 @@ class Task:
             for label, more, given in self.asked(settings, session, n):
                 for variant in variants:
                     what = {"context": n, **label}
-                    yield Case(self.runs_as, variant, what, session.key | more, given)
+                    yield Case(self.computes, self.run, variant, what, session.key | more, given)
 
     @staticmethod
     def run(cases: Sequence[Case], session: Session) -> Values:
@@ -153,10 +150,6 @@ class Task:
 
 
 # --- decode, reuse, mass and sparse: a document is read ---
-
-
-def sha_of(ids: Sequence[int]) -> str:
-    return texts.sha(" ".join(map(str, ids)))
 
 
 class Passage(NamedTuple):
@@ -210,7 +203,7 @@ class Decode(Task):
     Every variant starts from the very same cache.
     """
 
-    kind = "decode"
+    kind = computes = "decode"
     documents: int
     continuation: int = 128
 
@@ -218,9 +211,10 @@ class Decode(Task):
         return [DENSE, *self.selecting(settings, n)]
 
     def asked(self, settings: Settings, session: Session, n: int) -> Asked:
-        for name, ids in settings.documents(session, self.documents, n + self.continuation + 1):
+        length = n + self.continuation + 1
+        for name, sha, ids in settings.documents(session, self.documents, length):
             label = {"document": name, "continuation": self.continuation}
-            yield label, {"sha": sha_of(ids)}, Passage(ids, n, n, 1)
+            yield label, {"sha": sha}, Passage(ids, n, n, 1)
 
     @staticmethod
     @torch.inference_mode()
@@ -246,7 +240,7 @@ class Sparse(Task):
     Beyond the trained length dense attention is no measure, and a row says so.
     """
 
-    kind = "sparse"
+    kind = computes = "sparse"
     documents: int
     counted_from: float = 0.5
     chunk: int = _CHUNK
@@ -260,21 +254,21 @@ class Sparse(Task):
 
     def asked(self, settings: Settings, session: Session, n: int) -> Asked:
         first, within = int(self.counted_from * n), n <= (session.trained or n)
-        for name, ids in settings.documents(session, self.documents, n + 1):
+        for name, sha, ids in settings.documents(session, self.documents, n + 1):
             label = {
                 "document": name,
                 "first": first,
                 "chunk": self.chunk,
                 "within_trained": within,
             }
-            yield label, {"sha": sha_of(ids)}, Passage(ids, 0, first, self.chunk)
+            yield label, {"sha": sha}, Passage(ids, 0, first, self.chunk)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reuse(Decode):
     """Decode with every theta on top of every variant, and without reuse to compare."""
 
-    kind, runs_as = "reuse", "decode"
+    kind = "reuse"
     thetas: tuple[float, ...]
     max_reuse: int = field(default=64, metadata={"least": 0})
 
@@ -291,7 +285,7 @@ class Reuse(Decode):
 class Mass(Decode):
     """Retained mass of each layer and head, and how much selections overlap, while decoding."""
 
-    kind = "mass"
+    kind = computes = "mass"
     continuation: int = field(default=32, metadata={"least": 2})
     answering = Task.selecting
 

@@ -31,6 +31,10 @@ _MODULES = (
 )
 
 
+# Text and stretch, "kjv/7"; the sha of its tokens; and those.
+Document = tuple[str, str, tuple[int, ...]]
+
+
 def sha(text: str) -> str:
     """Return the first 16 hex digits of a text's sha256."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -104,16 +108,16 @@ def seeds(split: str, count: int) -> list[int]:
 
 def documents(
     session: Session, names: tuple[str, ...], split: str, count: int, length: int
-) -> list[tuple[str, tuple[int, ...]]]:
+) -> list[Document]:
     """Return `count` documents, the first `length` tokens of a stretch each, of the texts in turn.
 
-    Each comes with its text and stretch: "kjv/7". Raises InvalidProblem if there are fewer so long.
+    Raises InvalidProblem if there are fewer so long.
     """
 
-    def long(name: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    def long(name: str) -> Iterator[Document]:
         for number, text in stretches(name, split):
-            if len(ids := session.encode(text, True)) >= length:
-                yield f"{name}/{number}", ids[:length]
+            if len(ids := session.encode(text, True)[:length]) == length:
+                yield f"{name}/{number}", sha(" ".join(map(str, ids))), ids
 
     in_turn = filter(None, chain.from_iterable(zip_longest(*map(long, names))))
     found = list(islice(in_turn, count))
