@@ -516,6 +516,8 @@ def test_needles_lie_where_they_are_said_to(tiny: Tiny, kind: str) -> None:
             assert f"The secret number of the {key} is {number}." in prompt
             assert prompt.count("The secret number of the ") == 3
     assert len(numbers) == 6
+    with pytest.raises(InvalidProblem, match="did you mean 'natural'"):
+        needles.make(tiny.settings, tiny.session, "natral", 1200, 0.5, 4, 1)
     text = "One. At 3.14 see os.path! Two."
     ends = [needles.sentence_end(text, near) for near in range(len(text) + 1)]
     assert ends == [0] * 4 + [4] * (len(text) - 4) + [len(text)]
@@ -656,9 +658,8 @@ def test_settings_are_changed_for_once(tiny: Tiny) -> None:
     assert changed(tiny.settings, "name='mine'").name == "mine"
     mine: Any = changed(tiny.settings, "decode.documents=5").tasks
     assert mine == {**TASKS, "decode": replace(TASKS["decode"], documents=5)}
-    refused = """decode.documents=0  decode.documents='2'  decode.documents=  decode.documnts=2
-        decod.documents=2  needles.kinds=('hay',)  needles.depths=(1.5,)  needles.keys=99
-        split='rebort'  name='../x'  sparse.counted_from=1.0"""
+    refused = """decode.documents='2'  decode.documents=  decode.documnts=2  decod.documents=2
+        split='rebort'"""
     for change in refused.split():
         with pytest.raises(InvalidProblem):
             changed(tiny.settings, change)

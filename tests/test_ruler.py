@@ -146,7 +146,7 @@ def test_what_is_asked_of_lm_eval(capfd: pytest.CaptureFixture[str]) -> None:
 def test_what_cannot_be_scored_is_told_at_once(
     given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(InvalidProblem, match=r"known are niah_single_1|fewer than 1024 tokens"):
+    with pytest.raises(InvalidProblem, match=r"known are niah_single_1|shorter prompts than 1024"):
         Ruler(**BOTH | given)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InvalidProblem, match=r"(?s)pip install '\.\[ruler\]'.*--only"):

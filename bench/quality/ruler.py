@@ -51,15 +51,13 @@ class Ruler(Task):
     seed: int = 1
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         for task in self.tasks:
             one_of("ruler: tasks", task, TASKS)
         if min(self.contexts) < SHORTEST or self.samples > MOST:
             raise InvalidProblem(
                 f"ruler: samples={self.samples}, contexts={self.contexts}",
-                f"a prompt of fewer than {SHORTEST} tokens has no room for every task, and lm-eval "
-                f"makes at most {MOST} samples",
-                "ask for such a length and number",
+                f"shorter prompts than {SHORTEST} have no room; there are at most {MOST} samples",
+                "ask for such ones",
             )
 
     def asked(self, settings: Settings, session: Session, n: int) -> Asked:

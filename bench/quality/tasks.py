@@ -5,10 +5,9 @@ cases of one work, in any order, and `summary` makes the rows of a result into t
 """
 
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain, pairwise
 from statistics import mean
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -24,7 +23,6 @@ from bench.quality.texts import Document
 from bench.quality.variants import DENSE, Variant, one_of, resolve_all
 from tokenselect import AttentionInfo
 from tokenselect.contract import SelectConfig
-from tokenselect.errors import InvalidProblem
 from tokenselect.integrations.transformers import TokenSelectCache, recorded
 
 # What a version of the tasks computes. Raise it when the same case would get another value.
@@ -90,9 +88,6 @@ class Settings:
 
     def __post_init__(self) -> None:
         one_of("split", self.split, texts.SPLITS)
-        if not re.fullmatch(r"\w[\w.-]*", self.name):
-            rule = "files are named after settings"
-            raise InvalidProblem(f"name={self.name!r}", rule, "use letters, digits, _, . and -")
 
     def documents(self, session: Session, count: int, n: int) -> list[Document]:
         return texts.documents(session, self.texts, self.split, count, n)
@@ -111,13 +106,6 @@ class Task:
     contexts: tuple[int, ...]
     variants: tuple[str, ...]
     budgets: tuple[float, ...] = ()
-
-    def __post_init__(self) -> None:
-        for item in fields(self):
-            value, least = getattr(self, item.name), item.metadata.get("least", 1)
-            if type(value) is int and value < least:
-                came = f"{self.kind}: {item.name}={value}"
-                raise InvalidProblem(came, f"it is at least {least}", "give more")
 
     def asked(self, settings: Settings, session: Session, n: int) -> Asked:
         """Return all that is asked of each variant at context n."""
@@ -246,12 +234,6 @@ class Sparse(Task):
     chunk: int = _CHUNK
     answering, run = Decode.answering, staticmethod(Decode.run)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.counted_from <= 0.95:
-            rule = "it is a share of the length, from 0 to 0.95"
-            raise InvalidProblem(f"sparse: counted_from={self.counted_from}", rule, "give such one")
-
     def asked(self, settings: Settings, session: Session, n: int) -> Asked:
         first, within = int(self.counted_from * n), n <= (session.trained or n)
         for name, sha, ids in settings.documents(session, self.documents, n + 1):
@@ -270,7 +252,7 @@ class Reuse(Decode):
 
     kind = "reuse"
     thetas: tuple[float, ...]
-    max_reuse: int = field(default=64, metadata={"least": 0})
+    max_reuse: int = 64
 
     def answering(self, settings: Settings, n: int) -> list[Variant]:
         reuses = [{"theta": theta, "max_reuse": self.max_reuse} for theta in self.thetas]
@@ -286,7 +268,7 @@ class Mass(Decode):
     """Retained mass of each layer and head, and how much selections overlap, while decoding."""
 
     kind = computes = "mass"
-    continuation: int = field(default=32, metadata={"least": 2})
+    continuation: int = 32
     answering = Task.selecting
 
     @staticmethod

