@@ -173,8 +173,6 @@ def passes(
             before = {case.variant.moves: cache}
         cache, logits = deepcopy(before[case.variant.moves]), []
         selections = [layer.selections for layer in cache.layers if hasattr(layer, "selections")]
-        for one in selections:
-            one.clear()
         with case.variant.applied(model), recorded() as infos:
             for at in range(start, end, chunk):
                 stop = min(at + chunk, end)

@@ -84,7 +84,7 @@ class Variant:
         """
         if self.options is None or not self.moves:
             return DENSE
-        return self.with_options(select=replace(self.options.select, k=n))
+        return self.with_options(select=replace(self.options.select, k=n), theta=None)
 
     @contextmanager
     def applied(self, model: Any) -> Iterator[None]:
