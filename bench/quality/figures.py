@@ -15,22 +15,25 @@ _ROWS = 64
 _TIE = 1e-4
 
 
-def beside_dense(logits: Tensor, dense: Tensor, following: Sequence[int]) -> dict[str, Any]:
+def beside_dense(
+    logits: Sequence[Tensor], dense: Sequence[Tensor], following: Sequence[int]
+) -> dict[str, Any]:
     """Return what a variant makes of tokens: means over them, and the largest KL.
 
     nll        negative log likelihood of the token that follows, natural log
     kl         sum of p log(p / q), p the dense distribution and q the variant's
     agreement  whether both have the same likeliest token
-    logits and dense are (tokens, vocabulary); the same tensor for dense attention itself.
+    logits and dense are in parts (tokens, vocabulary); the same ones for dense attention itself.
     """
     nll, kl, agree, targets = [], [], [], torch.tensor(following)[:, None]
-    for rows in torch.arange(len(following)).split(_ROWS):
-        log_q = logits[rows].double().log_softmax(-1)
-        log_p = log_q if dense is logits else dense[rows].double().log_softmax(-1)
-        nll += (-log_q.gather(1, targets[rows])[:, 0]).tolist()
-        p = log_p.exp()
-        kl += torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(-1).tolist()
-        agree += (log_p.argmax(-1) == log_q.argmax(-1)).tolist()
+    for part, of_dense in zip(logits, dense, strict=True):
+        for rows in torch.arange(len(part)).split(_ROWS):
+            log_q = part[rows].double().log_softmax(-1)
+            log_p = log_q if of_dense is part else of_dense[rows].double().log_softmax(-1)
+            nll += (-log_q.gather(1, targets[len(nll) :][: len(rows)])[:, 0]).tolist()
+            p = log_p.exp()
+            kl += torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(-1).tolist()
+            agree += (log_p.argmax(-1) == log_q.argmax(-1)).tolist()
     means = {"nll": mean(nll), "kl": mean(kl), "kl_max": largest(kl), "agreement": mean(agree)}
     return {"tokens": len(nll), **means}
 

@@ -154,11 +154,11 @@ class Passage(NamedTuple):
 
 def passes(
     cases: Sequence[Case], session: Session
-) -> Iterator[tuple[Case, Tensor, list[Any], list[AttentionInfo]]]:
+) -> Iterator[tuple[Case, list[Tensor], list[Any], list[AttentionInfo]]]:
     """Read a passage with the variant of each case, from one cache of what stands before it.
 
-    Yields with each case the logits that count (tokens, vocabulary), the `Selections` of the cache,
-    and what was recorded.
+    Yields with each case the logits that count, in chunks (tokens, vocabulary), the `Selections` of
+    the cache, and what was recorded.
     """
     ids, start, first, chunk = cases[0].given
     end, model = len(ids) - 1, session.model
@@ -179,7 +179,7 @@ def passes(
                 count = stop - max(first, at)  # the newest of them
                 found = feed(model, cache, ids[at:stop], max(count, 1))
                 logits += [found] if count > 0 else []
-        yield case, torch.cat(logits), selections, infos
+        yield case, logits, selections, infos
 
 
 @dataclass(frozen=True, kw_only=True)
