@@ -44,7 +44,7 @@ STAND_IN = {
             prompts = [[own.randrange(9), seeded.randrange(9), 5, 6] for _ in range(limit)]
             for prompt in torch.tensor(prompts):
                 model._model_generate(prompt[None], max_length=6, stop=[], do_sample=False)
-            seeds = {random_seed, *(v for n, v in others.items() if n.endswith("_seed"))}
+            seeds = [random_seed, *(v for n, v in others.items() if n.endswith("_seed"))]
             asked.append((*tasks, length, prompts, model.given["max_length"], seeds, model.caches))
             print("a bar", file=sys.stderr)
             samples = [{str(length): 0.25, "4096": -1.0} for _ in prompts]
@@ -134,7 +134,7 @@ def test_what_is_asked_of_lm_eval(capfd: pytest.CaptureFixture[str]) -> None:
     asked = sys.modules["lm_eval"].asked
     assert [what[:2] for what in asked] == [(row["ruler"], row["context"]) for row in summary]
     assert all(max_length >= length + 128 for _, length, _, max_length, *_ in asked)
-    assert [what[4] for what in asked] == 4 * [{1}] + 2 * [{3}]
+    assert [what[4] for what in asked] == 4 * [4 * [1]] + 2 * [4 * [3]]
     assert [what[5] for what in asked] == 3 * [{"NoneType"}, {"TokenSelectCache"}]
     prompts = [what[2] for what in asked]
     assert prompts[0] == prompts[1] == prompts[2] == prompts[3] != prompts[4] == prompts[5]
