@@ -13,8 +13,6 @@ from tokenselect import AttentionInfo, Problem, Selection, SelectionCache, atten
 _CHECK_TOKENS = 32 * 1024
 # The largest entry of a row of rounding errors, beside their root mean square.
 _PEAK = 4.0
-# Reused selections come from a call with the same queries, one step earlier.
-_THETA = 0.5
 
 
 class NotEquivalent(Exception):
@@ -80,16 +78,11 @@ def check_fresh(
     return info.selection, mass
 
 
-def filled_cache(problem: Problem, backend: str) -> SelectionCache:
-    """Return a SelectionCache that was filled one step earlier, by the same queries."""
-    cache = SelectionCache(theta=_THETA, max_reuse=max(64, problem.Lq))
-    call(replace(problem, cache_seqlens=problem.cache_seqlens - problem.Lq), backend, cache)
-    return cache
-
-
 def check_reused(problem: Problem, backend: str, exact: Truth) -> SelectionCache:
     """Hold a cache filled one step earlier to being hit, and the result to its bound."""
-    cache = filled_cache(problem, backend)
+    # Filled by the same queries.
+    cache = SelectionCache(theta=0.5, max_reuse=max(64, problem.Lq))
+    call(replace(problem, cache_seqlens=problem.cache_seqlens - problem.Lq), backend, cache)
     out, info = call(problem, backend, cache, return_info=True)
     if not info.reused.all():
         raise NotEquivalent("the selection of one step earlier was not reused")
