@@ -177,7 +177,8 @@ def truth(several: list[Request], max_rows: int = 8) -> Truth:
     where 4 is the margin. Unlike a worst-case bound it does not grow with n, so that it tells an
     honest call from one that rounds its logits at any length.
     """
-    per_request = [_truth(r, _rows(r.q.shape[1], max_rows)) for r in several]
+    with several[0].q.device:
+        per_request = [_truth(r, _rows(r.q.shape[1], max_rows)) for r in several]
     out, lse, tolerance, largest = (torch.stack(parts) for parts in zip(*per_request, strict=True))
     return Truth(_rows(several[0].q.shape[1], max_rows), out, lse, tolerance, largest)
 
@@ -226,7 +227,7 @@ def votes(r: Request) -> Tensor:
     """Return the softmax mass (Hkv, n) that a group's mean queries give each token in total."""
     Hkv, n, _ = r.k.shape
     q = r.q.double().mean(1).view(Hkv, -1, r.q.shape[2])
-    logits = torch.empty(*q.shape[:2], n, dtype=torch.float64)
+    logits = torch.empty(*q.shape[:2], n, dtype=torch.float64, device=q.device)
     for chunk in _chunks(n):
         for g in range(Hkv):
             logits[g, :, chunk] = q[g] @ r.k[g, chunk].double().T * r.scale

@@ -51,14 +51,14 @@ def measure(workload: Workload, backend: str, repeats: int, seconds: float) -> d
     several = requests(problem)
     _progress(f"{workload.name}: checking equivalence")
     exact = truth(several)
-    everything = checks.check_everything(problem, backend)
-    selection, mass = checks.check_fresh(problem, backend, several, exact)
+    found = checks.check(problem, backend, several, exact)
+    selection, held = found.selection, found.checks
     cache = checks.check_reused(problem, backend, exact)
 
     fresh = partial(call, problem, backend)
     stages = {
         "score": partial(score, problem, backend),
-        "select": partial(select, score(problem, backend).votes, problem, backend),
+        "select": partial(select, found.scores.votes, problem, backend),
         "attend": partial(attend, problem, selection, backend),
     }
     read = partial(bytes_read, problem, selection=selection)
@@ -79,8 +79,14 @@ def measure(workload: Workload, backend: str, repeats: int, seconds: float) -> d
         "name": workload.name,
         "inputs": workload.describe(),
         "backend": backend,
-        "checks": {"share_of_tolerance_at_k_all": everything, "checked_rows": len(exact.rows)},
-        "retained_mass": {"min": float(mass.min()), "mean": float(mass.mean())},
+        "checks": {
+            "share_of_tolerance_at_k_all": held["k for everything, share of budget"],
+            "checked_rows": len(exact.rows),
+        },
+        "retained_mass": {
+            "min": held["retained mass, least"],
+            "mean": held["retained mass, mean"],
+        },
         "attended": int(selection.count.max()),
         "peak_memory_gib": machine.resident("VmHWM") / 2**30,
         "on_cpu": busy / wall,

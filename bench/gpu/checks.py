@@ -34,9 +34,10 @@ import torch
 from torch import Tensor
 
 import tokenselect
+from bench.checks import NotEquivalent
 from bench.gpu import device as devices
-from bench.gpu.cases import CHUNK, MAIN, Case, K, cases, draw
-from bench.gpu.device import device_for, same
+from bench.gpu.cases import CHUNK, MAIN, K, case, cases
+from bench.gpu.device import device_for, hold
 from bench.workloads import TINY, make
 from tokenselect import Problem, SelectConfig, SelectionCache, check
 from tokenselect.conformance.devices import on
@@ -135,28 +136,30 @@ class Check:
 _TOOLS = {"memcheck": {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, "racecheck": {}}
 
 
+def probe(name: str, *options: str) -> tuple[str, ...]:
+    """Return the command of what is run here."""
+    return (sys.executable, "-m", "bench.gpu.checks", name, *options)
+
+
 def checks(backend: str, folder: Path, *, dry: bool, quick: bool) -> list[Check]:
     """Return the checks of a backend; `folder` is for what they write."""
     cores = os.cpu_count() or 1
     options = ("--backend", backend, *(("--dry-run",) if dry else ()))
-
-    def probe(name: str) -> tuple[str, ...]:
-        return (sys.executable, "-m", "bench.gpu.checks", name, *options)
-
-    def parted(name: str, command: tuple[str, ...], parts: int) -> Iterator[Check]:
-        """Parts compile side by side, which is what takes the time on a GPU."""
-        for part in range(1, parts + 1):
-            shown = f"{name}-{part}-of-{parts}" if parts > 1 else name
-            yield Check(shown, (*command, "--part", str(part), "--of", str(parts)))
-
+    shorter = (*options, *(("--quick",) if quick else ()))
     # The properties take most cores, if not quick.
     rules, graphs = (1, 1) if cores < 12 else (8, 1) if quick else (2, 2)
-    more = ("--quick",) if quick else ()
-    sanitized = [_sanitized(tool, probe("small"), dry=dry, quick=quick) for tool in _TOOLS]
+
+    def parted(shown: str, name: str, options: tuple[str, ...], parts: int) -> Iterator[Check]:
+        """Parts compile side by side, which is what takes the time on a GPU."""
+        for part in map(str, range(1, parts + 1)):
+            more = f"-{part}-of-{parts}" if parts > 1 else ""
+            yield Check(shown + more, probe(name, *options, "--part", part, "--of", str(parts)))
+
+    sanitized = [_sanitized(tool, probe("small", *options), dry, quick) for tool in _TOOLS]
     others = [
-        *parted("tokenselect.check", probe("rules"), rules),
-        Check("determinism", probe("determinism")),
-        *parted("graphs", (*probe("graphs"), *more), graphs),
+        *parted("tokenselect.check", "rules", options, rules),
+        Check("determinism", probe("determinism", *options)),
+        *parted("graphs", "graphs", shorter, graphs),
         _properties(backend, folder, cores, dry=dry, quick=quick),
     ]
     if not dry and any(check.command for check in sanitized):
@@ -166,20 +169,20 @@ def checks(backend: str, folder: Path, *, dry: bool, quick: bool) -> list[Check]
             for check in (*sanitized, *others)]  # fmt: skip
 
 
-def _sanitized(name: str, command: tuple[str, ...], *, dry: bool, quick: bool) -> Check:
+def _sanitized(name: str, command: tuple[str, ...], dry: bool, quick: bool) -> Check:
     """compute-sanitizer over the small calls. A dry run makes them once, without the tool."""
     tool = shutil.which("compute-sanitizer")
-    if quick:
-        return Check(name, None, detail="left out by --quick")
-    if dry and name == "memcheck":
+    if dry and name == "memcheck" and not quick:
         return Check(name, command)
-    if dry:
-        why = "a dry run has no compute-sanitizer, and makes the same calls in memcheck"
-        return Check(name, None, detail=why)
-    if tool is None:
-        return Check(name, None, detail="no compute-sanitizer on PATH")
-    options = ("--tool", name, "--target-processes", "application-only")
-    return Check(name, (tool, *options, *command), by_sanitizer, environment=_TOOLS[name])
+    for holds, why in (
+        (quick, "left out by --quick"),
+        (dry, "a dry run has no compute-sanitizer, and makes the same calls in memcheck"),
+        (tool is None, "no compute-sanitizer on PATH"),
+    ):
+        if holds:
+            return Check(name, None, detail=why)
+    options = (str(tool), "--tool", name, "--target-processes", "application-only")
+    return Check(name, (*options, *command), by_sanitizer, environment=_TOOLS[name])
 
 
 def _properties(backend: str, folder: Path, cores: int, *, dry: bool, quick: bool) -> Check:
@@ -216,7 +219,8 @@ def run(
     ends_at = time.monotonic() + seconds
 
     def finished(check: Check) -> dict[str, Any]:
-        assert check.command is not None
+        if check.command is None:
+            return _report(check, Verdict("skipped", check.detail), 0.0, "")
         begun, log = time.monotonic(), folder / f"gpu-{check.name}.log"
         with log.open("wb") as output:
             # The problems are small, and each core has a process already.
@@ -232,21 +236,18 @@ def run(
         verdict = check.judge(Done(code, output_of, folder))
         return _report(check, verdict, time.monotonic() - begun, output_of)
 
-    reports = [_report(check, Verdict("skipped", check.detail), 0.0, "")
-               for check in wanted if check.command is None]  # fmt: skip
-    for report in reports:
-        say(f"  {report['name']}: SKIPPED: {report['detail']}")
+    reports = []
     with ThreadPoolExecutor(len(wanted)) as pool:
         try:
             futures = []
-            for check in wanted:
-                if check.command is not None:
-                    time.sleep(check.after)
-                    futures.append(pool.submit(finished, check))
+            for check in sorted(wanted, key=lambda check: check.command is not None):
+                time.sleep(check.after)
+                futures.append(pool.submit(finished, check))
             for future in as_completed(futures):
                 reports.append(report := future.result())
-                took = f"{report['status']} in {report['seconds']:.0f} s"
-                say(f"  {report['name']}: {took}: {report['detail']}")
+                status, took = report["status"], f" in {report['seconds']:.0f} s"
+                told = status.upper() if status == "skipped" else status + took
+                say(f"  {report['name']}: {told}: {report['detail']}")
         finally:
             for process in processes:
                 stop(process, patience=0)
@@ -308,18 +309,16 @@ def _results(problem: Problem, backend: str) -> Iterator[tuple[str, Tensor]]:
 def determinism(backend: str, dry: bool) -> int:
     """Problems as long as those that are timed: many programs then write what one reads."""
     device, repeats = device_for(dry), 4 if dry else 20
-    shapes = [Case(*MAIN, 128 * K), Case(9, 3, 64, 32 * K, B=4), Case(*MAIN, 32 * K, Lq=CHUNK)]
+    shapes = [case(MAIN, 128 * K), case((9, 3, 64), 32 * K, 4), case(MAIN, 32 * K, Lq=CHUNK)]
     if dry:
-        shapes = [case for case in cases(quick=True, dry=True) if case.n <= 512]
-    for case in shapes:
-        problem = draw(case, device.at, torch.bfloat16)
+        shapes = [one for one in cases(quick=True, dry=True) if one.n <= 512]
+    for one in shapes:
+        problem = make(one, device=device.at)
         first = {name: x.clone() for name, x in _results(problem, backend)}
         for repeat in range(1, repeats):
             for name, x in _results(problem, backend):
-                if not same(x, first[name]):
-                    print(f"{case.name}: {name} of repeat {repeat} differ from the first")
-                    return 1
-        print(f"{case.name}: {repeats} repeats, all tensors bitwise the same", flush=True)
+                hold(f"{one.name}: {name} of repeat {repeat} and of the first", x, first[name])
+        print(f"{one.name}: {repeats} repeats, all tensors bitwise the same", flush=True)
     return 0
 
 
@@ -337,7 +336,7 @@ def small(backend: str, dry: bool) -> int:
     """Run tiny workloads: decode and a chunk, paged and not, selections of a layer and a group."""
     device, chosen = device_for(dry), load(backend)
     for workload in (*TINY, *_LONGER):
-        problem = on(str(device.at), make(workload))
+        problem = on(str(device.at), make(workload))  # nothing but the backend's for the sanitizer
         if why_not := tokenselect.reasons(chosen, problem):
             print(f"{workload.name}: not run: {'; '.join(why_not)}")
             continue
@@ -364,17 +363,9 @@ def _small_plan(problem: Problem, backend: str) -> bool:
 
 def graphs(backend: str, dry: bool, quick: bool, part: int, parts: int) -> int:
     """Check plans and CUDA graphs, or a part of them; in a dry run with what stands for graphs."""
-    from bench.gpu.graphs import CHECKS, run
-    from bench.gpu.ground import Ground
+    from bench.gpu.graphs import CHECKS, Ground, run
 
-    ground = Ground(backend, device_for(dry), dry, quick, recorded() if dry else None)
-    return run(ground, CHECKS[part - 1 :: parts])
-
-
-def recorded() -> Any:
-    from properties.recorded import Recorded
-
-    return Recorded()
+    return run(Ground(backend, device_for(dry), dry, quick), CHECKS[part - 1 :: parts])
 
 
 @torch.no_grad()
@@ -390,12 +381,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given.name == "facts":
         print(json.dumps(devices.facts(given.dry_run)))
         return 0
-    backend = named(given.backend)
-    if given.name == "rules":
-        return rules(backend, given.part, given.of)
-    if given.name == "graphs":
-        return graphs(backend, given.dry_run, given.quick, given.part, given.of)
-    return {"determinism": determinism, "small": small}[given.name](backend, given.dry_run)
+    backend, dry = named(given.backend), given.dry_run
+    try:
+        return {
+            "rules": lambda: rules(backend, given.part, given.of),
+            "determinism": lambda: determinism(backend, dry),
+            "small": lambda: small(backend, dry),
+            "graphs": lambda: graphs(backend, dry, given.quick, given.part, given.of),
+        }[given.name]()
+    except NotEquivalent as error:
+        print(error)
+        return 1
 
 
 if __name__ == "__main__":
