@@ -22,23 +22,20 @@ from bench import page as whole_page
 from bench.checks import NotEquivalent, check
 from bench.dense import requests, truth
 from bench.gpu import __main__ as command
-from bench.gpu import baselines, cases, checks, graphs, measure, model, page, steps, timing
+from bench.gpu import baselines, cases, checks, measure, model, page, steps, timing
 from bench.gpu.baselines import Inputs
 from bench.gpu.cases import Case, PlannedSteps
 from bench.gpu.checks import Done
 from bench.gpu.device import Captured, Cpu, Cuda, Ready
-from bench.gpu.graphs import Ground
 from bench.gpu.measure import Session, Task
 from bench.gpu.timing import Contender
 from bench.workloads import make
-from properties.recorded import Recorded
+from properties.test_graphs import NEVER, planned_by
 from tests import fresh
 from tests.test_bench import coarse, otherwise_each_time, reads_kv_head_modulo
 from tokenselect import Problem, SelectConfig, Selection, SelectionCache, register, run
 from tokenselect import check as whole_check
-from tokenselect.contract import Reuse
 from tokenselect.dispatch import registry
-from tokenselect.kernels import torch_reuse
 from tokenselect.kernels.cpu import BACKEND as CPU
 
 pytestmark = pytest.mark.slow
@@ -443,13 +440,10 @@ def test_the_checks_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_parts_are_all_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     every, ran = list(whole_check.KINDS), []
     monkeypatch.setattr(whole_check, "main", lambda _: ran.extend(whole_check.KINDS) or 0)
-    monkeypatch.setattr(graphs, "run", lambda _, wanted: ran.extend(wanted) or 0)
     for part in ("1", "2", "3"):
         monkeypatch.setattr(whole_check, "KINDS", dict.fromkeys(every))
-        for name in ("rules", "graphs"):
-            assert checks.main([name, "--dry-run", "--part", part, "--of", "3"]) == 0
-    assert set(ran) == {*every, *graphs.CHECKS}
-    assert len(ran) == len(set(ran))
+        assert checks.main(["rules", "--dry-run", "--part", part, "--of", "3"]) == 0
+    assert sorted(ran) == sorted(every)
 
 
 def test_repeats_that_differ_are_noticed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -458,134 +452,11 @@ def test_repeats_that_differ_are_noticed(capsys: pytest.CaptureFixture[str]) -> 
     assert "lse of repeat 1 and of the first: 32 of 32" in capsys.readouterr().out
 
 
-# --- plans and graphs ---------------------------------------------------------------------
+# --- planned steps ------------------------------------------------------------------------
 
 
-def ground(backend: str = "cpu") -> Ground:
-    return Ground(backend, Cpu(), dry=True)
-
-
-def planned_backend(attend: Any) -> dict[str, Any]:
-    assert CPU.static is not None
-    return {"static": CPU.static._replace(attend=attend)}
-
-
-def never_reuses(p: Problem, state: Any, theta: float | None) -> Any:
-    decision = torch_reuse.decide_reuse(p, state, theta)
-    return decision._replace(
-        reused=torch.zeros_like(decision.reused), cache_seqlens=p.cache_seqlens
-    )
-
-
-NEVER = {"reuse": Reuse(never_reuses, torch_reuse.update)}
-
-
-def reads_a_length(p: Problem, *more: Any) -> Any:
-    assert int(p.cache_seqlens[0]) >= 0
-    return CPU.static.attend(p, *more)  # type: ignore[union-attr]
-
-
-def negates(*given: Any) -> Any:
-    out, lse = CPU.static.attend(*given)  # type: ignore[union-attr]
-    return out.mul_(-1.0), lse
-
-
-def remembers_the_first_lengths() -> Callable[..., Any]:
-    """Right in calls of one length each; a replay would not see it."""
-    first: list[Tensor] = []
-
-    def attend(p: Problem, *more: Any) -> Any:
-        first.append(p.cache_seqlens.clone())
-        old = first[0] if first[0].shape == p.cache_seqlens.shape else p.cache_seqlens
-        attended = CPU.static.attend(p, *more)  # type: ignore[union-attr]
-        attended.lse.add_((p.cache_seqlens - old)[:, None, None])
-        return attended
-
-    return attend
-
-
-class Stale(Recorded):
-    def capture(self, *given: Any) -> Any:
-        outputs, replay = super().capture(*given)
-        replay()
-        return outputs, quiet
-
-
-@pytest.mark.parametrize(
-    ("bent", "interface", "checked", "complaint"),
-    [
-        (planned_backend(reads_a_length), Recorded, graphs.calls_and_replays, "NotCapturable"),
-        (planned_backend(remembers_the_first_lengths()), Recorded, graphs.calls_and_replays,
-         "a plan and attention: lse"),
-        (planned_backend(otherwise_each_time(CPU.static.attend)), Recorded,
-         graphs.calls_and_replays, "a graph and the plan: lse"),
-        (NEVER, Recorded, graphs.calls_and_replays, "reused, where some should"),
-        (NEVER, Recorded, graphs.many_replays, "where every fourth misses"),
-        ({}, Stale, graphs.calls_and_replays, "a graph and the plan"),
-        ({}, Stale, graphs.several_layers, "4 layers of wrong, step"),
-        ({}, Stale, graphs.many_replays, "replay"),
-    ],
-)  # fmt: skip
-def test_a_plan_that_is_wrong_turns_the_check_red(
-    bent: Any, interface: Any, checked: Any, complaint: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    where = replace(ground(wrong_backend(**bent)), interface=interface())
-    assert graphs.run(where, [checked]) == 1
-    assert complaint in capsys.readouterr().out
-
-
-@pytest.fixture
-def like_cuda(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """torch.cuda's calls, which do nothing here; what they were told."""
-    told: dict[str, Any] = {"modes": [], "allocated": 0}
-    for name, stub in {
-        "Stream": object,
-        "current_stream": object,
-        "stream": lambda stream: contextlib.nullcontext(),
-        "synchronize": lambda: None,
-        "_sleep": lambda cycles: None,
-        "memory_stats": lambda: {"allocation.all.allocated": told["allocated"]},
-        "memory_allocated": lambda: 1,
-        "memory_reserved": lambda: told["allocated"],
-        "get_sync_debug_mode": lambda: 0,
-        "set_sync_debug_mode": lambda mode: told["modes"].append(mode),
-    }.items():
-        assert hasattr(torch.cuda, name)
-        monkeypatch.setattr(torch.cuda, name, stub)
-    return told
-
-
-class OnCuda(Ground):
-    on_cuda = True  # type: ignore[assignment]
-
-
-def test_what_needs_cuda_notices_waiting_and_taking_memory(like_cuda: dict[str, Any]) -> None:
-    on = OnCuda("cpu", Cpu(), dry=True)
-    assert "calls, each way" in graphs.two_streams(on)
-    graphs.many_replays(on)
-    assert like_cuda["modes"] == ["error", 0]
-    with pytest.raises(NotEquivalent, match="it: called a sync"), graphs._no_waiting(on, "it"):
-        raise RuntimeError("called a synchronizing CUDA operation")
-
-    class Takes(Recorded):
-        def capture(self, *given: Any) -> Any:
-            outputs, replay = super().capture(*given)
-
-            def taking() -> None:
-                like_cuda["allocated"] += 1
-                replay()
-
-            return outputs, taking
-
-    with pytest.raises(NotEquivalent, match="allocations, bytes in use and reserved"):
-        graphs.many_replays(replace(on, interface=Takes(), backend=wrong_backend()))
-
-
-def test_a_backend_without_plans_is_told_and_measured(capsys: pytest.CaptureFixture[str]) -> None:
-    name = wrong_backend(static=None)
-    assert graphs.run(ground(name)) == 0
-    assert "NOTHING IS CHECKED" in capsys.readouterr().out
-    found = timed(REUSED, name)
+def test_a_backend_without_plans_is_measured_and_told() -> None:
+    found = timed(REUSED, wrong_backend(static=None))
     (said,) = (side for side in found["sides"] if side["role"] == "planned")
     assert "no stages that a plan can run" in said["error"]
     assert found["ratios"]
@@ -597,7 +468,7 @@ def test_a_wrong_plan_is_not_timed() -> None:
         return attended._replace(out=attended.out.copy_(coarse(attended.out)))
 
     with pytest.raises(NotEquivalent, match=r"a plan is .* tolerance away"):
-        timed(REUSED, wrong_backend(**planned_backend(rounds)))
+        timed(REUSED, wrong_backend(**planned_by(rounds)))
 
 
 def test_a_step_that_does_not_reuse_is_not_timed_as_one_that_does() -> None:
@@ -703,11 +574,16 @@ def test_a_baseline_that_breaks_the_device_ends_the_process() -> None:
 # --- a whole model ------------------------------------------------------------------------
 
 
+def negates(*given: Any) -> Any:
+    out, lse = CPU.static.attend(*given)  # type: ignore[union-attr]
+    return out.mul_(-1.0), lse
+
+
 @pytest.mark.parametrize(
     ("bent", "complaint"),
     [
         ({}, None),
-        (planned_backend(negates), "a logit of attention is"),
+        (planned_by(negates), "a logit of attention is"),
         (NEVER, "did not reuse"),
         ("dense", "layer 1, in float32, is"),
     ],

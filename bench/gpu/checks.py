@@ -8,7 +8,7 @@ facts        what device this is, as JSON on the last line
 rules        tokenselect.check, or one part of its kinds of problem
 determinism  a call repeated: every tensor bitwise the same each time
 small        a few small calls of every layout, also planned, for compute-sanitizer to watch
-graphs       plans and CUDA graphs: see `bench.gpu.graphs`
+graphs       plans and CUDA graphs at the sizes that are timed: properties/test_graphs.py
 """
 
 import argparse
@@ -145,21 +145,22 @@ def checks(backend: str, folder: Path, *, dry: bool, quick: bool) -> list[Check]
     """Return the checks of a backend; `folder` is for what they write."""
     cores = os.cpu_count() or 1
     options = ("--backend", backend, *(("--dry-run",) if dry else ()))
-    shorter = (*options, *(("--quick",) if quick else ()))
+    shorter = ("--quick",) if quick else ()
     # The properties take most cores, if not quick.
     rules, graphs = (1, 1) if cores < 12 else (8, 1) if quick else (2, 2)
 
-    def parted(shown: str, name: str, options: tuple[str, ...], parts: int) -> Iterator[Check]:
+    def parted(shown: str, name: str, parts: int, *more: str) -> Iterator[Check]:
         """Parts compile side by side, which is what takes the time on a GPU."""
         for part in map(str, range(1, parts + 1)):
-            more = f"-{part}-of-{parts}" if parts > 1 else ""
-            yield Check(shown + more, probe(name, *options, "--part", part, "--of", str(parts)))
+            which = f"-{part}-of-{parts}" if parts > 1 else ""
+            command = probe(name, *options, *more, "--part", part, "--of", str(parts))
+            yield Check(shown + which, command)
 
     sanitized = [_sanitized(tool, probe("small", *options), dry, quick) for tool in _TOOLS]
     others = [
-        *parted("tokenselect.check", "rules", options, rules),
+        *parted("tokenselect.check", "rules", rules),
         Check("determinism", probe("determinism", *options)),
-        *parted("graphs", "graphs", shorter, graphs),
+        *parted("graphs", "graphs", graphs, *shorter),
         _properties(backend, folder, cores, dry=dry, quick=quick),
     ]
     if not dry and any(check.command for check in sanitized):
@@ -185,18 +186,23 @@ def _sanitized(name: str, command: tuple[str, ...], dry: bool, quick: bool) -> C
     return Check(name, (*options, *command), by_sanitizer, environment=_TOOLS[name])
 
 
+_PYTEST = (
+    *("--hypothesis-profile=device", "-q", "--tb=short", "-p", "no:cacheprovider"),
+    # Of packages in versions that nobody has seen here; an error is an error all the same.
+    *("-o", "minversion=7.0", "-o", "filterwarnings=default"),
+)
+
+
 def _properties(backend: str, folder: Path, cores: int, *, dry: bool, quick: bool) -> Check:
     if quick:
         return Check("properties", None, detail="left out by --quick")
     # Those tests that hold the backend to something: its name is in theirs. Mistakes that are
-    # planted try the laws, and the laws are the same on a CPU.
+    # planted try the laws, and the laws are the same on a CPU. What "graphs" runs is not here.
     registered = named(backend)
     wanted = f"{registered} and not mistake"
     options = [
-        *("properties", f"--backend={backend}", "--hypothesis-profile=device"),
-        *("-q", "--tb=short", "-p", "no:cacheprovider", "-o", "minversion=7.0"),
-        # Of packages in versions that nobody has seen here; an error is an error all the same.
-        *("-o", "filterwarnings=default", f"--junitxml={folder / 'properties.xml'}"),
+        *("properties", "--ignore=properties/test_graphs.py", *_PYTEST, f"--backend={backend}"),
+        f"--junitxml={folder / 'properties.xml'}",
         *("-k", f"{wanted} and test_law and select" if dry else wanted),
     ]
     # The other checks take seven processes, most of which end soon.
@@ -361,11 +367,15 @@ def _small_plan(problem: Problem, backend: str) -> bool:
     return bool(torch.stack(outs).isfinite().all()) and int(cache.hits.sum()) > 0
 
 
-def graphs(backend: str, dry: bool, quick: bool, part: int, parts: int) -> int:
-    """Check plans and CUDA graphs, or a part of them; in a dry run with what stands for graphs."""
-    from bench.gpu.graphs import CHECKS, Ground, run
-
-    return run(Ground(backend, device_for(dry), dry, quick), CHECKS[part - 1 :: parts])
+def graphs(backend: str, quick: bool, part: int, parts: int) -> int:
+    """Check plans and CUDA graphs, or a part of them, by properties/test_graphs.py."""
+    wanted = "not mistake"
+    if parts > 1:  # about as long
+        wanted += f" and {'' if part == 1 else 'not '}bits_of_attention"
+    if quick:
+        wanted += " and not compiled and not 8000 and (long or not bits_of_attention)"
+    command = (sys.executable, "-m", "pytest", "properties/test_graphs.py", *_PYTEST)
+    return subprocess.call((*command, f"--backend={backend}", "-k", wanted), cwd=ROOT)
 
 
 @torch.no_grad()
@@ -387,7 +397,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "rules": lambda: rules(backend, given.part, given.of),
             "determinism": lambda: determinism(backend, dry),
             "small": lambda: small(backend, dry),
-            "graphs": lambda: graphs(backend, dry, given.quick, given.part, given.of),
+            "graphs": lambda: graphs(given.backend, given.quick, given.part, given.of),
         }[given.name]()
     except NotEquivalent as error:
         print(error)
