@@ -34,6 +34,7 @@ from tokenselect import (
     register,
     run,
 )
+from tokenselect.conformance.check.report import is_interpreted
 from tokenselect.conformance.devices import device_of
 from tokenselect.contract import Reuse
 from tokenselect.dispatch import registry
@@ -95,7 +96,9 @@ def _unguarded(_guarded: None, monkeypatch: pytest.MonkeyPatch, pytestconfig: An
 
 
 @pytest.fixture
-def ground(plannable: str, monkeypatch: pytest.MonkeyPatch) -> Ground:
+def ground(plannable: str, monkeypatch: pytest.MonkeyPatch, pytestconfig: Any) -> Ground:
+    if is_interpreted(load(plannable)) and not pytestconfig.getoption("--backend"):
+        pytest.skip("Triton's interpreter takes minutes for these: --backend=triton runs them")
     return over(plannable, monkeypatch)
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bench import page as whole_page
-from bench.checks import NotEquivalent, check
+from bench.checks import NotEquivalent
 from bench.dense import requests, truth
 from bench.gpu import __main__ as command
 from bench.gpu import baselines, cases, checks, measure, model, page, steps, timing
@@ -77,13 +77,31 @@ def wrong_backend(**bent: Any) -> str:
     return "wrong"
 
 
-def test_a_graph_that_replays_something_else_is_not_timed() -> None:
-    class Stale(Cpu):
-        def capture(self, run: Callable[[], Any]) -> Captured:
-            return Captured(quiet, run())
+def rounds(*given: Any) -> Any:
+    attended = CPU.static.attend(*given)  # type: ignore[union-attr]
+    return attended._replace(out=attended.out.copy_(coarse(attended.out)))
 
-    with pytest.raises(NotEquivalent, match="a replayed graph"):
-        timed(DECODE, device=Stale())
+
+class Stale(Cpu):
+    def capture(self, run: Callable[[], Any]) -> Captured:
+        return Captured(quiet, run())
+
+
+@pytest.mark.parametrize(
+    ("bent", "case", "device", "complaint"),
+    [
+        ({"attend": reads_kv_head_modulo}, DECODE, Cpu, "k for everything"),
+        ({}, DECODE, Stale, "a replayed graph"),
+        (planned_by(rounds), REUSED, Cpu, "a plan is .* tolerance away"),
+        # It computes what it should, all over again.
+        (NEVER, REUSED, Cpu, "hit, graph: layer 0, request 0: 0 hits"),
+    ],
+)
+def test_what_is_wrong_is_not_timed(
+    bent: dict[str, Any], case: Case, device: Any, complaint: str
+) -> None:
+    with pytest.raises(NotEquivalent, match=complaint):
+        timed(case, wrong_backend(**bent), device())
 
 
 # --- a whole run, in this process ---------------------------------------------------------
@@ -108,21 +126,16 @@ def whole(folder: Path, *more: str, found: Any = GREEN, a_model: Any = dict) -> 
     return dict(json.loads(path.read_text("utf-8")))
 
 
-def test_no_speed_up_is_reported_of_a_wrong_backend(tmp_path: Path) -> None:
-    found = whole(tmp_path, "--backend", wrong_backend(attend=reads_kv_head_modulo))
-    assert [case["cell"] for case in found["wrong"]] == [DECODE.name, CHUNK.name]
-    assert found["cells"] == found["targets"] == []
-    assert not found["green"]
-
-
-def test_once_wrong_the_rest_is_checked_and_not_timed(tmp_path: Path) -> None:
+def test_once_wrong_the_rest_is_checked_and_no_speed_up_is_reported(tmp_path: Path) -> None:
     def wrong_when_decoding(p: Problem, selection: Selection) -> Any:
         return (reads_kv_head_modulo if p.Lq == 1 else CPU.attend)(p, selection)
 
     found = whole(tmp_path, "--backend", wrong_backend(attend=wrong_when_decoding))
+    assert [case["cell"] for case in found["wrong"]] == [DECODE.name]
     (chunk,) = found["cells"]
     assert chunk["name"] == CHUNK.name
-    assert chunk["sides"] == chunk["ratios"] == []
+    assert chunk["sides"] == chunk["ratios"] == found["targets"] == []
+    assert not found["green"]
 
 
 def test_measured_anyway_no_speed_up_is_told_and_no_page_takes_it(
@@ -140,14 +153,9 @@ def test_measured_anyway_no_speed_up_is_told_and_no_page_takes_it(
 
 
 def test_a_red_check_and_checks_only_measure_nothing(tmp_path: Path) -> None:
-    found = whole(tmp_path / "red", found=RED)
-    assert not found["finished"]
-    assert not found["green"]
-    assert found["cells"] == []
-    found = whole(tmp_path / "only", "--checks-only")
-    assert not found["finished"]
-    assert found["green"]
-    assert found["cells"] == []
+    red, only = whole(tmp_path / "red", found=RED), whole(tmp_path / "only", "--checks-only")
+    assert (red["green"], only["green"]) == (False, True)
+    assert (red["finished"], red["cells"]) == (only["finished"], only["cells"]) == (False, [])
 
 
 def test_a_wrong_model_turns_the_run_red(tmp_path: Path) -> None:
@@ -287,16 +295,9 @@ def test_contenders_alternate_slow_ones_run_thrice_and_times_are_of_one_call() -
     assert times == {"a": [0.25] * 5, "b": [1.0] * 3, "c": [1.0] * 5, "e": [1.0] * 5}
 
 
-def test_the_spread_is_linear_between_ranks_and_bytes_are_those_of_a_stage() -> None:
-    assert timing.spread([4.0, 1.0, 2.0, 3.0], "_us") == pytest.approx(
-        {"median_us": 2.5, "p10_us": 1.3, "p90_us": 3.7}
-    )
-    p = make(DECODE)
-    several = requests(p)
-    found = check(p, "cpu", several, truth(several))
-    moved, by = measure.bytes_of(p, "cpu", "score", found)
-    assert (moved, by) == (2 * 600 * 2 * 32 * 2, "read, by bench.run")
-    assert measure.bytes_of(p, "cpu", "fresh", found)[0] == moved + 2 * 104 * 2 * (32 + 32) * 2
+def test_the_spread_is_linear_between_ranks() -> None:
+    found = timing.spread([4.0, 1.0, 2.0, 3.0], "_us")
+    assert found == pytest.approx({"median_us": 2.5, "p10_us": 1.3, "p90_us": 3.7})
 
 
 def test_cuda_is_flushed_timed_and_captured_in_this_order(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -368,50 +369,43 @@ def test_checks_run_at_the_same_time_and_are_stopped_in_time(tmp_path: Path) -> 
         assert checks.is_green([found[name] for name in names.split()]) is green
 
 
-@pytest.mark.parametrize(
-    ("code", "outcomes", "status"),
-    [
-        (0, {"test_law[a]": "passed", "test_law[b]": "skipped"}, "passed"),
-        (0, {"test_law[a]": "passed", "b": "passed", "test_law[b]": "skipped",
-             "test_law[c]": "skipped"}, "failed"),  # beyond most laws
-        (None, {"test_law[a]": "passed"}, "unfinished"),
-        (5, {"test_law[a]": "passed"}, "failed"),
-        (None, {"test_law[a]": "failure"}, "failed"),
-        (0, {"test_law[a]": "error"}, "failed"),
-    ],
-)  # fmt: skip
-def test_the_properties_are_judged_by_what_they_wrote(
-    code: int | None, outcomes: dict[str, str], status: str, tmp_path: Path
-) -> None:
-    tests = "".join(
-        f'<testcase name="{name}">{"" if outcome == "passed" else f"<{outcome}/>"}</testcase>'
-        for name, outcome in outcomes.items()
-    )
-    (tmp_path / "properties.xml").write_text(f"<testsuite>{tests}</testsuite>")
-    assert checks.by_junit(Done(code, "...", tmp_path)).status == status
+def junit(**outcomes: str) -> str:
+    """What pytest writes of laws a, b, ... and of other tests."""
+    laws = {name: f"test_law[{name}]" if len(name) == 1 else name for name in outcomes}
+    tests = (f'<testcase name="{laws[name]}">{"" if outcome == "passed" else f"<{outcome}/>"}'
+             "</testcase>" for name, outcome in outcomes.items())  # fmt: skip
+    return f"<testsuite>{''.join(tests)}</testsuite>"
 
 
 _RACES = "========= RACECHECK SUMMARY: 2 hazards displayed ({} error, {} warnings)"
 
 
 @pytest.mark.parametrize(
-    ("code", "text", "status"),
+    ("judge", "code", "said", "status"),
     [
-        (0, "tiny: done\n========= ERROR SUMMARY: 0 errors", "passed"),
-        (1, "========= Invalid __global__ read\n========= ERROR SUMMARY: 2 errors", "failed"),
-        (1, "not finite\n========= ERROR SUMMARY: 0 errors", "failed"),
-        (1, "CUDA error: an illegal memory access was encountered", "failed"),
-        (1, "Device not supported", "skipped"),
-        (None, "", "skipped"),
-        (0, _RACES.format(0, 2), "passed"),
-        (1, "========= Error: Race reported at keep\n" + _RACES.format(1, 0), "failed"),
-        (1, "not finite\n" + _RACES.format(0, 0), "failed"),
+        (checks.by_junit, 0, junit(a="passed", b="skipped"), "passed"),
+        # Beyond most laws.
+        (checks.by_junit, 0, junit(a="passed", other="passed", b="skipped", c="skipped"), "failed"),
+        (checks.by_junit, None, junit(a="passed"), "unfinished"),
+        (checks.by_junit, 5, junit(a="passed"), "failed"),
+        (checks.by_junit, None, junit(a="failure"), "failed"),
+        (checks.by_junit, 0, junit(a="error"), "failed"),
+        (checks.by_sanitizer, 0, "done\n==== ERROR SUMMARY: 0 errors", "passed"),
+        (checks.by_sanitizer, 1, "==== Invalid read\n==== ERROR SUMMARY: 2 errors", "failed"),
+        (checks.by_sanitizer, 1, "not finite\n==== ERROR SUMMARY: 0 errors", "failed"),
+        (checks.by_sanitizer, 1, "an illegal memory access was encountered", "failed"),
+        (checks.by_sanitizer, 1, "Device not supported", "skipped"),
+        (checks.by_sanitizer, None, "", "skipped"),
+        (checks.by_sanitizer, 0, _RACES.format(0, 2), "passed"),
+        (checks.by_sanitizer, 1, _RACES.format(1, 0), "failed"),
+        (checks.by_sanitizer, 1, "not finite\n" + _RACES.format(0, 0), "failed"),
     ],
 )
-def test_only_what_the_sanitizer_found_is_a_failure(
-    code: int | None, text: str, status: str
+def test_checks_are_judged_by_what_they_said(
+    judge: Any, code: int | None, said: str, status: str, tmp_path: Path
 ) -> None:
-    assert checks.by_sanitizer(Done(code, text, ROOT)).status == status
+    (tmp_path / "properties.xml").write_text(said)
+    assert judge(Done(code, said, tmp_path)).status == status
 
 
 def test_the_properties_and_the_small_calls_pass_as_they_are_called(tmp_path: Path) -> None:
@@ -431,19 +425,26 @@ def test_the_checks_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert list(found) == ["memcheck", "racecheck", *parts, "determinism", *halves, "properties"]
     assert "compute-sanitizer --tool racecheck" in " ".join(found["racecheck"].command or ())
     words = " ".join(found["properties"].command or ())
-    assert "pytest properties --backend=triton --hypothesis-profile=device" in words
+    assert "pytest properties --ignore=properties/test_graphs.py" in words
+    assert "--hypothesis-profile=device" in words
+    assert "--backend=triton" in words
     assert "-k triton and not mistake" in words
     quick = checks.checks("triton", tmp_path, dry=False, quick=True)
     assert [c.name for c in quick if c.command is None] == ["memcheck", "racecheck", "properties"]
 
 
 def test_parts_are_all_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    every, ran = list(whole_check.KINDS), []
+    every, ran, graphs = list(whole_check.KINDS), [], []
     monkeypatch.setattr(whole_check, "main", lambda _: ran.extend(whole_check.KINDS) or 0)
+    monkeypatch.setattr(subprocess, "call", lambda command, **_: graphs.append(command[-1]) or 0)
     for part in ("1", "2", "3"):
         monkeypatch.setattr(whole_check, "KINDS", dict.fromkeys(every))
         assert checks.main(["rules", "--dry-run", "--part", part, "--of", "3"]) == 0
     assert sorted(ran) == sorted(every)
+    for part in ("1", "2"):
+        assert checks.main(["graphs", "--dry-run", "--part", part, "--of", "2"]) == 0
+    what = "bits_of_attention"
+    assert graphs == [f"not mistake and {what}", f"not mistake and not {what}"]
 
 
 def test_repeats_that_differ_are_noticed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -460,21 +461,6 @@ def test_a_backend_without_plans_is_measured_and_told() -> None:
     (said,) = (side for side in found["sides"] if side["role"] == "planned")
     assert "no stages that a plan can run" in said["error"]
     assert found["ratios"]
-
-
-def test_a_wrong_plan_is_not_timed() -> None:
-    def rounds(*given: Any) -> Any:
-        attended = CPU.static.attend(*given)  # type: ignore[union-attr]
-        return attended._replace(out=attended.out.copy_(coarse(attended.out)))
-
-    with pytest.raises(NotEquivalent, match=r"a plan is .* tolerance away"):
-        timed(REUSED, wrong_backend(**planned_by(rounds)))
-
-
-def test_a_step_that_does_not_reuse_is_not_timed_as_one_that_does() -> None:
-    # It computes what it should, all over again.
-    with pytest.raises(NotEquivalent, match=r"hit, graph: layer 0, request 0: 0 hits"):
-        timed(REUSED, wrong_backend(**NEVER))
 
 
 def traced(B: int, max_reuse: int) -> tuple[Problem, list[steps.Steps]]:
@@ -632,21 +618,19 @@ def test_the_page_shows_a_result_and_its_targets_as_they_were() -> None:
 
 
 @pytest.mark.parametrize(
-    ("of", "what", "good", "bad"),
-    [("select", "us", 60.0, 61.0), ("score", "share", 2400.0, 2300.0)],
+    ("of", "what", "figure", "good", "bad"),
+    [("select", "us", "median_us", 60.0, 61.0), ("score", "share", "gb_per_s", 2400.0, 2300.0)],
 )
-def test_a_target_is_reached_or_missed(of: str, what: str, good: float, bad: float) -> None:
+def test_a_target_is_reached_or_missed(
+    of: str, what: str, figure: str, good: float, bad: float
+) -> None:
+    found = copy.deepcopy(real()) | {"copy": [{"median_gb_per_s": 2900.0}]}
+    case = found["cells"][1]
+    page.side_of(case, "device copy")["graph"]["gb_per_s"] = 3000.0  # the faster one counts
     for value, reached in ((good, True), (bad, False)):
-        found = copy.deepcopy(real())
-        found["copy"] = [{"median_gb_per_s": 2900.0}]
-        case = found["cells"][1]
-        page.side_of(case, "device copy")["graph"]["gb_per_s"] = 3000.0  # the faster one counts
-        figure = {"us": "median_us", "share": "gb_per_s"}[what]
         page.side_of(case, of)["graph"][figure] = value
         rows = {(row["cell"], row["of"], row["what"]): row for row in page.judged(found)}
         assert rows[case["name"], of, what]["reached"] is reached
-        cost = rows[case["name"], "short", "cost"]["graph"]
-        assert cost == 1 / page.ratio_of(case, "short", "graph", "planned")["median"]  # type: ignore[index]
 
 
 @pytest.mark.parametrize(
@@ -672,16 +656,17 @@ def test_the_page_refuses_what_is_no_measurement(
 def test_the_report_is_on_paper_after_every_case(tmp_path: Path) -> None:
     content = copy.deepcopy(real()) | {"cells": [], "wrong": []}
     kept = page.Report(content, [tmp_path / "results", tmp_path / "out"])
+
+    def on_paper(name: str) -> list[list[Any]]:
+        for folder in kept.folders:
+            assert [path.name for path in folder.iterdir()] == [name]
+        texts = [(folder / name).read_text("utf-8") for folder in kept.folders]
+        return [json.loads(text)["cells"][0]["ratios"] for text in texts]
+
     kept.add(real()["cells"][0])
-    for folder in kept.folders:
-        (path,) = folder.iterdir()
-        assert path.name == "2026-11-27-0751-nvidia-h100-80gb-hbm3-gpu.json"
-        assert json.loads(path.read_text("utf-8"))["cells"][0]["ratios"]
+    assert all(on_paper("2026-11-27-0751-nvidia-h100-80gb-hbm3-gpu.json"))
     kept.refute("decode", "off")
-    for folder in kept.folders:
-        (path,) = folder.iterdir()
-        assert path.name.endswith("-gpu-red.json")
-        assert json.loads(path.read_text("utf-8"))["cells"][0]["ratios"] == []
+    assert on_paper("2026-11-27-0751-nvidia-h100-80gb-hbm3-gpu-red.json") == [[], []]
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="compares with git")
