@@ -169,7 +169,8 @@ def _measured(report: Report, options: argparse.Namespace, ends_at: float) -> in
 
 def facts(dry: bool) -> dict[str, Any]:
     """Return what the device is; "error" if it cannot be used."""
-    asked = checks.Check("facts", checks.probe("facts", *(["--dry-run"] if dry else [])))
+    command = checks.probe("facts", *(["--dry-run"] if dry else []))
+    asked = checks.Check("facts", command, checks.by_json)
     with tempfile.TemporaryDirectory(prefix="gpu-facts-") as name:
         (found,) = checks.run([asked], 120.0, Path(name), lambda _: None)
     told = found["detail"]

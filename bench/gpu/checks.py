@@ -74,6 +74,15 @@ def by_exit_code(done: Done) -> Verdict:
     return Verdict("failed", f"exit code {done.code}; last: {last}")
 
 
+def by_json(done: Done) -> Verdict:
+    """Its last line that is JSON is what it found, whatever else was said."""
+    verdict = by_exit_code(done)
+    found = [line for line in done.output.splitlines() if line.startswith("{")]
+    if verdict.status == "passed":
+        return Verdict("passed", found[-1]) if found else Verdict("failed", verdict.detail)
+    return verdict
+
+
 def by_junit(done: Done) -> Verdict:
     """Read what pytest wrote of its tests, also if its time was over; and whether much was run."""
     verdict, path = by_exit_code(done), done.folder / "properties.xml"
