@@ -112,7 +112,7 @@ RED = [GREEN[0] | {"name": "properties", "status": "failed", "detail": "3 failed
 
 def whole(folder: Path, *more: str, found: Any = GREEN, a_model: Any = dict) -> dict[str, Any]:
     """The JSON of a dry run of two cases. found: by the checks."""
-    arguments = ["--dry-run", "--seconds", "100", "--out", str(folder), *more]
+    arguments = ["--dry-run", "--seconds", str(fresh.HANG), "--out", str(folder), *more]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command, "facts", lambda _: {"device": "dry run"})
         patch.setattr(checks, "run", lambda *_: found)
