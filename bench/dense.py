@@ -177,7 +177,8 @@ def truth(several: list[Request], max_rows: int = 8) -> Truth:
     where 4 is the margin. Unlike a worst-case bound it does not grow with n, so that it tells an
     honest call from one that rounds its logits at any length.
     """
-    per_request = [_truth(r, _rows(r.q.shape[1], max_rows)) for r in several]
+    with several[0].q.device:
+        per_request = [_truth(r, _rows(r.q.shape[1], max_rows)) for r in several]
     out, lse, tolerance, largest = (torch.stack(parts) for parts in zip(*per_request, strict=True))
     return Truth(_rows(several[0].q.shape[1], max_rows), out, lse, tolerance, largest)
 
@@ -223,7 +224,7 @@ def votes(r: Request) -> Tensor:
 
 def _exact_logits(q: Tensor, keys: Tensor, scale: float) -> Tensor:
     """Return float64 logits (rows, n) of one KV head; keys are widened a chunk at a time."""
-    logits = torch.empty(len(q), len(keys), dtype=torch.float64)
+    logits = torch.empty(len(q), len(keys), dtype=torch.float64, device=q.device)
     for chunk in _chunks(len(keys)):
         logits[:, chunk] = q @ keys[chunk].double().T * scale
     return logits

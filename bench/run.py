@@ -58,16 +58,15 @@ def checked(
     """
     several = requests(problem)
     exact = truth(several)
-    everything = checks.check_everything(problem, backend)
-    selection, mass = checks.check_fresh(problem, backend, several, exact)
+    right = checks.check(problem, backend, several, exact)
+    selection, held = right.selection, right.checks
     cache = checks.check_reused(problem, backend, exact)
     fresh = partial(call, problem, backend)
-    votes = score(problem, backend).votes
     runs: dict[str, tuple[str, Callable[[], object]]] = {
         "fresh": ("selection", fresh),
         "reused": ("selection", partial(fresh, cache)),
         "score": ("stage", partial(score, problem, backend)),
-        "select": ("stage", partial(select, votes, problem, backend)),
+        "select": ("stage", partial(select, right.scores.votes, problem, backend)),
         "attend": ("stage", partial(attend, problem, selection, backend)),
     }
     contenders = []
@@ -80,8 +79,14 @@ def checked(
     for name, (kind, run) in runs.items():
         contenders.append(Contender(name, kind, run, bytes_read(problem, name, selection)))
     found = {
-        "checks": {"share_of_tolerance_at_k_all": everything, "checked_rows": len(exact.rows)},
-        "retained_mass": {"min": float(mass.min()), "mean": float(mass.mean())},
+        "checks": {
+            "share_of_tolerance_at_k_all": held["k for everything, share of budget"],
+            "checked_rows": len(exact.rows),
+        },
+        "retained_mass": {
+            "min": held["retained mass, least"],
+            "mean": held["retained mass, mean"],
+        },
         "attended": int(selection.count.max()),
     }
     return contenders, cache, found
