@@ -161,10 +161,19 @@ def check_reused(problem: Problem, backend: str, exact: Truth) -> SelectionCache
     """Hold a cache filled one step earlier to being hit, and the result to its bound."""
     # Filled by the same queries.
     cache = SelectionCache(theta=0.5, max_reuse=max(64, problem.Lq))
-    call(replace(problem, cache_seqlens=problem.cache_seqlens - problem.Lq), backend, cache)
+    earlier = replace(problem, cache_seqlens=problem.cache_seqlens - problem.Lq)
+    _, before = call(earlier, backend, cache, return_info=True)
     out, info = call(problem, backend, cache, return_info=True)
     if not info.reused.all():
         raise NotEquivalent("the selection of one step earlier was not reused")
+    for b, n in enumerate(problem.cache_seqlens.tolist()):
+        appended = torch.arange(n - problem.Lq, n, dtype=torch.int32, device=out.device)
+        for s in range(problem.S):
+            (stored, reused) = (
+                x.positions[b, s, : int(x.count[b, s])] for x in (before.selection, info.selection)
+            )
+            if not torch.equal(reused, torch.cat((stored, appended))):
+                raise NotEquivalent("a reused selection is not the stored one and what came since")
     check_bound("a reused selection", out, info, exact)
     return cache
 

@@ -254,6 +254,12 @@ def score_keeps_stale_state(base: Backend, p: Problem) -> Scores:
     return _memory.setdefault(key, base.score(p))
 
 
+@plant("score")
+def score_mends_the_cache_that_it_reads(base: Backend, p: Problem) -> Scores:
+    p.k_cache.nan_to_num_(0.0, 0.0, 0.0)
+    return base.score(p)
+
+
 # --- select ---
 
 
@@ -322,6 +328,33 @@ def select_rounds_the_share_down(base: Backend, votes: Tensor, p: Problem) -> Se
 def select_pads_with_zero(base: Backend, votes: Tensor, p: Problem) -> Selection:
     positions, count = base.select(votes, p)
     return Selection(positions.clamp(min=0), count)
+
+
+# --- all three in one ---
+
+
+def in_turn(base: Backend, p: Problem) -> tuple[AttentionOutput, Selection, Tensor]:
+    votes, lse = base.score(p)
+    selection = base.select(votes, p)
+    return base.attend(p, selection), selection, lse
+
+
+@plant("attend_fresh")
+def attend_fresh_gives_ties_to_the_higher_position(
+    base: Backend, p: Problem
+) -> tuple[AttentionOutput, Selection, Tensor]:
+    votes, lse = base.score(p)
+    later = votes + votes.abs().nan_to_num(posinf=0.0) * 1e-7 * torch.arange(p.Lk)
+    selection = base.select(later, p)
+    return base.attend(p, selection), selection, lse
+
+
+@plant("attend_fresh")
+def attend_fresh_has_no_lse_of_a_chunk(
+    base: Backend, p: Problem
+) -> tuple[AttentionOutput, Selection, Tensor]:
+    attended, selection, lse = in_turn(base, p)
+    return attended, selection, lse if p.Lq == 1 else lse + 1
 
 
 # --- attend ---

@@ -18,6 +18,7 @@ STAGE_LAWS = {  # a stage's own laws first: they are the ones that should catch 
     "score": ".score",
     "select": ".select",
     "attend": ".attend",
+    "attend_fresh": ".attention",
 }
 SEARCH = settings(
     max_examples=60,

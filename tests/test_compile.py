@@ -150,6 +150,18 @@ def test_a_growing_cache_is_compiled_a_bounded_number_of_times(with_cache: bool)
     assert caches[0] is None or 30 < int(caches[0].hits[0]) < 45
 
 
+def test_settings_of_a_config() -> None:
+    q, k_cache, v_cache = tensors()
+    config = SelectConfig(**SMALL)
+    for call in (
+        lambda q: attention(q, k_cache, v_cache, config=config),
+        lambda q: attention(q, k_cache, v_cache, config=config, n_sink=SMALL["n_sink"]),
+        lambda q: attention(q, k_cache, v_cache, config=SelectConfig(**SMALL)),
+    ):
+        function, _ = compiled(call)
+        assert same(function(q), attention(q, k_cache, v_cache, **SMALL))
+
+
 def test_chunks_of_many_lengths_are_compiled_a_bounded_number_of_times() -> None:
     _, k_cache, v_cache = tensors()
     function, counter = compiled(lambda q: attention(q, k_cache, v_cache, **SMALL))

@@ -203,9 +203,6 @@ class Ballots:
         return votes, problem
 
 
-VOTES = ("few values", "all equal", "signed zeros", "infinite", "nan", "rising", "normal")
-
-
 # So far out that a float32 angle is off by a thousandth of a radian; few heads, few candidates.
 FAR = Case(lengths=(2**16,), Hkv=1, G=1, D=32, Dv=1, config=SelectConfig(8, 2, 4, vote="logit"))
 
