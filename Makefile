@@ -46,8 +46,8 @@ help:
 	@echo "make test-all   all of them, as CI runs them: 20 minutes on 2 cores          [ARGS=...]"
 	@echo "make test-tritons  the triton backend's properties under other versions of triton"
 	@echo "                   [TRITONS='3.6.0 3.9.0'] [ARGS=...]"
-	@echo "make test-transformers  the integration under other versions of transformers"
-	@echo "                   [TRANSFORMERS='5.4.0 5.24.0'] [ARGS=...]"
+	@echo "make test-transformers  the integration under the oldest transformers it takes"
+	@echo "                   [TRANSFORMERS='5.4.0'] [ARGS=...]"
 	@echo "make test-models   all causal language models of transformers, small: right or refused"
 	@echo "                   [ARGS='TYPE ...']"
 	@echo "make test-torch    all tests under the oldest torch, in .venv-torch-$(TORCH_OLDEST): 6 GB"
@@ -96,8 +96,9 @@ TRITONS ?= 3.6.0 3.9.0
 NUMPY_FOR_3.6.0 := 'numpy<2.4'
 WARNING_FOR_3.6.0 := -W 'ignore:Conversion of an array with ndim:DeprecationWarning'
 
+# Of the laws those that hold each stage to the reference.
 TRITON_TESTS := $(addprefix properties/test_,laws.py plans.py reuse.py triton.py triton_bits.py \
-	triton_reuse.py)
+	triton_reuse.py) -k 'not test_law or within_tolerance or bit_exact or moved_exactly'
 
 test-tritons: $(TRITONS:%=test-triton-%)
 
@@ -121,14 +122,14 @@ test-torch:
 	@$(MAKE) test VENV=.venv-torch-$(TORCH_OLDEST) TORCH=torch==$(TORCH_OLDEST) \
 		PIP_ARGS="$(PIP_ARGS) $(NUMPY_FOR_3.6.0)" ARGS="$(WARNING_FOR_3.6.0) $(ARGS)"
 
-# The integration under the oldest transformers that it takes, and the newest.
-TRANSFORMERS ?= 5.4.0 5.24.0
+# The integration under the oldest transformers that it takes; the newest is in .venv.
+TRANSFORMERS ?= 5.4.0
 # Newer ones refuse configs of transformers 5.4.
 RELATIVES_OF_5.4.0 := huggingface-hub==1.8.0
 
-# Less what other models of the list show too, and what dtypes do.
+# Less what other models of the list show too.
 TRANSFORMERS_TESTS := $(addprefix tests/test_,transformers.py extrapolation.py demo.py) \
-	-k 'not (llama_yarn or llama_llama3 or qwen2 or qwen3 or mistral or gemma3 or Autocast)'
+	-k 'not (llama_yarn or llama_llama3 or qwen2 or qwen3 or mistral or gemma3)'
 
 test-transformers: $(TRANSFORMERS:%=test-transformers-%)
 

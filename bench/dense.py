@@ -177,7 +177,8 @@ def truth(several: list[Request], max_rows: int = 8) -> Truth:
     where 4 is the margin. Unlike a worst-case bound it does not grow with n, so that it tells an
     honest call from one that rounds its logits at any length.
     """
-    per_request = [_truth(r, _rows(r.q.shape[1], max_rows)) for r in several]
+    with several[0].q.device:
+        per_request = [_truth(r, _rows(r.q.shape[1], max_rows)) for r in several]
     out, lse, tolerance, largest = (torch.stack(parts) for parts in zip(*per_request, strict=True))
     return Truth(_rows(several[0].q.shape[1], max_rows), out, lse, tolerance, largest)
 
@@ -194,43 +195,39 @@ def _truth(r: Request, rows: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]
     parts = []
     for g in range(Hkv):
         q = r.q[g * G : (g + 1) * G, rows].double().flatten(0, 1)
-        logits = torch.empty(len(q), n, dtype=torch.float64)
-        norms = torch.empty(n, dtype=torch.float64)
-        for chunk in _chunks(n):
-            keys = r.k[g, chunk].double()
-            norms[chunk] = keys.norm(dim=1)
-            logits[:, chunk] = q @ keys.T * r.scale
+        logits = _exact_logits(q, r.k[g], r.scale)
         logits.masked_fill_(torch.arange(n) > last_seen[:, None], -math.inf)
         lse = logits.logsumexp(1)
         out = torch.zeros(len(q), Dv, dtype=torch.float64)
-        variance = torch.zeros_like(out)
-        largest = torch.zeros((), dtype=torch.float64)
+        variance, largest = torch.zeros_like(out), torch.zeros((), dtype=torch.float64)
         logit_error = 2**-24 * math.sqrt(D) * r.scale * q.norm(dim=1, keepdim=True)
         for chunk in _chunks(n):
-            values = r.v[g, chunk].double()
+            values, norms = r.v[g, chunk].double(), r.k[g, chunk].double().norm(dim=1)
             weights = torch.exp(logits[:, chunk] - lse[:, None])
-            error = u**2 + (logit_error * norms[chunk]).square() + _EXP**2
+            error = u**2 + (logit_error * norms).square() + _EXP**2
             out += weights @ values
             variance += (weights.square() * error) @ values.square()
             largest = torch.maximum(largest, values.abs().max())
         tolerance = _ALLOWANCE * (variance + (u * out).square()).mean(1).sqrt()
-        shape = (G, len(rows))
-        parts.append(
-            (out.view(*shape, Dv), lse.view(shape), tolerance.view(shape), largest.expand(G, 1, 1))
-        )
+        found = (x.view(G, len(rows), *x.shape[1:]) for x in (out, lse, tolerance))
+        parts.append((*found, largest.expand(G, 1, 1)))
     out, lse, tolerance, largest = (torch.cat(part) for part in zip(*parts, strict=True))
     return out, lse, tolerance, largest
 
 
 def votes(r: Request) -> Tensor:
     """Return the softmax mass (Hkv, n) that a group's mean queries give each token in total."""
-    Hkv, n, _ = r.k.shape
-    q = r.q.double().mean(1).view(Hkv, -1, r.q.shape[2])
-    logits = torch.empty(*q.shape[:2], n, dtype=torch.float64)
-    for chunk in _chunks(n):
-        for g in range(Hkv):
-            logits[g, :, chunk] = q[g] @ r.k[g, chunk].double().T * r.scale
-    return torch.softmax(logits, -1).sum(1)
+    q = r.q.double().mean(1).view(len(r.k), -1, r.q.shape[2])
+    logits = [_exact_logits(of_group, keys, r.scale) for of_group, keys in zip(q, r.k, strict=True)]
+    return torch.softmax(torch.stack(logits), -1).sum(1)
+
+
+def _exact_logits(q: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """Return float64 logits (rows, n) of one KV head; keys are widened a chunk at a time."""
+    logits = torch.empty(len(q), len(keys), dtype=torch.float64, device=q.device)
+    for chunk in _chunks(len(keys)):
+        logits[:, chunk] = q @ keys[chunk].double().T * scale
+    return logits
 
 
 def _chunks(n: int) -> Iterator[slice]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu import page as gpu
-from bench.tables import table
+from bench.tables import of_columns
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -48,15 +48,23 @@ asked for means that others had the machine too.
 """
 
 
-_OVERVIEW = (
-    "workload",
-    "retained mass",
-    "fresh / best dense",
-    "fresh / best dense call",
-    "reused / best dense",
-    "reused / best dense call",
+_DETAILS = (
+    ("", "{called}"),
+    ("ms", "{median_ms:.2f} ({min_ms:.2f}–{max_ms:.2f})"),
+    ("MB", "{megabytes:.1f}"),
+    ("GB/s", "{gb_per_s:.1f}"),
+    ("of read", "{of_read:.0%}"),
+    ("error / tolerance", "{verdict}"),
 )
-_DETAILS = ("", "ms", "MB", "GB/s", "of read", "error / tolerance")
+_RATIO = "{{{0}[median]:.3f}} ({{{0}[min]:.3f}}–{{{0}[max]:.3f}})"
+_OVERVIEW = (
+    *(("workload", "{name}"), ("retained mass", "{mass[min]:.3f}, {mass[mean]:.3f}")),
+    *(
+        (f"{of} / {role}", _RATIO.format(f"{of} / {role}"))
+        for of in ("fresh", "reused")
+        for role in ("best dense", "best dense call")
+    ),
+)
 
 
 def page(results: Path = RESULTS) -> str:
@@ -99,15 +107,13 @@ def overview(report: dict[str, Any], is_padded: bool = False) -> str:
     """Return the table of retained mass and ratios, one line per workload."""
     lines = []
     for result in report["workloads"]:
-        mass = result["retained_mass"]
-        cells = []
-        for of in ("fresh", "reused"):
-            ratios = {r["role"]: r for r in result["ratios"] if r["of"] == of}
-            best = ratios["best dense"]
-            for ratio in (best, ratios.get("best dense call", best)):
-                cells.append(f"{ratio['median']:.3f} ({ratio['min']:.3f}–{ratio['max']:.3f})")
-        lines.append((result["name"], f"{mass['min']:.3f}, {mass['mean']:.3f}", *cells))
-    return "\n".join(table(_OVERVIEW, lines, is_padded))
+        ratios = {f"{r['of']} / {r['role']}": r for r in result["ratios"]}
+        # Where the best dense attention is a single call, it is named once.
+        single = {
+            f"{of} / best dense call": ratios[f"{of} / best dense"] for of in ("fresh", "reused")
+        }
+        lines.append({"name": result["name"], "mass": result["retained_mass"], **single, **ratios})
+    return "\n".join(of_columns(lines, _OVERVIEW, is_padded=is_padded))
 
 
 def workload_tables(result: dict[str, Any], host: dict[str, Any], is_padded: bool = False) -> str:
@@ -118,22 +124,20 @@ def workload_tables(result: dict[str, Any], host: dict[str, Any], is_padded: boo
         f"the error is {share:.2f} of the tolerance; {result['on_cpu']:.2f} threads ran at a time; "
         f"peak memory {result['peak_memory_gib']:.1f} GiB, checks included."
     )
-    lines = [_details(one, host["read_gb_per_s"]) for one in result["contenders"]]
-    return "\n".join([f"\n#### {result['name']}\n\n{facts}\n", *table(_DETAILS, lines, is_padded)])
+    lines = [
+        one
+        | {"called": one["name"] if one["kind"] != "stage" else f"… {one['name']}"}
+        | {"megabytes": one["bytes"] / 1e6, "verdict": _verdict(one)}
+        | {"of_read": one["gb_per_s"] / host["read_gb_per_s"]}
+        for one in result["contenders"]
+    ]
+    table = of_columns(lines, _DETAILS, is_padded=is_padded)
+    return "\n".join([f"\n#### {result['name']}\n\n{facts}\n", *table])
 
 
-def _details(contender: dict[str, Any], read_gb_per_s: float) -> tuple[str, ...]:
-    one, verdict = contender, ""
-    if one["kind"] == "dense":
-        share = one["share_of_tolerance"]
-        verdict = f"{share:.2f}"
-        if not one["is_baseline"]:
-            verdict = f"not a baseline: error {share:.1f} × the tolerance"
-    return (
-        one["name"] if one["kind"] != "stage" else f"… {one['name']}",
-        f"{one['median_ms']:.2f} ({one['min_ms']:.2f}–{one['max_ms']:.2f})",
-        f"{one['bytes'] / 1e6:.1f}",
-        f"{one['gb_per_s']:.1f}",
-        f"{one['gb_per_s'] / read_gb_per_s:.0%}",
-        verdict,
-    )
+def _verdict(contender: dict[str, Any]) -> str:
+    if contender["kind"] != "dense":
+        return ""
+    share = contender["share_of_tolerance"]
+    is_baseline = contender["is_baseline"]
+    return f"{share:.2f}" if is_baseline else f"not a baseline: error {share:.1f} × the tolerance"

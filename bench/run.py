@@ -23,13 +23,14 @@ import torch
 
 from bench import checks, machine
 from bench.checks import NotEquivalent, call
-from bench.dense import DENSE, Request, Truth, requests, truth
+from bench.dense import DENSE, requests, truth
 from bench.page import RESULTS, headline, overview, page, workload_tables
 from bench.workloads import TIMED, WORKLOADS, Workload, make
-from tokenselect import Problem, Selection, attend, score, select
+from tokenselect import Problem, Selection, SelectionCache, attend, score, select
 
 SCHEMA = 2
 QUICK = ("decode-32k", "decode-128k")
+Times = dict[str, list[float]]
 
 
 @dataclass(frozen=True)
@@ -42,32 +43,61 @@ class Contender:
     bytes: int
     notes: dict[str, Any] = field(default_factory=dict)
 
+    def timed(self) -> float:
+        start = time.perf_counter()
+        self.run()
+        return time.perf_counter() - start
+
+
+def checked(
+    problem: Problem, backend: str
+) -> tuple[list[Contender], SelectionCache, dict[str, Any]]:
+    """Return what to time, once the backend was found right on these inputs, and what was found.
+
+    The cache is the one whose selection is reused. Raises NotEquivalent.
+    """
+    several = requests(problem)
+    exact = truth(several)
+    right = checks.check(problem, backend, several, exact)
+    selection, held = right.selection, right.checks
+    cache = checks.check_reused(problem, backend, exact)
+    fresh = partial(call, problem, backend)
+    runs: dict[str, tuple[str, Callable[[], object]]] = {
+        "fresh": ("selection", fresh),
+        "reused": ("selection", partial(fresh, cache)),
+        "score": ("stage", partial(score, problem, backend)),
+        "select": ("stage", partial(select, right.scores.votes, problem, backend)),
+        "attend": ("stage", partial(attend, problem, selection, backend)),
+    }
+    contenders = []
+    for dense in DENSE:
+        share, reads = exact.share(dense(several)), bytes_read(problem, "dense")
+        notes = {"share_of_tolerance": share, "is_baseline": share <= 1, "is_call": dense.is_call}
+        contenders.append(Contender(dense.name, "dense", partial(dense, several), reads, notes))
+    if not any(one.notes["is_baseline"] for one in contenders):
+        raise NotEquivalent("no dense variant is within its tolerance: nothing to compare with")
+    for name, (kind, run) in runs.items():
+        contenders.append(Contender(name, kind, run, bytes_read(problem, name, selection)))
+    found = {
+        "checks": {
+            "share_of_tolerance_at_k_all": held["k for everything, share of budget"],
+            "checked_rows": len(exact.rows),
+        },
+        "retained_mass": {
+            "min": held["retained mass, least"],
+            "mean": held["retained mass, mean"],
+        },
+        "attended": int(selection.count.max()),
+    }
+    return contenders, cache, found
+
 
 def measure(workload: Workload, backend: str, repeats: int, seconds: float) -> dict[str, Any]:
     """Check and time one workload. Raises NotEquivalent."""
     machine.forget_peak()
-    _progress(f"{workload.name}: drawing inputs")
     problem = make(workload)
-    several = requests(problem)
     _progress(f"{workload.name}: checking equivalence")
-    exact = truth(several)
-    everything = checks.check_everything(problem, backend)
-    selection, mass = checks.check_fresh(problem, backend, several, exact)
-    cache = checks.check_reused(problem, backend, exact)
-
-    fresh = partial(call, problem, backend)
-    stages = {
-        "score": partial(score, problem, backend),
-        "select": partial(select, score(problem, backend).votes, problem, backend),
-        "attend": partial(attend, problem, selection, backend),
-    }
-    read = partial(bytes_read, problem, selection=selection)
-    contenders = [
-        *_baselines(problem, several, exact),
-        Contender("fresh", "selection", fresh, read("fresh")),
-        Contender("reused", "selection", partial(fresh, cache), read("reused")),
-        *(Contender(name, "stage", stage, read(name)) for name, stage in stages.items()),
-    ]
+    contenders, cache, found = checked(problem, backend)
     _progress(f"{workload.name}: timing")
     hits = int(cache.hits.sum())
     wall, busy = time.perf_counter(), time.process_time()
@@ -79,27 +109,12 @@ def measure(workload: Workload, backend: str, repeats: int, seconds: float) -> d
         "name": workload.name,
         "inputs": workload.describe(),
         "backend": backend,
-        "checks": {"share_of_tolerance_at_k_all": everything, "checked_rows": len(exact.rows)},
-        "retained_mass": {"min": float(mass.min()), "mean": float(mass.mean())},
-        "attended": int(selection.count.max()),
+        **found,
         "peak_memory_gib": machine.resident("VmHWM") / 2**30,
         "on_cpu": busy / wall,
         "contenders": [_summary(one, times[one.name]) for one in contenders],
         "ratios": ratios(contenders, times),
     }
-
-
-def _baselines(problem: Problem, several: list[Request], exact: Truth) -> list[Contender]:
-    """Return each dense variant, its error measured on these inputs."""
-    found = []
-    for dense in DENSE:
-        share = exact.share(dense(several))
-        notes = {"share_of_tolerance": share, "is_baseline": share <= 1, "is_call": dense.is_call}
-        reads = bytes_read(problem, "dense")
-        found.append(Contender(dense.name, "dense", partial(dense, several), reads, notes))
-    if not any(one.notes["is_baseline"] for one in found):
-        raise NotEquivalent("no dense variant is within its tolerance: nothing to compare with")
-    return found
 
 
 def bytes_read(problem: Problem, what: str, selection: Selection | None = None) -> int:
@@ -130,31 +145,23 @@ def bytes_read(problem: Problem, what: str, selection: Selection | None = None) 
 # --- times ---
 
 
-def alternate(
-    contenders: Sequence[Contender], repeats: int, seconds: float
-) -> dict[str, list[float]]:
+def alternate(contenders: Sequence[Contender], repeats: int, seconds: float) -> Times:
     """Return the seconds of each contender, round by round, every other round in reverse order.
 
     A first call of each is warm-up. Fewer rounds where they would take longer than `seconds`, but
     three at least. A dense one five times slower than the fastest is timed once, before them.
     Within a round, the times of two contenders are a pair.
     """
-    first = {one.name: _timed(one.run) for one in contenders}
+    first = {one.name: one.timed() for one in contenders}
     limit = 5 * min(first[one.name] for one in contenders if one.kind == "dense")
     slow = {one.name for one in contenders if one.kind == "dense" and first[one.name] > limit}
     a_round = sum(took for name, took in first.items() if name not in slow)
-    times: dict[str, list[float]] = {name: [first[name]] if name in slow else [] for name in first}
+    times = {name: [took] if name in slow else [] for name, took in first.items()}
     for i in range(max(3, min(repeats, int(seconds / a_round)))):
         for one in contenders if i % 2 == 0 else reversed(contenders):
             if one.name not in slow:
-                times[one.name].append(_timed(one.run))
+                times[one.name].append(one.timed())
     return times
-
-
-def _timed(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 def _summary(contender: Contender, times: list[float]) -> dict[str, Any]:
@@ -169,26 +176,26 @@ def _summary(contender: Contender, times: list[float]) -> dict[str, Any]:
     }
 
 
-def ratios(contenders: list[Contender], times: dict[str, list[float]]) -> list[dict[str, Any]]:
+def ratios(contenders: list[Contender], times: Times) -> list[dict[str, Any]]:
     """Return those of each selection to the fastest baseline, and to the fastest single call.
 
     Medians of the ratios within a round.
     """
+
+    def fastest(several: Iterable[Contender]) -> str:
+        return min(several, key=lambda one: statistics.median(times[one.name])).name
+
     honest = [one for one in contenders if one.notes.get("is_baseline")]
     calls = [one for one in honest if one.notes["is_call"]]
-    baselines = {"best dense": _fastest(honest, times)}
-    if calls and _fastest(calls, times) != baselines["best dense"]:
-        baselines["best dense call"] = _fastest(calls, times)
+    baselines = {"best dense": fastest(honest)}
+    if calls and fastest(calls) != baselines["best dense"]:
+        baselines["best dense call"] = fastest(calls)
     found = []
     for name in ("fresh", "reused"):
         for role, baseline in baselines.items():
             paired = [a / b for a, b in zip(times[name], times[baseline], strict=False)]
             found.append({"of": name, "to": baseline, "role": role, **_spread(paired)})
     return found
-
-
-def _fastest(contenders: Iterable[Contender], times: dict[str, list[float]]) -> str:
-    return min(contenders, key=lambda one: statistics.median(times[one.name])).name
 
 
 def _spread(values: Sequence[float], unit: str = "") -> dict[str, float]:
@@ -205,23 +212,16 @@ def _progress(text: str) -> None:
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--workload",
-        action="append",
-        choices=WORKLOADS,
-        metavar="NAME",
-        help=f"one of {', '.join(WORKLOADS)}; may be given more than once",
-    )
-    parser.add_argument("--backend", default="cpu", help="the backend to measure (cpu)")
-    parser.add_argument("--threads", type=int, default=1, help="torch's threads (1)")
-    parser.add_argument("--repeats", type=int, default=15, help="rounds at most (15)")
-    parser.add_argument("--seconds", type=float, default=10, help="for the rounds of one workload")
-    parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}, 5 rounds")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the results there")
-    parser.add_argument(
-        "--save", metavar="SHORT", help="write them to bench/results/<date>-<backend>-SHORT.json"
-    )
-    parser.add_argument("--docs", action="store_true", help="print docs/benchmarks.md, run nothing")
+    add, several = parser.add_argument, f"one of {', '.join(WORKLOADS)}; may be given again"
+    add("--workload", action="append", choices=WORKLOADS, metavar="NAME", help=several)
+    add("--backend", default="cpu", help="the backend to measure (cpu)")
+    add("--threads", type=int, default=1, help="torch's threads (1)")
+    add("--repeats", type=int, default=15, help="rounds at most (15)")
+    add("--seconds", type=float, default=10, help="for the rounds of one workload")
+    add("--quick", action="store_true", help=f"only {', '.join(QUICK)}, 5 rounds")
+    add("--json", type=Path, metavar="PATH", help="write the results there")
+    add("--save", metavar="SHORT", help="write bench/results/<date>-<backend>-SHORT.json")
+    add("--docs", action="store_true", help="print docs/benchmarks.md, run nothing")
     arguments = parser.parse_args(argv)
     if arguments.quick:
         arguments.workload = arguments.workload or QUICK

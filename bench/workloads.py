@@ -89,8 +89,17 @@ _QUERY = {"sink": 0.8, "recent": 0.4, "first topic": 0.8, "second topic": 0.4, "
 _SINK_KEY, _RECENT_KEY, _TOPIC_KEY = 18.0, 20.0, 17.0
 
 
-def make(workload: Workload, *, n: int | None = None, seed: int | None = None) -> Problem:
+def make(
+    workload: Workload,
+    *,
+    n: int | None = None,
+    seed: int | None = None,
+    device: torch.device | str = "cpu",
+    filler: float = 0.0,
+) -> Problem:
     """Draw the workload's inputs, with n tokens in place of its own if given.
+
+    `filler` lies in the pages of nobody.
 
     With keys drawn alike and independent, the softmax is nearly flat and there is nothing to
     select. Here, as in trained models, a query head looks for few things and a few tokens have
@@ -107,7 +116,7 @@ def make(workload: Workload, *, n: int | None = None, seed: int | None = None) -
 
     The scaled logits of the sink reach about 14, those of the strongest spans the same, over noise
     of standard deviation 1.3; `bench.run` prints the retained mass that comes of it. Deterministic
-    in (workload, n, seed) on one machine and torch version.
+    in (workload, n, seed) on one device and torch version.
 
     e is a tile of 16K normal rows, repeated with other signs of its columns for every head and
     repetition: a million tokens take seconds, and no second copy of the cache.
@@ -115,19 +124,27 @@ def make(workload: Workload, *, n: int | None = None, seed: int | None = None) -
     n = workload.n if n is None else n
     w = workload
     seed = w.seed if seed is None else seed
-    random = torch.Generator().manual_seed(seed)
+    random = torch.Generator(device).manual_seed(seed)
     lengths = [n * length // w.n for length in w.lengths()]
-    k_cache, v_cache = (_noise((w.B, w.Hkv, n, w.D), w.dtype, random) for _ in range(2))
-    q = torch.randn(w.B, w.Hq, w.Lq, w.D, generator=random) * _QUERY["noise"]
-    for b, length in enumerate(lengths):
-        for g in range(w.Hkv):
-            heads = slice(g * (w.Hq // w.Hkv), (g + 1) * (w.Hq // w.Hkv))
-            _plant(q[b, heads], k_cache[b, g, :length], v_cache[b, g, :length], random)
-    tables: dict[str, Any] = {"cache_seqlens": torch.tensor(lengths, dtype=torch.int32)}
+    with torch.device(device):
+        k_cache, v_cache = (_noise((w.B, w.Hkv, n, w.D), w.dtype, random) for _ in range(2))
+        q = torch.randn(w.B, w.Hq, w.Lq, w.D, generator=random) * _QUERY["noise"]
+        normal = torch.randn(w.B, w.Hkv, w.D, w.D, generator=random)
+        directions = torch.linalg.qr(normal).Q
+        for b, length in enumerate(lengths):
+            for g, heads in enumerate(q[b].unflatten(0, (w.Hkv, -1))):
+                k, v = k_cache[b, g, :length], v_cache[b, g, :length]
+                _plant(heads, k, v, directions[b, g], random)
+        tables: dict[str, Any] = {"cache_seqlens": torch.tensor(lengths, dtype=torch.int32)}
     if w.page_size is not None:
-        (k_cache, v_cache), tables["block_table"] = scatter(
-            (k_cache, v_cache), w.page_size, random, filler=0.0, n_spare=w.B
+        (k_cache, v_cache), table = scatter(
+            (k_cache, v_cache),
+            w.page_size,
+            torch.Generator().manual_seed(seed),
+            filler,
+            n_spare=w.B,
         )
+        tables["block_table"] = table.to(device)
     return Problem.build(q.to(w.dtype), k_cache, v_cache, w.config, **tables)
 
 
@@ -143,32 +160,36 @@ def _noise(shape: tuple[int, int, int, int], dtype: torch.dtype, random: torch.G
     return out
 
 
-def _plant(q: Tensor, keys: Tensor, values: Tensor, random: torch.Generator) -> None:
+def _plant(
+    q: Tensor, keys: Tensor, values: Tensor, directions: Tensor, random: torch.Generator
+) -> None:
     """Add one KV head's structure to q (G, Lq, D), keys and values (n, D), in place."""
     n, D = keys.shape
-    directions = torch.linalg.qr(torch.randn(D, D, generator=random)).Q
-    sink, recent, *rest = directions
-    topics, contents = torch.stack(rest[:_N_TOPICS]), torch.stack(rest[_N_TOPICS : 2 * _N_TOPICS])
-    for head in q:
-        first, second = torch.randperm(_N_TOPICS, generator=random)[:2]
-        aim = _QUERY["sink"] * sink + _QUERY["recent"] * recent
-        aim += _QUERY["first topic"] * topics[first] + _QUERY["second topic"] * topics[second]
-        head += math.sqrt(D) * aim
+    sink, recent = directions[0], directions[1]
+    topics, contents = directions[2:].split(_N_TOPICS)[:2]
+    pairs = torch.rand(len(q), _N_TOPICS, generator=random).argsort(1)[:, :2]
+    aims = _QUERY["sink"] * sink + _QUERY["recent"] * recent
+    aims = aims + _QUERY["first topic"] * topics[pairs[:, 0]]
+    aims = aims + _QUERY["second topic"] * topics[pairs[:, 1]]
+    q += math.sqrt(D) * aims[:, None]
 
     n_spans = max(_N_TOPICS, n // (64 * _SPAN))
     starts = torch.randint(max(1, n - _SPAN), (n_spans,), generator=random)
     strength = _TOPIC_KEY * torch.arange(1, n_spans + 1) ** -0.25
     topic = torch.randint(_N_TOPICS, (n_spans,), generator=random)
     topic[:_N_TOPICS] = torch.arange(_N_TOPICS)
-    for start, a, t in zip(starts.tolist(), strength, topic.tolist(), strict=True):
-        _add(keys[start : start + _SPAN], a * topics[t])
-        _add(values[start : start + _SPAN], 2 * math.sqrt(D) * contents[t])
+    rows = (starts[:, None] + torch.arange(_SPAN)).clamp(max=n - 1).flatten()
+    add_rows(keys, rows, (strength[:, None] * topics[topic]).repeat_interleave(_SPAN, 0))
+    add_rows(values, rows, 2 * math.sqrt(D) * contents[topic].repeat_interleave(_SPAN, 0))
 
-    age = torch.arange(min(n, 512), 0, -1) - 1
-    _add(keys[n - len(age) :], _RECENT_KEY * torch.exp(-age / 128)[:, None] * recent)
-    _add(keys[:4], _SINK_KEY * sink)
+    age = torch.arange(min(n, 512) - 1, -1, -1)
+    add_rows(keys, n - 1 - age, _RECENT_KEY * torch.exp(-age / 128)[:, None] * recent)
+    add_rows(keys, torch.arange(min(n, 4)), (_SINK_KEY * sink).expand(min(n, 4), D))
     values[:4] *= 0.1
 
 
-def _add(rows: Tensor, what: Tensor) -> None:
-    rows.copy_(rows.float() + what)
+def add_rows(x: Tensor, rows: Tensor, what: Tensor) -> None:
+    """Add in float32, rounded once: x[rows] += what, also where a row comes twice."""
+    where, which = rows.unique(return_inverse=True)
+    sums = torch.zeros(len(where), x.shape[1]).index_add_(0, which, what)
+    x[where] = (x[where].float() + sums).to(x.dtype)

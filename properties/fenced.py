@@ -83,10 +83,6 @@ def run(
 
 SMALL = SelectConfig(k=5, n_sink=2, n_local=4)
 CASES = {
-    "decode": Case(lengths=(40, 37, 21), D=32, Dv=32, G=3, config=SMALL),
-    "pages": Case(lengths=(40, 37, 21), D=40, Dv=32, page_size=16, dtype=torch.float16),
-    "a chunk": Case(lengths=(70, 66, 50), D=32, Dv=48, Lq=5, page_size=1, dtype=torch.bfloat16),
-    "strides": Case(lengths=(40, 37, 21), D=32, Dv=32, strides="sliced", Lq=2, max_reuse=4),
     "raw": Case(
         lengths=(70, 66, 50),
         D=32,
@@ -95,6 +91,10 @@ CASES = {
         rotary_dim=16,
         config=SelectConfig.extrapolate(k=7, n_sink=2, n_local=3, pool=3, scope="group"),
     ),
+    "decode": Case(lengths=(40, 37, 21), D=32, Dv=32, G=3, config=SMALL),
+    "pages": Case(lengths=(40, 37, 21), D=40, Dv=32, page_size=16, dtype=torch.float16),
+    "a chunk": Case(lengths=(70, 66, 50), D=32, Dv=48, Lq=5, page_size=1, dtype=torch.bfloat16),
+    "strides": Case(lengths=(40, 37, 21), D=32, Dv=32, strides="sliced", Lq=2, max_reuse=4),
     "rotated": Case(
         lengths=(70, 66, 50),
         D=32,

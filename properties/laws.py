@@ -1,7 +1,7 @@
 """The laws, tried on the benchmark's named shapes too, at sizes that the reference can follow."""
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 from bench.workloads import TINY, WORKLOADS, make
 from tokenselect.conformance import laws  # noqa: F401  # registers them
@@ -15,7 +15,7 @@ from tokenselect.contract import Problem
 class Named(Case):
     """A workload of the benchmark, as it is."""
 
-    can_bend: ClassVar[bool] = False
+    can_bend = False
     workload: str = ""
 
     def problem(self) -> Problem:

@@ -18,8 +18,7 @@ class Mutant(NamedTuple):
 
     A stage's module is all its files: `score` is score.py, score_logits.py and so on.
     `stage` is the one whose laws should notice; "reuse": the Selection Cache's steps, which have to
-    be the reference's; None: only bad values show it, and the fences do. `law`: one that is known
-    to notice, which is tried first.
+    be the reference's; None: only bad values show it, and the fences do.
     """
 
     name: str
@@ -28,7 +27,6 @@ class Mutant(NamedTuple):
     new: str
     stage: str | None
     times: int = 1
-    law: str | None = None
 
 
 MUTANTS = (

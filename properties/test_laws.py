@@ -15,7 +15,7 @@ from tokenselect.conformance.laws.law import RAN, Law
     "triton-retained_mass_never_falls_as_k_grows",
     "triton-keys_far_out_are_moved_exactly",
     "triton-what_fits_is_not_moved",
-    "triton-it_repeats_twenty_times_to_the_bit",
+    "triton-it_repeats_twenty_times_bit_for_bit",
 )
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.name)
 def test_law(backend: Backend, law: Law) -> None:

@@ -27,6 +27,7 @@ from properties import (
     fenced,
     mutants,
     test_triton_reuse,
+    witnesses,
 )
 from properties.backends import chosen
 from properties.guard import run_twice
@@ -327,7 +328,7 @@ def test_fences_end_a_process() -> None:
 THE_REFERENCE = "the reference's steps"
 
 
-def caught_by(mutant: mutants.Mutant, where: Path) -> str:
+def caught_by(mutant: mutants.Mutant, where: Path, update: bool) -> str:
     """The law that a mutant breaks, by an assertion or an error; its own stage's come first."""
     backend, launch = mutants.build(mutant, where)
     assert launch.INTERPRETED, "a mutant that is not interpreted runs nothing here"
@@ -341,16 +342,21 @@ def caught_by(mutant: mutants.Mutant, where: Path) -> str:
             return THE_REFERENCE
         return "nobody"
     SHARES[backend.name] = 0.2 if launch.INTERPRETED else 1
-    return catcher(backend, mutant.stage, Exception, mutant.law) or "nobody"
+    found = catcher(backend, mutant.stage, Exception, update)
+    if found and update:
+        witnesses.keep(backend.name, found)
+    return found.law if found else "nobody"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mutant", mutants.MUTANTS, ids=lambda mutant: mutant.name)
-def test_a_mistake_in_the_source_is_caught(mutant: mutants.Mutant, tmp_path: Path) -> None:
+def test_a_mistake_in_the_source_is_caught(
+    mutant: mutants.Mutant, tmp_path: Path, update_snapshots: bool
+) -> None:
     """By a law; by the fences, which crash, if only bad values show it."""
     if torch.cuda.is_available():
         pytest.skip("planted where kernels are interpreted: each mutant would be compiled anew")
-    answer = in_a_child(lambda: caught_by(mutant, tmp_path), tmp_path)
+    answer = in_a_child(lambda: caught_by(mutant, tmp_path, update_snapshots), tmp_path)
     print(f"noticed by {answer}")
     by_fence = mutant.stage is None and answer.startswith(
         ("crashed", "raised AssertionError", "raised Touched")

@@ -6,19 +6,6 @@ import pytest
 SNAPSHOTS = Path(__file__).parent / "errors.txt"
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--update-snapshots",
-        action="store_true",
-        help="write tests/errors.txt instead of comparing with it (one process: -n 0)",
-    )
-
-
-@pytest.fixture
-def update_snapshots(request: pytest.FixtureRequest) -> bool:
-    return bool(request.config.getoption("--update-snapshots"))
-
-
 def snapshots() -> dict[str, str]:
     """The texts by name: each below a line `## NAME`."""
     sections = ("\n" + SNAPSHOTS.read_text(encoding="utf-8")).split("\n## ")[1:]

@@ -1,9 +1,12 @@
 """Run code in a process of its own, where nothing has been imported or registered yet."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from tokenselect.dispatch.registry import load
 
@@ -37,3 +40,13 @@ def output(code: str, *paths: Path, timeout: float = HANG, **environment: str) -
     done = run(code, *paths, timeout=timeout, **environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def need_a_cpp_compiler() -> None:
+    """Skip a test of inductor where there is none; in CI, fail."""
+    if shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++"):
+        return
+    missing = "NOT TESTED: inductor, the default of torch.compile; it needs g++ or clang++ here"
+    if os.environ.get("CI"):
+        pytest.fail(missing)
+    pytest.skip(missing)

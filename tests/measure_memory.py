@@ -73,6 +73,8 @@ def measure(
         before = resident("VmRSS")
         out, positions = run(large)
         extra = min(extra, resident("VmHWM") - before)
+        if extra < cache / 10:
+            break
     equal = None
     if layout == "token-major":
         moved = large.k_cache.contiguous(), large.v_cache.contiguous()

@@ -1,16 +1,19 @@
 """The benchmark itself: its inputs, checks and formulas, and the page made from its results."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from bench import machine, page, run
+from bench.checks import NotEquivalent, check
 from bench.dense import DENSE, requests, truth
-from bench.workloads import TINY, WORKLOADS, Workload, make
+from bench.workloads import TINY, WORKLOADS, Workload, add_rows, make
 from tests import fresh
 from tokenselect import Problem, Scores, Selection, attention, register, score
 from tokenselect.contract import check_values
@@ -52,6 +55,9 @@ def test_inputs_have_something_to_select() -> None:
     recent = replace(p.config, k=0, n_local=p.config.k + p.config.n_local)
     _, without = attention(*caches, config=recent, return_info=True)
     assert without.retained_mass.mean() < info.retained_mass.mean() - 0.1
+    x = torch.ones(4, 1, dtype=torch.bfloat16)
+    add_rows(x, torch.tensor([1, 3, 1]), torch.tensor([[1.0], [3.0], [5.0]]))
+    assert x.flatten().tolist() == [1, 7, 1, 4]
 
 
 @pytest.mark.parametrize("name", ["tiny-decode", "tiny-paged", "tiny-prefill"])
@@ -90,27 +96,54 @@ def test_bytes_are_those_of_the_formula() -> None:
 # --- the checks ---------------------------------------------------------------------------
 
 
-def votes_for_the_worst(p: Problem) -> Scores:
-    votes, lse = CPU.score(p)
-    return Scores(torch.where(votes.isfinite(), -votes, votes), lse)
+def votes(bend: Callable[[Tensor], Tensor], less: float = 0.0) -> dict[str, Any]:
+    def score(p: Problem) -> Scores:
+        votes, lse = CPU.score(p)
+        return Scores(bend(votes), lse - less)
+
+    return {"score": score}
 
 
-def claims_to_keep_everything(p: Problem) -> Scores:
-    votes, lse = CPU.score(p)
-    return Scores(votes, lse - 1)
+def for_the_sink(votes: Tensor) -> Tensor:
+    votes[..., 0] = 0.0
+    return votes
+
+
+def forgets_the_best(votes: Tensor, p: Problem) -> Selection:
+    return CPU.select(votes.masked_fill(votes == votes.amax(-1, keepdim=True), 0.0), p)
+
+
+def forgets_the_newest(votes: Tensor, p: Problem) -> Selection:
+    positions, count = CPU.select(votes, p)
+    newest = positions == positions.amax(-1, keepdim=True)
+    return Selection(positions.masked_fill(newest, -1), count - 1)
 
 
 def reads_kv_head_modulo(p: Problem, selection: Selection) -> Any:
     order = torch.argsort(torch.arange(p.Hq) % p.Hkv, stable=True)
-    back = torch.argsort(order)
-    found = CPU.attend(replace(p, q=p.q[:, order]), selection)
-    return type(found)(found.out[:, back], found.lse[:, back])
+    attended = CPU.attend(replace(p, q=p.q[:, order]), selection)
+    return type(attended)(*(x[:, torch.argsort(order)] for x in attended))
 
 
-def forgets_the_newest(votes: torch.Tensor, p: Problem) -> Selection:
-    positions, count = CPU.select(votes, p)
-    newest = positions == positions.amax(-1, keepdim=True)
-    return Selection(positions.masked_fill(newest, -1), count - 1)
+def coarse(out: Tensor) -> Tensor:
+    return out.to(torch.float8_e4m3fn).to(out.dtype)
+
+
+def rounds_twice(p: Problem, selection: Selection) -> Any:
+    attended = CPU.attend(p, selection)
+    return attended._replace(out=coarse(attended.out))
+
+
+def otherwise_each_time(attend: Any) -> Any:
+    calls = [0]
+
+    def wrong(*given: Any) -> Any:
+        calls[0] += 1
+        attended = attend(*given)
+        attended.lse.add_(1e-5 * calls[0])
+        return attended
+
+    return wrong
 
 
 def measured(path: Path, *names: str, backend: str = "cpu") -> tuple[int, dict[str, Any]]:
@@ -124,28 +157,45 @@ def measured(path: Path, *names: str, backend: str = "cpu") -> tuple[int, dict[s
     return code, json.loads(path.read_text())
 
 
-@pytest.mark.parametrize(
-    ("bent", "complaint"),
-    [
-        ({"score": votes_for_the_worst}, "most votes"),
-        ({"score": claims_to_keep_everything}, "retained_mass"),
-        ({"attend": reads_kv_head_modulo}, "k for everything"),
-        ({"select": forgets_the_newest}, "k for everything"),
-    ],
-)
-def test_a_wrong_backend_is_not_timed_and_fails_the_run(
-    bent: dict[str, Any],
-    complaint: str,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.fixture
+def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_targets", dict(registry._targets))
     monkeypatch.setattr(registry, "_loaded", dict(registry._loaded))
+
+
+@pytest.mark.parametrize(
+    ("bent", "name", "complaint"),
+    [
+        (votes(lambda x: torch.where(x.isfinite(), -x, x)), "tiny-decode", "a vote is"),
+        (votes(lambda x: x.bfloat16().float()), "tiny-decode", "a vote is"),
+        (votes(for_the_sink), "tiny-decode", "off the candidates"),
+        (votes(lambda x: x, less=1.0), "tiny-decode", "score's lse"),
+        ({"select": forgets_the_best}, "tiny-decode", "stable sort"),
+        ({"select": forgets_the_newest}, "tiny-decode", "k for everything"),
+        ({"attend": reads_kv_head_modulo}, "tiny-decode", "k for everything"),
+        ({"attend": reads_kv_head_modulo}, "tiny-prefill", "k for everything"),
+        ({"attend": rounds_twice}, "tiny-decode", "k for everything"),
+        ({"attend": otherwise_each_time(CPU.attend)}, "tiny-decode", "those of its stages"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_wrong_backend_is_caught(
+    bent: dict[str, Any], name: str, complaint: str, own_registry: None
+) -> None:
     register("wrong", replace(CPU, name="wrong", **bent))
+    problem = make(WORKLOADS[name])
+    several = requests(problem)
+    with pytest.raises(NotEquivalent, match=complaint):
+        check(problem, "wrong", several, truth(several))
+
+
+def test_a_wrong_backend_is_not_timed_and_fails_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], own_registry: None
+) -> None:
+    register("wrong", replace(CPU, name="wrong", **votes(torch.zeros_like)))
     code, report = measured(tmp_path / "result.json", "tiny-decode", backend="wrong")
     assert code == 1
-    assert complaint in capsys.readouterr().out
+    assert "off the candidates" in capsys.readouterr().out
     assert report["not_equivalent"] == ["tiny-decode"]
     assert report["workloads"] == []
 

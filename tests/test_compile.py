@@ -1,7 +1,5 @@
 """torch.compile(fullgraph=True) goes through `attention`, with the very same result."""
 
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 
 from properties.recorded import Recorded
+from tests.fresh import need_a_cpp_compiler
 from tests.problems import SMALL, lengths, paged, problem, rope, tensors
 from tokenselect import (
     InvalidProblem,
@@ -47,18 +46,9 @@ def compiled(
 ) -> tuple[Callable[..., Any], CompileCounterWithBackend]:
     """The function in one graph, and a counter of its compilations."""
     if compiler == "inductor":
-        _need_a_cpp_compiler()
+        need_a_cpp_compiler()
     counter = CompileCounterWithBackend(compiler)
     return torch.compile(function, backend=counter, fullgraph=True), counter
-
-
-def _need_a_cpp_compiler() -> None:
-    if shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++"):
-        return
-    missing = "NOT TESTED: inductor, the default of torch.compile; it needs g++ or clang++ here"
-    if os.environ.get("CI"):
-        pytest.fail(missing)
-    pytest.skip(missing)
 
 
 def same(got: Any, expected: Any) -> bool:
@@ -160,6 +150,18 @@ def test_a_growing_cache_is_compiled_a_bounded_number_of_times(with_cache: bool)
     assert caches[0] is None or 30 < int(caches[0].hits[0]) < 45
 
 
+def test_settings_of_a_config() -> None:
+    q, k_cache, v_cache = tensors()
+    config = SelectConfig(**SMALL)
+    for call in (
+        lambda q: attention(q, k_cache, v_cache, config=config),
+        lambda q: attention(q, k_cache, v_cache, config=config, n_sink=SMALL["n_sink"]),
+        lambda q: attention(q, k_cache, v_cache, config=SelectConfig(**SMALL)),
+    ):
+        function, _ = compiled(call)
+        assert same(function(q), attention(q, k_cache, v_cache, **SMALL))
+
+
 def test_chunks_of_many_lengths_are_compiled_a_bounded_number_of_times() -> None:
     _, k_cache, v_cache = tensors()
     function, counter = compiled(lambda q: attention(q, k_cache, v_cache, **SMALL))
@@ -202,57 +204,7 @@ def test_the_stages_in_one_graph() -> None:
     assert same(compiled(stages)[0](*inputs), stages(*inputs))
 
 
-# --- a decoder layer, with a plan and a Selection Cache --------------------------------------
-
-
-class DecoderLayer(torch.nn.Module):
-    """Norm, projections, a write to the KV cache, planned attention: what a model's layer does."""
-
-    def __init__(self, B: int = 2, Hq: int = 4, Hkv: int = 2, D: int = 8, Lk: int = 40) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.shape = B, Hq, Hkv, D
-        self.norm = torch.nn.RMSNorm(16)
-        self.project = torch.nn.Linear(16, (Hq + 2 * Hkv) * D)
-        self.out = torch.nn.Linear(Hq * D, 16)
-        self.register_buffer("k_cache", torch.randn(B, Hkv, Lk, D))
-        self.register_buffer("v_cache", torch.randn(B, Hkv, Lk, D))
-        self.cache = SelectionCache(theta=0.8, max_reuse=8)
-        like = problem(shape={"B": B, "Hq": Hq, "Hkv": Hkv, "D": D, "Lk": Lk}, max_reuse=8)
-        self.plan = plan(like)
-        self.plan.prepare(self.cache)
-
-    def forward(self, x: Tensor, n: Tensor) -> Tensor:
-        B, Hq, Hkv, D = self.shape
-        q, k, v = self.project(self.norm(x)).split((Hq * D, Hkv * D, Hkv * D), dim=1)
-        rows = torch.arange(B, device=x.device)
-        for cache, new in ((self.k_cache, k), (self.v_cache, v)):
-            cache[rows, :, (n - 1).long()] = new.view(B, Hkv, D)
-        attended = self.plan(q.view(B, Hq, 1, D), self.k_cache, self.v_cache, n, cache=self.cache)
-        return x + self.out(attended.flatten(1))
-
-
-@pytest.mark.slow("inductor")
-@pytest.mark.parametrize("how", ["eager", "aot_eager", "inductor", "reduce-overhead"])
-@torch.no_grad()
-def test_a_decoder_layer_with_a_plan_and_a_cache_is_one_graph(how: str) -> None:
-    """reduce-overhead is CUDA's graphs on a GPU; here it shows that nothing stands in their way."""
-    layer, twin = DecoderLayer(), DecoderLayer()
-    if how in ("inductor", "reduce-overhead"):
-        _need_a_cpp_compiler()
-    arguments = {"mode": how} if how == "reduce-overhead" else {"backend": how}
-    function = torch.compile(layer, fullgraph=True, **arguments)
-    counted = torch._dynamo.utils.counters
-    counted.clear()
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(2, 16, generator=generator)
-    for i in range(12):
-        x = x if i % 4 else torch.randn(2, 16, generator=generator)
-        n = lengths(20 + i, 9 + i)
-        torch.testing.assert_close(function(x, n), twin(x, n), rtol=1e-4, atol=1e-5)
-    assert layer.cache.hits.tolist() == twin.cache.hits.tolist() == [9, 9]
-    assert layer.cache.misses.tolist() == [3, 3]
-    assert counted["stats"]["unique_graphs"] == 1
+# --- a plan and a Selection Cache; properties/test_graphs.py has a layer of both ---------------
 
 
 def test_a_cache_that_is_new_inside_compiled_code_is_refused() -> None:

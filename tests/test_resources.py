@@ -201,26 +201,18 @@ GCN_USAGE = """
 """
 
 
-def kernel(**code: Any) -> Any:
-    metadata = SimpleNamespace(shared=2048, num_warps=4, num_stages=3)
-    return SimpleNamespace(metadata=metadata, asm=code)
-
-
 def read(**code: Any) -> Resources:
     metadata = SimpleNamespace(shared=2048, num_warps=4, num_stages=3)
     return compiled.resources(SimpleNamespace(metadata=metadata, asm=code))
 
 
-def test_reading_ptx(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_what_compilers_write(monkeypatch: pytest.MonkeyPatch) -> None:
     usage = "Function k:\n  REG:40 STACK:8 SHARED:1024 LOCAL:4 CONSTANT[0]:408 TEXTURE:0\n"
     done = SimpleNamespace(stdout=usage)
     monkeypatch.setattr(compiled, "subprocess", SimpleNamespace(run=lambda *_, **__: done))
     for line, load, *matrix in PTX:
         got = read(ptx=f"\t{line}\n", cubin=b"")
         assert got == Resources(40, 12, 0, 2048, 0, load, tuple(matrix), 4, 3), line
-
-
-def test_reading_amdgcn() -> None:
     for line, load, *matrix in GCN:
         got = read(amdgcn=f"\t{line}\n{GCN_USAGE.format(stack=0, scalars=0, vectors=0)}")
         assert got == Resources(96, 0, 0, 2048, 0, load, tuple(matrix), 4, 3), line

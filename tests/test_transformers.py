@@ -14,7 +14,12 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForTokenClassification,
+    DynamicCache,
+    StaticCache,
+)
 from transformers.masking_utils import (
     create_causal_mask,
     create_sliding_window_causal_mask,
@@ -657,18 +662,29 @@ class TestCausality:
         other[:, -1] = ids[:, -1] % (VOCABULARY - 1) + 1
         for chunk in (1, 8):
             logits, caches = [], [TokenSelectCache(llama), TokenSelectCache(llama)]
-            with enable(llama, **SMALL, chunk=chunk, theta=theta):
+            told = nullcontext() if chunk == 1 else pytest.warns(UserWarning, match="logits of sev")
+            with enable(llama, **SMALL, chunk=chunk, theta=theta), told:
                 for x, cache in zip((ids, other), caches, strict=True):
                     out = llama(x, **{CACHE: cache}, logits_to_keep=40)
                     logits.append(out.logits[:, :-1])
             assert torch.equal(*logits) == (chunk == 1)
             assert theta is None or chunk > 1 or caches[0].hits > 0
 
-    TOLD = "logits of all positions of a {}, in which up to 8 queries chose together"
+    TOLD = "logits of several positions of a {}, in which up to 8 queries chose together"
 
     @pytest.mark.parametrize("by_config", [False, True])
-    @pytest.mark.parametrize("more", [{}, {"logits_to_keep": 0}, {"labels": tokens(1, 40)}])
-    def test_logits_of_all_positions_warn_once(
+    @pytest.mark.parametrize(
+        "more",
+        [
+            {},
+            {"logits_to_keep": 0},
+            {"logits_to_keep": 40},
+            {"logits_to_keep": torch.arange(7)},
+            {"labels": tokens(1, 40)},
+        ],
+        ids=["all", "0", "40", "of a tensor", "labels"],
+    )
+    def test_logits_of_several_positions_warn_once(
         self, llama: Any, by_config: bool, more: dict[str, Any]
     ) -> None:
         options = {**SMALL, "chunk": 8}
@@ -680,6 +696,14 @@ class TestCausality:
                 llama(tokens(1, 40), **more)
             assert [warning.filename for warning in told] == [__file__]
             llama(tokens(1, 40), **more)
+
+    def test_of_a_classifier_of_tokens(self) -> None:
+        config = model_of("llama").config
+        config.num_labels = 3
+        model = AutoModelForTokenClassification.from_config(config).eval()
+        told = self.TOLD.format("LlamaForTokenClassification")
+        with enable(model, **SMALL, chunk=8), pytest.warns(UserWarning, match=told):
+            model(tokens(1, 40))
 
     def test_of_a_model_of_parts(self) -> None:
         model = seeing("eager")
@@ -701,11 +725,16 @@ class TestCausality:
             llama(tokens(1, 1), **{CACHE: cache})
             llama(tokens(1, 40), logits_to_keep=torch.tensor([39]))
 
-    @pytest.mark.parametrize("mode", [*MODES, pytest.param("drafts", marks=ASSISTED)])
+    @pytest.mark.parametrize("mode", MODES)
     def test_generate_does_not(self, llama: Any, mode: str) -> None:
-        how = MODES.get(mode, {"prompt_lookup_num_tokens": 3})
         with enable(llama, **SMALL, chunk=8):
-            generated(llama, tokens(1, 40), **how)
+            generated(llama, tokens(1, 40), **MODES[mode])
+
+    @ASSISTED
+    def test_drafts_that_are_verified_together_do(self, llama: Any) -> None:
+        told = "logits of several positions"
+        with enable(llama, **SMALL, chunk=8), pytest.warns(UserWarning, match=told):
+            generated(llama, tokens(1, 40), prompt_lookup_num_tokens=3)
 
     def test_a_model_that_is_made_to_attend_otherwise_does_not(self, llama: Any) -> None:
         before = state(llama)

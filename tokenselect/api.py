@@ -25,6 +25,7 @@ from tokenselect.dispatch import ops, registry
 from tokenselect.dispatch.step import Step
 from tokenselect.errors import InvalidProblem
 from tokenselect.rope import Rope
+from tokenselect.scalars import plain
 from tokenselect.selection_cache import SelectionCache
 
 
@@ -283,20 +284,22 @@ def _config(config: SelectConfig | None, named: dict[str, Any], rare: RareSettin
             "config is a tokenselect.SelectConfig",
             "say SelectConfig(**settings), or pass the settings by name",
         )
-    both = SelectConfig(**dict(config) | given)
-    for name in given:
-        if not _are_equal(both[name], config[name]):
+    for name, value in given.items():
+        asked, has = plain(value), getattr(config, name)
+        if not _are_equal(asked, has):
             raise InvalidProblem(
-                f"{name}={both[name]!r}, config.{name}={config[name]!r}",
+                f"{name}={asked!r}, config.{name}={has!r}",
                 "a setting that is named both ways has one value",
-                f"leave {name} out, or say dataclasses.replace(config, {name}={both[name]!r})",
+                f"leave {name} out, or say dataclasses.replace(config, {name}={asked!r})",
             )
     return config
 
 
 def _are_equal(a: Any, b: Any) -> bool:
-    """Say whether two values of a setting are one; tensors are what a rule refuses later."""
-    return a is b or (not isinstance(a, Tensor) and (a == b or (a != a and b != b)))  # NaN
+    """Say whether two values of a setting are one; only what a setting can be is compared."""
+    if not {type(a), type(b)} <= {int, float, str, type(None)}:
+        return a is b
+    return bool(a == b or (a != a and b != b))  # NaN
 
 
 def score(problem: Problem, backend: str = "auto", validate: bool | None = None) -> Scores:

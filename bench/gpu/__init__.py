@@ -2,12 +2,11 @@
 
 What `__main__` runs, in this order:
 
-    checks     nothing is reported of a backend that fails one; `graphs`, on `ground`, has those of
-               plans and CUDA graphs
+    checks     nothing is reported of a backend that fails one
     measure    the `cases`, one after the other, in a process that may die without harm:
-               `truth` is held against the stages on the inputs that are timed, `baselines` is what
-               dense attention there is, `steps` planned steps, and `timing` times them all
-    model      a whole model
+               `bench.checks` holds the stages to float64 on the inputs that are timed, `baselines`
+               is what dense attention there is, `steps` planned steps, and `timing` times them all
+    model      a whole model, in such a process of its own
     page       the JSON, the targets, and the section in docs/benchmarks.md
 
 Only `device` knows CUDA. A dry run puts the CPU's clock in its place and small cases in the place

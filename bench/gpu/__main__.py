@@ -15,14 +15,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from bench.gpu import checks, page
 from bench.gpu.cases import cases
-from bench.gpu.measure import Task
+from bench.gpu.measure import MODEL, Task
 from bench.gpu.page import SCHEMA, Report, tree_of
 from bench.machine import commit
 from bench.page import RESULTS
@@ -71,9 +71,10 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     begun, options = time.time(), arguments(argv)
-    if not options.dry_run:
+    dry = options.dry_run
+    if not dry:
         os.environ.pop("TRITON_INTERPRET", None)
-    machine = facts(options.dry_run)
+    machine = facts(dry)
     if "error" in machine:
         say(
             f"✗ no NVIDIA GPU that the torch of {sys.executable} can use: {machine['error']}\n"
@@ -82,87 +83,69 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 1
     say(" ".join(f"{name} {value};" for name, value in machine.items() if value is not None))
-    command = " ".join(["python -m bench.gpu", *(sys.argv[1:] if argv is None else argv)])
-    report = _empty(options, machine, command)
-    content = report.content
-
-    def ended(code: int) -> int:
-        report.content["seconds"] = seconds = round(time.time() - begun, 1)
-        for path in report.write():
-            say(f"wrote {path}")
-        say(f"{seconds:.0f} s in all")
-        return code
-
-    say(f"→ checks, {options.check_seconds:.0f} s at most")
-    with tempfile.TemporaryDirectory(prefix="gpu-checks-") as name:
-        settings: dict[str, bool] = {"dry": options.dry_run, "quick": options.quick}
-        wanted = checks.checks(options.backend, Path(name), **settings)
-        content["checks"] = checks.run(wanted, options.check_seconds, Path(name), say)
-    content["green"] = checks.is_green(content["checks"])
-    report.write()
-    for check in content["checks"]:
-        if "tail" in check:
-            say(f"\n✗ {check['name']} {check['status']}: {check['detail']}")
-            say("\n".join(f"    {line}" for line in check["tail"]))
-    if not content["green"] and not options.measure_anyway:
-        say("\n✗ CHECKS DID NOT PASS: nothing is measured, no speed-up is reported.")
-        return ended(1)
-    if not content["green"]:
-        say("\n✗ CHECKS DID NOT PASS. Measured anyway: the figures are for finding out why.")
-    if options.checks_only:
-        return ended(0 if content["green"] else 1)
-
-    ends_at = begun + options.seconds - min(_TO_END + _FOR_MODEL, 0.3 * options.seconds)
-    say(f"→ measuring, {ends_at - time.time():.0f} s")
-    with tempfile.TemporaryDirectory(prefix="gpu-task-") as name:
-        folders = [str(folder.absolute()) for folder in report.folders]
-        anyway = options.measure_anyway
-        task = Task(options.backend, ends_at, folders, **settings, measure_anyway=anyway)
-        supervise(task, report, Path(name))
-    report.kept, content = None, report.content
-    for case in cases(**settings):
-        if case.name not in report.told:
-            report.leave_out(case.name, "the run ended before it")
-    if content["green"]:
-        say("→ a whole model")
-        content["model"] = found = whole_model(options, begun + options.seconds - time.time())
-        if "wrong" in found:
-            report.refute("a whole model", found["wrong"])
-    content["finished"] = True
-    report.write()
-    return ended(_summed_up(content, options))
-
-
-def _empty(options: argparse.Namespace, machine: dict[str, Any], command: str) -> Report:
-    content = {
+    content: dict[str, Any] = {
         "schema": SCHEMA,
         "kind": "gpu",
-        "dry_run": options.dry_run,
+        "dry_run": dry,
         "quick": options.quick,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command,
+        "command": " ".join(["python -m bench.gpu", *(sys.argv[1:] if argv is None else argv)]),
         "backend": options.backend,
         "machine": machine,
         "source": {
             "commit": os.environ.get("TOKENSELECT_COMMIT") or commit(),
             "tree": tree_of(checks.ROOT / "tokenselect"),
         },
-        "green": False,
-        "finished": False,
-        "checks": [],
-        "copy": [],
-        "clock_floor": None,
-        "cells": [],
-        "wrong": [],
-        "left_out": [],
-        "model": None,
+        **dict.fromkeys(("green", "finished"), False),
+        **dict.fromkeys(("clock_floor", "model")),
+        **{name: [] for name in ("checks", "copy", "cells", "wrong", "left_out")},
     }
-    also = [Path(os.environ["OUT"])] if os.environ.get("OUT") else []
-    return Report(content, [options.out, *also])
+    folders = [options.out, *([os.environ["OUT"]] if os.environ.get("OUT") else [])]
+    report = Report(content, [Path(folder).absolute() for folder in folders])
+    say(f"→ checks, {options.check_seconds:.0f} s at most")
+    with tempfile.TemporaryDirectory(prefix="gpu-checks-") as name:
+        wanted = checks.checks(options.backend, Path(name), dry=dry, quick=options.quick)
+        content["checks"] = checks.run(wanted, options.check_seconds, Path(name), say)
+    content["green"] = green = checks.is_green(content["checks"])
+    report.write()
+    for check in content["checks"]:
+        if "tail" in check:
+            say(f"\n✗ {check['name']} {check['status']}: {check['detail']}")
+            say("\n".join(f"    {line}" for line in check["tail"]))
+    if not green:
+        anyway = "Measured anyway: the figures are for finding out why."
+        nothing = "Nothing is measured, no speed-up is reported."
+        say(f"\n✗ CHECKS DID NOT PASS. {anyway if options.measure_anyway else nothing}")
+    code = 0 if green else 1
+    if not options.checks_only and (green or options.measure_anyway):
+        code = _measured(report, options, begun + options.seconds)
+    report.content["seconds"] = seconds = round(time.time() - begun, 1)
+    for path in report.write():
+        say(f"wrote {path}")
+    say(f"{seconds:.0f} s in all")
+    return code
 
 
-def _summed_up(content: dict[str, Any], options: argparse.Namespace) -> int:
-    """Say what was found; return the exit code."""
+def _measured(report: Report, options: argparse.Namespace, ends_at: float) -> int:
+    """Measure, and say what was found; return the exit code."""
+    which = {"dry": options.dry_run, "quick": options.quick}
+    cases_end = ends_at - min(_TO_END + _FOR_MODEL, 0.3 * options.seconds)
+    task = Task(options.backend, cases_end, list(map(str, report.folders)), **which)
+    task.measure_anyway = options.measure_anyway
+    say(f"→ measuring, {task.ends_at - time.time():.0f} s")
+    supervise(task, report)
+    wanted = [case.name for case in cases(**which)]
+    if report.content["green"]:
+        say(f"→ {MODEL}")
+        ends_at = max(time.time() + _FOR_MODEL, ends_at - _TO_END)
+        supervise(replace(task, ends_at=ends_at, model=True), report)
+        wanted += [MODEL] if report.content["model"] is None else []
+    for name in wanted:
+        if name not in report.told:
+            report.leave_out(name, "the run ended before it")
+    content = report.content
+    content["finished"] = True
+    report.write()
     if content["wrong"]:
         say(f"✗ NOT EQUIVALENT in {len(content['wrong'])} case(s): no speed-up is reported.")
     if not content["green"]:
@@ -186,71 +169,37 @@ def _summed_up(content: dict[str, Any], options: argparse.Namespace) -> int:
 
 def facts(dry: bool) -> dict[str, Any]:
     """Return what the device is; "error" if it cannot be used."""
-    command = [sys.executable, "-m", "bench.gpu.checks", "facts", *(["--dry-run"] if dry else [])]
-    return _asked(command, {}, 120.0, wrong="error", late="error")
+    command = checks.probe("facts", *(["--dry-run"] if dry else []))
+    asked = checks.Check("facts", command, checks.by_json)
+    with tempfile.TemporaryDirectory(prefix="gpu-facts-") as name:
+        (found,) = checks.run([asked], 120.0, Path(name), lambda _: None)
+    told = found["detail"]
+    return dict(json.loads(told)) if found["status"] == "passed" else {"error": told}
 
 
-def whole_model(options: argparse.Namespace, seconds: float) -> dict[str, Any]:
-    """Return what `bench.gpu.model` reports: times, or "left_out", or "wrong"."""
-    command = [sys.executable, "-m", "bench.gpu.model", "--backend", options.backend]
-    command += ["--dry-run"] if options.dry_run else []
-    more = checks.INTERPRETED if options.dry_run else {}
-    return _asked(command, more, max(_FOR_MODEL, seconds - _TO_END), wrong="wrong", late="left_out")
-
-
-def _asked(
-    command: list[str], more: dict[str, str], limit: float, *, wrong: str, late: str
-) -> dict[str, Any]:
-    """Return the JSON of a process's last line; or, as `wrong` or `late`, how it ended."""
-    env = checks.environment() | more
-    settings: dict[str, Any] = {"cwd": checks.ROOT, "env": env, "timeout": limit}
-    try:
-        done = subprocess.run(command, capture_output=True, encoding="utf-8", **settings)
-    except subprocess.TimeoutExpired:
-        return {late: f"it did not end in {limit:.0f} s"}
-    said = (done.stdout.strip().splitlines() or [""])[-1]
-    if said.startswith("{"):
-        return dict(json.loads(said))
-    last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-    return {wrong: f"its process ended with exit code {done.returncode}: {last}"}
-
-
-def supervise(task: Task, report: Report, folder: Path) -> None:
+def supervise(task: Task, report: Report) -> None:
     """Run the task in a process, and in others for what is left if that is lost.
 
     A kernel of a baseline may hang, or take the device's context with it. Such a baseline is left
     out of that case, by name, and the case tried again. A process that dies of anything else makes
     the case wrong.
     """
-    report.kept = folder / "report.json"
-    report.write()
-    now = folder / "now.json"
-    for _ in range(_STARTS):
-        page.put(folder / "task.json", asdict(task))
-        page.put(now, {})
-        more = checks.INTERPRETED if task.dry else {}
-        process = checks.start((*COMMAND, str(folder)), more, None)
-        try:
-            why = _lost(process, now, task)
-        finally:
-            checks.stop(process, patience=0.5)
-        report.content = json.loads(report.kept.read_text(encoding="utf-8"))
-        if not why:
-            return
-        at = json.loads(now.read_text(encoding="utf-8"))
-        case, what = at.get("cell"), at.get("baseline") or at.get("step")
-        say(f"✗ {case or 'before a case'}, {what}: the process {why}")
-        if why == _LATE:
-            if case is not None:
-                report.leave_out(case, "no time was left to finish it")
-            return
-        if case is not None and "baseline" in at:
-            task.banned.setdefault(case, []).append(what)
-        elif case is not None:
-            report.refute(case, f"the process that measured it {why}, {what}")
-        elif not report.told:
-            report.refute("before the first case", f"the process {why}")
-            return
+    with tempfile.TemporaryDirectory(prefix="gpu-task-") as name:
+        report.kept, now = Path(name) / "report.json", Path(name) / "now.json"
+        report.write()
+        for _ in range(_STARTS):
+            page.put(now.with_name("task.json"), asdict(task))
+            page.put(now, {})
+            process = checks.start((*COMMAND, name), checks.INTERPRETED if task.dry else {}, None)
+            try:
+                why = _lost(process, now, task)
+            finally:
+                checks.stop(process, patience=0.5)
+            report.content = json.loads(report.kept.read_text(encoding="utf-8"))
+            at = json.loads(now.read_text(encoding="utf-8"))
+            if not why or _blamed(why, at, task, report):
+                break
+        report.kept = None
 
 
 def _lost(process: subprocess.Popen[Any], now: Path, task: Task) -> str:
@@ -262,6 +211,22 @@ def _lost(process: subprocess.Popen[Any], now: Path, task: Task) -> str:
             return f"was stopped: nothing new for {SILENCE:.0f} s"
         time.sleep(0.2)
     return f"ended with exit code {process.returncode}" if process.returncode else ""
+
+
+def _blamed(why: str, at: dict[str, str], task: Task, report: Report) -> bool:
+    """Blame what a lost process was at; whether that was the last of the task."""
+    case, what = at.get("cell"), at.get("baseline") or at.get("step")
+    say(f"✗ {case or 'before a case'}, {what}: the process {why}")
+    if case is not None and why == _LATE:
+        report.leave_out(case, "no time was left to finish it")
+    elif case is not None and "baseline" in at:
+        task.banned.setdefault(case, []).append(at["baseline"])
+    elif case is not None:
+        report.refute(case, f"the process that measured it {why}, {what}")
+    elif why != _LATE and not report.told:
+        report.refute("before the first case", f"the process {why}")
+        return True
+    return why == _LATE
 
 
 def _as_interrupt(*_: object) -> None:

@@ -5,11 +5,10 @@ compiled. What it then runs returns (B, Hq, Lq, Dv). It may raise at any step: t
 """
 
 import importlib.util
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +16,11 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
-from bench.gpu.device import Run
+from bench.checks import Found
+from bench.dense import Truth
+from bench.gpu.device import Ready
+from bench.gpu.timing import Contender
+from tokenselect import Problem
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,25 +55,6 @@ class Inputs:
         Lq, n = self.sizes
         future = torch.ones(Lq, n, dtype=torch.bool, device=self.q.device).triu_(n - Lq + 1)
         return torch.zeros_like(future, dtype=self.q.dtype).masked_fill_(future, -torch.inf)
-
-
-class Ready(NamedTuple):
-    """run gives (B, Hq, Lq, Dv); it is run and timed inside around(), whose cost is not timed."""
-
-    run: Run
-    around: Callable[[], AbstractContextManager[Any]] = nullcontext
-
-
-NOTHING = Ready(lambda: None)
-
-
-@dataclass(frozen=True)
-class Baseline:
-    """seconds_to_prepare: about how long prepare and the first run take."""
-
-    name: str
-    prepare: Callable[[Inputs], Ready]
-    seconds_to_prepare: float = 0.0
 
 
 # --- scaled_dot_product_attention ---
@@ -199,41 +183,70 @@ def _flashinfer_prefill(a: Inputs) -> Ready:
     return Ready(lambda: run().transpose(0, 1)[None])
 
 
-# --- the lists ---
+# --- the lists: names, how they are prepared, and about how many seconds that takes ---
 
-_GQA = tuple(Baseline(f"sdpa {name}, enable_gqa", partial(_gqa, name)) for name in _BACKENDS)
-_FOLDED = tuple(Baseline(f"sdpa {name}, group folded", partial(_folded, name))
-                for name in _BACKENDS)  # fmt: skip
-_FLEX = Baseline("flex_attention, compiled", _flex, seconds_to_prepare=12.0)
-_DECODE = (*_GQA, *_FOLDED, Baseline("matmul, float32 logits", _matmul), _FLEX)
-_CHUNK = (
-    Baseline("sdpa flash, causal_lower_right, enable_gqa", _chunk_lower_right),
-    Baseline("sdpa efficient, causal_lower_right, heads expanded", _chunk_lower_right_expanded),
-    Baseline("sdpa cudnn, mask, enable_gqa", partial(_chunk_masked, "cudnn")),
-    Baseline("sdpa math, mask, enable_gqa", partial(_chunk_masked, "math")),
+_Row = tuple[str, Callable[[Inputs], Ready], float]
+_GQA: list[_Row] = [(f"sdpa {name}, enable_gqa", partial(_gqa, name), 0) for name in _BACKENDS]
+_FOLDED: list[_Row] = [
+    (f"sdpa {name}, group folded", partial(_folded, name), 0) for name in _BACKENDS
+]
+_FLEX: _Row = ("flex_attention, compiled", _flex, 12)
+_DECODE: list[_Row] = [*_GQA, *_FOLDED, ("matmul, float32 logits", _matmul, 0), _FLEX]
+_CHUNK: list[_Row] = [
+    ("sdpa flash, causal_lower_right, enable_gqa", _chunk_lower_right, 0),
+    ("sdpa efficient, causal_lower_right, heads expanded", _chunk_lower_right_expanded, 0),
+    ("sdpa cudnn, mask, enable_gqa", partial(_chunk_masked, "cudnn"), 0),
+    ("sdpa math, mask, enable_gqa", partial(_chunk_masked, "math"), 0),
     _FLEX,
-)
+]
+# It may compile.
+_FLASHINFER_ONE: _Row = ("flashinfer, single decode", _flashinfer_single, 30)
+_FLASHINFER: _Row = ("flashinfer, batch decode, paged", _flashinfer_batch, 30)
+_FLASHINFER_CHUNK: _Row = ("flashinfer, single prefill", _flashinfer_prefill, 30)
 
 
-def dense(Lq: int, B: int) -> list[Baseline]:
-    """Return the dense attentions to try on a case."""
-    found = list(_DECODE if Lq == 1 else _CHUNK)
-    if importlib.util.find_spec("flashinfer") is not None:  # it may compile
-        if B == 1 and Lq > 1:
-            found.append(Baseline("flashinfer, single prefill", _flashinfer_prefill, 30.0))
-        if B == 1 and Lq == 1:
-            found.append(Baseline("flashinfer, single decode", _flashinfer_single, 30.0))
+def dense(a: Inputs, exact: Truth, reads: int) -> Iterator[Contender]:
+    """Yield the dense attentions to try on a case."""
+    B, Lq = a.q.shape[0], a.q.shape[2]
+    rows = list(_DECODE if Lq == 1 else _CHUNK)
+    if importlib.util.find_spec("flashinfer") is not None:
+        if B == 1:
+            rows.append(_FLASHINFER_ONE if Lq == 1 else _FLASHINFER_CHUNK)
         if Lq == 1:
-            found.append(Baseline("flashinfer, batch decode, paged", _flashinfer_batch, 30.0))
-    return found
+            rows.append(_FLASHINFER)
+    for name, prepare, seconds in rows:
+        made = {"make": partial(prepare, a), "seconds": seconds, "exact": exact}
+        yield Contender(name, "dense", bytes=reads, **made)
 
 
-def over_gathered(Lq: int) -> list[Baseline]:
-    """Return attention to as many tokens as are selected, copied next to each other beforehand."""
-    fused = (*_GQA[:3], *_FOLDED[:3]) if Lq == 1 else _CHUNK[:3]
-    return [Baseline(f"{baseline.name}, gathered", baseline.prepare) for baseline in fused]
+def over_gathered(a: Inputs, exact: Truth) -> Iterator[Contender]:
+    """Yield attention to as many tokens as are selected, copied next to each other beforehand."""
+    for name, prepare, _ in (*_GQA[:3], *_FOLDED[:3]) if a.q.shape[2] == 1 else _CHUNK[:3]:
+        made = partial(prepare, a)
+        yield Contender(f"{name}, gathered", "gathered", make=made, exact=exact)
 
 
-def top_k(votes: Tensor, k: int) -> Ready:
-    """The k largest of the candidates' votes (B, m), in no order and with ties anyhow."""
-    return Ready(partial(torch.topk, votes, min(k, votes.shape[1]), dim=1, sorted=False))
+def top_k(problem: Problem, found: Found) -> Contender:
+    """torch.topk of the candidates' votes, which finds as good ones, in no order."""
+    sink_end, local_start = problem.config.regions(problem.Lk, problem.Lq)
+    votes = found.scores.votes[:, 0, 0, sink_end:local_start]
+    k = min(problem.config.k, votes.shape[1])
+    run = partial(torch.topk, votes, k, dim=1, sorted=False)
+    one = Contender("torch.topk", "topk", Ready(run))
+    best = run().values.sort(dim=1).values
+    mine = found.selection.positions[:, 0].long()
+    chosen = (mine >= sink_end) & (mine < local_start)
+    if not (chosen.sum(1) == best.shape[1]).all():
+        one.notes["error"] = "another number of candidates than select has"
+        return one
+    places = mine[chosen].view(len(best), -1) - sink_end
+    one.notes["is_baseline"] = torch.equal(votes.gather(1, places).sort(dim=1).values, best)
+    return one
+
+
+def copy(keys: Tensor) -> Contender:
+    """A copy on the device that moves as many bytes as there are in the keys."""
+    source = keys.flatten()[: keys.numel() // 2]
+    moved = 2 * source.numel() * source.element_size()
+    run = partial(torch.empty_like(source).copy_, source)
+    return Contender("device copy", "copy", Ready(run), moved)

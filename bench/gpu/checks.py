@@ -8,7 +8,7 @@ facts        what device this is, as JSON on the last line
 rules        tokenselect.check, or one part of its kinds of problem
 determinism  a call repeated: every tensor bitwise the same each time
 small        a few small calls of every layout, also planned, for compute-sanitizer to watch
-graphs       plans and CUDA graphs: see `bench.gpu.graphs`
+graphs       plans and CUDA graphs at the sizes that are timed: properties/test_graphs.py
 """
 
 import argparse
@@ -34,9 +34,10 @@ import torch
 from torch import Tensor
 
 import tokenselect
+from bench.checks import NotEquivalent
 from bench.gpu import device as devices
-from bench.gpu.cases import CHUNK, MAIN, Case, K, cases, draw
-from bench.gpu.device import device_for, same
+from bench.gpu.cases import CHUNK, MAIN, K, case, cases
+from bench.gpu.device import device_for, hold
 from bench.workloads import TINY, make
 from tokenselect import Problem, SelectConfig, SelectionCache, check
 from tokenselect.conformance.devices import on
@@ -71,6 +72,15 @@ def by_exit_code(done: Done) -> Verdict:
     if done.code == 0:
         return Verdict("passed", last)
     return Verdict("failed", f"exit code {done.code}; last: {last}")
+
+
+def by_json(done: Done) -> Verdict:
+    """Its last line that is JSON is what it found, whatever else was said."""
+    verdict = by_exit_code(done)
+    found = [line for line in done.output.splitlines() if line.startswith("{")]
+    if verdict.status == "passed":
+        return Verdict("passed", found[-1]) if found else Verdict("failed", verdict.detail)
+    return verdict
 
 
 def by_junit(done: Done) -> Verdict:
@@ -135,28 +145,31 @@ class Check:
 _TOOLS = {"memcheck": {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, "racecheck": {}}
 
 
+def probe(name: str, *options: str) -> tuple[str, ...]:
+    """Return the command of what is run here."""
+    return (sys.executable, "-m", "bench.gpu.checks", name, *options)
+
+
 def checks(backend: str, folder: Path, *, dry: bool, quick: bool) -> list[Check]:
     """Return the checks of a backend; `folder` is for what they write."""
     cores = os.cpu_count() or 1
     options = ("--backend", backend, *(("--dry-run",) if dry else ()))
-
-    def probe(name: str) -> tuple[str, ...]:
-        return (sys.executable, "-m", "bench.gpu.checks", name, *options)
-
-    def parted(name: str, command: tuple[str, ...], parts: int) -> Iterator[Check]:
-        """Parts compile side by side, which is what takes the time on a GPU."""
-        for part in range(1, parts + 1):
-            shown = f"{name}-{part}-of-{parts}" if parts > 1 else name
-            yield Check(shown, (*command, "--part", str(part), "--of", str(parts)))
-
+    shorter = ("--quick",) if quick else ()
     # The properties take most cores, if not quick.
     rules, graphs = (1, 1) if cores < 12 else (8, 1) if quick else (2, 2)
-    more = ("--quick",) if quick else ()
-    sanitized = [_sanitized(tool, probe("small"), dry=dry, quick=quick) for tool in _TOOLS]
+
+    def parted(shown: str, name: str, parts: int, *more: str) -> Iterator[Check]:
+        """Parts compile side by side, which is what takes the time on a GPU."""
+        for part in map(str, range(1, parts + 1)):
+            which = f"-{part}-of-{parts}" if parts > 1 else ""
+            command = probe(name, *options, *more, "--part", part, "--of", str(parts))
+            yield Check(shown + which, command)
+
+    sanitized = [_sanitized(tool, probe("small", *options), dry, quick) for tool in _TOOLS]
     others = [
-        *parted("tokenselect.check", probe("rules"), rules),
-        Check("determinism", probe("determinism")),
-        *parted("graphs", (*probe("graphs"), *more), graphs),
+        *parted("tokenselect.check", "rules", rules),
+        Check("determinism", probe("determinism", *options)),
+        *parted("graphs", "graphs", graphs, *shorter),
         _properties(backend, folder, cores, dry=dry, quick=quick),
     ]
     if not dry and any(check.command for check in sanitized):
@@ -166,34 +179,39 @@ def checks(backend: str, folder: Path, *, dry: bool, quick: bool) -> list[Check]
             for check in (*sanitized, *others)]  # fmt: skip
 
 
-def _sanitized(name: str, command: tuple[str, ...], *, dry: bool, quick: bool) -> Check:
+def _sanitized(name: str, command: tuple[str, ...], dry: bool, quick: bool) -> Check:
     """compute-sanitizer over the small calls. A dry run makes them once, without the tool."""
     tool = shutil.which("compute-sanitizer")
-    if quick:
-        return Check(name, None, detail="left out by --quick")
-    if dry and name == "memcheck":
+    if dry and name == "memcheck" and not quick:
         return Check(name, command)
-    if dry:
-        why = "a dry run has no compute-sanitizer, and makes the same calls in memcheck"
-        return Check(name, None, detail=why)
-    if tool is None:
-        return Check(name, None, detail="no compute-sanitizer on PATH")
-    options = ("--tool", name, "--target-processes", "application-only")
-    return Check(name, (tool, *options, *command), by_sanitizer, environment=_TOOLS[name])
+    for holds, why in (
+        (quick, "left out by --quick"),
+        (dry, "a dry run has no compute-sanitizer, and makes the same calls in memcheck"),
+        (tool is None, "no compute-sanitizer on PATH"),
+    ):
+        if holds:
+            return Check(name, None, detail=why)
+    options = (str(tool), "--tool", name, "--target-processes", "application-only")
+    return Check(name, (*options, *command), by_sanitizer, environment=_TOOLS[name])
+
+
+_PYTEST = (
+    *("--hypothesis-profile=device", "-q", "--tb=short", "-p", "no:cacheprovider"),
+    # Of packages in versions that nobody has seen here; an error is an error all the same.
+    *("-o", "minversion=7.0", "-o", "filterwarnings=default"),
+)
 
 
 def _properties(backend: str, folder: Path, cores: int, *, dry: bool, quick: bool) -> Check:
     if quick:
         return Check("properties", None, detail="left out by --quick")
     # Those tests that hold the backend to something: its name is in theirs. Mistakes that are
-    # planted try the laws, and the laws are the same on a CPU.
+    # planted try the laws, and the laws are the same on a CPU. What "graphs" runs is not here.
     registered = named(backend)
     wanted = f"{registered} and not mistake"
     options = [
-        *("properties", f"--backend={backend}", "--hypothesis-profile=device"),
-        *("-q", "--tb=short", "-p", "no:cacheprovider", "-o", "minversion=7.0"),
-        # Of packages in versions that nobody has seen here; an error is an error all the same.
-        *("-o", "filterwarnings=default", f"--junitxml={folder / 'properties.xml'}"),
+        *("properties", "--ignore=properties/test_graphs.py", *_PYTEST, f"--backend={backend}"),
+        f"--junitxml={folder / 'properties.xml'}",
         *("-k", f"{wanted} and test_law and select" if dry else wanted),
     ]
     # The other checks take seven processes, most of which end soon.
@@ -216,7 +234,8 @@ def run(
     ends_at = time.monotonic() + seconds
 
     def finished(check: Check) -> dict[str, Any]:
-        assert check.command is not None
+        if check.command is None:
+            return _report(check, Verdict("skipped", check.detail), 0.0, "")
         begun, log = time.monotonic(), folder / f"gpu-{check.name}.log"
         with log.open("wb") as output:
             # The problems are small, and each core has a process already.
@@ -232,21 +251,18 @@ def run(
         verdict = check.judge(Done(code, output_of, folder))
         return _report(check, verdict, time.monotonic() - begun, output_of)
 
-    reports = [_report(check, Verdict("skipped", check.detail), 0.0, "")
-               for check in wanted if check.command is None]  # fmt: skip
-    for report in reports:
-        say(f"  {report['name']}: SKIPPED: {report['detail']}")
+    reports = []
     with ThreadPoolExecutor(len(wanted)) as pool:
         try:
             futures = []
-            for check in wanted:
-                if check.command is not None:
-                    time.sleep(check.after)
-                    futures.append(pool.submit(finished, check))
+            for check in sorted(wanted, key=lambda check: check.command is not None):
+                time.sleep(check.after)
+                futures.append(pool.submit(finished, check))
             for future in as_completed(futures):
                 reports.append(report := future.result())
-                took = f"{report['status']} in {report['seconds']:.0f} s"
-                say(f"  {report['name']}: {took}: {report['detail']}")
+                status, took = report["status"], f" in {report['seconds']:.0f} s"
+                told = status.upper() if status == "skipped" else status + took
+                say(f"  {report['name']}: {told}: {report['detail']}")
         finally:
             for process in processes:
                 stop(process, patience=0)
@@ -308,18 +324,16 @@ def _results(problem: Problem, backend: str) -> Iterator[tuple[str, Tensor]]:
 def determinism(backend: str, dry: bool) -> int:
     """Problems as long as those that are timed: many programs then write what one reads."""
     device, repeats = device_for(dry), 4 if dry else 20
-    shapes = [Case(*MAIN, 128 * K), Case(9, 3, 64, 32 * K, B=4), Case(*MAIN, 32 * K, Lq=CHUNK)]
+    shapes = [case(MAIN, 128 * K), case((9, 3, 64), 32 * K, 4), case(MAIN, 32 * K, Lq=CHUNK)]
     if dry:
-        shapes = [case for case in cases(quick=True, dry=True) if case.n <= 512]
-    for case in shapes:
-        problem = draw(case, device.at, torch.bfloat16)
+        shapes = [one for one in cases(quick=True, dry=True) if one.n <= 512]
+    for one in shapes:
+        problem = make(one, device=device.at)
         first = {name: x.clone() for name, x in _results(problem, backend)}
         for repeat in range(1, repeats):
             for name, x in _results(problem, backend):
-                if not same(x, first[name]):
-                    print(f"{case.name}: {name} of repeat {repeat} differ from the first")
-                    return 1
-        print(f"{case.name}: {repeats} repeats, all tensors bitwise the same", flush=True)
+                hold(f"{one.name}: {name} of repeat {repeat} and of the first", x, first[name])
+        print(f"{one.name}: {repeats} repeats, all tensors bitwise the same", flush=True)
     return 0
 
 
@@ -337,7 +351,7 @@ def small(backend: str, dry: bool) -> int:
     """Run tiny workloads: decode and a chunk, paged and not, selections of a layer and a group."""
     device, chosen = device_for(dry), load(backend)
     for workload in (*TINY, *_LONGER):
-        problem = on(str(device.at), make(workload))
+        problem = on(str(device.at), make(workload))  # nothing but the backend's for the sanitizer
         if why_not := tokenselect.reasons(chosen, problem):
             print(f"{workload.name}: not run: {'; '.join(why_not)}")
             continue
@@ -362,19 +376,17 @@ def _small_plan(problem: Problem, backend: str) -> bool:
     return bool(torch.stack(outs).isfinite().all()) and int(cache.hits.sum()) > 0
 
 
-def graphs(backend: str, dry: bool, quick: bool, part: int, parts: int) -> int:
-    """Check plans and CUDA graphs, or a part of them; in a dry run with what stands for graphs."""
-    from bench.gpu.graphs import CHECKS, run
-    from bench.gpu.ground import Ground
-
-    ground = Ground(backend, device_for(dry), dry, quick, recorded() if dry else None)
-    return run(ground, CHECKS[part - 1 :: parts])
-
-
-def recorded() -> Any:
-    from properties.recorded import Recorded
-
-    return Recorded()
+def graphs(backend: str, quick: bool, part: int, parts: int) -> int:
+    """Check plans and CUDA graphs, or a part of them, by properties/test_graphs.py."""
+    wanted = "not mistake"
+    if parts > 1:  # about as long
+        wanted += f" and {'' if part == 1 else 'not '}bits_of_attention"
+    if quick:
+        wanted += " and not compiled and not 8000 and (long or not bits_of_attention)"
+    command = (sys.executable, "-m", "pytest", "properties/test_graphs.py", *_PYTEST)
+    os.chdir(ROOT)
+    # In this process's place, so that pytest gets the signal when the time is over.
+    return os.execv(sys.executable, (*command, f"--backend={backend}", "-k", wanted))
 
 
 @torch.no_grad()
@@ -390,12 +402,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given.name == "facts":
         print(json.dumps(devices.facts(given.dry_run)))
         return 0
-    backend = named(given.backend)
-    if given.name == "rules":
-        return rules(backend, given.part, given.of)
-    if given.name == "graphs":
-        return graphs(backend, given.dry_run, given.quick, given.part, given.of)
-    return {"determinism": determinism, "small": small}[given.name](backend, given.dry_run)
+    backend, dry = named(given.backend), given.dry_run
+    try:
+        return {
+            "rules": lambda: rules(backend, given.part, given.of),
+            "determinism": lambda: determinism(backend, dry),
+            "small": lambda: small(backend, dry),
+            "graphs": lambda: graphs(given.backend, given.quick, given.part, given.of),
+        }[given.name]()
+    except NotEquivalent as error:
+        print(error)
+        return 1
 
 
 if __name__ == "__main__":

@@ -5,15 +5,17 @@ Without torch. What is printed in a terminal are the same tables.
 
 import hashlib
 import json
+import operator
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from bench.tables import table
 
+Json = dict[str, Any]
 SCHEMA = 2  # since 2: planned figures are times of one call in `calls`
 MODES = ("graph", "eager")
 PLANNED = ("hit", "hit, one layer", "miss", "mixed", "short")
@@ -63,6 +65,15 @@ and their CUDA graphs to attention without them, over the sizes, inputs and stre
 # --- the targets ---
 
 
+# Of what a target is of: how it is told, how a figure is, and when it is reached.
+_KINDS: dict[str, tuple[str, str, Callable[[float, float], bool]]] = {
+    "speed-up": ("at least {:g} times as fast as dense", "{:.2f}", operator.ge),
+    "us": ("at most {:g} µs", "{:.1f} µs", operator.le),
+    "share": ("at least {:.0%} of the copy rate", "{:.0%}", operator.ge),
+    "cost": ("at most {:g} times a small plan", "{:.2f}", operator.le),
+}
+
+
 @dataclass(frozen=True)
 class Target:
     """A figure that a case is to reach, by graph replay, on the device that it was set for.
@@ -73,28 +84,17 @@ class Target:
 
     case: str
     of: str
-    what: Literal["speed-up", "us", "share", "cost"]
+    what: str
     limit: float
     device: str = "H100"
 
-    def text(self) -> str:
-        return {
-            "us": f"at most {self.limit:g} µs",
-            "share": f"at least {self.limit:.0%} of the copy rate",
-            "cost": f"at most {self.limit:g} times a small plan",
-            "speed-up": f"at least {self.limit:g} times as fast as dense",
-        }[self.what]
-
-    def is_reached(self, value: float) -> bool:
-        return value <= self.limit if self.what in ("us", "cost") else value >= self.limit
-
-    def measured(self, report: dict[str, Any], case: dict[str, Any], mode: str) -> float | None:
-        if self.what == "speed-up":
-            ratio = ratio_of(case, self.of, mode, "dense")
-            return ratio and ratio["median"]
-        if self.what == "cost":
-            ratio = ratio_of(case, self.of, mode, "planned")
-            return ratio and 1 / ratio["median"]
+    def measured(self, report: Json, case: Json, mode: str) -> float | None:
+        """Return the figure of a case that the target is about, if there is one."""
+        if self.what in ("speed-up", "cost"):
+            role = {"speed-up": "dense", "cost": "planned"}[self.what]
+            ratio = ratio_of(case, self.of, mode, role)
+            median = ratio and ratio["median"]
+            return 1 / median if median and self.what == "cost" else median
         found = side_of(case, self.of).get(mode)
         if self.what == "us" or not found:
             return found and found["median_us"]
@@ -105,45 +105,42 @@ class Target:
 
 
 _DECODE, _CHUNK = "decode 32/8/128 n {} B 1", "prefill 32/8/128 n {} B 1 Lq 512"
-TARGETS = (
-    Target(_DECODE.format("128K"), "fresh", "speed-up", 1.6),
-    Target(_DECODE.format("1M"), "fresh", "speed-up", 1.75),
-    Target(_DECODE.format("128K"), "attend", "us", 15.0),
-    Target(_DECODE.format("1M"), "attend", "us", 15.0),
-    Target(_DECODE.format("1M"), "select", "us", 60.0),
-    Target(_DECODE.format("1M"), "score", "share", 0.8),
-    Target(_DECODE.format("128K"), "hit", "us", 15.0),
-    Target(_DECODE.format("1M"), "hit", "us", 15.0),
-    Target(_DECODE.format("32K"), "hit", "us", 15.0),
-    Target(_DECODE.format("128K"), "hit", "speed-up", 12.0),
-    Target(_DECODE.format("1M"), "hit", "speed-up", 90.0),
-    Target(_DECODE.format("128K"), "mixed", "speed-up", 6.0),
-    Target(_DECODE.format("1M"), "short", "cost", 1.15),
-    Target(_CHUNK.format("128K"), "fresh", "speed-up", 6.1),
-    Target(_CHUNK.format("1M"), "fresh", "speed-up", 24.0),
+TARGETS = tuple(
+    Target(shape.format(n), of, what, limit)
+    for shape, n, of, what, limit in (
+        (_DECODE, "128K", "fresh", "speed-up", 1.6),
+        (_DECODE, "1M", "fresh", "speed-up", 1.75),
+        (_DECODE, "128K", "attend", "us", 15.0),
+        (_DECODE, "1M", "attend", "us", 15.0),
+        (_DECODE, "1M", "select", "us", 60.0),
+        (_DECODE, "1M", "score", "share", 0.8),
+        (_DECODE, "128K", "hit", "us", 15.0),
+        (_DECODE, "1M", "hit", "us", 15.0),
+        (_DECODE, "32K", "hit", "us", 15.0),
+        (_DECODE, "128K", "hit", "speed-up", 12.0),
+        (_DECODE, "1M", "hit", "speed-up", 90.0),
+        (_DECODE, "128K", "mixed", "speed-up", 6.0),
+        (_DECODE, "1M", "short", "cost", 1.15),
+        (_CHUNK, "128K", "fresh", "speed-up", 6.1),
+        (_CHUNK, "1M", "fresh", "speed-up", 24.0),
+    )
 )
 
 
-def judged(report: dict[str, Any]) -> list[dict[str, Any]]:
+def judged(report: Json) -> list[Json]:
     """Return each target beside what was measured. reached: None if it was not, or elsewhere."""
     cases = {case["name"]: case for case in report["cells"]}
     rows = []
     for target in TARGETS:
+        text, _, is_reached = _KINDS[target.what]
         case = cases.get(target.case, {"sides": [], "ratios": []})
         measured = {mode: target.measured(report, case, mode) for mode in MODES}
-        value = measured["graph"]
-        applies = value is not None and target.device in report["machine"].get("device", "")
-        rows.append(
-            {
-                "cell": target.case,
-                "of": target.of,
-                "what": target.what,
-                "target": target.text(),
-                "for": target.device,
-                **measured,
-                "reached": target.is_reached(value) if applies else None,
-            }
-        )
+        row = {"cell": target.case, "of": target.of, "what": target.what}
+        row |= {"target": text.format(target.limit), "for": target.device, **measured}
+        value, row["reached"] = measured["graph"], None
+        if value is not None and target.device in report["machine"].get("device", ""):
+            row["reached"] = is_reached(value, target.limit)
+        rows.append(row)
     return rows
 
 
@@ -158,7 +155,7 @@ class Report:
     kept     the same for another process, with what is no figure of a red run
     """
 
-    content: dict[str, Any]
+    content: Json
     folders: list[Path]
     kept: Path | None = None
 
@@ -175,7 +172,7 @@ class Report:
         day, _, time = self.content["date"].partition("T")
         return f"{day}-{time[:5].replace(':', '')}-{slug}-gpu{'' if green else '-red'}.json"
 
-    def add(self, case: dict[str, Any]) -> None:
+    def add(self, case: Json) -> None:
         """Add what was measured of a case.
 
         Times are shown as they come. What is faster than what is shown at the end: a later case may
@@ -250,7 +247,7 @@ class Refused(ValueError):
     """A result that must not be shown as a measurement."""
 
 
-def section(reports: Sequence[dict[str, Any]]) -> str:
+def section(reports: Sequence[Json]) -> str:
     """Return the whole section, from the newest result of each device. Raises Refused."""
     for report in reports:
         accept(report)
@@ -262,7 +259,7 @@ def section(reports: Sequence[dict[str, Any]]) -> str:
     return "\n".join([_HEAD, _HOW, *map(device, latest_first)])
 
 
-def accept(report: dict[str, Any]) -> None:
+def accept(report: Json) -> None:
     """Raise Refused for a dry run, and for a run whose checks did not pass."""
     if report.get("dry_run") is not False:
         raise Refused("a dry run measures nothing: its result does not belong in bench/results")
@@ -276,7 +273,7 @@ def accept(report: dict[str, Any]) -> None:
         raise Refused("this run measured nothing")
 
 
-def device(report: dict[str, Any]) -> str:
+def device(report: Json) -> str:
     """Return one device's part."""
     machine, cases = report["machine"], report["cells"]
     lines = [f"### {report['date'][:10]}: {machine['device']}\n", _facts(report) + "\n"]
@@ -294,7 +291,7 @@ def device(report: dict[str, Any]) -> str:
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
-def _facts(report: dict[str, Any]) -> str:
+def _facts(report: Json) -> str:
     machine, source = report["machine"], report["source"]
     of = source["commit"] or "no commit known"
     copied = ", ".join(f"{rate['median_gb_per_s']:.0f}" for rate in report["copy"])
@@ -313,65 +310,67 @@ def _facts(report: dict[str, Any]) -> str:
     return told
 
 
-def targets(rows: Iterable[dict[str, Any]]) -> list[str]:
+def targets(rows: Iterable[Json]) -> list[str]:
+    """Of every target what was measured."""
     words = {True: "reached", False: "missed", None: ""}
-
-    def value(row: dict[str, Any], mode: str) -> str:
-        got = row[mode]
-        if got is None:
-            return "not measured"
-        return {"us": f"{got:.1f} µs", "share": f"{got:.0%}"}.get(row["what"], f"{got:.2f}")
-
-    return table(
-        ("cell", "of", "target, for an H100, as a graph", *MODES, ""),
-        [
-            (row["cell"], TITLES[row["of"]], row["target"], *(value(row, mode) for mode in MODES),
-             words[row["reached"]])
-            for row in rows
-        ],
-    )  # fmt: skip
+    lines = []
+    for row in rows:
+        figure = _KINDS[row["what"]][1]
+        values = ["not measured" if row[m] is None else figure.format(row[m]) for m in MODES]
+        words_of = (row["cell"], TITLES[row["of"]], row["target"])
+        lines.append((*words_of, *values, words[row["reached"]]))
+    return table(("cell", "of", "target, for an H100, as a graph", *MODES, ""), lines)
 
 
-def speed_ups(cases: Iterable[dict[str, Any]]) -> list[str]:
-    rows = []
+Column = tuple[str, str, str, str]  # head, of, mode, and the role over which a ratio is, or ""
+
+
+def _by_case(title: str, cases: Iterable[Json], columns: Iterable[Column]) -> list[str]:
+    """Return a table of medians in microseconds, and of ratios."""
+
+    def cell(case: Json, of: str, mode: str, role: str) -> str:
+        if role:
+            return _ratio(ratio_of(case, of, mode, role))
+        side = side_of(case, of)
+        if of == "dense":  # the fastest that is exact
+            able = [x for x in case["sides"] if x["role"] == "dense" and x.get("is_baseline")]
+            able = [side for side in able if mode in side]
+            side = min(able, key=lambda side: side[mode]["median_us"], default={})
+        return f"{side[mode]['median_us']:.1f}" if mode in side else "-"
+
+    rows = [(case["name"], *(cell(case, *which) for _, *which in columns)) for case in cases]
+    return table((title, *(head for head, *_ in columns)), rows)
+
+
+def speed_ups(cases: Iterable[Json]) -> list[str]:
+    """Of every case how far selections are ahead of dense attention, and of which."""
+    columns = [(f"{TITLES[of]}, {mode}", of, mode, "dense")
+               for of in ("fresh", "attend") for mode in MODES]  # fmt: skip
+    lines, over = _by_case("cell", cases, columns), ["over", "---"]
     for case in cases:
-        ratios = [ratio_of(case, of, mode, "dense") for of in ("fresh", "attend")
-                  for mode in MODES]  # fmt: skip
-        over = dict.fromkeys(f"{r['to']} ({r['mode']})" for r in ratios if r)
-        rows.append((case["name"], *map(_ratio, ratios), "; ".join(over) or "no dense one ran"))
-    head = ("cell", "fresh, graph", "fresh, eager", "reused, graph", "reused, eager", "over")
-    return table(head, rows)
+        ratios = [ratio_of(case, *which) for _, *which in columns]
+        names = dict.fromkeys(f"{r['to']} ({r['mode']})" for r in ratios if r)
+        over.append("; ".join(names) or "no dense one ran")
+    return [f"{line} {end} |" for line, end in zip(lines, over, strict=True)]
 
 
-def times(cases: Iterable[dict[str, Any]]) -> list[str]:
+def times(cases: Iterable[Json]) -> list[str]:
     """Of every case the medians, in microseconds: as graphs, and the two ends eagerly."""
-    parts, rows = ("fresh", "score", "select", "attend"), []
-    for case in cases:
-        dense = {mode: min((side for side in case["sides"] if side["role"] == "dense"
-                            and side.get("is_baseline") and mode in side),
-                           key=lambda side: side[mode]["median_us"], default={})
-                 for mode in MODES}  # fmt: skip
-        found = [_median(side_of(case, name), "graph") for name in parts]
-        found += [_median(dense["graph"], "graph"), _median(side_of(case, "fresh"), "eager")]
-        rows.append((case["name"], *found, _median(dense["eager"], "eager")))
-    head = ("µs", *(f"{name}, graph" for name in parts), "dense, graph", "fresh, eager")
-    return table((*head, "dense, eager"), rows)
+    which = [(of, "graph") for of in ("fresh", "score", "select", "attend", "dense")]
+    which += [("fresh", "eager"), ("dense", "eager")]
+    return _by_case("µs", cases, [(f"{of}, {mode}", of, mode, "") for of, mode in which])
 
 
-def planned(cases: Iterable[dict[str, Any]]) -> list[str]:
+def planned(cases: Iterable[Json]) -> list[str]:
     """Of every case with plans, times as graphs and how far they are ahead of dense attention."""
-    rows = []
-    for case in cases:
-        if case.get("reuse") and case["sides"]:
-            names = (*PLANNED, "short, own capacity")
-            found = [_median(side_of(case, name), "graph") for name in names]
-            ahead = [ratio_of(case, of, "graph", "dense") for of in ("hit", "miss", "mixed")]
-            rows.append((case["name"], *found, *map(_ratio, ahead)))
-    head = ("planned, µs a call, graph", *PLANNED, "short, own capacity")
-    return table((*head, "hit over dense", "miss", "mixed"), rows) if rows else []
+    able = [case for case in cases if case.get("reuse") and case["sides"]]
+    columns = [(name, name, "graph", "") for name in (*PLANNED, "short, own capacity")]
+    ahead = {"hit over dense": "hit", "miss": "miss", "mixed": "mixed"}
+    columns += [(head, of, "graph", "dense") for head, of in ahead.items()]
+    return _by_case("planned, µs a call, graph", able, columns) if able else []
 
 
-def model(model: dict[str, Any] | None) -> list[str]:
+def model(model: Json | None) -> list[str]:
     """A whole model's times of a token."""
     if model is None:
         return []
@@ -397,7 +396,7 @@ def model(model: dict[str, Any] | None) -> list[str]:
     return [*title, told, "", *table(("", "ms a token", *(f"over {n}" for n in names)), rows)]
 
 
-def _failed(cases: Iterable[dict[str, Any]]) -> list[str]:
+def _failed(cases: Iterable[Json]) -> list[str]:
     """Every baseline that did not run, or not exactly, and where."""
     found: dict[tuple[str, str], list[str]] = {}
     for case in cases:
@@ -411,7 +410,7 @@ def _failed(cases: Iterable[dict[str, Any]]) -> list[str]:
     return table(("did not run, or not exactly", "why", "where"), rows) if rows else []
 
 
-def _absent(report: dict[str, Any]) -> list[str]:
+def _absent(report: Json) -> list[str]:
     """What a reader might look for and not find."""
     reasons: dict[str, list[str]] = {}
     for case in report["left_out"]:
@@ -420,7 +419,7 @@ def _absent(report: dict[str, Any]) -> list[str]:
     return table(("not measured", "why"), rows) if rows else ["Every cell was measured."]
 
 
-def _case_facts(case: dict[str, Any]) -> str:
+def _case_facts(case: Json) -> str:
     config = ", ".join(f"{name} {value}" for name, value in case["config"].items())
     checks = "; ".join(f"{name}: {value:.2g}" for name, value in case["checks"].items())
     told = f"{case['dtype']}, {config}; {case['attended']} tokens attended to. {checks}."
@@ -432,7 +431,7 @@ def _case_facts(case: dict[str, Any]) -> str:
     return told
 
 
-def details(case: dict[str, Any]) -> list[str]:
+def details(case: Json) -> list[str]:
     """Every contender of a case."""
     rows = []
     for side in case["sides"]:
@@ -447,7 +446,7 @@ def details(case: dict[str, Any]) -> list[str]:
     return table(("", "graph, µs", "eager, µs", "MB", "GB/s", "remarks"), rows)
 
 
-def _remarks(side: dict[str, Any]) -> str:
+def _remarks(side: Json) -> str:
     parts, share = [], side.get("share_of_budget")
     if share is not None:
         right = side["is_baseline"]
@@ -458,7 +457,7 @@ def _remarks(side: dict[str, Any]) -> str:
     return "; ".join(parts + [side[note] for note in ("slow", "graph_error") if note in side])
 
 
-def _ratio(ratio: dict[str, Any] | None) -> str:
+def _ratio(ratio: Json | None) -> str:
     return _spread(ratio, "", 2) if ratio else "-"
 
 
@@ -467,18 +466,14 @@ def _spread(figures: dict[str, float], unit: str, digits: int) -> str:
     return f"{median} ({p10}–{p90})"
 
 
-def _median(side: dict[str, Any], mode: str) -> str:
-    return f"{side[mode]['median_us']:.1f}" if mode in side else "-"
-
-
 def _plain(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def side_of(case: dict[str, Any], name: str) -> dict[str, Any]:
+def side_of(case: Json, name: str) -> Json:
     return next((side for side in case["sides"] if side["name"] == name), {})
 
 
-def ratio_of(case: dict[str, Any], of: str, mode: str, role: str) -> dict[str, Any] | None:
+def ratio_of(case: Json, of: str, mode: str, role: str) -> Json | None:
     wanted = {"of": of, "mode": mode, "role": role}
     return next((r for r in case["ratios"] if wanted.items() <= r.items()), None)

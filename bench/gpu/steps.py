@@ -19,12 +19,11 @@ from torch import Tensor
 import tokenselect
 from bench.checks import NotEquivalent
 from bench.gpu.cases import PlannedSteps
-from bench.gpu.device import same
+from bench.gpu.device import hold, nearness
 from tokenselect import Plan, Problem, SelectionCache
 
 THETA = 0.9
 GROUP = 5  # alike queries one after the other, of the mixed trace: 80 % hits
-_NEAR = 0.05  # what a backend may differ by whose plans compute in another order than its calls
 
 Layers = list[tuple[Tensor, Tensor]]  # the keys and values of each
 
@@ -81,8 +80,9 @@ def _growing(problem: Problem, room: int, T: int) -> Tensor:
 class Steps:
     """`width` steps of a trace through all layers, as one thing to run: into `out`.
 
-    expected (1 + T) of (B, Hq, 1, Dv): what each step of the trace has to give in every layer
-    out (width, layers, B, Hq, 1, Dv). caches None: no SelectionCache at all.
+    caches    a SelectionCache per layer, or none at all
+    expected  (1 + T) of (B, Hq, 1, Dv): what each step of the trace has to give in every layer
+    out       (width, layers, B, Hq, 1, Dv)
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Steps:
         plan: Plan,
         layers: Layers,
         trace: Trace,
-        caches: Sequence[SelectionCache] | None,
+        caches: Sequence[SelectionCache],
         expected: list[Tensor],
     ) -> None:
         self.name, self.trace, self.expected = name, trace, expected
@@ -100,7 +100,7 @@ class Steps:
         self._lengths = trace.lengths[: trace.width].clone()
         self.out = self._q.new_empty((trace.width, len(layers), *expected[0].shape))
         self._next_run = 0
-        for (k, v), cache in zip(layers, caches or (), strict=caches is not None):
+        for (k, v), cache in zip(layers, caches, strict=False):
             # The step before the trace, which each cache has to have seen.
             plan(trace.queries[0], k, v, trace.lengths[0], cache=cache)
         self._before = [[x.clone() for x in state] for state in self._states()]
@@ -111,12 +111,12 @@ class Steps:
 
     def _states(self) -> list[tuple[Tensor, ...]]:
         """What the caches decide by: everything but hits and misses."""
-        return [cache._memory.tensors()[:4] for cache in self._caches or ()]  # type: ignore[union-attr]
+        return [cache._memory.tensors()[:4] for cache in self._caches]  # type: ignore[union-attr]
 
     def run(self) -> Tensor:
         for i in range(self.trace.width):
             for layer, (k, v) in enumerate(self._layers):
-                cache = None if self._caches is None else self._caches[layer]
+                cache = self._caches[layer] if self._caches else None
                 where = self.out[i, layer]
                 self._plan(self._q[i], k, v, self._lengths[i], cache=cache, out=where)
         return self.out
@@ -146,14 +146,14 @@ class Steps:
 
     def reset_counts(self) -> None:
         self.begin()
-        for cache in self._caches or ():
+        for cache in self._caches:
             cache.hits.zero_()
             cache.misses.zero_()
 
     def check_counts(self) -> None:
         """Raise NotEquivalent if what was run since `reset_counts` hit otherwise than it should."""
         width, misses = self.trace.width, self.trace.misses
-        for layer, cache in enumerate(self._caches or ()):
+        for layer, cache in enumerate(self._caches):
             pairs = zip(cache.hits.tolist(), cache.misses.tolist(), strict=True)
             for b, (hit, missed) in enumerate(pairs):
                 if hit * misses != missed * (width - misses) or hit + missed == 0:
@@ -162,7 +162,7 @@ class Steps:
                         f"timed, of which {misses} in {width} should have missed"
                     )
 
-    def check(self, run: Callable[[], Any], how: str, checked: int, *, exact: bool) -> None:
+    def check(self, run: Callable[[], Any], how: str, checked: int, near: float) -> None:
         """Raise NotEquivalent unless `checked` steps give what attention gave, in every layer."""
         self.begin()
         for _ in range(min(self.trace.n_runs, max(1, checked // self.trace.width))):
@@ -172,14 +172,8 @@ class Steps:
                 run()
             for step, right in enumerate(self.expected[rows]):
                 for layer, got in enumerate(self.out[step]):
-                    far = (got.float() - right.float()).abs()
-                    near = bool((far <= _NEAR * right.float().abs().max()).all())
-                    if not (same(got, right) if exact else near):
-                        raise NotEquivalent(
-                            f"{self.name}, {how}: step {rows.start + step}, layer {layer} is "
-                            f"{float(far.max()):.3g} away from attention's result"
-                            + (", and has to be bitwise the same" if exact else "")
-                        )
+                    what = f"{self.name}, {how}: step {rows.start + step}, layer {layer}"
+                    hold(what, got, right, near)
 
 
 def attended(problem: Problem, backend: str, trace: Trace, theta: float | None) -> list[Tensor]:
@@ -190,14 +184,6 @@ def attended(problem: Problem, backend: str, trace: Trace, theta: float | None) 
         at = replace(problem, q=q, cache_seqlens=lengths)
         outs.append(tokenselect.run(at, backend, cache=cache).clone())
     return outs
-
-
-def is_exact(backend: str, at: torch.device) -> bool:
-    """Whether a plan has to give the very bits of a call: everywhere but on the CPU of a dry run.
-
-    There, the cpu backend's plans go over the whole capacity, in another order than its calls.
-    """
-    return at.type != "cpu" or backend == "triton"
 
 
 def copies(problem: Problem, layers: int, free_bytes: int) -> Layers:
@@ -212,23 +198,27 @@ def copies(problem: Problem, layers: int, free_bytes: int) -> Layers:
 
 
 def kinds(problem: Problem, backend: str, planned: PlannedSteps, layers: Layers) -> Iterator[Steps]:
-    """Yield what is measured of plans. Each has to be checked before it is timed."""
+    """Yield what is measured of plans, each checked as it is called."""
     reusing = replace(problem, max_reuse=planned.max_reuse)
-    plan = tokenselect.plan(reusing, backend)
-
-    def made(name: str, trace: Trace, theta: float | None, count: int, right: Any = None) -> Steps:
-        caches = [SelectionCache(theta, planned.max_reuse) for _ in range(count)]
-        right = right or attended(reusing, backend, trace, theta)
-        return Steps(name, plan, layers[:count], trace, caches, right)
-
+    plan, near = tokenselect.plan(reusing, backend), nearness(backend, problem.q.device)
     hits, misses = (alike(problem, planned.max_reuse, misses=count) for count in (0, 1))
-    hit = made("hit", hits, THETA, len(layers))
-    yield hit
-    yield made("hit, one layer", hits, THETA, 1, hit.expected)
-    yield made("miss", misses, None, len(layers))
-    yield made("mixed", mixed(problem, planned.max_reuse), THETA, len(layers))
+    right: dict[int, list[Tensor]] = {}
+    for name, trace, theta, count in (
+        ("hit", hits, THETA, len(layers)),
+        ("hit, one layer", hits, THETA, 1),
+        ("miss", misses, None, len(layers)),
+        ("mixed", mixed(problem, planned.max_reuse), THETA, len(layers)),
+    ):
+        caches = [SelectionCache(theta, planned.max_reuse) for _ in range(count)]
+        if id(trace) not in right:
+            right[id(trace)] = attended(reusing, backend, trace, theta)
+        steps = Steps(name, plan, layers[:count], trace, caches, right[id(trace)])
+        steps.check(steps.run, "called", planned.checked, near)
+        yield steps
     if planned.short is not None:
-        yield from _short(problem, backend, planned.short, layers)
+        for steps in _short(problem, backend, planned.short, layers):
+            steps.check(steps.run, "called", planned.checked, near)
+            yield steps
 
 
 def _short(problem: Problem, backend: str, n: int, layers: Layers) -> Iterator[Steps]:
@@ -242,4 +232,4 @@ def _short(problem: Problem, backend: str, n: int, layers: Layers) -> Iterator[S
     trace = Trace(problem.q.expand(2, -1, -1, -1, -1), lengths.expand(2, -1).contiguous())
     expected = attended(own, backend, trace, None)
     for name, of, over in (("short", problem, layers), ("short, own capacity", own, own_layers)):
-        yield Steps(name, tokenselect.plan(of, backend), over, trace, None, expected)
+        yield Steps(name, tokenselect.plan(of, backend), over, trace, (), expected)

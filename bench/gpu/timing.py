@@ -1,5 +1,6 @@
 """Contenders, timed by turns; and what is made of the times."""
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -9,12 +10,14 @@ from typing import Any
 import torch
 
 from bench.checks import NotEquivalent
-from bench.gpu.baselines import NOTHING, Ready
-from bench.gpu.device import Captured, Device, Reading
+from bench.dense import Truth
+from bench.gpu.device import Captured, Device, Reading, Ready
 from bench.gpu.page import MODES
 from bench.gpu.steps import Steps
 
-_SLOW_ROUNDS = 3  # of a contender that is told to be slow
+_NOTHING = Ready(lambda: None)
+_SLOW = 5.0  # times the fastest dense one: such a baseline is timed a few times, not in a graph
+_SLOW_ROUNDS = 3
 _FLUSH = 0.4e-3  # seconds that go with every timed call, about
 
 
@@ -23,18 +26,24 @@ class Contender:
     """One thing to time.
 
     role   "whole" (fresh), "stage", "planned", "dense", "gathered", "topk" or "copy"
-    calls  so many calls are one run; times are divided by it
+    ready  what is run; a baseline has `make` in its place, which takes about `seconds`
+    exact  what a baseline's result is held to
+    steps  planned ones, whose calls are one run; times are divided by how many they are
     notes  what goes into the JSON as it is; "error" if it cannot be timed
+    first  milliseconds of a second call, the first being warm-up
     """
 
     name: str
     role: str
-    ready: Ready = NOTHING
+    ready: Ready = _NOTHING
     bytes: int | None = None
     notes: dict[str, Any] = field(default_factory=dict)
-    captured: Captured | None = None
-    calls: int = 1
+    make: Callable[[], Ready] | None = None
+    seconds: float = 0.0
+    exact: Truth | None = None
     steps: Steps | None = None
+    first: float = math.inf
+    captured: Captured | None = None
 
     @property
     def is_ours(self) -> bool:
@@ -44,76 +53,59 @@ class Contender:
     def is_timed(self) -> bool:
         return "error" not in self.notes
 
-
-@dataclass(frozen=True)
-class Limits:
-    """left: seconds that remain of the run. seconds and rounds: for timing this case, both modes.
-
-    banned: baselines that killed a process.
-    """
-
-    left: Callable[[], float]
-    seconds: float
-    rounds: tuple[int, int] = (5, 60)  # at least, at most
-    banned: Sequence[str] = ()
-    only_check: bool = False
-    measure_anyway: bool = False
+    def timed(self, clock: Callable[[Any], Reading], run: Any) -> Reading:
+        """Return what a clock reads of a run, without what goes around it."""
+        with self.ready.around():
+            return clock(run)
 
 
-def timed(one: Contender, clock: Callable[[Any], Reading], run: Any) -> Reading:
-    with one.ready.around():
-        return clock(run)
-
-
-def counted(
-    contenders: Sequence[Contender],
-    mode: str,
-    device: Device,
-    first: dict[str, float],
-    limits: Limits,
-) -> dict[str, list[float]]:
-    """`alternate`, after which planned steps have to have hit and missed as they are meant to."""
-    several = {one.name: one.steps for one in contenders if one.steps}
-    for each in several.values():
-        each.reset_counts()
-    times = alternate(contenders, mode, device, first, limits)
-    for name, each in several.items():
-        if times.get(name):
-            try:
-                each.check_counts()
-            except NotEquivalent as error:
-                raise NotEquivalent(f"{name}, {mode}: {error}") from None
-    return times
+def set_slow_apart(contenders: Sequence[Contender]) -> None:
+    """Note which dense attentions are too slow for graphs and for many rounds."""
+    dense = [one for one in contenders if one.role == "dense" and one.is_timed]
+    fastest = min((one.first for one in dense if one.notes["is_baseline"]), default=math.inf)
+    for one in dense:
+        if one.first > _SLOW * fastest:
+            one.notes["slow"] = f"more than {_SLOW:g} times as slow as the fastest: no graph"
 
 
 def alternate(
     contenders: Sequence[Contender],
     mode: str,
     device: Device,
-    first: dict[str, float],
-    limits: Limits,
+    seconds: float,
+    rounds: tuple[int, int],
 ) -> dict[str, list[float]]:
-    """Return milliseconds of a call of each, round by round, every other round in reverse order."""
-    able = [one for one in contenders if one.name in first and one.is_timed
-            and (mode == "eager" or one.captured is not None)]  # fmt: skip
+    """Return milliseconds of a call of each, round by round, every other round in reverse order.
+
+    rounds: at least, at most. Planned steps have to hit and miss in them as they are meant to.
+    """
+    able = [one for one in contenders
+            if one.is_timed and (mode == "eager" or one.captured)]  # fmt: skip
     usual = [one for one in able if "slow" not in one.notes]
     slow = [one for one in able if "slow" in one.notes]
-    a_round = sum(first[one.name] / 1e3 + _FLUSH for one in usual)
-    least, most = limits.rounds
+    planned = [one.steps for one in able if one.steps]
+    for steps in planned:
+        steps.reset_counts()
+    a_round = sum(one.first / 1e3 + _FLUSH for one in usual)
     times: dict[str, list[float]] = {one.name: [] for one in able}
-    for i in range(min(max(least, int(limits.seconds / 2 / max(a_round, 1e-9))), most)):
+    for i in range(min(max(rounds[0], int(seconds / 2 / max(a_round, 1e-9))), rounds[1])):
         order = usual + slow if i < _SLOW_ROUNDS else usual
         readings = []
         for one in order if i % 2 == 0 else reversed(order):
             if mode == "eager":
-                reading = timed(one, device.eager, one.ready.run)
+                reading = one.timed(device.eager, one.ready.run)
             else:
                 assert one.captured is not None
-                reading = timed(one, device.queued, one.captured.replay)
+                reading = one.timed(device.queued, one.captured.replay)
             readings.append((one, reading))
         device.synchronize()
         for one, reading in readings:
-            times[one.name].append(reading() / one.calls)
+            times[one.name].append(reading() / (one.steps.calls if one.steps else 1))
+    for steps in planned:
+        try:
+            steps.check_counts()
+        except NotEquivalent as error:
+            raise NotEquivalent(f"{steps.name}, {mode}: {error}") from None
     return times
 
 
@@ -124,7 +116,10 @@ def spread(values: Sequence[float], unit: str = "") -> dict[str, float]:
     return {f"median{unit}": median, f"p10{unit}": deciles[0], f"p90{unit}": deciles[-1]}
 
 
-def summary(one: Contender, times: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
+Times = dict[str, dict[str, list[float]]]  # by mode and name
+
+
+def summary(one: Contender, times: Times) -> dict[str, Any]:
     """Return a contender's figures, in microseconds, as they go into the JSON."""
     report = {"name": one.name, "role": one.role, "bytes": one.bytes, **one.notes}
     for mode in MODES:
@@ -146,9 +141,7 @@ _AGAINST = {
 }
 
 
-def ratios(
-    contenders: Sequence[Contender], times: dict[str, dict[str, list[float]]]
-) -> list[dict[str, Any]]:
+def ratios(contenders: Sequence[Contender], times: Times) -> list[dict[str, Any]]:
     """How many times as fast as its strongest baseline each of ours is, mode by mode.
 
     A ratio is of two times of one round; the spread is that of the rounds.

@@ -8,7 +8,7 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from bench.quality import page, results
 from bench.quality.session import Session
 from bench.quality.settings import SETTINGS
 from bench.quality.tasks import Settings
-from bench.quality.variants import unknown
+from bench.quality.variants import one_of
+from examples.demo.errors import DemoError
 from tokenselect.errors import InvalidProblem, TokenSelectError
 
 
@@ -48,13 +49,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     plot.add_argument("result", type=Path, help="a file that collect wrote")
     plot.add_argument("--out", type=Path, help="folder of the pictures (beside the result)")
     verbs.add_parser("page", help="put bench/results/quality-*.json on docs/quality.md")
+    parser.set_defaults(part="1/1", save=False)
     asked = parser.parse_args(arguments)
-    part = re.fullmatch(r"(\d+)/(\d+)", getattr(asked, "part", "1/1"))
+    part = re.fullmatch(r"(\d+)/(\d+)", asked.part)
     if part is None or not 1 <= int(part[1]) <= int(part[2]):
         parser.error(f"--part {asked.part}: i/n with i from 1 to n, say 1/2")
-    if getattr(asked, "save", False) and (
-        asked.changes or asked.only or getattr(asked, "part", "1/1") != "1/1"
-    ):
+    if asked.save and (asked.changes or asked.only or asked.part != "1/1"):
         parser.error("--save with --set, --only or --part: what is saved is the settings' whole "
                      "result; run the parts, then collect --save")  # fmt: skip
     return asked
@@ -64,22 +64,15 @@ def changed(settings: Settings, change: str) -> Settings:
     """Return the settings with one of them, NAME=VALUE or TASK.NAME=VALUE, changed."""
     path, _, text = change.partition("=")
     task, _, name = path.rpartition(".")
-    if task and task not in settings.tasks:
-        raise unknown(f"--set {change}: task", task, settings.tasks)
-    of: Any = settings.tasks[task] if task else settings
-    known = [item.name for item in fields(of) if not is_dataclass(getattr(of, item.name))]
-    if name not in known:
-        raise unknown(f"--set {change}:", name, known)
+    of: Any = settings.tasks[one_of("--set: task", task, settings.tasks)] if task else settings
+    before = vars(of)[one_of(f"--set {change}:", name, vars(of))]
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         value = None
-    if type(value) is not type(getattr(of, name)):
-        raise InvalidProblem(
-            f"--set {change}",
-            f"{name} is a {type(getattr(of, name)).__name__}, like {getattr(of, name)!r}",
-            "give it as Python, quoted for the shell",
-        )
+    if type(value) is not type(before):
+        rule = f"{name} is a {type(before).__name__}, like {before!r}"
+        raise InvalidProblem(f"--set {change}", rule, "give it as Python, quoted for the shell")
     new = replace(of, **{name: value})
     return replace(settings, tasks={**settings.tasks, task: new}) if task else new
 
@@ -96,10 +89,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(*plot(asked.result, asked.out or asked.result.parent), sep="\n")
         else:
             measure(asked, "python -m bench.quality " + " ".join(arguments or sys.argv[1:]))
-    except KeyboardInterrupt as stop:
-        print(f"bench.quality: stopped; {stop}".removesuffix("; "), file=sys.stderr)
+    except KeyboardInterrupt:
+        print("bench.quality: stopped; finished cases are kept, the same command goes on")
         return 130
-    except (TokenSelectError, OSError) as error:
+    except (TokenSelectError, DemoError, OSError) as error:
         print(f"bench.quality: {error}", file=sys.stderr)
         return 2
     return 0
@@ -113,19 +106,16 @@ def measure(asked: argparse.Namespace, command: str) -> None:
     settings = SETTINGS[asked.settings]
     for change in asked.changes:
         settings = changed(settings, change)
-    for name in asked.only:
-        if name not in settings.tasks:
-            raise unknown("--only", name, settings.tasks)
-    tasks = {n: task for n, task in settings.tasks.items() if n in (asked.only or settings.tasks)}
-    settings = replace(settings, tasks=tasks)
+    if asked.only:
+        tasks = {n: settings.tasks[one_of("--only", n, settings.tasks)] for n in asked.only}
+        settings = replace(settings, tasks=tasks)
     session = Session(asked.model, asked.gguf_file, settings.dtype)
     out = asked.out or Path("quality-output") / settings.name
     print(f"→ {settings.name}: documents and seeds of the split {settings.split!r}", flush=True)
     cases = results.planned(settings, session)
     if asked.verb == "run":
-        i, n = map(int, asked.part.split("/"))
-        results.run(cases, session, out, i, n)
-        if n > 1:
+        results.run(cases, session, out, *map(int, asked.part.split("/")))
+        if asked.part != "1/1":
             print("→ parts are put together by collect")
             return
     result = results.collect(settings, cases, session, out, command)
@@ -137,7 +127,6 @@ def measure(asked: argparse.Namespace, command: str) -> None:
         )
     name = f"quality-{settings.name}.json"
     for path in [out / name, *([page.RESULTS / name] if asked.save else [])]:
-        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         print(f"→ wrote {path}")
     tables = (out / name).with_suffix(".md")

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from statistics import mean
 from typing import Any
 
@@ -16,38 +15,27 @@ _ROWS = 64
 _TIE = 1e-4
 
 
-@dataclass
-class Against:
-    """What a variant makes of tokens, beside dense attention; one value per token.
+def beside_dense(
+    logits: Sequence[Tensor], dense: Sequence[Tensor], following: Sequence[int]
+) -> dict[str, Any]:
+    """Return what a variant makes of tokens: means over them, and the largest KL.
 
-    nll    negative log likelihood of the token that follows, natural log
-    kl     sum of p log(p / q), p the dense distribution and q the variant's
-    agree  whether both have the same likeliest token
+    nll        negative log likelihood of the token that follows, natural log
+    kl         sum of p log(p / q), p the dense distribution and q the variant's
+    agreement  whether both have the same likeliest token
+    logits and dense are in parts (tokens, vocabulary); the same ones for dense attention itself.
     """
-
-    nll: list[float] = field(default_factory=list)
-    kl: list[float] = field(default_factory=list)
-    agree: list[bool] = field(default_factory=list)
-
-    def add(self, logits: Tensor, dense: Tensor, following: Sequence[int]) -> None:
-        """Add tokens: logits and dense (tokens, vocabulary), and the token after each."""
-        targets = torch.tensor(following)[:, None]
-        for rows in torch.arange(len(following)).split(_ROWS):
-            log_q = logits[rows].double().log_softmax(-1)
-            log_p = log_q if dense is logits else dense[rows].double().log_softmax(-1)
-            self.nll += (-log_q.gather(1, targets[rows])[:, 0]).tolist()
+    nll, kl, agree, targets = [], [], [], torch.tensor(following)[:, None]
+    for part, of_dense in zip(logits, dense, strict=True):
+        for rows in torch.arange(len(part)).split(_ROWS):
+            log_q = part[rows].double().log_softmax(-1)
+            log_p = log_q if of_dense is part else of_dense[rows].double().log_softmax(-1)
+            nll += (-log_q.gather(1, targets[len(nll) :][: len(rows)])[:, 0]).tolist()
             p = log_p.exp()
-            self.kl += torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(-1).tolist()
-            self.agree += (log_p.argmax(-1) == log_q.argmax(-1)).tolist()
-
-    def summary(self) -> dict[str, float]:
-        return {
-            "tokens": len(self.nll),
-            "nll": mean(self.nll),
-            "kl": mean(self.kl),
-            "kl_max": largest(self.kl),
-            "agreement": mean(self.agree),
-        }
+            kl += torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(-1).tolist()
+            agree += (log_p.argmax(-1) == log_q.argmax(-1)).tolist()
+    means = {"nll": mean(nll), "kl": mean(kl), "kl_max": largest(kl), "agreement": mean(agree)}
+    return {"tokens": len(nll), **means}
 
 
 def largest(values: Iterable[float]) -> float:
@@ -65,8 +53,6 @@ def wilson(right: int, tries: int, z: float = 1.959964) -> tuple[float, float]:
     >>> [round(end, 4) for end in wilson(19, 20)]
     [0.7639, 0.9911]
     """
-    if tries == 0:
-        return 0.0, 1.0
     share, spread = right / tries, z * z / tries
     middle = share + spread / 2
     half = z * math.sqrt(share * (1 - share) / tries + spread / (4 * tries))
@@ -74,27 +60,39 @@ def wilson(right: int, tries: int, z: float = 1.959964) -> tuple[float, float]:
     return max(0.0, low) if right else 0.0, min(1.0, high) if right < tries else 1.0
 
 
-def bootstrapped(values: Sequence[float], draws: int = 10_000) -> tuple[float, float]:
+def bootstrapped(values: Sequence[float], draws: int = 10_000) -> list[float]:
     """Return a 95 % interval of the mean, of samples drawn from `values` themselves.
 
     With a handful of values it comes out too narrow.
 
     >>> bootstrapped([1.0, 1.0])
-    (1.0, 1.0)
+    [1.0, 1.0]
     """
     generator = torch.Generator().manual_seed(0)
     picked = torch.randint(len(values), (draws, len(values)), generator=generator)
     means = torch.tensor(values, dtype=torch.float64)[picked].mean(1)
-    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return low, high
+    ends: list[float] = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return ends
 
 
 def grouped(rows: Iterable[Row], names: Sequence[str]) -> list[tuple[dict[str, Any], list[Row]]]:
     """Return rows by what they say under `names`, and that, in order of appearance."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        groups.setdefault(tuple(row.get(name) for name in names), []).append(row)
+        groups.setdefault(_under(row, *names), []).append(row)
     return [(dict(zip(names, key, strict=True)), group) for key, group in groups.items()]
+
+
+def _under(row: Row, *names: str) -> tuple[Any, ...]:
+    return tuple(row.get(name) for name in names)
+
+
+def _of_document(row: Row) -> tuple[Any, ...]:
+    return _under(row, "context", "document")
+
+
+def _dense(rows: Sequence[Row]) -> dict[tuple[Any, ...], float]:
+    return {_of_document(r): r["nll"] for r in rows if r["variant"] == "dense"}
 
 
 def beside_window(rows: Sequence[Row]) -> list[Row]:
@@ -106,15 +104,14 @@ def beside_window(rows: Sequence[Row]) -> list[Row]:
                   rounding
     beats_window  the variant's nll is lower than the window's
     """
-    dense = {_document(r): r["nll"] for r in rows if r["variant"] == "dense"}
-    windows: dict[tuple[Any, ...], float] = {}
-    for r in rows:
-        if r["kind"] == "window":
-            key = (*_document(r), r["size"])
-            windows[key] = min(r["nll"], windows.get(key, math.inf))
+    dense, same = _dense(rows), ("context", "document", "size")
+    windows = {
+        _under(group[0], *same): min(r["nll"] for r in group)
+        for _, group in grouped((r for r in rows if r["kind"] == "window"), same)
+    }
 
     def flags(r: Row) -> dict[str, bool]:
-        window, of_dense = windows.get((*_document(r), r["size"])), dense.get(_document(r))
+        window, of_dense = windows.get(_under(r, *same)), dense.get(_of_document(r))
         if window is None or of_dense is None or r["kind"] != "select":
             return {}
         return {"dense_gains": window - of_dense > _TIE, "beats_window": r["nll"] < window}
@@ -134,42 +131,30 @@ def against_dense(rows: Sequence[Row]) -> list[Row]:
                   trained length, where dense is no measure), and those among them where the
                   variant beats the best window of its size; None without such a window
     """
-    dense = {_document(r): r["nll"] for r in rows if r["variant"] == "dense"}
-    first: dict[tuple[Any, ...], float] = {}
-    for r in rows:
-        if r["kind"] == "select":
-            first.setdefault((*_document(r), r["budget"]), r["kl"])
-    measured = [r for r in beside_window(rows) if _document(r) in dense]
+    dense, same = _dense(rows), ("context", "document", "budget")
+    selecting = [r for r in rows if r["kind"] == "select"]
+    first = {_under(group[0], *same): group[0]["kl"] for _, group in grouped(selecting, same)}
+    measured = [r for r in beside_window(rows) if _of_document(r) in dense]
     found: list[Row] = []
     for named, group in grouped(measured, ("context", "variant", "budget", "theta")):
-        gaps = [r["nll"] - dense[_document(r)] for r in group]
+        gaps = [r["nll"] - dense[_of_document(r)] for r in group]
+        kls = [r["kl"] for r in group]
         beside = [r for r in group if "dense_gains" in r]
         gains = [r for r in beside if r["dense_gains"] or r.get("within_trained") is False]
         rates = [r["hit_rate"] for r in group if "hit_rate" in r]
-        closer = None
-        if group[0]["kind"] == "select":
-            closer = sum(r["kl"] < first[(*_document(r), r["budget"])] for r in group)
+        closer = [r["kl"] < first[_under(r, *same)] for r in group if r["kind"] == "select"]
         found.append(
             named
-            | {
-                "size": group[0]["size"],
-                "documents": len(group),
-                "perplexity": math.exp(mean(r["nll"] for r in group)),
-                "loss": math.exp(mean(gaps)) - 1,
-                "loss_95": [math.exp(end) - 1 for end in bootstrapped(gaps)],
-                "worst": math.exp(largest(gaps)) - 1,
-                "kl": mean(r["kl"] for r in group),
-                "kl_95": list(bootstrapped([r["kl"] for r in group])),
-                "closer": closer,
-                "kl_max": largest(r["kl_max"] for r in group),
-                "agreement": mean(r["agreement"] for r in group),
-                "gains": len(gains) if beside else None,
-                "beats": sum(r["beats_window"] for r in gains) if beside else None,
-                "hit_rate": mean(rates) if rates else None,
-            }
+            | {"size": group[0]["size"], "documents": len(group)}
+            | {"perplexity": math.exp(mean(r["nll"] for r in group))}
+            | {"loss": math.expm1(mean(gaps)), "worst": math.expm1(largest(gaps))}
+            | {"loss_95": [math.expm1(end) for end in bootstrapped(gaps)]}
+            | {"kl": mean(kls), "kl_95": bootstrapped(kls)}
+            | {"kl_max": largest(r["kl_max"] for r in group)}
+            | {"closer": sum(closer) if closer else None}
+            | {"agreement": mean(r["agreement"] for r in group)}
+            | {"gains": len(gains) if beside else None}
+            | {"beats": sum(r["beats_window"] for r in gains) if beside else None}
+            | {"hit_rate": mean(rates) if rates else None}
         )
     return found
-
-
-def _document(row: Row) -> tuple[Any, ...]:
-    return row["context"], row["document"]

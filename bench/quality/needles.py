@@ -2,15 +2,18 @@
 
 import random
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
 
 import torch
 
 from bench.quality import figures, texts
 from bench.quality.figures import Row, grouped
-from bench.quality.session import Case, Session
-from bench.quality.tasks import Settings, Task, Values
+from bench.quality.session import Session
+from bench.quality.tasks import Asked, Case, Settings, Task, Values
+from bench.quality.variants import one_of
+from examples.demo.model import named
 from examples.demo.text import NEEDLE, QUESTION, frame
 from tokenselect.errors import InvalidProblem
 from tokenselect.integrations.transformers import TokenSelectCache
@@ -25,109 +28,72 @@ NAMES = (
 )
 
 
-@dataclass(frozen=True)
-class Needle:
-    """One prompt and the number that answers it."""
-
-    ids: tuple[int, ...]
-    number: str
-    prompt: str = field(repr=False)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Needles(Task):
     """Read a text with a number in it, and write the answer to the question for it.
 
-    lengths  in tokens, question and chat template included
-    depths   from 0, the start, to 1
-    seeds    how many, each with a number (and a text) of its own
-    kinds    "filler", repeated sentences; "natural", a text; "multikey", `keys` numbers in filler
+    contexts  include question and chat template
+    depths    from 0, the start, to 1
+    seeds     how many, each with a number (and a text) of its own
+    kinds     "filler", repeated sentences; "natural", a text; "multikey", `keys` numbers in filler
     """
 
-    kind = "needles"
-    lengths: tuple[int, ...]
+    kind = computes = "needles"
     depths: tuple[float, ...]
     seeds: int
     kinds: tuple[str, ...] = KINDS
-    keys: int = field(default=4, metadata={"least": 2})
+    keys: int = 4
     new_tokens: int = 16
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        within = all(0 <= depth <= 1 for depth in self.depths) and self.keys <= len(NAMES)
-        if not within or not set(self.kinds) <= set(KINDS):
-            raise InvalidProblem(
-                f"needles: kinds={self.kinds}, depths={self.depths}, keys={self.keys}",
-                f"kinds are of {', '.join(KINDS)}, depths from 0 to 1, keys at most {len(NAMES)}",
-                "give such ones",
-            )
-
-    def cases(self, settings: Settings, session: Session) -> Iterator[Case]:
-        for length in self.lengths:
-            variants = self.resolved(settings, length)
-            for kind in self.kinds:
-                keys = self.keys if kind == "multikey" else 1
-                for seed in texts.seeds(settings.split, self.seeds):
-                    for depth in self.depths:
-                        needle = make(settings, session, kind, length, depth, seed, keys)
-                        sha = texts.sha(needle.prompt)
-                        read = {"sha": sha, "new_tokens": self.new_tokens}
-                        label = {"hidden": kind, "context": length, "depth": depth, "seed": seed}
-                        for variant in variants:
-                            yield Case(
-                                task="needles",
-                                key=session.key | label | read | {"keys": keys},
-                                label=label | variant.label,
-                                work=f"needles {sha} {variant.key}",
-                                seconds=0.006 * length,
-                                variant=variant,
-                                given=(needle, self.new_tokens),
-                            )
+    def asked(self, settings: Settings, session: Session, n: int) -> Asked:
+        seeds = texts.seeds(settings.split, self.seeds)
+        for kind, seed, depth in product(self.kinds, seeds, self.depths):
+            keys = self.keys if kind == "multikey" else 1
+            prompt, number = make(settings, session, kind, n, depth, seed, keys)
+            more = {"sha": texts.sha(prompt), "new_tokens": self.new_tokens, "keys": keys}
+            yield {"hidden": kind, "depth": depth, "seed": seed}, more, (prompt, number)
 
     @staticmethod
     @torch.inference_mode()
     def run(cases: Sequence[Case], session: Session) -> Values:
         for case in cases:
-            needle, new_tokens = case.given
-            inputs = torch.tensor([needle.ids])
-            cache = TokenSelectCache(session.model, max_length=len(needle.ids) + new_tokens)
+            prompt, number = case.given
+            inputs, new_tokens = torch.tensor([session.encode(prompt)]), case.more["new_tokens"]
+            cache = TokenSelectCache(session.model, max_length=inputs.numel() + new_tokens)
             with case.variant.applied(session.model):
                 written = session.model.generate(
                     inputs,
                     attention_mask=torch.ones_like(inputs),
-                    past_key_values=cache,
+                    **named(session.model, cache),
                     max_new_tokens=new_tokens,
                     do_sample=False,
                     pad_token_id=0,
-                )[0, len(needle.ids) :]
+                )[0, inputs.numel() :]
             answer = session.tokenizer.decode(written, skip_special_tokens=True)
-            value = {"right": is_right(answer, needle.number), "answer": answer}
-            yield case, value | {"number": needle.number, "tokens": len(needle.ids)}
+            value = {"right": is_right(answer, number), "answer": answer}
+            yield case, value | {"number": number, "tokens": inputs.numel()}
 
     @staticmethod
     def summary(rows: Sequence[Row]) -> list[Row]:
         """Count what is right, with a 95 % interval: over all depths (depth None), and at each."""
         found: list[Row] = []
-        for named, group in grouped(rows, ("hidden", "context", "variant", "budget")):
-            for depth, tried in [
-                ({"depth": None}, group),
-                *grouped(group, ("depth",)),
-            ]:
+        for of, group in grouped(rows, ("hidden", "context", "variant", "budget")):
+            for depth, tried in [({"depth": None}, group), *grouped(group, ("depth",))]:
                 right = sum(r["right"] for r in tried)
                 low, high = figures.wilson(right, len(tried))
-                named_here = named | {"size": group[0]["size"]} | depth
-                of = {"right": right, "tries": len(tried), "low": low, "high": high}
-                found.append(named_here | of)
+                count = {"right": right, "tries": len(tried), "low": low, "high": high}
+                found.append(of | {"size": group[0]["size"]} | depth | count)
         return found
 
 
 def make(
     settings: Settings, session: Session, kind: str, length: int, depth: float, seed: int, keys: int
-) -> Needle:
-    """Return a prompt of at most `length` tokens, and nearly as many.
+) -> tuple[str, str]:
+    """Return a prompt of at most `length` tokens, and nearly as many, and the number it asks for.
 
     The seed says which text; seed, kind and depth together, which numbers.
     """
+    one_of("needles: kinds", kind, KINDS)
     draw = random.Random(f"{seed} {kind} {depth}")
     numbers = [str(draw.randrange(10_000, 100_000)) for _ in range(keys)]
     facts, depths, question = [NEEDLE.format(number=numbers[0])], [depth], QUESTION
@@ -144,23 +110,20 @@ def make(
         hay = natural(settings.texts, settings.split, seed, length)
     room = length - len(session.encode("".join([head, *facts, tail]))) - 2 * len(facts) - 2
     # As many characters of the hay as there is room for, cut after a sentence.
-    offsets = session.offsets(hay)
-    if room < 1 or len(offsets) < room:
+    ends = session.ends(hay)
+    if not 1 <= room <= len(ends):
         raise InvalidProblem(
             f"a needle in {kind} of {length} tokens",
-            f"question, template and needles leave room for {room} tokens of {len(offsets)}",
+            f"question, template and needles leave room for {room} tokens of {len(ends)}",
             "use other lengths, fewer keys, or longer texts",
         )
-    hay = hay[: sentence_end(hay, offsets[room - 1])]
+    hay = hay[: sentence_end(hay, ends[room - 1])]
     places = [sentence_end(hay, round(d * len(hay))) for d in depths]
     text, last = [head], 0
     for at, fact in sorted(zip(places, facts, strict=True), key=lambda place: place[0]):
         text += [hay[last:at], f" {fact} " if at else f"{fact} "]
         last = at
-    prompt = "".join([*text, hay[last:].lstrip(), tail])
-    ids = tuple(session.encode(prompt))
-    assert len(ids) <= length, (len(ids), length)
-    return Needle(ids, numbers[0], prompt)
+    return "".join([*text, hay[last:].lstrip(), tail]), numbers[0]
 
 
 def natural(names: Sequence[str], split: str, seed: int, length: int) -> str:

@@ -1,14 +1,13 @@
 """The tables of docs/quality.md, made from bench/results/quality-*.json: no figure is typed."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from string import Formatter
 from typing import Any
 
-from bench.quality.figures import grouped
+from bench.page import RESULTS
+from bench.quality.figures import Row, grouped
+from bench.tables import of_columns
 
-RESULTS = Path(__file__).parents[1] / "results"
 PAGE = Path(__file__).parents[2] / "docs" / "quality.md"
 # What is above it on the page is written by hand.
 MARK = "<!-- From here on made by python -m bench.quality page -->\n"
@@ -69,142 +68,105 @@ def section(report: dict[str, Any]) -> str:
     if report["missing"]:
         lines.append(f"{report['missing']} cases of these settings have not been run.\n")
     for task, entry in report["entries"].items():
-        if entry["rows"]:
-            said = _TASKS[entry["task"]].format(**entry["settings"])
-            lines += [f"### {name}: {task}\n", said + "\n"]
-            for variant in entry["settings"]["variants"]:
-                if variant in settings["variants"]:
-                    of = settings["variants"][variant].items()
-                    options = ", ".join(f"`{option}={value}`" for option, value in of)
-                    lines.append(f"- {variant}: {options or 'the defaults'}")
-            lines += ["", *_TABLES[entry["task"]](entry), ""]
+        if not entry["rows"]:
+            continue
+        lines += [f"### {name}: {task}\n", _TASKS[entry["task"]].format(**entry["settings"]) + "\n"]
+        for variant in entry["settings"]["variants"]:
+            if variant in settings["variants"]:
+                of = settings["variants"][variant].items()
+                options = ", ".join(f"`{option}={value}`" for option, value in of)
+                lines.append(f"- {variant}: {options or 'the defaults'}")
+        lines += ["", *_tables(entry["task"], entry), ""]
     return "\n".join(lines)
 
 
-# --- one task's tables ---
+# --- the columns: a head, and a form that the rows fill ---
+
+_BY = ("variant", "{variant}"), ("budget", "{budget}")
+_DOCUMENTS = (
+    ("documents", "{documents}"),
+    ("perplexity", "{perplexity:.3f}"),
+    ("over dense", "{loss:+.2%}"),
+    ("95 %", "{loss_95[0]:+.1%} to {loss_95[1]:+.1%}"),
+    ("worst", "{worst:+.2%}"),
+    ("KL", "{kl:.4f}"),
+    ("95 %", "{kl_95[0]:.4f} to {kl_95[1]:.4f}"),
+    ("KL, largest", "{kl_max:.2f}"),
+    ("closer", "{closer} of {documents}"),
+    ("agreement", "{agreement:.1%}"),
+)
+_NEEDLES = (
+    *(("in", "{hidden}"), ("tokens", "{context:,}"), *_BY, ("right", "{right} of {tries}")),
+    ("95 %", "{low:.0%} to {high:.0%}"),
+)
+_MASS = (
+    *(("context", "{context:,}"), *_BY, ("documents", "{documents}"), ("mass", "{mass:.3f}")),
+    ("least of a head", "{least_of_a_head:.3f}"),
+    ("overlap of steps", "{by_step:.3f}"),
+    ("of layers", "{neighbours:.3f}"),
+)
+_TIMES = (
+    *(("cached", "{context:,}"), ("", "{name}"), ("ms a token", "{median:.1f}")),
+    ("least to largest", "{least:.1f} to {largest:.1f}"),
+)
+_MEMORY = (
+    *(("new", "{new:,}"), ("cached", "{cached:,}"), *_BY),
+    *(("peak, MiB", "{peak_mib:.0f}"), ("cache, MiB", "{cache_mib:.0f}")),
+)
+_SAYS_OF_MEMORY = (
+    "Memory that one prefill of *new* tokens on top of *cached* ones adds at most to a process of "
+    "its own, in which the cache has its room already."
+)
+_BEYOND = (
+    "Beyond the trained length, where dense attention is no measure: KL, agreement and the columns "
+    "over dense say little there."
+)
 
 
-def _documents(entry: dict[str, Any]) -> list[str]:
+def _tables(kind: str, entry: dict[str, Any]) -> list[str]:
+    """Return one task's tables."""
+    rows: list[Row] = entry["summary"]
+    if kind == "mass":
+        return of_columns(rows, _MASS, unknown="not known")
+    if kind == "needles":
+        groups = grouped(rows, ("hidden", "context", "variant", "budget"))
+        body = [
+            {**every, **{f"at {r['depth']:.0%}": f"{r['right']}/{r['tries']}" for r in at}}
+            for _, (every, *at) in groups
+        ]
+        depths = sorted({r["depth"] for r in rows if r["depth"] is not None})
+        heads = [f"at {depth:.0%}" for depth in depths]
+        return of_columns(body, (*_NEEDLES, *((head, f"{{{head}}}") for head in heads)))
+    if kind == "ruler":
+        groups = grouped(rows, ("context", "variant", "budget"))
+        body = [of | {r["ruler"]: r["score"] for r in group} for of, group in groups]
+        scores = [(task, f"{{{task}:.3f}}") for task in dict.fromkeys(r["ruler"] for r in rows)]
+        return of_columns(body, (("tokens", "{context:,}"), *_BY, *scores))
+    if kind == "speed":
+        ms = ("median", "least", "largest")
+        timed = [
+            {**row, **c, **{name: 1e3 * c[name] for name in ms}}
+            for row in rows
+            for c in row.get("contenders", ())
+        ]
+        bases = [name for name in (timed or [{}])[0] if name.startswith("of ")]
+        memory = of_columns([r for r in rows if "peak_mib" in r], _MEMORY)
+        above = ["", _SAYS_OF_MEMORY, ""] if memory else []
+        times = (*_TIMES, *((base, f"{{{base}:.3f}}") for base in bases))
+        return of_columns(timed, times) + above + memory
     rows = [
-        row | {"loss_95": None, "kl_95": None} if row["variant"] == "dense" else row
-        for row in entry["summary"]
+        {**r, **dict.fromkeys(("loss_95", "kl_95") if r["variant"] == "dense" else ())}
+        for r in rows
     ]
-    reuse = any(row["hit_rate"] is not None for row in rows)
-    beats = entry["task"] == "sparse" and any(row["gains"] is not None for row in rows)
-    note = "Beyond the trained length, where dense attention is no measure: KL, agreement and the "
-    note += "columns over dense say little there."
-    beyond = any(row.get("within_trained") is False for row in entry["rows"])
-    return [note, ""] * beyond + _table(
+    is_reuse = any(r["hit_rate"] is not None for r in rows)
+    is_beside = kind == "sparse" and any(r["gains"] is not None for r in rows)
+    is_beyond = any(r.get("within_trained") is False for r in entry["rows"])
+    return [_BEYOND, ""] * is_beyond + of_columns(
         rows,
-        *_VARIANT,
-        *[("theta", "{theta:g}"), ("hits", "{hit_rate:.1%}")] * reuse,
-        ("documents", "{documents}"),
-        ("perplexity", "{perplexity:.3f}"),
-        ("over dense", "{loss:+.2%}"),
-        ("95 %", "{loss_95[0]:+.1%} to {loss_95[1]:+.1%}"),
-        ("worst", "{worst:+.2%}"),
-        ("KL", "{kl:.4f}"),
-        ("95 %", "{kl_95[0]:.4f} to {kl_95[1]:.4f}"),
-        ("KL, largest", "{kl_max:.2f}"),
-        ("closer", "{closer} of {documents}"),
-        ("agreement", "{agreement:.1%}"),
-        *[("beats", "{beats} of {gains}")] * beats,
+        (
+            *(("context", "{context:,}"), *_BY),
+            *(("theta", "{theta:g}"), ("hits", "{hit_rate:.1%}")) * is_reuse,
+            *_DOCUMENTS,
+            *(("beats", "{beats} of {gains}"),) * is_beside,
+        ),
     )
-
-
-def _needles(entry: dict[str, Any]) -> list[str]:
-    depths = sorted({row["depth"] for row in entry["summary"] if row["depth"] is not None})
-    body = []
-    for _, (every, *rows) in grouped(entry["summary"], ("hidden", "context", "variant", "budget")):
-        at = {f"at {row['depth']:.0%}": f"{row['right']}/{row['tries']}" for row in rows}
-        body.append(every | at)
-    return _table(
-        body,
-        ("in", "{hidden}"),
-        ("tokens", "{context:,}"),
-        *_VARIANT[1:],
-        ("right", "{right} of {tries}"),
-        ("95 %", "{low:.0%} to {high:.0%}"),
-        *((f"at {depth:.0%}", f"{{at {depth:.0%}}}") for depth in depths),
-    )
-
-
-def _mass(entry: dict[str, Any]) -> list[str]:
-    return _table(
-        entry["summary"],
-        *_VARIANT,
-        ("documents", "{documents}"),
-        ("mass", "{mass:.3f}"),
-        ("least of a head", "{least_of_a_head:.3f}"),
-        ("overlap of steps", "{by_step:.3f}"),
-        ("of layers", "{neighbours:.3f}"),
-        unknown="not known",
-    )
-
-
-def _speed(entry: dict[str, Any]) -> list[str]:
-    ms = ("median", "least", "largest")
-    times = [
-        row | c | {name: 1e3 * c[name] for name in ms}
-        for row in entry["summary"]
-        for c in row.get("contenders", ())
-    ]
-    bases = [name for name in times[0] if name.startswith("of ")] if times else []
-    lines = _table(
-        times,
-        ("cached", "{context:,}"),
-        ("", "{name}"),
-        ("ms a token", "{median:.1f}"),
-        ("least to largest", "{least:.1f} to {largest:.1f}"),
-        *((base, f"{{{base}:.3f}}") for base in bases),
-    )
-    memory = [row for row in entry["summary"] if "peak_mib" in row]
-    note = "Memory that one prefill of *new* tokens on top of *cached* ones adds at most to a "
-    note += "process of its own, in which the cache has its room already."
-    return (
-        lines
-        + ["", note, ""] * bool(memory)
-        + _table(
-            memory,
-            ("new", "{new:,}"),
-            ("cached", "{cached:,}"),
-            *_VARIANT[1:],
-            ("peak, MiB", "{peak_mib:.0f}"),
-            ("cache, MiB", "{cache_mib:.0f}"),
-        )
-    )
-
-
-def _ruler(entry: dict[str, Any]) -> list[str]:
-    names = dict.fromkeys(row["ruler"] for row in entry["summary"])
-    body = [
-        of | {row["ruler"]: row["score"] for row in rows}
-        for of, rows in grouped(entry["summary"], ("context", "variant", "budget"))
-    ]
-    scores = ((name, f"{{{name}:.3f}}") for name in names)
-    return _table(body, ("tokens", "{context:,}"), *_VARIANT[1:], *scores)
-
-
-_VARIANT = (("context", "{context:,}"), ("variant", "{variant}"), ("budget", "{budget}"))
-_TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
-    **dict.fromkeys(("decode", "reuse", "sparse"), _documents),
-    "needles": _needles,
-    "mass": _mass,
-    "speed": _speed,
-    "ruler": _ruler,
-}
-
-
-def _table(
-    rows: Sequence[Mapping[str, Any]], *columns: tuple[str, str], unknown: str = ""
-) -> list[str]:
-    """Return a table of columns: a head, and what of a row goes under it, `unknown` for None."""
-
-    def filled(form: str, row: Mapping[str, Any]) -> str:
-        names = [name.partition("[")[0] for _, name, _, _ in Formatter().parse(form) if name]
-        is_known = all(row.get(name) is not None for name in names)
-        return form.format(**row) if is_known else unknown
-
-    lines = [[head for head, _ in columns], ["---"] * len(columns)]
-    lines += [[filled(form, row) for _, form in columns] for row in rows]
-    return [f"| {' | '.join(line)} |" for line in lines] if rows else []

@@ -6,9 +6,9 @@ downloaded. What it takes: pip install '.[ruler]' in a checkout.
 
 import importlib.util
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,8 +19,10 @@ import torch
 
 from bench.quality import texts
 from bench.quality.figures import Row
-from bench.quality.session import Case, Session
-from bench.quality.tasks import Settings, Task, Values
+from bench.quality.session import Session
+from bench.quality.tasks import Asked, Case, Settings, Task, Values
+from bench.quality.variants import one_of
+from examples.demo.model import named
 from tokenselect.errors import InvalidProblem
 from tokenselect.integrations.transformers import NAME, TokenSelectCache
 
@@ -28,79 +30,59 @@ TASKS = (
     *("niah_single_1", "niah_multikey_2", "niah_multikey_3"),
     *("ruler_vt", "ruler_cwe", "ruler_fwe"),
 )
-
 # In shorter prompts a task does not fit, and lm-eval would try forever.
-SHORTEST = 1024
-MOST = 500
-
+SHORTEST, MOST = 1024, 500
 # Beside its length a prompt may have an answer, which not every task counts in.
 _ROOM = 512
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ruler(Task):
-    """Score `samples` of each task of TASKS at each length, with that seed of the split.
+    """Score `samples` of each task of TASKS at each length, with the seed-th seed of the split.
 
-    lengths  tokens of a prompt with its answer, at most; they may exceed the trained length
-    samples  depend on the seed and the tokenizer alone: every variant reads the same, and more
-             begin with the same
+    contexts  tokens of a prompt with its answer, at most; they may exceed the trained length
+    samples   depend on the seed and the tokenizer alone: every variant reads the same, and more
+              begin with the same
     """
 
-    kind = "ruler"
-    lengths: tuple[int, ...]
+    kind = computes = "ruler"
     samples: int
     tasks: tuple[str, ...] = TASKS
-    seed: int = field(default=0, metadata={"least": 0})
+    seed: int = 1
 
-    def cases(self, settings: Settings, session: Session) -> Iterator[Case]:
-        seed = texts.seeds(settings.split, self.seed + 1)[-1]
-        for length in self.lengths:
-            for task in self.tasks:
-                check(task, length, self.samples)
-                what = {"ruler": task, "length": length, "samples": self.samples, "seed": seed}
-                for variant in self.resolved(settings, length):
-                    yield Case(
-                        task="ruler",
-                        key=session.key | what,
-                        label={"ruler": task, "context": length} | variant.label,
-                        work=f"ruler {what} {variant.key}",
-                        seconds=0.006 * length * self.samples,
-                        variant=variant,
-                        given=(task, length, self.samples, seed),
-                    )
+    def __post_init__(self) -> None:
+        for task in self.tasks:
+            one_of("ruler: tasks", task, TASKS)
+        if min(self.contexts) < SHORTEST or self.samples > MOST:
+            raise InvalidProblem(
+                f"ruler: samples={self.samples}, contexts={self.contexts}",
+                f"shorter prompts than {SHORTEST} have no room; there are at most {MOST} samples",
+                "ask for such ones",
+            )
+
+    def asked(self, settings: Settings, session: Session, n: int) -> Asked:
+        if importlib.util.find_spec("lm_eval") is None:
+            raise InvalidProblem(
+                "RULER without lm-eval, which is not installed",
+                "lm-eval makes the tasks and scores them",
+                "pip install '.[ruler]' in a checkout, another 600 MB; or run the other tasks of "
+                "the settings: --only NAME ...",
+            )
+        seed = texts.seeds(settings.split, self.seed)[-1]
+        for task in self.tasks:
+            yield {"ruler": task}, {"samples": self.samples, "seed": seed}, None
 
     @staticmethod
     def run(cases: Sequence[Case], session: Session) -> Values:
         for case in cases:
+            asked = case.label["ruler"], case.label["context"], case.more["samples"]
             with case.variant.applied(session.model):
-                yield case, scored(session.model, session.tokenizer, *case.given)
+                yield case, scored(session.model, session.tokenizer, *asked, case.more["seed"])
 
     @staticmethod
     def summary(rows: Sequence[Row]) -> list[Row]:
         """Return scores without those of each sample."""
         return [{name: v for name, v in row.items() if name != "scores"} for row in rows]
-
-
-def check(task: str, length: int, samples: int) -> None:
-    """Raise InvalidProblem for what lm-eval cannot make."""
-    if task not in TASKS or length < SHORTEST or not 1 <= samples <= MOST:
-        raise InvalidProblem(
-            f"{samples} samples of RULER's task {task!r} at {length} tokens",
-            f"the tasks that need no network are {', '.join(TASKS)}; a prompt of fewer than "
-            f"{SHORTEST} tokens has no room for every task, and lm-eval makes 1 to {MOST} samples",
-            "ask for such a task, length and number",
-        )
-
-
-def need_lm_eval() -> None:
-    """Raise InvalidProblem if lm-eval is not installed."""
-    if importlib.util.find_spec("lm_eval") is None:
-        raise InvalidProblem(
-            "RULER without lm-eval, which is not installed",
-            "lm-eval makes the tasks and scores them",
-            "pip install '.[ruler]' in a checkout, another 600 MB; or run the other entries of the "
-            "settings: --only NAME ...",
-        )
 
 
 def scored(
@@ -111,66 +93,48 @@ def scored(
     Returns the mean score, the number of samples (fewer than asked for, if some did not fit), and
     of each the share of the answers that the model gave, from 0 to 1.
     """
-    check(task, length, samples)
-    need_lm_eval()
-    # Tasks are made with a tokenizer read from a folder, and a GGUF file is none.
-    with TemporaryDirectory() as folder, _quietly():
+    seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
+    # Tasks are made with a tokenizer read from a folder, and a GGUF file is none. lm-eval's own
+    # bars, prints and warnings are left out.
+    with (
+        TemporaryDirectory() as folder,
+        redirect_stdout(StringIO()),
+        redirect_stderr(StringIO()),
+        # A module of its tasks downloads where sentences end when it is imported; essays are cut
+        # there, and none of these tasks has any.
+        mock.patch("nltk.download", return_value=False),
+    ):
         tokenizer.save_pretrained(folder)
-        lm_eval, tasks_folder = _imported()
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks.ruler import prepare_niah
+
+        class Reader(HFLM):
+            """Where the model selects, it generates with the cache that keeps selections."""
+
+            def _model_generate(self, *arguments: Any, **how: Any) -> torch.Tensor:
+                if self.model.config.get_text_config(decoder=True)._attn_implementation == NAME:
+                    how |= named(self.model, TokenSelectCache(self.model))
+                tokens: torch.Tensor = super()._model_generate(*arguments, **how)
+                return tokens
+
         # This module has a generator of its own, which no seed reaches and which goes on where
         # the last run stopped: it is read again.
         sys.modules.pop("lm_eval.tasks.ruler.cwe_utils", None)
         found = lm_eval.simple_evaluate(
-            model=_reader(model, tokenizer, length),
+            # With this max_length no prompt is cut, however long the model's own is.
+            model=Reader(
+                pretrained=model, tokenizer=tokenizer, max_length=length + _ROOM, batch_size=1
+            ),
             tasks=[task],
             task_manager=lm_eval.tasks.TaskManager(
-                include_path=tasks_folder,
+                include_path=Path(prepare_niah.__file__).parent,
                 include_defaults=False,
                 metadata={"tokenizer": folder, "max_seq_lengths": [length]},
             ),
             limit=samples,
             bootstrap_iters=0,
-            random_seed=seed,
-            numpy_random_seed=seed,
-            torch_random_seed=seed,
-            fewshot_random_seed=seed,
+            **dict.fromkeys(seeds, seed),
         )
     scores = [float(sample[str(length)]) for sample in found["samples"][task]]
     return {"score": sum(scores) / len(scores), "samples": len(scores), "scores": scores}
-
-
-def _imported() -> tuple[Any, Path]:
-    """Import lm-eval without a look at the network; return it and its RULER tasks' folder.
-
-    One of their modules downloads where sentences end when it is imported; essays are cut there,
-    and none of these tasks has any.
-    """
-    import nltk
-
-    with mock.patch.object(nltk, "download", return_value=False):
-        import lm_eval
-        from lm_eval.tasks.ruler import prepare_niah
-    return lm_eval, Path(prepare_niah.__file__).parent
-
-
-def _reader(model: Any, tokenizer: Any, length: int) -> Any:
-    from lm_eval.models.huggingface import HFLM
-
-    class Reader(HFLM):
-        """Where the model selects, it generates with the cache that keeps selections."""
-
-        def _model_generate(self, *arguments: Any, **named: Any) -> torch.Tensor:
-            if self.model.config.get_text_config(decoder=True)._attn_implementation == NAME:
-                named["past_key_values"] = TokenSelectCache(self.model)
-            tokens: torch.Tensor = super()._model_generate(*arguments, **named)
-            return tokens
-
-    # With this max_length no prompt is cut, however long the model's own is.
-    return Reader(pretrained=model, tokenizer=tokenizer, max_length=length + _ROOM, batch_size=1)
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Silence lm-eval's own bars, prints and warnings."""
-    with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-        yield

@@ -12,7 +12,6 @@ from bench.quality.needles import Needles
 from bench.quality.ruler import Ruler
 from bench.quality.speed import Speed
 from bench.quality.tasks import Decode, Mass, Reuse, Settings, Sparse
-from bench.quality.variants import Budget
 
 
 def _with(n_local: int = 128, **options: Any) -> dict[str, Any]:
@@ -69,11 +68,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     ),
 }
 
-_5, _10, _20 = Budget(share=0.05), Budget(share=0.10), Budget(share=0.20)
 # Contexts of the 8192 tokens that SmolLM2 was trained for, of which decoding takes 128; and beyond.
-_NEAR: Any = {"contexts": (8064,), "budgets": (_10,)}
-_FAR: Any = {"lengths": (16384,), "budgets": (Budget(total=656),)}
-_QUICK: Any = {"contexts": (1536,), "budgets": (_10,)}
+_NEAR: Any = {"contexts": (8064,), "budgets": (0.1,)}
+_FAR: Any = {"contexts": (16384,), "budgets": (656,)}
+_QUICK: Any = {"contexts": (1536,), "budgets": (0.1,)}
 _PREFILLS = ((512, 7680), (512, 15872), (512, 32256), (2048, 6144), (8192, 0), (4096, 0))
 
 
@@ -81,13 +79,13 @@ def _settings() -> Iterator[Settings]:
     both, one = ("faithful-64", "window-64"), ("faithful-64",)
     yield Settings(name="quick", split="choose", variants=VARIANTS, tasks={
         "decode": Decode(variants=both, documents=2, continuation=32, **_QUICK),
-        "sparse": Sparse(variants=both, lengths=(1536,), documents=1,
-                         budgets=(Budget(share=0.25),)),
-        "needles": Needles(variants=("dense", *one), lengths=(1024,), depths=(0.5,), seeds=1,
-                           budgets=(Budget(k=128),)),
+        "sparse": Sparse(variants=both, contexts=(1536,), documents=1,
+                         budgets=(0.25,)),
+        "needles": Needles(variants=("dense", *one), contexts=(1024,), depths=(0.5,), seeds=1,
+                           budgets=(208,)),
         "reuse": Reuse(variants=one, documents=1, continuation=32, thetas=(0.7, 0.9), **_QUICK),
         "mass": Mass(variants=one, documents=1, continuation=8, **_QUICK),
-        "speed": Speed(variants=one, contexts=(4096,), rounds=5, budgets=(Budget(k=400),)),
+        "speed": Speed(variants=one, contexts=(4096,), rounds=5, budgets=(480,)),
     })  # fmt: skip
     both, one = ("faithful", "window"), ("faithful",)
     several = ("hard", "logit", "candidates", "unscaled", "sharper", "group", "pool-3", "sink-4")
@@ -100,14 +98,14 @@ def _settings() -> Iterator[Settings]:
     several += ("candidates-means-16", "group-means-16", "chunk-64-local-512")
     splits = ("split-25", "split-25-one", "split-10", "split-50")
     yield Settings(name="choose-long", split="choose", variants=VARIANTS, dtype="bfloat16", tasks={
-        "sparse": Sparse(variants=(*several, "chunk-128-local-512"), lengths=(8192,), documents=3,
-                         budgets=(_10,)),
+        "sparse": Sparse(variants=(*several, "chunk-128-local-512"), contexts=(8192,), documents=3,
+                         budgets=(0.1,)),
         "needles": Needles(variants=(*splits, "contiguous-means-16", "fixed-means-16"),
                            depths=(0.1, 0.5, 0.9), seeds=1, kinds=("filler",), **_FAR),
         "needles-natural": Needles(variants=("split-25", "split-25-one", "split-50"),
                                    depths=(0.1, 0.5, 0.9), seeds=1, kinds=("natural",), **_FAR),
     })  # fmt: skip
-    three = {"budgets": (_5, _10, _20)}
+    three = {"budgets": (0.05, 0.1, 0.2)}
     yield Settings(name="report", split="report", variants=VARIANTS, tasks={
         "decode": Decode(variants=both, documents=8, **_NEAR | three),
         "decode-shorter": Decode(variants=both, contexts=(4096,), documents=3, **three),
@@ -115,29 +113,29 @@ def _settings() -> Iterator[Settings]:
         "reuse": Reuse(variants=one, documents=4, thetas=(0.7, 0.8, 0.85, 0.9, 0.95), **_NEAR),
         "mass": Mass(variants=one, documents=2, **_NEAR),
         "speed": Speed(variants=one, contexts=(8192, 16384, 32768), rounds=15, prefills=_PREFILLS,
-                       budgets=(_10,)),
+                       budgets=(0.1,)),
     })  # fmt: skip
     # No needle stands in the window, where every variant would find it.
     hidden: Any = {"depths": (0.0, 0.2, 0.4, 0.6, 0.8), "kinds": ("filler",)}
     beyond = ("window", "window-contiguous", "faithful", "contiguous", "fixed", "released")
     yield Settings(name="report-long", split="report", variants=VARIANTS, dtype="bfloat16", tasks={
-        "sparse": Sparse(variants=both, lengths=(8192,), documents=8, budgets=(_10,)),
-        "sparse-rounding": Sparse(variants=("everything",), lengths=(8192,), documents=2),
+        "sparse": Sparse(variants=both, contexts=(8192,), documents=8, budgets=(0.1,)),
+        "sparse-rounding": Sparse(variants=("everything",), contexts=(8192,), documents=2),
         "needles-beyond": Needles(variants=("extrapolate",), seeds=4, **hidden, **_FAR),
         "needles-beyond-natural": Needles(variants=("extrapolate",), depths=(0.1, 0.5, 0.9),
                                           seeds=2, kinds=("natural",), **_FAR),
         "needles-beyond-others": Needles(variants=("dense", *beyond), depths=(0.2, 0.6), seeds=1,
                                          kinds=("filler",), **_FAR),
         "needles-32k": Needles(variants=("extrapolate",), seeds=2,
-                               **hidden | _FAR | {"lengths": (32768,)}),
+                               **hidden | _FAR | {"contexts": (32768,)}),
         "sparse-beyond": Sparse(
             variants=("faithful", "window", "window-contiguous", "contiguous", "extrapolate"),
             documents=1, **_FAR,
         ),
     })  # fmt: skip
     yield Settings(name="ruler", split="report", variants=VARIANTS, tasks={
-        "ruler": Ruler(variants=("dense", *one), lengths=(4096,), samples=5,
-                       budgets=(Budget(k=512),)),
+        "ruler": Ruler(variants=("dense", *one), contexts=(4096,), samples=5,
+                       budgets=(656,)),
     })  # fmt: skip
 
 

@@ -1,7 +1,6 @@
 """Decode time per token beside stock attention, and the memory that a prefill takes; on the CPU."""
 
 import multiprocessing
-import re
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -13,77 +12,14 @@ from typing import Any, NamedTuple
 import torch
 from transformers.cache_utils import DynamicCache
 
-from bench.machine import cpu
+import tokenselect
+from bench.machine import cpu, forget_peak, resident
+from bench.quality import texts
 from bench.quality.figures import Row
-from bench.quality.results import source_tree
-from bench.quality.session import Case, Session, feed, rewound
-from bench.quality.tasks import Settings, Task, Values
-from bench.quality.variants import DENSE, Variant, resolve
+from bench.quality.session import Session, feed
+from bench.quality.tasks import Case, Settings, Task, Values
+from bench.quality.variants import DENSE, Variant, resolve_all
 from tokenselect.integrations.transformers import TokenSelectCache
-
-
-@dataclass(frozen=True, kw_only=True)
-class Speed(Task):
-    """Time `rounds` tokens of each contender over caches of `contexts` tokens.
-
-    prefills  [new, cached] tokens, of which dense attention's and each variant's peak memory is
-              measured
-    """
-
-    kind = "speed"
-    contexts: tuple[int, ...]
-    rounds: int = 20
-    prefills: tuple[tuple[int, int], ...] = ()
-
-    def cases(self, settings: Settings, session: Session) -> Iterator[Case]:
-        here = {"threads": torch.get_num_threads(), "cpu": cpu()}
-        base = session.key | here | {"source": source_tree()}  # faster code is another case
-        for context in self.contexts:
-            several = [
-                Contender("sdpa, DynamicCache", DENSE, True),
-                Contender("sdpa, TokenSelectCache", DENSE),
-                *(
-                    Contender(f"{variant.name} {variant.budget}".strip(), variant)
-                    for variant in self.selecting(settings, context)
-                ),
-            ]
-            keys = [[c.name, c.stock_cache, c.variant.key] for c in several]
-            what = {"context": context, "rounds": self.rounds}
-            yield Case(
-                task="speed",
-                key=base | what | {"contenders": keys},
-                label=what | here,
-                work=f"speed {what}",
-                seconds=self.rounds * len(several) * (0.1 + context * 1e-5),
-                variant=DENSE,
-                given=several,
-            )
-        for new, cached in self.prefills:
-            for name in dict.fromkeys(("dense", *self.variants)):
-                budget = self.budgets[0] if self.budgets else None
-                variant = resolve(name, settings.variants, budget, new + cached)
-                what = {"new": new, "cached": cached}
-                label = {"variant": variant.name, "budget": variant.budget}
-                yield Case(
-                    task="speed",
-                    key=base | what,
-                    label=what | label | here,
-                    work=f"memory {what} {variant.key}",
-                    seconds=0.01 * new + 10,
-                    variant=variant,
-                )
-
-    @staticmethod
-    def run(cases: Sequence[Case], session: Session) -> Values:
-        for case in cases:
-            if case.given is None:
-                yield case, peak(case, session)
-            else:
-                yield case, times(case.given, case.label["context"], case.label["rounds"], session)
-
-    @staticmethod
-    def summary(rows: Sequence[Row]) -> list[Row]:
-        return list(rows)
 
 
 class Contender(NamedTuple):
@@ -92,6 +28,54 @@ class Contender(NamedTuple):
     name: str
     variant: Variant
     stock_cache: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed(Task):
+    """Time `rounds` tokens of each contender over caches of `contexts` tokens.
+
+    prefills  [new, cached] tokens, of which dense attention's and each variant's peak memory is
+              measured, at the first budget
+    """
+
+    kind = computes = "speed"
+    rounds: int = 20
+    prefills: tuple[tuple[int, int], ...] = ()
+
+    def cases(self, settings: Settings, session: Session) -> Iterator[Case]:
+        files = sorted(Path(tokenselect.__file__).parent.rglob("*.py"))
+        source = texts.sha("".join(path.read_text(encoding="utf-8") for path in files))
+        more = session.key | {"source": source}  # faster code is another case
+        here = {"threads": torch.get_num_threads(), "cpu": cpu()}
+        for n in self.contexts:
+            several = [Contender("sdpa, DynamicCache", DENSE, True)]
+            several.append(Contender("sdpa, TokenSelectCache", DENSE))
+            for variant in self.selecting(settings, n):
+                several.append(Contender(f"{variant.name} {variant.budget}".strip(), variant))
+            label = {"context": n, "rounds": self.rounds, **here}
+            keys = [[c.name, c.stock_cache, c.variant.key] for c in several]
+            yield Case(self.computes, self.run, DENSE, label, more | {"contenders": keys}, several)
+        names, budgets = ("dense", *self.variants), self.budgets[:1]
+        for new, cached in self.prefills:
+            label = {"new": new, "cached": cached, **here}
+            for variant in resolve_all(names, settings.variants, budgets, new + cached):
+                yield Case(self.computes, self.run, variant, label, more)
+
+    @staticmethod
+    def run(cases: Sequence[Case], session: Session) -> Values:
+        for case in cases:
+            of, given = case.label, (session.path, session.gguf_file, session.dtype, case.variant)
+            if case.given is not None:
+                yield case, times(case.given, of["context"], of["rounds"], session)
+                continue
+            # In a process of its own.
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                size = of["threads"], of["new"], of["cached"]
+                yield case, pool.submit(peak, *given, *size).result()
+
+    @staticmethod
+    def summary(rows: Sequence[Row]) -> list[Row]:
+        return list(rows)
 
 
 @torch.inference_mode()
@@ -103,31 +87,26 @@ def times(
     The caches hold noise: what attention takes does not depend on it. Contenders alternate token by
     token, every other round in reverse, after one round of warm-up.
     """
-    model = session.model
-    caches: dict[tuple[bool, bool], Any] = {}
-    for _, variant, stock_cache in contenders:
-        if (stock_cache, variant.moves) not in caches:
-            cache: Any = DynamicCache(config=model.config)
-            if not stock_cache:
-                cache = TokenSelectCache(model, max_length=context + 1)
-            caches[stock_cache, variant.moves] = filled(cache, session, variant, context)
+    model, room, caches = session.model, context + rounds + 1, []
+    for _, variant, is_stock in contenders:
+        empty = DynamicCache(config=model.config) if is_stock else TokenSelectCache(model, room)
+        caches.append(filled(empty, session, variant, context))
     seconds: dict[str, list[float]] = {c.name: [] for c in contenders}
     for turn in range(rounds + 1):
-        for name, variant, stock_cache in contenders if turn % 2 == 0 else reversed(contenders):
-            cache = caches[stock_cache, variant.moves]
-            with rewound(cache), variant.applied(model):
+        of_round = list(zip(contenders, caches, strict=True))[:: 1 if turn % 2 == 0 else -1]
+        for (name, variant, _), cache in of_round:
+            with variant.applied(model):
                 start = time.perf_counter()
                 feed(model, cache, (100 + turn,))
                 took = time.perf_counter() - start
-            if turn > 0:
-                seconds[name].append(took)
-    baselines = [c.name for c in contenders if c.variant.kind == "dense"]
+            seconds[name] += [took] * (turn > 0)
+    bases = {f"of {c.name}": seconds[c.name] for c in contenders if c.variant.kind == "dense"}
     return {
         "contenders": [
             {"name": name, "median": median(s), "least": min(s), "largest": max(s)}
             | {
-                f"of {base}": median(a / b for a, b in zip(s, seconds[base], strict=True))
-                for base in baselines
+                of: median(a / b for a, b in zip(s, base, strict=True))
+                for of, base in bases.items()
             }
             for name, s in seconds.items()
         ]
@@ -146,24 +125,13 @@ def filled(cache: Any, session: Session, variant: Variant, n: int) -> Any:
     return cache
 
 
-# --- memory, in a process of its own ---
-
-
-def peak(case: Case, session: Session) -> dict[str, Any]:
-    """Measure one prefill in a process of its own."""
-    model = session.path, session.gguf_file, session.dtype
-    size = torch.get_num_threads(), case.label["new"], case.label["cached"]
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(measure, *model, case.variant, *size).result()
-
-
 @torch.inference_mode()
-def measure(
+def peak(
     path: Path, gguf_file: str | None, dtype: str, variant: Variant, threads: int, new: int, n: int
 ) -> dict[str, Any]:
     """Return MiB that a prefill of `new` tokens on top of n adds to this process, at most.
 
-    The cache, whose MiB come with it, has its room before: what is added is what reading takes.
+    Without those of the cache, which come with it.
     """
     torch.set_num_threads(threads)
     session = Session(path, gguf_file, dtype)
@@ -171,22 +139,16 @@ def measure(
     cache = TokenSelectCache(model, max_length=n + new)
     if n:
         filled(cache, session, variant, n)
-    with rewound(cache):  # so the cache has its memory
-        filled(cache, session, variant, new)
     ids = tuple(i % min(1000, model.config.vocab_size) for i in range(new))
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets the peak
+    forget_peak()
     # Of the peak itself: what is resident may shrink at any time, as the system takes back pages.
-    before, start = _peak_so_far(), time.perf_counter()
+    before, held, start = resident("VmHWM"), size(cache), time.perf_counter()
     with variant.applied(model):
         feed(model, cache, ids)
-    added, took = _peak_so_far() - before, time.perf_counter() - start
-    several = [getattr(i, "_buffers", None) or (i.keys, i.values) for i in cache.layers]
-    size = sum(tensor.nbytes for tensors in several for tensor in tensors)
-    return {"peak_mib": added, "cache_mib": size / 2**20, "seconds": took}
+    added, took = resident("VmHWM") - before - (size(cache) - held), time.perf_counter() - start
+    return {"peak_mib": added / 2**20, "cache_mib": size(cache) / 2**20, "seconds": took}
 
 
-def _peak_so_far() -> float:
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    found = re.search(r"VmHWM:\s*(\d+) kB", status)
-    assert found is not None
-    return int(found[1]) / 1024
+def size(cache: Any) -> int:
+    """Return the bytes of a cache's keys and values."""
+    return sum(x.nbytes for i in cache.layers if i.is_initialized for x in (i.keys, i.values))

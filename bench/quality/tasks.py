@@ -4,72 +4,67 @@ A task is a frozen dataclass of its settings. `cases` names all there is to comp
 cases of one work, in any order, and `summary` makes the rows of a result into those of its tables.
 """
 
-import math
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from itertools import pairwise
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from itertools import chain, pairwise
 from statistics import mean
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bench.quality import figures, texts
-from bench.quality.figures import Against, Row, grouped
-from bench.quality.session import Case, Session, feed, rewound
+from bench.quality.figures import Row, grouped
+from bench.quality.session import Session, feed
 from bench.quality.texts import Document
-from bench.quality.variants import DENSE, Budget, Variant, resolve_all
+from bench.quality.variants import DENSE, Variant, one_of, resolve_all
 from tokenselect import AttentionInfo
 from tokenselect.contract import SelectConfig
-from tokenselect.errors import InvalidProblem
 from tokenselect.integrations.transformers import TokenSelectCache, recorded
 
-Values = Iterator[tuple[Case, dict[str, Any]]]
+# What a version of the tasks computes. Raise it when the same case would get another value.
+VERSION = 3
 _CHUNK = 512
-# Caches that the task sparse holds at once, in bytes.
-_MEMORY = 4e9
 
 
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """What all kinds have: names of variants, each taken at every budget."""
+@dataclass(frozen=True)
+class Case:
+    """The least that is computed, kept and never computed again.
 
-    kinds: ClassVar[dict[str, type["Task"]]] = {}
-    kind: ClassVar[str]
-    variants: tuple[str, ...]
-    budgets: tuple[Budget, ...] = ()
+    task   what is computed, and by which `run`, with others of its work
+    label  what rows say of it, beside its variant
+    more   what else decides its value
+    given  what `run` needs besides
+    """
 
-    def __init_subclass__(cls) -> None:
-        Task.kinds[cls.kind] = cls
+    task: str
+    run: Callable[[Sequence["Case"], Session], "Values"] = field(compare=False)
+    variant: Variant
+    label: Mapping[str, Any]
+    more: Mapping[str, Any]
+    given: Any = field(default=None, repr=False)
 
-    def __post_init__(self) -> None:
-        for item in fields(self):
-            value = getattr(self, item.name)
-            if type(value) is int and value < item.metadata.get("least", 1):
-                raise InvalidProblem(
-                    f"{self.kind}: {item.name}={value}",
-                    f"it is at least {item.metadata.get('least', 1)}",
-                    "give more",
-                )
+    @property
+    def row(self) -> dict[str, Any]:
+        return {**self.label, **self.variant.label}
 
-    def resolved(self, settings: "Settings", context: int) -> list[Variant]:
-        return resolve_all(self.variants, settings.variants, self.budgets, context)
+    @property
+    def work(self) -> str:
+        """Cases of one work share something costly, and are run together."""
+        return json.dumps([VERSION, self.task, dict(self.label), dict(self.more)], sort_keys=True)
 
-    def selecting(self, settings: "Settings", context: int) -> list[Variant]:
-        """All variants but dense attention."""
-        return [v for v in self.resolved(settings, context) if v.kind != "dense"]
+    @property
+    def sha(self) -> str:
+        """The name under which the value is kept."""
+        return texts.sha(self.work + json.dumps(self.variant.key, sort_keys=True))
 
-    def cases(self, settings: "Settings", session: Session) -> Iterator[Case]:
-        raise NotImplementedError
 
-    @staticmethod
-    def run(cases: Sequence[Case], session: Session) -> Values:
-        raise NotImplementedError
-
-    @staticmethod
-    def summary(rows: Sequence[Row]) -> list[Row]:
-        return figures.against_dense(rows)
+Values = Iterator[tuple[Case, dict[str, Any]]]
+# What rows say of what is asked, what else decides its value, and what `run` takes.
+Asked = Iterator[tuple[Row, Row, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,40 +81,105 @@ class Settings:
 
     name: str
     split: Literal["choose", "report"]
-    tasks: Mapping[str, Task]
+    tasks: Mapping[str, "Task"]
     variants: Mapping[str, Mapping[str, Any]]
     texts: tuple[str, ...] = ("kjv", "pydoc", "source")
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
-        if self.split not in texts.SPLITS or not re.fullmatch(r"\w[\w.-]*", self.name):
-            raise InvalidProblem(
-                f"settings: name={self.name!r}, split={self.split!r}",
-                f"files are named after them, and a split is one of {', '.join(texts.SPLITS)}",
-                "give such ones",
-            )
+        one_of("split", self.split, texts.SPLITS)
 
-    def documents(self, session: Session, count: int, length: int) -> list[Document]:
-        return texts.documents(session.tokenize, self.texts, self.split, count, length)
+    def documents(self, session: Session, count: int, n: int) -> list[Document]:
+        return texts.documents(session, self.texts, self.split, count, n)
 
 
-def of_document(
-    session: Session, task: str, document: Document, variant: Variant, seconds: float,
-    **what: Any,
-) -> Case:  # fmt: skip
-    """Return the case of a task that reads one document with one variant."""
-    return Case(
-        task=task,
-        key=session.key | {"document": document.id, "sha": document.sha} | what,
-        label={"document": document.id} | what | variant.label,
-        work=f"{task} {document.sha} {what}",
-        seconds=seconds,
-        variant=variant,
-        given=document,
-    )
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What all kinds have.
+
+    contexts  lengths in tokens
+    variants  by name, each taken at every budget: see `variants.votes`
+    """
+
+    kind: ClassVar[str]
+    computes: ClassVar[str]  # kinds with one `run` may share cases
+    contexts: tuple[int, ...]
+    variants: tuple[str, ...]
+    budgets: tuple[float, ...] = ()
+
+    def asked(self, settings: Settings, session: Session, n: int) -> Asked:
+        """Return all that is asked of each variant at context n."""
+        raise NotImplementedError
+
+    def answering(self, settings: Settings, n: int) -> list[Variant]:
+        """Return the variants that are asked."""
+        return resolve_all(self.variants, settings.variants, self.budgets, n)
+
+    def selecting(self, settings: Settings, n: int) -> list[Variant]:
+        """Return all variants but dense attention."""
+        named = resolve_all(self.variants, settings.variants, self.budgets, n)
+        return [variant for variant in named if variant != DENSE]
+
+    def cases(self, settings: Settings, session: Session) -> Iterator[Case]:
+        for n in self.contexts:
+            variants = self.answering(settings, n)
+            for label, more, given in self.asked(settings, session, n):
+                for variant in variants:
+                    what = {"context": n, **label}
+                    yield Case(self.computes, self.run, variant, what, session.key | more, given)
+
+    @staticmethod
+    def run(cases: Sequence[Case], session: Session) -> Values:
+        raise NotImplementedError
+
+    @staticmethod
+    def summary(rows: Sequence[Row]) -> list[Row]:
+        return figures.against_dense(rows)
 
 
-# --- decode, reuse and mass: tokens fed one by one ---
+# --- decode, reuse, mass and sparse: a document is read ---
+
+
+class Passage(NamedTuple):
+    """Tokens to read: those before `start` densely, the others by the variant, `chunk` at a time.
+
+    The last is only what the one before is scored by. Logits count from `first` on.
+    """
+
+    ids: tuple[int, ...]
+    start: int
+    first: int
+    chunk: int
+
+
+def passes(
+    cases: Sequence[Case], session: Session
+) -> Iterator[tuple[Case, list[Tensor], list[Any], list[AttentionInfo]]]:
+    """Read a passage with the variant of each case, from one cache of what stands before it.
+
+    Yields with each case the logits that count, in chunks (tokens, vocabulary), the `Selections` of
+    the cache, and what was recorded.
+    """
+    ids, start, first, chunk = cases[0].given
+    end, model = len(ids) - 1, session.model
+    before: dict[bool, TokenSelectCache] = {}
+    for case in sorted(cases, key=lambda case: case.variant.moves):
+        # What is moved is cached otherwise, and needs a prefill of its own.
+        if case.variant.moves not in before:
+            cache = TokenSelectCache(model, max_length=len(ids))
+            with case.variant.selecting_all(len(ids)).applied(model):
+                for at in range(0, start, _CHUNK):
+                    feed(model, cache, ids[at : min(at + _CHUNK, start)])
+            before = {case.variant.moves: cache}
+        cache, logits = deepcopy(before[case.variant.moves]), []
+        selections = [layer.selections for layer in cache.layers if hasattr(layer, "selections")]
+        with case.variant.applied(model), recorded() as infos:
+            for at in range(start, end, chunk):
+                stop = min(at + chunk, end)
+                count = stop - max(first, at)  # the newest of them
+                found = feed(model, cache, ids[at:stop], max(count, 1))
+                logits += [found] if count > 0 else []
+        yield case, logits, selections, infos
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,87 +189,59 @@ class Decode(Task):
     Every variant starts from the very same cache.
     """
 
-    kind = "decode"
-    contexts: tuple[int, ...]
+    kind = computes = "decode"
     documents: int
     continuation: int = 128
 
-    def cases(self, settings: Settings, session: Session) -> Iterator[Case]:
-        for context in self.contexts:
-            variants = [DENSE, *self.selecting(settings, context)]
-            yield from self.of_variants("decode", variants, context, settings, session)
+    def answering(self, settings: Settings, n: int) -> list[Variant]:
+        return [DENSE, *self.selecting(settings, n)]
 
-    def of_variants(
-        self, task: str, variants: list[Variant], n: int, settings: Settings, session: Session
-    ) -> Iterator[Case]:
-        """Return a case for each document and variant, at one context."""
-        what = {"context": n, "continuation": self.continuation}
-        # The token after the last is what its logits are scored by.
-        for document in settings.documents(session, self.documents, n + self.continuation + 1):
-            for variant in variants:
-                seconds = 0.06 * self.continuation + 0.006 * n * (variant.kind == "dense")
-                yield of_document(session, task, document, variant, seconds, **what)
+    def asked(self, settings: Settings, session: Session, n: int) -> Asked:
+        length = n + self.continuation + 1
+        for name, sha, ids in settings.documents(session, self.documents, length):
+            label = {"document": name, "continuation": self.continuation}
+            yield label, {"sha": sha}, Passage(ids, n, n, 1)
 
     @staticmethod
     @torch.inference_mode()
     def run(cases: Sequence[Case], session: Session) -> Values:
         stock = replace(cases[0], variant=DENSE)
-        for case, cache, rest in _prefilled(session, [stock, *cases]):
-            if case is stock:
-                dense, _ = decoded(session, cache, rest, DENSE)
-                continue
-            logits, reused = dense, {}
-            if case.variant.kind != "dense":
-                logits, reused = decoded(session, cache, rest, case.variant)
-            against = Against()
-            against.add(logits, dense, rest[1:])
-            yield case, against.summary() | reused
+        others = passes([stock, *(c for c in cases if c.variant != DENSE)], session)
+        for case, logits, selections, _ in chain([of_stock := next(others)], others):
+            following = case.given.ids[case.given.first + 1 :]
+            value = figures.beside_dense(logits, of_stock[1], following)
+            if case.variant.label["theta"] is not None:
+                rates = [
+                    hits / (hits + misses) for hits, misses in (s.counts() for s in selections)
+                ]
+                value |= {"hit_rate": mean(rates), "hit_rate_of_layers": rates}
+            if case in cases:
+                yield case, value
 
 
-def _prefilled(
-    session: Session, cases: Iterable[Case]
-) -> Iterator[tuple[Case, TokenSelectCache, tuple[int, ...]]]:
-    """Yield cases of one work, each with the cache of the context and the tokens that follow."""
-    moves, cache = None, None
-    for case in sorted(cases, key=lambda case: case.variant.moves):
-        context, ids = case.label["context"], case.given.ids
-        # What is moved is cached otherwise, and needs a prefill of its own.
-        if case.variant.moves != moves:
-            moves, cache = case.variant.moves, None
-            everything = case.variant.selecting_all(len(ids))
-            cache = prefilled(session, ids[:context], everything, len(ids))
-        assert cache is not None
-        yield case, cache, ids[context:]
+@dataclass(frozen=True, kw_only=True)
+class Sparse(Task):
+    """Read documents of `contexts` tokens in chunks, and count tokens from that share of it on.
 
-
-def prefilled(
-    session: Session, ids: tuple[int, ...], variant: Variant, room: int
-) -> TokenSelectCache:
-    """Return a cache of these tokens with room for `room`, read with `variant` in chunks."""
-    cache = TokenSelectCache(session.model, max_length=room)
-    with variant.applied(session.model):
-        for start in range(0, len(ids), _CHUNK):
-            feed(session.model, cache, ids[start : start + _CHUNK])
-    return cache
-
-
-def decoded(
-    session: Session, cache: TokenSelectCache, ids: Sequence[int], variant: Variant
-) -> tuple[Tensor, dict[str, Any]]:
-    """Return logits (tokens, vocabulary) after each token but the last, and how often layers reuse.
-
-    The cache is afterwards as it was.
+    Beyond the trained length dense attention is no measure, and a row says so.
     """
-    selections = [layer.selections for layer in cache.layers if hasattr(layer, "selections")]
-    for selection in selections:
-        selection.clear()
-    with rewound(cache), variant.applied(session.model):
-        logits = torch.cat([feed(session.model, cache, (token,)) for token in ids[:-1]])
-    if variant.options is None or variant.options.theta is None:
-        return logits, {}
-    counts = [selection.counts() for selection in selections]
-    rates = [hits / (hits + misses) for hits, misses in counts]
-    return logits, {"hit_rate": mean(rates), "hit_rate_of_layers": rates}
+
+    kind = computes = "sparse"
+    documents: int
+    counted_from: float = 0.5
+    chunk: int = _CHUNK
+    answering, run = Decode.answering, staticmethod(Decode.run)
+
+    def asked(self, settings: Settings, session: Session, n: int) -> Asked:
+        first, within = int(self.counted_from * n), n <= (session.trained or n)
+        for name, sha, ids in settings.documents(session, self.documents, n + 1):
+            label = {
+                "document": name,
+                "first": first,
+                "chunk": self.chunk,
+                "within_trained": within,
+            }
+            yield label, {"sha": sha}, Passage(ids, 0, first, self.chunk)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,67 +250,47 @@ class Reuse(Decode):
 
     kind = "reuse"
     thetas: tuple[float, ...]
-    max_reuse: int = field(default=64, metadata={"least": 0})
+    max_reuse: int = 64
 
-    def cases(self, settings: Settings, session: Session) -> Iterator[Case]:
-        for context in self.contexts:
-            several = [DENSE]
-            for variant in self.selecting(settings, context):
-                several.append(variant.with_options(theta=None))
-                several += [
-                    variant.with_options(theta=theta, max_reuse=self.max_reuse)
-                    for theta in self.thetas
-                ]
-            for case in self.of_variants("decode", several, context, settings, session):
-                options = case.variant.options
-                yield replace(case, label={**case.label, "theta": options and options.theta})
+    def answering(self, settings: Settings, n: int) -> list[Variant]:
+        reuses = [{"theta": theta, "max_reuse": self.max_reuse} for theta in self.thetas]
+        several = self.selecting(settings, n)
+        return [
+            DENSE,
+            *(v.with_options(**how) for v in several for how in ({"theta": None}, *reuses)),
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mass(Decode):
     """Retained mass of each layer and head, and how much selections overlap, while decoding."""
 
-    kind = "mass"
-    continuation: int = field(default=32, metadata={"least": 2})
-
-    def cases(self, settings: Settings, session: Session) -> Iterator[Case]:
-        for context in self.contexts:
-            variants = self.selecting(settings, context)
-            yield from self.of_variants("mass", variants, context, settings, session)
+    kind = computes = "mass"
+    continuation: int = 32
+    answering = Task.selecting
 
     @staticmethod
     @torch.inference_mode()
     def run(cases: Sequence[Case], session: Session) -> Values:
-        for case, cache, rest in _prefilled(session, cases):
-            with recorded() as infos:
-                decoded(session, cache, rest, case.variant)
+        for case, logits, _, infos in passes(cases, session):
             assert case.variant.options is not None
-            select = case.variant.options.select
-            yield case, of_infos(infos, len(rest) - 1, case.label["context"], select)
+            yield case, of_infos(infos, len(logits), case.given.start, case.variant.options.select)
 
     @staticmethod
     def summary(rows: Sequence[Row]) -> list[Row]:
-        """Return means over documents; `..._of_layers` in full, by layer."""
+        """Return means over documents; None for what is not known."""
         found: list[Row] = []
         for named, group in grouped(rows, ("context", "variant", "budget")):
-            mass = torch.stack([known(r["mass"]) for r in group]).mean(0)
-            by_step = torch.tensor([r["by_step"] for r in group]).mean(0)
-            neighbours = torch.tensor([r["by_layer"] for r in group]).mean(0).diagonal(1)
+            names = ("mass", "by_step", "by_layer", "voted")
+            of = {n: torch.tensor(np.array([r[n] for r in group], float)).mean(0) for n in names}
             found.append(
                 named
                 | {"size": group[0]["size"], "documents": len(group)}
-                | {"mass": rounded(mass.mean()), "mass_of_layers": rounded(mass.mean(1))}
-                | {"least_of_a_head": rounded(mass.min())}  # NaN if one is
-                | {"by_step": rounded(by_step.mean()), "by_step_of_layers": rounded(by_step)}
-                | {"neighbours": rounded(neighbours.mean())}
-                | {"voted": mean(r["voted"] for r in group)}
+                | {"mass": rounded(of["mass"].mean()), "least_of_a_head": rounded(of["mass"].min())}
+                | {"by_step": rounded(of["by_step"].mean()), "voted": rounded(of["voted"])}
+                | {"neighbours": rounded(of["by_layer"].diagonal(1).mean())}
             )
         return found
-
-
-def known(mass: list[list[float | None]]) -> Tensor:
-    """Return (layers, heads) of a row's mass, NaN where it is not known."""
-    return torch.tensor([[math.nan if x is None else x for x in heads] for heads in mass])
 
 
 def of_infos(
@@ -293,13 +305,10 @@ def of_infos(
     An overlap is Jaccard's: tokens in both over tokens in either, 1 for nothing in both.
     """
     n_layers = len(infos) // steps
-    assert n_layers * steps == len(infos)
     # Of each step: (layers, selections, tokens)
     voted = [
-        torch.stack(
-            [votes(info, n + step + 1, config) for info in infos[step * n_layers :][:n_layers]]
-        )
-        for step in range(steps)
+        torch.stack([votes(info, n + i + 1, config) for info in infos[i * n_layers :][:n_layers]])
+        for i in range(steps)
     ]
     by_step = [overlap(now[..., : before.shape[-1]], before) for before, now in pairwise(voted)]
     by_layer = [overlap(now[:, None], now[None]) for now in voted]
@@ -329,85 +338,6 @@ def overlap(a: Tensor, b: Tensor) -> Tensor:
 
 
 def rounded(values: Any) -> Any:
-    """Return lists of numbers, or one, to 4 digits; None for what is not known."""
-    if isinstance(values, Tensor):
-        values = values.tolist()
-    if isinstance(values, list):
-        return [rounded(value) for value in values]
-    return None if math.isnan(values) else round(values, 4)
-
-
-# --- sparse: everything read by the variant itself ---
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sparse(Task):
-    """Read documents of `lengths` tokens in chunks, and count tokens from that share of it on.
-
-    All variants read in lockstep with dense attention, each into a cache of its own, so no logits
-    are kept. Beyond the trained length dense attention is no measure, and a row says so.
-    """
-
-    kind = "sparse"
-    lengths: tuple[int, ...]
-    documents: int
-    counted_from: float = 0.5
-    chunk: int = _CHUNK
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.counted_from <= 0.95:
-            raise InvalidProblem(
-                f"sparse: counted_from={self.counted_from}",
-                "it is a share of the length, from 0 to 0.95",
-                "give such a one",
-            )
-
-    def cases(self, settings: Settings, session: Session) -> Iterator[Case]:
-        for n in self.lengths:
-            what = {"context": n, "first": int(self.counted_from * n), "chunk": self.chunk}
-            within = {"within_trained": session.trained is None or n <= session.trained}
-            for document in settings.documents(session, self.documents, n + 1):
-                for variant in [DENSE, *self.selecting(settings, n)]:
-                    case = of_document(session, "sparse", document, variant, 0.007 * n, **what)
-                    yield replace(case, label={**case.label, **within})
-
-    @staticmethod
-    @torch.inference_mode()
-    def run(cases: Sequence[Case], session: Session) -> Values:
-        config = session.config
-        width = getattr(config, "head_dim", None)
-        width = width or config.hidden_size // config.num_attention_heads
-        per_token = 2 * 4 * config.num_hidden_layers * session.kv_heads * width
-        at_once = max(1, int(_MEMORY / (per_token * cases[0].label["context"])) - 1)
-        # Dense attention is read along anyway, and its own case holds no further cache.
-        cases = sorted(cases, key=lambda case: case.variant.kind != "dense")
-        at_once += cases[0].variant.kind == "dense"
-        for start in range(0, len(cases), at_once):
-            yield from _lockstep(cases[start : start + at_once], session)
-
-
-def _lockstep(cases: Sequence[Case], session: Session) -> Values:
-    """Read one document with dense attention and all these variants, a chunk at a time."""
-    label, ids, model = cases[0].label, cases[0].given.ids, session.model
-    length, first, chunk = label["context"], label["first"], label["chunk"]
-    dense_cache = TokenSelectCache(model, max_length=length)
-    several = [
-        (case, case.variant.kind != "dense" and TokenSelectCache(model, max_length=length))
-        for case in cases
-    ]
-    found = [(case, cache, Against()) for case, cache in several]
-    for start in range(0, length, chunk):
-        stop = min(start + chunk, length)
-        count = max(0, stop - max(first, start))  # the newest of them, which are counted
-        tokens, following = ids[start:stop], ids[stop + 1 - count : stop + 1]
-        with DENSE.applied(model):
-            dense = feed(model, dense_cache, tokens, max(count, 1))
-        for case, cache, against in found:
-            logits = dense
-            if cache:
-                with case.variant.applied(model):
-                    logits = feed(model, cache, tokens, max(count, 1))
-            if count:
-                against.add(logits, dense, following)
-    yield from ((case, against.summary()) for case, _, against in found)
+    """Return numbers to 4 digits, as lists or one alone; None for NaN."""
+    found = np.round(np.asarray(values, dtype=float), 4)
+    return np.where(np.isnan(found), None, found).tolist()

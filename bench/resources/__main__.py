@@ -28,12 +28,6 @@ from tokenselect import Problem
 Launches = Callable[[Problem, str], list[Any]]
 
 
-def name_of(kernel: Any) -> str:
-    """Return a kernel's stage and name, whether it is compiled or interpreted."""
-    stage = kernel.fn.__module__.rpartition(".")[2].partition("_")[0]
-    return f"{stage}.{kernel.fn.__name__.lstrip('_')}"
-
-
 class Row(NamedTuple):
     """One kernel of one case on one target: the resources of a launch, or why there are none."""
 
@@ -42,21 +36,11 @@ class Row(NamedTuple):
     target: str
     outcome: Resources | str
 
-    def wrong(self) -> list[str]:
-        """Return what a launch of it would fail on, or be slow by."""
-        if isinstance(self.outcome, str):
-            return [self.outcome]
-        return self.outcome.excess(TARGETS[self.target])
 
-
-def examine(
-    cases: Iterable[str] = CASES,
-    targets: Sequence[str] = tuple(TARGETS),
-    launches_of: Launches = shipped,
-) -> list[Row]:
+def examine(cases: Iterable[str], targets: Sequence[str], launches_of: Launches) -> list[Row]:
     """Compile the launches of each case on each target, each distinct kernel once."""
     rows: dict[Row, None] = {}
-    known: dict[tuple[str, ...], Resources | str] = {}
+    known: dict[tuple[str, ...], Resources] = {}
     for case in cases:
         call = problem(**CASES[case])
         for target in targets:
@@ -66,30 +50,27 @@ def examine(
                 rows[Row("(planning)", case, target, _told(error))] = None
                 continue
             for launch in launches:
-                name = name_of(launch.kernel)
+                stage = launch.kernel.fn.__module__.rpartition(".")[2].partition("_")[0]
+                name = f"{stage}.{launch.kernel.fn.__name__.lstrip('_')}"
                 outcome = _outcome(launch, target, known, f"{name}, {case}, {target}")
                 rows[Row(name, case, target, outcome)] = None
     return list(rows)
 
 
 def _outcome(
-    launch: Any, target: str, known: dict[tuple[str, ...], Resources | str], label: str
+    launch: Any, target: str, known: dict[tuple[str, ...], Resources], label: str
 ) -> Resources | str:
     """Return the launch's resources, or why it does not compile. Looks in `known` first."""
     try:
         source, options = specialised(launch, target)
         key = (target, source.hash(), options.hash())
+        if key not in known:
+            # Before, not after: a compiler that crashes takes this process along.
+            print(f"→ {label}", file=sys.stderr, flush=True)
+            gpu = TARGETS[target].gpu
+            known[key] = resources(triton.compile(source, target=gpu, options=options.__dict__))
     except Exception as error:
         return _told(error)
-    if key not in known:
-        # Before, not after: a compiler that crashes takes this process along.
-        print(f"→ {label}", file=sys.stderr, flush=True)
-        gpu = TARGETS[target].gpu
-        try:
-            compiled = triton.compile(source, target=gpu, options=options.__dict__)
-            known[key] = resources(compiled)
-        except Exception as error:
-            known[key] = _told(error)
     return known[key]
 
 
@@ -105,16 +86,15 @@ def _told(error: BaseException | None) -> str:
 def complaints(rows: Iterable[Row]) -> list[str]:
     """Return what is wrong: each thing once per kernel and target, with its cases."""
     found: dict[tuple[str, str, str], list[str]] = defaultdict(list)
-    for row in rows:
-        for text in row.wrong():
-            found[row.kernel, row.target, text].append(row.case)
+    for kernel, case, target, outcome in rows:
+        wrong = [outcome] if isinstance(outcome, str) else outcome.excess(TARGETS[target])
+        for text in wrong:
+            found[kernel, target, text].append(case)
     return [
         f"{kernel} on {target}, {', '.join(cases)}: {textwrap.indent(text, '  ').strip()}"
         for (kernel, target, text), cases in found.items()
     ]
 
-
-# --- the page -----------------------------------------------------------------------------
 
 _PAGE = f"""\
 # Resources of the Triton kernels
@@ -148,8 +128,7 @@ def figures(rows: Iterable[Row], *by: str) -> list[str]:
     for row in rows:
         groups[tuple(getattr(row, name) for name in by)].append(row)
     by_kernel = sorted(groups.items(), key=lambda group: group[0][0])
-    lines = [(*key, *_cells(own)) for key, own in by_kernel]
-    return table((*by, *_COLUMNS), lines, is_padded=True)
+    return table((*by, *_COLUMNS), [(*key, *_cells(own)) for key, own in by_kernel], is_padded=True)
 
 
 def _cells(rows: Sequence[Row]) -> tuple[str, ...]:
@@ -158,8 +137,7 @@ def _cells(rows: Sequence[Row]) -> tuple[str, ...]:
     failed = f"{len(rows) - len(used)} not compiled" if len(used) < len(rows) else ""
     if not used:
         return (failed, *[""] * (len(_COLUMNS) - 1))
-    limit = TARGETS[rows[0].target]
-    scalars = max(u.scalars for u in used)
+    limit, scalars = TARGETS[rows[0].target], max(u.scalars for u in used)
     tensor_memory = f"{_range(u.tensor_memory for u in used)} of {limit.tensor_memory}"
     return (
         f"{_range(u.registers for u in used)} {failed}".strip(),
@@ -177,23 +155,14 @@ def _range(values: Iterable[float]) -> str:
     return "–".join(dict.fromkeys(f"{value:.1f}".removesuffix(".0") for value in ends))
 
 
-# --- the command --------------------------------------------------------------------------
-
-
 def main(argv: Sequence[str] | None = None, launches_of: Launches = shipped) -> int:
     """Run the check; return the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.resources", description=__doc__.split("\n")[0]
     )
     for name, choices in (("case", CASES), ("target", TARGETS)):
-        parser.add_argument(
-            f"--{name}",
-            nargs="+",
-            choices=choices,
-            default=list(choices),
-            metavar="NAME",
-            help=f"only these, of {', '.join(choices)}",
-        )
+        own: dict[str, Any] = {"choices": choices, "default": list(choices), "metavar": "NAME"}
+        parser.add_argument(f"--{name}", nargs="+", **own, help=f"of {', '.join(choices)}")
     parser.add_argument("--page", type=Path, metavar="PATH", help="write all figures there")
     arguments = parser.parse_args(argv)
     if triton.knobs.runtime.interpret:

@@ -84,18 +84,15 @@ class Resources:
 
     def excess(self, target: Target) -> list[str]:
         """Return what a launch on the target would fail on, or be slow by."""
-        taken = self.registers * self.num_warps * target.gpu.warp_size
-        found = []
-        if self.spilled:
-            found.append(f"spills {self.spilled} bytes, with {self.registers} registers")
-        if taken > target.registers:
-            found.append(f"takes {taken} registers of {target.registers}")
-        if self.shared > target.shared:
-            found.append(f"takes {self.shared} bytes of shared memory of {target.shared}")
-        if self.tensor_memory > target.tensor_memory:
-            columns = f"{self.tensor_memory} columns of tensor memory"
-            found.append(f"takes {columns} of {target.tensor_memory}")
-        return found
+        threads = self.num_warps * target.gpu.warp_size
+        limits = (
+            (self.registers * threads, "registers", target.registers),
+            (self.shared, "bytes of shared memory", target.shared),
+            (self.tensor_memory, "columns of tensor memory", target.tensor_memory),
+        )
+        spills = [f"spills {self.spilled} bytes, with {self.registers} registers"]
+        over = [f"takes {n} {what} of {limit}" for n, what, limit in limits if n > limit]
+        return spills * bool(self.spilled) + over
 
 
 _PTX_LOAD = re.compile(r"\bld(?:\.\w+)*\.global(?:(?:\.|::)\w+)*?(?:\.v(\d))?\.[a-z]+(\d+)\s")

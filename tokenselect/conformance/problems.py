@@ -5,7 +5,7 @@ torch alone.
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ class Case:
     """One problem, in numbers. `problem()` makes it."""
 
     # Whether another problem of the kind may be tried instead, one that a backend takes.
-    can_bend: ClassVar[bool] = True
+    can_bend = True  # no field: as it is, it would be shown
 
     lengths: tuple[int, ...] = (40,)
     Hkv: int = 2
@@ -201,9 +201,6 @@ class Ballots:
             votes[b, :, :, :sink_end] = -torch.inf
             votes[b, :, :, local_start:] = -torch.inf
         return votes, problem
-
-
-VOTES = ("few values", "all equal", "signed zeros", "infinite", "nan", "rising", "normal")
 
 
 # So far out that a float32 angle is off by a thousandth of a radian; few heads, few candidates.

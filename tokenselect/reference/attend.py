@@ -2,6 +2,9 @@
 
 s_{h,i,j}  = softcap(scale * q_{h,i} . k_{h // G, j})              j selected, j <= n - Lq + i
 out_{h,i}  = sum over j of softmax_j(s_{h,i}) v_{h // G, j}        eq. 2
+
+The file starts with one query of one head. Then come requests, selections, heads and the causal
+rule (`attend`), and at last keys that move (`placed`).
 """
 
 import math
@@ -11,6 +14,26 @@ from torch import Tensor
 
 from tokenselect.contract import AttentionOutput, Problem, Selection
 from tokenselect.reference.rows import read
+
+
+def attention(
+    query: Tensor, keys: Tensor, values: Tensor, problem: Problem, sink_logit: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return out (Dv,) and lse of one query (D,) of one head over keys (n, D), values (n, Dv)."""
+    s = capped(problem.scale * (keys @ query), problem.softcap)  # s_j
+    return softmax_weights(s, sink_logit) @ values, s.logsumexp(0)  # eq. 2
+
+
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """Keep logits within +-softcap (Gemma 2)."""
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def softmax_weights(logits: Tensor, sink_logit: Tensor | None) -> Tensor:
+    """Return the softmax, a sink's logit in its denominator and without a value (gpt-oss)."""
+    if sink_logit is None:
+        return torch.softmax(logits, 0)
+    return torch.softmax(torch.cat((logits, sink_logit.to(logits.dtype)[None])), 0)[:-1]
 
 
 def attend(problem: Problem, selection: Selection) -> AttentionOutput:
@@ -30,15 +53,13 @@ def attend(problem: Problem, selection: Selection) -> AttentionOutput:
             values = read(problem, problem.v_cache, b, positions)
             for h in heads_of(problem, s):
                 g = h // problem.G
-                sink = None if problem.sink_logits is None else problem.sink_logits[h]
+                sink_logit = None if problem.sink_logits is None else problem.sink_logits[h]
                 for i in range(Lq):
                     seen = positions <= n - Lq + i
-                    if not seen.any():
-                        continue
-                    logits = problem.scale * (keys[g, seen] @ queries[h, i])  # s_j
-                    logits = capped(logits, problem.softcap)
-                    out[b, h, i] = softmax_weights(logits, sink) @ values[g, seen]  # eq. 2
-                    lse[b, h, i] = logits.logsumexp(0)
+                    if seen.any():
+                        out[b, h, i], lse[b, h, i] = attention(
+                            queries[h, i], keys[g, seen], values[g, seen], problem, sink_logit
+                        )
     return AttentionOutput(out, lse)
 
 
@@ -67,15 +88,3 @@ def placed(problem: Problem, b: int, n: int, positions: Tensor) -> tuple[Tensor,
         at = torch.arange(len(positions), device=positions.device)
         query_at = len(positions) + newest
     return rope.reposition(queries, query_positions, query_at), rope.reposition(keys, positions, at)
-
-
-def capped(logits: Tensor, softcap: float | None) -> Tensor:
-    """Keep logits within +-softcap (Gemma 2)."""
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
-
-
-def softmax_weights(logits: Tensor, sink: Tensor | None) -> Tensor:
-    """Return the softmax, the sink's logit in its denominator and without a value (gpt-oss)."""
-    if sink is None:
-        return torch.softmax(logits, 0)
-    return torch.softmax(torch.cat((logits, sink.to(logits.dtype)[None])), 0)[:-1]

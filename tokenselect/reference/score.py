@@ -72,9 +72,8 @@ def score(problem: Problem) -> Scores:
                 # The last ballot's stays: the true one of a split.
                 lse[b, h] = logits(problem, queries[h].mean(0), head_keys).logsumexp(0)
             for s, voters in enumerate(torch.stack(head_votes).chunk(problem.S)):
-                votes[b, ballot, s, candidates] = pooled(
-                    added(voters), c.pool
-                ).float()  # sum over h
+                summed = added(voters)  # sum over h
+                votes[b, ballot, s, candidates] = pooled(summed, c.pool).float()
     return Scores(votes, lse)
 
 

@@ -97,10 +97,14 @@ def check(
     ran = failed = 0
     few = is_interpreted(backend) and not thorough
     kinds = [kind for kind in KINDS if kind in INTERPRETED or not few]
+    refused = {kind: reasons(backend, on(device, draw(kind, seeds[0]))) for kind in kinds}
+    shared = set.intersection(*(set(whys) for whys in refused.values())) if refused else ()
+    if shared:
+        say(f"  {f'all {len(kinds)} kinds':<28}not supported: {'; '.join(sorted(shared))}")
+        return Tally(0, 0)
     for kind in kinds:
-        whys = reasons(backend, on(device, draw(kind, seeds[0])))
-        if whys:
-            say(f"  {kind:<28}not supported: {'; '.join(whys)}")
+        if refused[kind]:
+            say(f"  {kind:<28}not supported: {'; '.join(refused[kind])}")
             continue
         outcomes = [judge(backend.name, kind, seed, device) for seed in seeds]
         wrong = [outcome for outcome in outcomes if not outcome.finding.holds]
@@ -169,7 +173,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"  {name:<11} not available: {why}")
         else:
             available.append(backend)
-            print(f"  {name:<11} available: {capability(backend)}")
+            how = ", interpreted, for this check" if is_interpreted(backend) else ""
+            print(f"  {name:<11} available{how}: {capability(backend)}")
 
     seeds = range(options.seed, options.seed + options.problems)
     tallies: dict[str, Tally] = {}

@@ -183,7 +183,8 @@ def an_infinite_value_of_weight_zero_is_not_a_number(backend: Backend, case: Cas
         ),
         st.sampled_from([0.5, 14 / 2**16]),  # of the newest, and of all
         st.just(0),
-    )
+    ),
+    ropes=("rotated", "raw"),
 )
 def keys_far_out_are_attended_to_exactly(backend: Backend, drawn: Chosen) -> None:
     """Move keys to the front, or rotate raw ones where they are: exact far out, as in scoring."""

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from tokenselect import api
 from tokenselect.api import AttentionInfo
 from tokenselect.conformance.devices import back, device_of, on
-from tokenselect.conformance.laws.law import able, law
+from tokenselect.conformance.laws.law import able, law, only_read
 from tokenselect.conformance.laws.strategies import cases
 from tokenselect.conformance.paging import at, by_token
 from tokenselect.conformance.problems import Case, with_config
@@ -19,10 +19,11 @@ from tokenselect.conformance.tolerances import (
     Tolerance,
     attend_tolerance,
     choice_finding,
+    compare_selection,
     exact,
     score_tolerance,
 )
-from tokenselect.contract import Backend, Problem, SelectConfig, Selection
+from tokenselect.contract import Backend, Problem, Scores, SelectConfig, Selection
 from tokenselect.dispatch import ops
 from tokenselect.dispatch.registry import load
 from tokenselect.selection_cache import SelectionCache
@@ -40,7 +41,8 @@ def run(
     registered = load(backend.name)
     problem = replace(problem, max_reuse=0 if cache is None else cache.max_reuse)
     problem = able(registered, on(device_of(registered), problem))
-    out, info = api.run(problem, backend.name, cache=cache, return_info=True)
+    with only_read(problem):
+        out, info = api.run(problem, backend.name, cache=cache, return_info=True)
     expected = ops.fake_step(problem)
     for name, got, like in zip(
         ("out", "lse", "positions", "count"),
@@ -186,6 +188,27 @@ def it_chooses_what_the_votes_allow_and_attends_to_that(backend: Backend, case: 
     tolerance = attend_tolerance(problem, info.selection)
     finding = max(tolerance.out.compare("out", out), tolerance.lse.compare("lse", info.lse))
     assert finding.holds, finding
+
+
+@law(
+    cases(),
+    Case(lengths=(90, 0), content="equal", config=SelectConfig(5, 2, 3)),
+    Case(lengths=(90,), Lq=5, content="equal", config=SelectConfig(5, 2, 3, scope="group")),
+)
+def a_call_is_its_stages_in_turn(backend: Backend, case: Case) -> None:
+    """Select the same, ties and all, where one function computes all stages: `attend_fresh`."""
+    problem = replace(case, max_reuse=0).problem()
+    _, info = run(backend, problem)
+    votes, _ = backend.score(problem)
+    selection = backend.select(votes, problem)
+    registered = load(backend.name)
+    if registered.capability.deterministic:
+        finding = compare_selection(info.selection, selection)
+        assert finding.holds, finding
+    if registered.attend_fresh is not None:
+        _, _, lse = registered.attend_fresh(on(device_of(registered), problem))
+        finding = score_tolerance(problem).compare(Scores(votes, *back(lse)))
+        assert finding.holds, finding
 
 
 def true_mass(problem: Problem, selection: Selection) -> Tensor:

@@ -1,7 +1,8 @@
 """A law: something that holds for every backend on every problem it can run."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -118,15 +119,38 @@ def able(backend: Backend, problem: Problem) -> Problem:
 
 
 def asked_first(backend: Backend) -> Backend:
-    """`backend` with stages that are given only what it declares, and raise CannotRun else."""
+    """`backend` with stages that are given only what it declares, and raise CannotRun else.
+
+    What they are given has to be as it was afterwards.
+    """
 
     def score(problem: Problem) -> Scores:
-        return backend.score(able(backend, problem))
+        with only_read(problem):
+            return backend.score(able(backend, problem))
 
     def select(votes: Tensor, problem: Problem) -> Selection:
-        return backend.select(votes, able(backend, problem))
+        with only_read(problem, votes):
+            return backend.select(votes, able(backend, problem))
 
     def attend(problem: Problem, selection: Selection) -> AttentionOutput:
-        return backend.attend(able(backend, problem), selection)
+        with only_read(problem, *selection):
+            return backend.attend(able(backend, problem), selection)
 
     return replace(backend, score=score, select=select, attend=attend)
+
+
+@contextmanager
+def only_read(problem: Problem, *others: Tensor) -> Iterator[None]:
+    """Hold what runs inside to leave a problem's tensors, and others, as they are."""
+    p = problem
+    named = {name: getattr(p, name) for name in _TENSORS}
+    named |= {"rope.inv_freq": None if p.rope is None else p.rope.inv_freq}
+    named |= {f"argument {i}": x for i, x in enumerate(others)}
+    given = [(name, x, x.clone()) for name, x in named.items() if x is not None]
+    yield
+    for name, x, before in given:
+        same = (x == before) | (x.isnan() & before.isnan())
+        assert same.all(), f"{name}{(~same).nonzero()[0].tolist()} was written to"
+
+
+_TENSORS = ("q", "k_cache", "v_cache", "cache_seqlens", "block_table", "sink_logits")

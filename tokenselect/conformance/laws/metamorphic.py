@@ -283,7 +283,7 @@ def what_fits_is_not_moved(backend: Backend, case: Case) -> None:
         ]
     )
 )
-def it_repeats_twenty_times_to_the_bit(backend: Backend, case: Case) -> None:
+def it_repeats_twenty_times_bit_for_bit(backend: Backend, case: Case) -> None:
     """Few problems, often: what depends on which of two writes comes first shows now and then."""
     if not backend.capability.deterministic:
         raise CannotRun("deterministic")
@@ -304,7 +304,7 @@ def it_repeats_twenty_times_to_the_bit(backend: Backend, case: Case) -> None:
 
 
 @law(cases(), Case(lengths=(60,), content="equal", Lq=5), Case(lengths=(60, 9), page_size=2))
-def what_is_declared_deterministic_repeats_to_the_bit(backend: Backend, case: Case) -> None:
+def what_is_declared_deterministic_repeats_bit_for_bit(backend: Backend, case: Case) -> None:
     """Call twice; the results are bit-identical."""
     if not backend.capability.deterministic:
         raise CannotRun("deterministic")

@@ -74,7 +74,8 @@ NEARER = replace(FAR, lengths=(2**13,))  # all of them are scored, and fewer sho
             replace(NEARER, rope="rotated", config=replace(NEARER.config, score_at="fixed")),
             replace(NEARER, rope="raw", rotary_dim=32),
         ]
-    )
+    ),
+    ropes=("rotated", "raw"),
 )
 def keys_far_out_are_moved_exactly(backend: Backend, case: Case) -> None:
     """Score keys far out, where a float32 angle is off: angles are float64, or tables exact."""

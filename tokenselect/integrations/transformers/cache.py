@@ -367,7 +367,9 @@ def slides_everywhere(config: Any) -> bool:
 
 
 class TokenSelectCache(Cache):
-    """A KV cache for a model that attends with tokenselect; pass it as past_key_values.
+    """A KV cache for a model that attends with tokenselect.
+
+    Pass it as `past_key_values`, or, from transformers 5.24 on, as `cache`.
 
     config      the model, or its config
     max_length  room for that many tokens is taken at once; None: buffers double when full

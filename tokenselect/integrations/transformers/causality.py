@@ -1,7 +1,7 @@
 """Warn of logits that depend on later tokens.
 
-Queries that select together influence each other's results. `generate` asks for the logits of the
-last one; a call that asks for all is warned, once per model.
+Queries that select together influence each other's results. A call that returns the logits of
+several is warned, once per model and `enable`; plain `generate` asks for those of the last one.
 """
 
 import inspect
@@ -39,12 +39,14 @@ class _LogitsWatch:
 
     @torch.compiler.disable
     def __call__(self, model: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
-        keep = kwargs.get("logits_to_keep", 0)
-        if in_progress.together < 2 or self._told or not (isinstance(keep, int) and keep == 0):
+        logits = getattr(out, "logits", None)
+        # (B, positions, classes); those of a whole text have two dims.
+        several = isinstance(logits, torch.Tensor) and logits.ndim == 3 and logits.shape[1] > 1
+        if in_progress.together < 2 or self._told or not several:
             return
         self._told = True
         warnings.warn(
-            f"logits of all positions of a {type(model).__name__}, in which up to "
+            f"logits of several positions of a {type(model).__name__}, in which up to "
             f"{in_progress.together} queries chose together what they attend to: those of a token "
             "depend on later tokens of its chunk, and so do log-likelihoods. With chunk=1 they are "
             "causal; logits_to_keep=1 asks for those of the last position",
@@ -53,9 +55,12 @@ class _LogitsWatch:
 
 
 def watch_logits(model: Any) -> bool:
-    """Let a model warn, if it takes logits_to_keep; return whether it did not do so before."""
+    """Let a model warn; return whether it did not do so before.
+
+    Not one that generates and returns all logits whatever it is asked for.
+    """
     can_be_told = "logits_to_keep" in inspect.signature(model.forward).parameters
-    if not can_be_told or hasattr(model, _ATTRIBUTE):
+    if hasattr(model, _ATTRIBUTE) or (model.can_generate() and not can_be_told):
         return False
     setattr(model, _ATTRIBUTE, _LogitsWatch(model))
     return True

@@ -260,8 +260,9 @@ def _selections(module: Any, options: Options, key: Tensor) -> Selections | None
             f"{layer_name(module)}",
             "selections that are reused live with the KV cache, so that they are cropped, "
             "reordered and reset with it",
-            "pass past_key_values=TokenSelectCache(model); if you did, this layer changes its keys "
-            "after they were cached, or caches them in a way of its own: leave theta out",
+            "pass past_key_values=TokenSelectCache(model) (cache= from transformers 5.24 on); if "
+            "you did, this layer changes its keys after they were cached, or caches them in a way "
+            "of its own: leave theta out",
         )
     return found
 
@@ -322,14 +323,16 @@ def _refuse(module: Any, dropout: float, others: dict[str, Any]) -> None:
     ]
     if getattr(config, "output_attentions", False) and "output_attentions" not in asked:
         asked.append("output_attentions")
+    known = [
+        f"{name}: {_WHY.get(name, 'not known, and it may change the result')}" for name in asked
+    ]
+    dense = "eager" if "output_attentions" in asked else "sdpa"
+    fix = f"do without it, or set_attn_implementation('{dense}')"
     if dropout:
-        asked.append(f"dropout={dropout}")
-    if asked:
-        known = [
-            f"{name}: {_WHY.get(name, 'not known, and it may change the result')}" for name in asked
-        ]
-        dense = "eager" if "output_attentions" in asked else "sdpa"
-        raise refuse_layer(module, known, f"do without it, or set_attn_implementation('{dense}')")
+        known.append(f"dropout={dropout}: the model is in training mode")
+        fix = f"call model.eval(); {fix}" if asked else "call model.eval()"
+    if known:
+        raise refuse_layer(module, known, fix)
 
 
 _WHY = {
