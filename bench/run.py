@@ -80,7 +80,7 @@ def checked(
         contenders.append(Contender(name, kind, run, bytes_read(problem, name, selection)))
     found = {
         "checks": {
-            "share_of_tolerance_at_k_all": held["k for everything, share of budget"],
+            "share_of_tolerance_at_k_all": held["k for everything, share of tolerance"],
             "checked_rows": len(exact.rows),
         },
         "retained_mass": {
