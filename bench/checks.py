@@ -84,7 +84,10 @@ class Found:
 
 def check(problem: Problem, backend: str, several: list[Request], exact: Truth) -> Found:
     """Hold every stage and the whole call to the truth. Raises NotEquivalent."""
-    p, checks = problem, {"k for everything, share of budget": check_everything(problem, backend)}
+    p, checks = (
+        problem,
+        {"k for everything, share of tolerance": check_everything(problem, backend)},
+    )
     scores = score(p, backend)
     checks["worst vote, relative"] = _check_votes(p, scores, several)
     if p.Lq == 1:
@@ -97,7 +100,7 @@ def check(problem: Problem, backend: str, several: list[Request], exact: Truth) 
 
     found = found_of(p, scores, selection, several)
     attended = attend(p, selection, backend)
-    checks["attend, share of budget"] = share = found.exact.share(attended.out)
+    checks["attend, share of tolerance"] = share = found.exact.share(attended.out)
     if not share <= 1:
         raise NotEquivalent(f"attend is {share:.3g} x the tolerance away from float64")
     lse = attended.lse[:, :, found.exact.rows]

@@ -139,7 +139,7 @@ def copied(what: Any, copy: Callable[[Tensor], Tensor]) -> Any:
 
 
 def run_twice(launch: Any, stage: Callable[..., Any], *given: Any) -> Any:
-    """What a stage makes of what it is given: the same to the bit, whatever the memory holds."""
+    """What a stage makes of what it is given: the same bit for bit, whatever the memory holds."""
     results, again = (run_guarded(launch, stage, *given, poison=kind) for kind in (0, 1))
     for field, one, other in zip(results._fields, results, again, strict=True):
         same = (one == other) | (one.isnan() & other.isnan())

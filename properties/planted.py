@@ -333,27 +333,25 @@ def select_pads_with_zero(base: Backend, votes: Tensor, p: Problem) -> Selection
 # --- all three in one ---
 
 
-def in_turn(base: Backend, p: Problem) -> tuple[AttentionOutput, Selection, Tensor]:
+Fused = tuple[AttentionOutput, Selection, Tensor]
+
+
+def in_turn(base: Backend, p: Problem, bent: Callable[[Tensor], Tensor]) -> Fused:
+    """A right `attend_fresh`, but for how the votes are bent."""
     votes, lse = base.score(p)
-    selection = base.select(votes, p)
+    selection = base.select(bent(votes), p)
     return base.attend(p, selection), selection, lse
 
 
 @plant("attend_fresh")
-def attend_fresh_gives_ties_to_the_higher_position(
-    base: Backend, p: Problem
-) -> tuple[AttentionOutput, Selection, Tensor]:
-    votes, lse = base.score(p)
-    later = votes + votes.abs().nan_to_num(posinf=0.0) * 1e-7 * torch.arange(p.Lk)
-    selection = base.select(later, p)
-    return base.attend(p, selection), selection, lse
+def attend_fresh_gives_ties_to_the_higher_position(base: Backend, p: Problem) -> Fused:
+    later = 1e-7 * torch.arange(p.Lk)
+    return in_turn(base, p, lambda votes: votes + votes.abs().nan_to_num(posinf=0.0) * later)
 
 
 @plant("attend_fresh")
-def attend_fresh_has_no_lse_of_a_chunk(
-    base: Backend, p: Problem
-) -> tuple[AttentionOutput, Selection, Tensor]:
-    attended, selection, lse = in_turn(base, p)
+def attend_fresh_has_no_lse_of_a_chunk(base: Backend, p: Problem) -> Fused:
+    attended, selection, lse = in_turn(base, p, lambda votes: votes)
     return attended, selection, lse if p.Lq == 1 else lse + 1
 
 

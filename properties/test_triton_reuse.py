@@ -1,4 +1,4 @@
-"""The triton backend in a plan, and its Selection Cache: the reference's decisions, to the bit.
+"""The triton backend in a plan, and its Selection Cache: the reference's decisions, bit for bit.
 
 All in guarded memory (see conftest.py), under one poison and the other in turn.
 """

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from bench import machine, page, run
-from bench.checks import NotEquivalent, check
+from bench.checks import NotEquivalent, check, check_reused
 from bench.dense import DENSE, requests, truth
 from bench.workloads import TINY, WORKLOADS, Workload, add_rows, make
 from tests import fresh
 from tokenselect import Problem, Scores, Selection, attention, register, score
 from tokenselect.contract import check_values
 from tokenselect.dispatch import registry
+from tokenselect.dispatch.registry import reuse_of
 from tokenselect.kernels.cpu import BACKEND as CPU
 
 
@@ -187,6 +188,24 @@ def test_a_wrong_backend_is_caught(
     several = requests(problem)
     with pytest.raises(NotEquivalent, match=complaint):
         check(problem, "wrong", several, truth(several))
+
+
+@pytest.mark.parametrize("name", ["tiny-decode", "tiny-prefill"])
+def test_a_reused_selection_is_the_stored_one(name: str, own_registry: None) -> None:
+    """Its bound alone cannot tell: a worse selection has a looser one."""
+    right = reuse_of(CPU)
+
+    def forgets_the_stored(p: Problem, state: Any, decision: Any, selection: Selection) -> None:
+        right.update(p, state, decision, selection)
+        for b in decision.reused.nonzero()[:, 0].tolist():
+            selection.positions[b, :, 0] = selection.positions[b, :, 1]
+
+    register("wrong", replace(CPU, name="wrong", reuse=right._replace(update=forgets_the_stored)))
+    problem = make(WORKLOADS[name])
+    exact = truth(requests(problem))
+    check_reused(problem, "cpu", exact)
+    with pytest.raises(NotEquivalent, match="not the stored one"):
+        check_reused(problem, "wrong", exact)
 
 
 def test_a_wrong_backend_is_not_timed_and_fails_the_run(

@@ -356,7 +356,7 @@ class TestFarOut:
 
 class TestNothingElseChanges:
     def test_a_second_model(self, model: Any) -> None:
-        """Of the same class, to the bit: before, during and after."""
+        """Of the same class, bit for bit: before, during and after."""
         ids, other = tokens(2), copy.deepcopy(model)
         before = other(ids).logits
         with enable(model, "extrapolate", **SMALL):

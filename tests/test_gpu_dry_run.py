@@ -78,7 +78,7 @@ def test_planned_steps_are_told_with_how_they_were_made(dry_run: DryRun) -> None
     planned = {s["name"]: s["calls"] for s in first["sides"] if s["role"] == "planned"}
     assert planned == {"hit": 2, "hit, one layer": 1, "miss": 2, "mixed": 10}
     assert first["reuse"]["layers"] == first["reuse"]["kv_copies"] == 2
-    assert first["reuse"]["share_of_budget"] <= 1
+    assert first["reuse"]["share_of_tolerance"] <= 1
     (short,) = {(r["to"], r["role"]) for r in longest["ratios"] if r["of"] == "short"}
     assert short == ("short, own capacity", "planned")
 

@@ -189,7 +189,7 @@ def test_an_entry_point_cannot_take_a_built_in_name(distribution: Path) -> None:
 
 
 @pytest.fixture
-def rivals(distribution: Path) -> Path:
+def claimants(distribution: Path) -> Path:
     """Another installed distribution, which declares the same name."""
     info = distribution / "hasty-2.0.dist-info"
     info.mkdir()
@@ -198,7 +198,7 @@ def rivals(distribution: Path) -> Path:
     return distribution
 
 
-def test_a_name_that_two_packages_declare_harms_only_those_who_ask_for_it(rivals: Path) -> None:
+def test_a_name_that_two_packages_declare_harms_only_those_who_ask_for_it(claimants: Path) -> None:
     printed = fresh.output(
         CALL
         + textwrap.dedent("""
@@ -212,7 +212,7 @@ def test_a_name_that_two_packages_declare_harms_only_those_who_ask_for_it(rivals
             except tokenselect.InvalidProblem as error:
                 print(error)
         """),
-        rivals,
+        claimants,
     )
     assert printed.startswith(f"{fresh.AUTO}\nTrue\n")
     rule = "a backend's name is declared by one installed package"
@@ -227,7 +227,7 @@ def test_a_name_that_two_packages_declare_harms_only_those_who_ask_for_it(rivals
     assert printed.count(f"{came[1]}\n  rule: {rule}\n  do:   uninstall") == 2
 
 
-def test_one_of_the_packages_that_declare_a_name_can_be_chosen(rivals: Path) -> None:
+def test_one_of_the_packages_that_declare_a_name_can_be_chosen(claimants: Path) -> None:
     printed = fresh.output(
         CALL
         + textwrap.dedent("""
@@ -235,7 +235,7 @@ def test_one_of_the_packages_that_declare_a_name_can_be_chosen(rivals: Path) -> 
         tokenselect.attention(q, cache, cache, **small, backend="speedy")
         print("refused" in str(tokenselect.explain(q, cache, cache, **small)))
         """),
-        rivals,
+        claimants,
     )
     assert printed.splitlines() == ["speedy scores", "False"]
 

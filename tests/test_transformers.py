@@ -445,7 +445,7 @@ class TestReuse:
     def test_reordered_rows_take_their_selections_along(
         self, llama: Any, mask: Tensor | None
     ) -> None:
-        """Swapping rows swaps the logits to the bit; with other paddings selections are dropped."""
+        """Swapping rows swaps the logits bit for bit; other paddings drop selections."""
         ids = tokens(2)
 
         def ends(swap: bool) -> tuple[Tensor, int, int]:

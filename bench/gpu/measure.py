@@ -203,7 +203,7 @@ class Session:
                 "theta": steps.THETA,
                 "group": steps.GROUP,
                 "short": how.short,
-                "share_of_budget": share,
+                "share_of_tolerance": share,
             }
             for kind in steps.kinds(p, backend, how, layers):
                 ready, notes = Ready(kind.run, kind.next), {"calls": kind.calls}
@@ -232,7 +232,7 @@ class Session:
             if one.exact is not None:
                 with one.ready.around():
                     share = one.exact.share(one.ready.run())
-                one.notes |= {"share_of_budget": share, "is_baseline": share <= 1}
+                one.notes |= {"share_of_tolerance": share, "is_baseline": share <= 1}
             for _ in range(2):
                 reading = one.timed(self.device.eager, one.ready.run)
                 self.device.synchronize()

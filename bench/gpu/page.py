@@ -447,7 +447,7 @@ def details(case: Json) -> list[str]:
 
 
 def _remarks(side: Json) -> str:
-    parts, share = [], side.get("share_of_budget")
+    parts, share = [], side.get("share_of_tolerance")
     if share is not None:
         right = side["is_baseline"]
         parts.append(f"error {share:.2f} of the budget" if right

@@ -226,7 +226,7 @@ def select(votes: Tensor, problem: Problem) -> Selection:
         )
         ranked.masked_fill_(excluded, -math.inf)
         excluded.logical_or_(_best(ranked, share, excluded))
-    # Sink and window were barred from the start, and what was chosen is barred now.
+    # Sink and window were excluded from the start, and what was chosen is excluded now.
     chosen = excluded.logical_and_(torch.logical_not(absent, out=absent)[:, None])
     rank = empty(shape, torch.int32, device).copy_(chosen).cumsum_(-1)
     places = empty((p.B, p.S, p.K), torch.int32, device)
@@ -241,7 +241,7 @@ def select(votes: Tensor, problem: Problem) -> Selection:
 def _best(votes: Tensor, k: int, excluded: Tensor) -> Tensor:
     """Return a mask of the k largest of votes (..., m), the lower place first among equals; or all.
 
-    Of those not `barred`, whose votes are -inf. No vote is NaN.
+    Of those not `excluded`, whose votes are -inf. No vote is NaN.
     """
     k, shape, device = min(k, votes.shape[-1]), tuple(votes.shape), votes.device
     best = empty(shape, torch.bool, device)
