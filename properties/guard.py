@@ -7,7 +7,6 @@ as it was; what a stage is to write to, only its margins, and it is copied back.
 two kinds of poison have to give bit-identical results.
 """
 
-import importlib
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
@@ -176,6 +175,6 @@ def watched(backend: Backend, launch: Any) -> Backend:
 
 
 def take_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The triton backend as it is: guarded memory is new at each call, a plan's is not."""
-    right = importlib.import_module("tokenselect.kernels.triton").BACKEND
-    monkeypatch.setitem(registry._loaded, "triton", right)
+    """The backends as they are: guarded memory is new at each call, a plan's is not."""
+    for name in ("triton", "native"):
+        monkeypatch.delitem(registry._loaded, name, raising=False)  # `load` makes it again

@@ -19,7 +19,6 @@ from bench.checks import NotEquivalent
 from bench.gpu.device import hold, nearness
 from bench.workloads import PAPER_SIZES, Workload, make
 from properties import guard
-from properties.backends import chosen
 from properties.recorded import Recorded
 from tests.fresh import need_a_cpp_compiler
 from tokenselect import (
@@ -91,9 +90,8 @@ class Equal(Workload):
 
 
 @pytest.fixture(autouse=True)
-def _unguarded(_guarded: None, monkeypatch: pytest.MonkeyPatch, pytestconfig: Any) -> None:
-    if "triton" in chosen(pytestconfig):
-        guard.take_off(monkeypatch)
+def _unguarded(_guarded: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    guard.take_off(monkeypatch)
 
 
 @pytest.fixture

@@ -17,7 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from properties import guard
-from properties.backends import chosen
 from properties.guard import poisoned
 from properties.recorded import Recorded, opaque_kernels
 from tokenselect import (
@@ -68,9 +67,8 @@ FEATURES = (
 
 
 @pytest.fixture(autouse=True)
-def _unguarded(_guarded: None, monkeypatch: pytest.MonkeyPatch, pytestconfig: Any) -> None:
-    if "triton" in chosen(pytestconfig):
-        guard.take_off(monkeypatch)
+def _unguarded(_guarded: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    guard.take_off(monkeypatch)
 
 
 def problem_of(case: Case, name: str) -> Problem:

@@ -299,8 +299,7 @@ def test_cache_follows_the_model(backend: Backend) -> None:
 def test_cache_follows_the_model_through_plans(
     plannable: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if plannable == "triton":
-        guard.take_off(monkeypatch)
+    guard.take_off(monkeypatch)
     run_state_machine_as_test(
         machine(plannable, SelectionCache, kind=StaticStages), settings=steps(10, 50, plannable)
     )
@@ -311,8 +310,7 @@ def test_cache_follows_the_model_through_replays(
     plannable: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Over CUDA's graphs, or, without a GPU, over recorded operators, which are not CUDA."""
-    if plannable == "triton":
-        guard.take_off(monkeypatch)
+    guard.take_off(monkeypatch)
     interface = None if device_of(load(plannable)) == "cuda" else Recorded()
     made = cuda_graph(plannable, name=f"{plannable}-replayed", interface=interface)
     monkeypatch.setitem(registry._targets, made.name, made)

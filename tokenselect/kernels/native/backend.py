@@ -22,7 +22,7 @@ def backend(library: Library, name: str = "native") -> Backend:
         stages.select,
         stages.attend,
         static=StaticStages(planned.score, planned.select, planned.attend),
-        reuse=Reuse(stages.decide_reuse, stages.update),
+        reuse=Reuse(planned.decide_reuse, planned.update),  # calls take `attend_cached`
         attend_fresh=stages.attend_fresh,
         attend_cached=stages.attend_cached,
     )
