@@ -20,7 +20,6 @@ class Mutant(NamedTuple):
     """In `file`, `old` becomes `new`; it stands there once.
 
     `stage` is the one whose laws should notice; "reuse": the Selection Cache's steps.
-    `law`: one that is known to notice, which is tried first.
     """
 
     name: str
@@ -28,64 +27,55 @@ class Mutant(NamedTuple):
     old: str
     new: str
     stage: str
-    law: str | None = None
 
-
-VOTES = "votes_and_lse_are_within_tolerance"
-SELECTED = "select_is_bit_exact"
-OUT = "out_and_lse_are_within_tolerance"
 
 MUTANTS = (
     Mutant("reads-one-key-too-many", "score.h", "least(BLOCK, length(c, b) - first);\n    for",
-           "least(BLOCK, length(c, b) + 1 - first);\n    for", "score", VOTES),
+           "least(BLOCK, length(c, b) + 1 - first);\n    for", "score"),
     Mutant("forgets-a-block-at-a-new-maximum", "score.h",
            "sum += totals[at] * __builtin_exp((double)tops[at] - largest)", "sum += totals[at]",
-           "score", VOTES),
+           "score"),
     Mutant("drops-the-last-block", "score.h", "used = over(n, BLOCK), head",
-           "used = n / BLOCK, head", "score", VOTES),
+           "used = n / BLOCK, head", "score"),
     Mutant("weighs-blocks-alike", "score.h", "__builtin_exp((double)inner_top[at] - largest) / sum",
-           "1 / sum", "score", VOTES),
+           "1 / sum", "score"),
     Mutant("votes-of-the-wrong-group", "score.h", "x = block_of(ballot, b, h / G, block)",
-           "x = block_of(ballot, b, h % c.Hkv, block)", "score", VOTES),
+           "x = block_of(ballot, b, h % c.Hkv, block)", "score"),
     Mutant("averages-all-queries-in-each-run", "score.h", "i = pass.first; i < pass.last",
-           "i = 0; i < pass.last", "score", VOTES),
-    Mutant("pools-to-one-side", "score.h", "read <= j + reach", "read <= j", "score", VOTES),
+           "i = 0; i < pass.last", "score"),
+    Mutant("pools-to-one-side", "score.h", "read <= j + reach", "read <= j", "score"),
     Mutant("rotates-keys-the-wrong-way", "score.h", "wave(c, direction(ballot) * i, 1.0",
-           "wave(c, -direction(ballot) * i, 1.0", "score", VOTES),
-    Mutant("counts-nan-as-a-logit", "score.h", "x = pick(finite, x, all(-INF));", "", "score",
-           "a_key_that_is_not_finite_gets_no_votes"),
+           "wave(c, -direction(ballot) * i, 1.0", "score"),
+    Mutant("counts-nan-as-a-logit", "score.h", "x = pick(finite, x, all(-INF));", "", "score"),
     Mutant("leaves-votes-of-no-candidates", "score.h", "j < of.sink_end; ++j) row[j] = -INF",
-           "j < of.sink_end; ++j) row[j] = 0", "score", VOTES),
+           "j < of.sink_end; ++j) row[j] = 0", "score"),
     Mutant("widens-half-of-a-vector", "simd.h", "memcpy(part, p, (size_t)count * sizeof *p);",
-           "memcpy(part, p, (size_t)(count - 1) * sizeof *p);", "score", VOTES),
-    Mutant("cuts-exp-short", "simd.h", "p = p * r + 0x1.12106cp-7f;", "", "score", VOTES),
-    Mutant("rotates-by-high-digits-alone", "rows.h", "low = size % ts::LOW;", "low = 0;", "score",
-           VOTES),
-    Mutant("takes-a-page-too-far", "rows.h", "++slot == page_size", "slot++ == page_size", "score",
-           VOTES),
-    Mutant("wins-one-tie-too-many", "select.h", "place < ties_end", "place <= ties_end", "select",
-           SELECTED),
+           "memcpy(part, p, (size_t)(count - 1) * sizeof *p);", "score"),
+    Mutant("cuts-exp-short", "simd.h", "p = p * r + 0x1.12106cp-7f;", "", "score"),
+    Mutant("rotates-by-high-digits-alone", "rows.h", "low = size % ts::LOW;", "low = 0;", "score"),
+    Mutant("takes-a-page-too-far", "rows.h", "++slot == page_size", "slot++ == page_size", "score"),
+    Mutant("wins-one-tie-too-many", "select.h", "place < ties_end", "place <= ties_end", "select"),
     Mutant("orders-signed-zeros", "select.h", "x = x == x ? x + 0.0f : -INF;",
-           "x = x == x ? x : -INF;", "select", SELECTED),
+           "x = x == x ? x : -INF;", "select"),
     Mutant("orders-nan-first", "select.h", "x = x == x ? x + 0.0f : -INF;", "x = x + 0.0f;",
-           "select", SELECTED),
+           "select"),
     Mutant("chooses-twice", "select.h", "if (next < n_taken && taken[next] == j) {",
-           "if (next < n_taken && taken[next] == -1) {", "select", SELECTED),
+           "if (next < n_taken && taken[next] == -1) {", "select"),
     Mutant("bounds-too-high", "select.h", "bound(from, m, share + n_chosen, top)",
-           "bound(from, m, share / 2 + n_chosen, top)", "select", SELECTED),
-    Mutant("pads-with-zero", "select.h", "to[i] = -1;", "to[i] = 0;", "select", SELECTED),
+           "bound(from, m, share / 2 + n_chosen, top)", "select"),
+    Mutant("pads-with-zero", "select.h", "to[i] = -1;", "to[i] = 0;", "select"),
     Mutant("query-does-not-see-itself", "attend.h", "newest = length(c, b) - c.Lq + i;",
-           "newest = length(c, b) - c.Lq + i - 1;", "attend", OUT),
+           "newest = length(c, b) - c.Lq + i - 1;", "attend"),
     Mutant("lets-every-query-see-all", "attend.h", "newest = length(c, b) - c.Lq + i;",
-           "newest = length(c, b);", "attend", OUT),
+           "newest = length(c, b);", "attend"),
     Mutant("drops-the-last-split", "attend.h", "i), used = over(count, SPLIT);",
-           "i), used = count / SPLIT;", "attend", OUT),
+           "i), used = count / SPLIT;", "attend"),
     Mutant("weighs-the-sink-alone", "attend.h", "share / (total * share + 1)",
-           "share / (total + 1)", "attend", OUT),
+           "share / (total + 1)", "attend"),
     Mutant("reads-kv-head-modulo", "attend.h", "memcpy(q + r * pitch, query(b, g * G + r, i)",
-           "memcpy(q + r * pitch, query(b, r * c.Hkv + g, i)", "attend", OUT),
+           "memcpy(q + r * pitch, query(b, r * c.Hkv + g, i)", "attend"),
     Mutant("walks-in-place", "attend.h", "at = c.contiguous ? r : position;", "at = position;",
-           "attend", OUT),
+           "attend"),
     Mutant("adds-up-in-float32", "reuse.h", "(double)x[i + j] * (double)y[i + j]",
            "x[i + j] * y[i + j]", "reuse"),
     Mutant("drops-what-was-appended", "reuse.h", "int64_t total = stored_count + n - stored_n;",

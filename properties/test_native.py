@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from properties import test_reuse
+from properties import test_reuse, witnesses
 from properties.native import MUTANTS, SANITIZED, Mutant, build_mutant, compiled
 from properties.test_planted import catcher
 from tokenselect import Backend
-from tokenselect.conformance.laws.law import SHARES
 from tokenselect.dispatch.registry import load
 from tokenselect.kernels.native import build, stages
 
@@ -34,18 +33,19 @@ def reuse_laws(backend: Backend) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_a_mistake_in_the_source_is_caught(
-    mutant: Mutant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mutant: Mutant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, update_snapshots: bool
 ) -> None:
     monkeypatch.setattr(stages, "_LEAST", 0)
     monkeypatch.setattr(stages, "_KEPT", -1)
     backend = build_mutant(mutant, tmp_path)
-    SHARES[backend.name] = 0.5
     if mutant.stage == "reuse":
         with pytest.raises(AssertionError):
             reuse_laws(backend)
-    else:
-        hint = mutant.law
-        assert catcher(backend, mutant.stage, hint=hint), f"no law notices {mutant.name}"
+        return
+    found = catcher(backend, mutant.stage, update=update_snapshots)
+    assert found, f"no law notices {mutant.name}"
+    if update_snapshots:
+        witnesses.keep(backend.name, found)
 
 
 @pytest.mark.slow

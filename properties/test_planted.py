@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 
-from properties import witnesses
+from properties import native, witnesses
 from properties.backends import chosen
 from properties.laws import LAWS
 from properties.mutants import MUTANTS
@@ -91,6 +91,8 @@ def test_each_has_its_witness() -> None:
         for mistake in PLANTED.keys() - beyond.keys()
     }
     of_laws = {f"planted-{mutant.name}" for mutant in MUTANTS if mutant.stage in STAGE_LAWS}
+    of_laws |= {f"planted-native-{mutant.name}" for mutant in native.MUTANTS
+                if mutant.stage in STAGE_LAWS}  # fmt: skip
     assert witnesses.known().keys() == bent | of_laws, "run with -n 0 --update-snapshots"
 
 

@@ -12,6 +12,7 @@ from tokenselect import api
 from tokenselect.api import AttentionInfo
 from tokenselect.conformance.devices import back, device_of, on
 from tokenselect.conformance.laws.law import able, law, only_read
+from tokenselect.conformance.laws.score import check_fused_lse
 from tokenselect.conformance.laws.strategies import cases
 from tokenselect.conformance.paging import at, by_token
 from tokenselect.conformance.problems import Case, with_config
@@ -23,7 +24,7 @@ from tokenselect.conformance.tolerances import (
     exact,
     score_tolerance,
 )
-from tokenselect.contract import Backend, Problem, Scores, SelectConfig, Selection
+from tokenselect.contract import Backend, Problem, SelectConfig, Selection
 from tokenselect.dispatch import ops
 from tokenselect.dispatch.registry import load
 from tokenselect.selection_cache import SelectionCache
@@ -201,14 +202,10 @@ def a_call_is_its_stages_in_turn(backend: Backend, case: Case) -> None:
     _, info = run(backend, problem)
     votes, _ = backend.score(problem)
     selection = backend.select(votes, problem)
-    registered = load(backend.name)
-    if registered.capability.deterministic:
+    if load(backend.name).capability.deterministic:
         finding = compare_selection(info.selection, selection)
         assert finding.holds, finding
-    if registered.attend_fresh is not None:
-        _, _, lse = registered.attend_fresh(on(device_of(registered), problem))
-        finding = score_tolerance(problem).compare(Scores(votes, *back(lse)))
-        assert finding.holds, finding
+    check_fused_lse(backend, problem, votes)
 
 
 def true_mass(problem: Problem, selection: Selection) -> Tensor:

@@ -4,12 +4,15 @@ from dataclasses import replace
 
 import torch
 from hypothesis import strategies as st
+from torch import Tensor
 
+from tokenselect.conformance.devices import back, device_of, on
 from tokenselect.conformance.laws.law import law
 from tokenselect.conformance.laws.strategies import cases
 from tokenselect.conformance.problems import FAR, Case
 from tokenselect.conformance.tolerances import score_tolerance
-from tokenselect.contract import Backend, SelectConfig
+from tokenselect.contract import Backend, Problem, Scores, SelectConfig
+from tokenselect.dispatch.registry import load
 
 
 @law(
@@ -50,6 +53,9 @@ def votes_and_lse_are_within_tolerance(backend: Backend, case: Case) -> None:
 @law(
     cases(config={"vote": "soft"}, filler="nan"),
     Case(lengths=(50, 30), softcap=2.0, rope="rotated", D=16),
+    # Everything is selected: attention has an lse of its own, which such a key spoils.
+    Case(lengths=(50, 30), config=SelectConfig(100, 2, 3)),
+    Case(lengths=(50, 30), softcap=2.0, config=SelectConfig(100, 2, 3)),
 )
 def a_key_that_is_not_finite_gets_no_votes(backend: Backend, case: Case) -> None:
     """Inside a request too: such a key counts as -inf, and spoils no other candidate's votes."""
@@ -63,6 +69,16 @@ def a_key_that_is_not_finite_gets_no_votes(backend: Backend, case: Case) -> None
     assert not scores.votes.isnan().any(), "votes are never NaN"
     finding = score_tolerance(problem).compare(scores)
     assert finding.holds, finding
+    check_fused_lse(backend, problem, scores.votes)
+
+
+def check_fused_lse(backend: Backend, problem: Problem, votes: Tensor) -> None:
+    """Hold the lse of a fused step, if the backend has one, to that of the score stage."""
+    registered = load(backend.name)
+    if registered.attend_fresh is not None:
+        _, _, lse = registered.attend_fresh(on(device_of(registered), problem))
+        finding = score_tolerance(problem).compare(Scores(votes, *back(lse)))
+        assert finding.holds, finding
 
 
 NEARER = replace(FAR, lengths=(2**13,))  # all of them are scored, and fewer show it

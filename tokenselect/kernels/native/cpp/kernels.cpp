@@ -5,17 +5,31 @@
 
 namespace TS_PATH {
 
-// Whether a step of one query selects everything, and its scores are the logits that it attends by:
-// then votes decide nothing, and the lse of scores is that of attention.
-static bool needs_no_scores(const Call& c) {
+// Whether a step of one query selects everything, and its scores are the logits that it attends by.
+// Then no vote decides anything, and attention finds the lse: nothing is scored before it. With a
+// softcap an infinite logit counts in attention, and in scores it does not.
+static bool attends_first(const Call& c) {
   constexpr int64_t STEP = ts::SCORE | ts::SELECT | ts::ATTEND;
   bool same_logits = c.select_scale == c.scale && c.score_at == ts::AT_TRUE && !c.contiguous;
-  if (c.stages != STEP || c.is_static || c.Lq != 1 || !same_logits) return false;
+  if (c.stages != STEP || c.is_static || c.Lq != 1 || !same_logits || c.softcap > 0) return false;
   for (int64_t b = 0; b < c.B; ++b) {
     Regions of = regions(c, length(c, b));
     if (of.local_start - of.sink_end > c.budget) return false;
   }
   return true;
+}
+
+// Take the lse of attention for that of scores, and return whether it is: where a logit is not
+// finite, attention has no finite lse, and scores leave it out.
+static bool take_lse(const Call& c) {
+  bool same = true;
+  for (int64_t b = 0; b < c.B; ++b) {
+    for (int64_t at = b * c.Hq; at < (b + 1) * c.Hq; ++at) {
+      c.dense_lse[at] = c.out_lse[at];
+      same &= length(c, b) == 0 || __builtin_isfinite(c.out_lse[at]);
+    }
+  }
+  return same;
 }
 
 // The stages that a call names, in turn; or only measure the scratch that they need.
@@ -34,13 +48,14 @@ static int64_t run(const Call& c, bool measures) {
   int64_t longest = 0;
   for (int64_t b = 0; b < c.B; ++b) longest = most(longest, length(measures ? c : open, b));
   if (c.is_static) longest = c.Lk;
-  bool scores = c.stages & ts::SCORE && !needs_no_scores(c);
-  if (scores) {
+  auto score = [&] {
     bool fused = c.stages & ts::SELECT;
     Scorer scorer(open, longest, arena, fused);
     open.votes = scorer.votes;
     if (!measures) scorer.run<E>(!fused);
-  }
+  };
+  bool is_late = attends_first(c);
+  if (c.stages & ts::SCORE && !is_late) score();
   if (c.stages & ts::SELECT) {
     Selector selector(open, open.votes, longest, arena);
     if (!measures) selector.run();
@@ -49,12 +64,10 @@ static int64_t run(const Call& c, bool measures) {
   if (c.stages & (ts::ATTEND | ts::GATHER | ts::WEIGH)) {
     Attender attender(c, arena);
     if (!measures && c.stages & ts::ATTEND) attender.run<E>();
-    if (!measures && c.stages & ts::SCORE && !scores) {
-      memcpy(c.dense_lse, c.out_lse, (size_t)(c.B * c.Hq) * sizeof *c.out_lse);
-    }
     if (!measures && c.stages & ts::GATHER) attender.gather<E>();
     if (!measures && c.stages & ts::WEIGH) attender.weigh_rows();
   }
+  if (is_late && (measures || !take_lse(c))) score();
   return arena.used;
 }
 
