@@ -327,10 +327,12 @@ def test_decisions_are_those_of_the_reference_and_of_each_request_alone(backend:
     mine, reference = reuse_of(load(name)), reuse_of(load("reference"))
     device, D = device_of(load(name)), head_dim(load(name))
     flips = 0
-    for Lq, dtype in ((1, torch.float32), (3, torch.float32), (1, torch.bfloat16)):
+    for Lq, dtype, sign in (
+        (1, torch.float32, 1), (3, torch.float32, 1), (1, torch.bfloat16, 1), (1, torch.float32, -1),
+    ):  # fmt: skip
         B = 8 if name in SHARES else 40
         stored = torch.randn(B, HKV * G, 1, D, generator=generator)
-        q = (stored + 0.5 * torch.randn(B, HKV * G, Lq, D, generator=generator)).to(dtype)
+        q = (sign * stored + 0.5 * torch.randn(B, HKV * G, Lq, D, generator=generator)).to(dtype)
         keys = torch.randn(B, HKV, 40, D, generator=generator).to(dtype)
         n = torch.full((B,), 20 + Lq, dtype=torch.int32)
         p = Problem.build(q, keys, keys, CONFIG, cache_seqlens=n, max_reuse=MAX_REUSE)
