@@ -13,7 +13,7 @@ from tokenselect.kernels.native.library import Library
 # The problems of a law are small: they are to have several blocks, and may take long.
 SMALL = ("-DTS_BLOCK_TILES=2", "-DTS_SPLIT_TILES=2")
 QUICK = ("-O0", *SMALL)
-SANITIZED = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", *SMALL)
+SANITIZED = ("-O0", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", *SMALL)
 
 
 class Mutant(NamedTuple):

@@ -264,7 +264,7 @@ def test_every_value_is_a_field_of_the_call_and_every_factor_is_a_double() -> No
     values = stages.Stages(lib)._values(problem, 0)
     assert {name for name in values if not name.startswith("kept")} == set(lib.fields)
     header = (build.SOURCES / "call.h").read_text()
-    assert set(re.findall(r"X\(double, (\w+)\)", header)) == library._FACTORS
+    assert set(re.findall(r"X\(double, (\w+)\)", header)) == library.FACTORS
 
 
 def results(problem: Problem, backend: tokenselect.Backend) -> list[Tensor]:
@@ -337,17 +337,11 @@ def test_the_threads_are_those_of_torch_and_as_many_as_it_says() -> None:
 # --- paths ---------------------------------------------------------------------------------------
 
 
-def paths_here() -> list[str]:
-    features = set(build._features().split())
-    own = build.PATHS.get(platform.machine(), {})
-    return [path for path in own if features.issuperset(build._NEEDS[path])]
-
-
 @pytest.mark.slow
 @here
-@pytest.mark.parametrize("path", paths_here())
+@pytest.mark.parametrize("path", build.paths_here(platform.machine()))
 def test_every_path_is_within_the_tolerance(path: str) -> None:
-    lib = library.Library(build.library(paths=tuple(paths_here())), path)
+    lib = library.Library(build.library(paths=(path,)), path)
     assert lib.path == path
     backend = native.backend(lib, f"native-{path}")
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -367,13 +361,19 @@ def test_a_path_that_does_not_run_here_is_a_reason() -> None:
     assert "kernels for" in str(why)
 
 
-@pytest.mark.slow
 @here
-@pytest.mark.parametrize("path", [path for path in build.PATHS["x86_64"] if path != "baseline"])
-def test_every_path_compiles(path: str, tmp_path: Path) -> None:
-    if platform.machine() != "x86_64":
-        pytest.skip("paths of x86-64 are compiled there")
-    build.compile_in(tmp_path, build.find_compiler(), build.SOURCES, build.FLAGS, (path,))
+def test_a_path_that_has_not_run_is_taken_only_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    every = " ".join(feature for needed in build._NEEDS.values() for feature in needed)
+    monkeypatch.setattr(build, "_features", lambda: every)
+    assert build.paths_here("x86_64") == ["baseline", "avx2", "avx512"]
+    assert build.widest("x86_64") == "avx2"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="x86-64's paths are compiled there")
+@here
+def test_the_path_that_has_not_run_compiles(tmp_path: Path) -> None:
+    build.compile_in(tmp_path, build.find_compiler(), build.SOURCES, build.FLAGS, ("avx512",))
 
 
 @pytest.mark.slow

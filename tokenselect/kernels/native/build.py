@@ -50,6 +50,9 @@ _NEEDS = {
     "avx2": ("avx2", "fma", "f16c"),
     "avx512": ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq"),
 }
+# Paths that have passed the properties, from the narrowest to the widest; that of Arm in emulation.
+# Others are taken only where they are named.
+PROVED = ("baseline", "avx2")
 OLDEST = {"g++": 11, "clang++": 14}
 SECONDS = 600  # that a compiler, or another process that compiles, may take
 
@@ -170,9 +173,14 @@ def _features() -> str:
 
 
 def widest(machine: str) -> str:
-    """Return the widest path of an architecture that this processor has the features of."""
+    """Return the widest proved path of an architecture that this processor has the features of."""
+    return [path for path in paths_here(machine) if path in PROVED][-1]
+
+
+def paths_here(machine: str) -> list[str]:
+    """Return the paths of an architecture that this processor has the features of."""
     features = set(_features().split())
-    return [path for path in PATHS[machine] if features.issuperset(_NEEDS[path])][-1]
+    return [path for path in PATHS.get(machine, {}) if features.issuperset(_NEEDS[path])]
 
 
 def _prefix(sources: Path, flags: Sequence[str]) -> str:
@@ -188,7 +196,7 @@ def library(
     """Return the compiled library, compiling it if it is not there. Raises CannotBuild.
 
     flags  more of them
-    paths  those to compile; None: the widest that this machine has the features of
+    paths  those to compile; None: the widest proved one that this machine has the features of
 
     Without a compiler, a library that one made here before is taken.
     """

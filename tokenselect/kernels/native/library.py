@@ -11,13 +11,13 @@ from tokenselect.kernels.native import build
 from tokenselect.kernels.native.build import CannotBuild
 
 # The fields of `Call` in cpp/call.h: those that are factors; all others are integers or addresses.
-_FACTORS = frozenset({"select_scale", "scale", "softcap", "rope_scaling", "theta"})
+FACTORS = frozenset({"select_scale", "scale", "softcap", "rope_scaling", "theta"})
 
 
 class Library:
     """A compiled library, and which of its paths runs.
 
-    path  a path by name, for tests; None: the widest that this machine has the features of
+    path  a path by name, for tests; None: the widest proved one that this machine has the features of
     """
 
     def __init__(self, file: Path, path: str | None = None) -> None:
@@ -33,14 +33,15 @@ class Library:
             raise CannotBuild(f"{file} cannot be loaded: {error}; remove it") from None
         self._run.argtypes, self._run.restype = [ctypes.c_char_p], ctypes.c_int64
         here = [name for name, runs_here in self.paths.items() if runs_here]
-        if not here or path not in (None, *here):
+        taken = [name for name in here if name == path or (path is None and name in build.PROVED)]
+        if not taken:
             raise CannotBuild(
                 f"{file} has kernels for {', '.join(self.paths)}; here run "
                 f"{', '.join(here) or 'none of them'}"
             )
-        self.path = path or here[-1]
+        self.path = taken[-1]
         self.number = list(self.paths).index(self.path)
-        self._packed = struct.Struct("".join("d" if x in _FACTORS else "q" for x in self.fields))
+        self._packed = struct.Struct("".join("d" if x in FACTORS else "q" for x in self.fields))
         region = _torch_region()
         self.has_threads = region is not None
         loaded.ts_use_region.argtypes = [ctypes.c_void_p]

@@ -1,5 +1,8 @@
 // What the library exports: C functions, called through ctypes.
 #include <stddef.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include "call.h"
 
@@ -23,6 +26,14 @@ struct Path {
   bool (*runs_here)();
 };
 
+#if defined(TS_HAS_avx2) || defined(TS_HAS_avx512)
+// clang++ 14 does not know this feature by name.
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 // From the narrowest to the widest. What a path is compiled for is what it is tested for here:
 // each feature by itself, and none by the processor's generation.
 const Path PATHS[] = {
@@ -32,8 +43,7 @@ const Path PATHS[] = {
 #if defined(TS_HAS_avx2)
     {"avx2", avx2::run_path,
      [] {
-       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-              __builtin_cpu_supports("f16c");
+       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
      }},
 #endif
 #if defined(TS_HAS_avx512)
@@ -42,7 +52,7 @@ const Path PATHS[] = {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
               __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-              __builtin_cpu_supports("f16c");
+              has_f16c();
      }},
 #endif
 };

@@ -95,16 +95,30 @@ struct BFloat16 {
 
 struct Float16 {
   typedef uint16_t raw;
+  // By integers, since g++ 11 and clang++ 14 have no _Float16 on every processor.
   static float widen_one(raw x) {
-    _Float16 y;
-    memcpy(&y, &x, 2);
-    return (float)y;
+    uint32_t bits = (uint32_t)(x & 0x7fff) << 13;
+    float y;
+    memcpy(&y, &bits, 4);
+    y *= 0x1p112f;  // as below
+    memcpy(&bits, &y, 4);
+    if ((x & 0x7fff) >= 0x7c00) bits |= 0x7f800000;
+    bits |= (uint32_t)(x & 0x8000) << 16;
+    memcpy(&y, &bits, 4);
+    return y;
   }
-  static raw narrow(float x) {
-    _Float16 y = (_Float16)x;
-    raw bits;
-    memcpy(&bits, &y, 2);
-    return bits;
+  static raw narrow(float x) {  // to the nearest, ties to even
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    uint32_t sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
+    if (size > 0x7f800000) return (raw)(sign | 0x7e00);
+    if (size >= 0x477ff000) return (raw)(sign | 0x7c00);  // nearer to 2^16 than to the largest
+    if (size < 0x38800000) {  // subnormal: of 0.5 the last place is that of all subnormals
+      float y = __builtin_fabsf(x) + 0.5f;
+      memcpy(&bits, &y, 4);
+      return (raw)(sign | (bits - 0x3f000000));
+    }
+    return (raw)(sign | (((size + 0xfff + (size >> 13 & 1)) >> 13) - (112 << 10)));
   }
   static vf widen(const raw* p) {
 #if defined(__AVX512F__)
