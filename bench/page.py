@@ -58,7 +58,11 @@ _DETAILS = (
 )
 _RATIO = "{{{0}[median]:.3f}} ({{{0}[min]:.3f}}–{{{0}[max]:.3f}})"
 _OVERVIEW = (
-    *(("workload", "{name}"), ("retained mass", "{mass[min]:.3f}, {mass[mean]:.3f}")),
+    *(
+        ("workload", "{name}"),
+        ("backend", "{backend}"),
+        ("retained mass", "{mass[min]:.3f}, {mass[mean]:.3f}"),
+    ),
     *(
         (f"{of} / {role}", _RATIO.format(f"{of} / {role}"))
         for of in ("fresh", "reused")
@@ -112,7 +116,8 @@ def overview(report: dict[str, Any], is_padded: bool = False) -> str:
         single = {
             f"{of} / best dense call": ratios[f"{of} / best dense"] for of in ("fresh", "reused")
         }
-        lines.append({"name": result["name"], "mass": result["retained_mass"], **single, **ratios})
+        named = {"name": result["name"], "backend": result["backend"]}
+        lines.append(named | {"mass": result["retained_mass"], **single, **ratios})
     return "\n".join(of_columns(lines, _OVERVIEW, is_padded=is_padded))
 
 

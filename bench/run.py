@@ -27,6 +27,7 @@ from bench.dense import DENSE, requests, truth
 from bench.page import RESULTS, headline, overview, page, workload_tables
 from bench.workloads import TIMED, WORKLOADS, Workload, make
 from tokenselect import Problem, Selection, SelectionCache, attend, score, select
+from tokenselect.dispatch.registry import resolve
 
 SCHEMA = 2
 QUICK = ("decode-32k", "decode-128k")
@@ -96,7 +97,8 @@ def measure(workload: Workload, backend: str, repeats: int, seconds: float) -> d
     """Check and time one workload. Raises NotEquivalent."""
     machine.forget_peak()
     problem = make(workload)
-    _progress(f"{workload.name}: checking equivalence")
+    backend = resolve(backend, problem)
+    _progress(f"{workload.name}, {backend}: checking equivalence")
     contenders, cache, found = checked(problem, backend)
     _progress(f"{workload.name}: timing")
     hits = int(cache.hits.sum())
@@ -214,7 +216,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__.split("\n")[0])
     add, several = parser.add_argument, f"one of {', '.join(WORKLOADS)}; may be given again"
     add("--workload", action="append", choices=WORKLOADS, metavar="NAME", help=several)
-    add("--backend", default="cpu", help="the backend to measure (cpu)")
+    add("--backend", default="auto", help="the backend to measure (auto: what a call takes)")
     add("--threads", type=int, default=1, help="torch's threads (1)")
     add("--repeats", type=int, default=15, help="rounds at most (15)")
     add("--seconds", type=float, default=10, help="for the rounds of one workload")

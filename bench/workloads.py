@@ -18,8 +18,9 @@ PAPER_SIZES = SelectConfig(k=2048, n_sink=128, n_local=512)
 class Workload:
     """One call's shape and settings. Letters as everywhere: see `tokenselect.contract`.
 
-    n  tokens of request 0, and the cache's capacity; request b holds n - b * n // (2 * B), so that
-       a batch is ragged
+    n         tokens of request 0, and the cache's capacity
+    shortest  those of the last one, of a batch whose lengths are evenly apart; without it request b
+              holds n - b * n // (2 * B), so that a batch is ragged too
     """
 
     name: str
@@ -31,6 +32,7 @@ class Workload:
     B: int = 1
     Lq: int = 1
     page_size: int | None = None
+    shortest: int | None = None
     config: SelectConfig = PAPER_SIZES
     seed: int = 0
 
@@ -40,11 +42,14 @@ class Workload:
 
     def lengths(self) -> list[int]:
         """Return the tokens of each request."""
+        if self.shortest is not None:
+            return [self.n - b * (self.n - self.shortest) // (self.B - 1) for b in range(self.B)]
         return [self.n - b * self.n // (2 * self.B) for b in range(self.B)]
 
     def describe(self) -> str:
         """Return shapes and settings in one line."""
         layout = f", pages of {self.page_size}" if self.page_size else ""
+        layout += f", the shortest of {self.shortest} tokens" if self.shortest else ""
         dtype = str(self.dtype).removeprefix("torch.")
         return (
             f"{self.n} tokens, Hq {self.Hq}, Hkv {self.Hkv}, D {self.D}, {dtype}, "
@@ -56,9 +61,20 @@ _TINY = SelectConfig(k=64, n_sink=8, n_local=32)
 
 # Timed by default, in this order: growing caches, so that memory peaks late.
 TIMED = (
+    Workload("short-600", 9, 3, 64, n=600, dtype=torch.float32, config=_TINY),
+    # Everything is selected.
+    Workload("all-2k", 9, 3, 64, n=2048, dtype=torch.float32, config=SelectConfig(2048)),
+    Workload("all-8k", 9, 3, 64, n=8192, dtype=torch.float32, config=SelectConfig(8192)),
+    # A tenth of the tokens.
+    Workload(
+        *("smollm2-8k-tenth", 9, 3, 64, 8192),
+        dtype=torch.float32,
+        config=SelectConfig(k=675, n_sink=16, n_local=128),
+    ),
     Workload("smollm2-8k", Hq=9, Hkv=3, D=64, n=8 * 1024, dtype=torch.float32),
     Workload("decode-32k", Hq=32, Hkv=8, D=128, n=32 * 1024),
     Workload("decode-128k", Hq=32, Hkv=8, D=128, n=128 * 1024),
+    Workload("ragged-64k", Hq=32, Hkv=8, D=128, n=64 * 1024, B=8, shortest=4 * 1024),
     Workload("qwen-128k", Hq=28, Hkv=4, D=128, n=128 * 1024),
     Workload("paged-128k", Hq=32, Hkv=8, D=128, n=128 * 1024, page_size=16),
     Workload("prefill-128k", Hq=4, Hkv=1, D=128, n=128 * 1024, Lq=512),

@@ -1,4 +1,4 @@
-"""Laws on every path of the C++ kernels, and with sanitizers; mistakes planted in them are caught."""
+"""Laws on every path of the C++ kernels, and with sanitizers; mistakes planted in them."""
 
 import os
 import platform

@@ -17,7 +17,7 @@ FACTORS = frozenset({"select_scale", "scale", "softcap", "rope_scaling", "theta"
 class Library:
     """A compiled library, and which of its paths runs.
 
-    path  a path by name, for tests; None: the widest proved one that this machine has the features of
+    path  a path by name, for tests; None: the widest proved one that runs here
     """
 
     def __init__(self, file: Path, path: str | None = None) -> None:
