@@ -255,6 +255,12 @@ needs_native = pytest.mark.skipif(
 )
 
 
+@here
+def test_where_there_is_a_compiler_it_is_available() -> None:
+    """Else sources that do not compile would be what no test tries."""
+    assert load("native").unavailable is None
+
+
 @needs_native
 def test_every_value_is_a_field_of_the_call_and_every_factor_is_a_double() -> None:
     problem = Case(
@@ -340,7 +346,7 @@ FLAGS = (*build.FLAGS, "-O0")  # where only the compiler's word is asked for
 
 
 @pytest.mark.slow
-@here
+@needs_native
 @pytest.mark.parametrize("path", build.paths_here(platform.machine()))
 def test_every_path_is_within_the_tolerance(path: str) -> None:
     lib = library.Library(build.library(paths=(path,)), path)
@@ -373,7 +379,7 @@ def test_a_path_that_has_not_run_is_taken_only_by_name(monkeypatch: pytest.Monke
 
 @pytest.mark.slow
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="x86-64's paths are compiled there")
-@here
+@needs_native
 def test_the_path_that_has_not_run_compiles(tmp_path: Path) -> None:
     build.compile_in(tmp_path, build.find_compiler(), build.SOURCES, FLAGS, ("avx512",))
 

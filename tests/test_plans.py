@@ -85,7 +85,7 @@ def test_the_next_call_overwrites_a_result_but_not_out() -> None:
 
 def test_plans_and_caches_say_what_they_are() -> None:
     planned, cache = plan(problem(max_reuse=8)), SelectionCache(max_reuse=8)
-    assert repr(planned) == f"Plan({problem().describe()}; cpu, {planned.bytes} bytes)"
+    assert repr(planned) == f"Plan({problem().describe()}; {fresh.AUTO}, {planned.bytes} bytes)"
     assert repr(cache) == "SelectionCache(theta=0.9, max_reuse=8; not used yet)"
     planned.prepare(cache)
     assert repr(cache) == "SelectionCache(theta=0.9, max_reuse=8; B=2)"

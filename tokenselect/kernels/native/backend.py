@@ -1,5 +1,7 @@
 """The native backend: what it takes, on the library that this machine compiles."""
 
+from typing import Any
+
 from tokenselect.contract import Backend, Capability, Reuse, StaticStages
 from tokenselect.kernels.native.library import Library, open_library
 from tokenselect.kernels.native.stages import DTYPES, Stages
@@ -28,8 +30,13 @@ def backend(library: Library, name: str = "native") -> Backend:
     )
 
 
+def _absent(*given: Any) -> Any:
+    """Stand in for a stage where there is no library: `reasons` has said why."""
+    raise RuntimeError(f"native cannot run here: {LIBRARY}")
+
+
 LIBRARY = open_library()
 if isinstance(LIBRARY, Library):
     BACKEND = backend(LIBRARY)
-else:  # the stages are never called: `reasons` says why
-    BACKEND = Backend("native", _TAKES, "cpu", "cpu", "cpu", unavailable=LIBRARY)
+else:
+    BACKEND = Backend("native", _TAKES, _absent, _absent, _absent, unavailable=LIBRARY)

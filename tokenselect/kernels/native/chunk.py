@@ -22,19 +22,22 @@ def attend(
     lse: Tensor,
     gather: Callable[..., None],
     weigh: Callable[..., None],
+    empty: Callable[..., Tensor],
 ) -> None:
     """Fill out (B, Hq, Lq, Dv) and lse (B, Hq, Lq) from positions (B, S, K) and count (B, S).
 
     gather, weigh  those stages of the library
+    empty          `tokenselect.scratch.empty`, as the other stages take memory
     """
     p = problem
     columns = positions.shape[2]
     pitch = -(-columns // _PITCH) * _PITCH
     step = max(1, min(p.Lq, _BLOCK_BYTES // (4 * pitch * p.G)))
-    keys = torch.empty((p.Hkv, columns, p.D), dtype=torch.float32)
-    values = torch.empty((p.Hkv, columns, p.Dv), dtype=torch.float32)
-    memory = torch.empty((p.G * step, pitch), dtype=torch.float32)
-    factors = torch.empty((p.G * step, 1), dtype=torch.float32)
+    device = p.q.device
+    keys = empty((p.Hkv, columns, p.D), torch.float32, device)
+    values = empty((p.Hkv, columns, p.Dv), torch.float32, device)
+    memory = empty((p.G * step, pitch), torch.float32, device)
+    factors = empty((p.G * step, 1), torch.float32, device)
     selection = {"positions": positions, "count": count}
     by_group = out.view(p.B, p.Hkv, p.G, p.Lq, p.Dv)
     for b, n in enumerate(p.cache_seqlens.tolist()):
@@ -66,8 +69,8 @@ def _queries(p: Problem, b: int, g: int, n: int, m: int) -> Tensor:
     """Return the scaled queries (G, Lq, D) of a KV head, where they attend, as the keys are."""
     queries = p.q[b, g * p.G : (g + 1) * p.G].float()
     if p.rope is not None and p.needs_rotation(p.config.positions):
-        at = torch.arange(n - p.Lq, n)
-        to = at if p.config.positions == "original" else torch.arange(m - p.Lq, m)
+        at = torch.arange(n - p.Lq, n, device=p.q.device)
+        to = at if p.config.positions == "original" else at - n + m
         queries = p.rope.reposition(queries, at, to)
         if p.rope.interleaved:  # rotated keys have the first of each pair below the second
             first, second = p.rope.rotary_pairs(queries)
@@ -83,7 +86,8 @@ def _own(p: Problem, n: int, positions: Tensor, values: Tensor) -> Tensor | None
     before = int(torch.searchsorted(positions, n - p.Lq, right=True))
     if values[before:].isfinite().all():
         return None
-    return torch.searchsorted(positions, torch.arange(n - p.Lq, n, dtype=torch.int32), right=True)
+    own = torch.arange(n - p.Lq, n, dtype=torch.int32, device=positions.device)
+    return torch.searchsorted(positions, own, right=True)
 
 
 def _weighed(weights: Tensor, values: Tensor, seen: Tensor | None, block: slice, G: int) -> Tensor:

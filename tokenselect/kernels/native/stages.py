@@ -65,7 +65,7 @@ class Stages:
         positions, count = (x.contiguous() for x in selection)
         attended = self._attended(problem, out)
         if problem.Lq > _FEW_QUERIES and not self._is_static:
-            chunk.attend(problem, positions, count, *attended, self._gather, self._weigh)
+            chunk.attend(problem, positions, count, *attended, self._gather, self._weigh, empty)
         else:
             out, lse = attended
             given = {"positions": positions, "count": count, "out": out, "out_lse": lse}
@@ -97,7 +97,7 @@ class Stages:
         made |= {"dense_lse": lse, "positions": selection[0], "count": selection[1]}
         if p.Lq > _FEW_QUERIES:
             self._run(p, stages, made, state, theta)
-            chunk.attend(p, *selection, *attended, self._gather, self._weigh)
+            chunk.attend(p, *selection, *attended, self._gather, self._weigh, empty)
         else:
             made |= {"out": attended[0], "out_lse": attended[1]}
             self._run(p, stages | ATTEND, made, state, theta)
@@ -177,7 +177,7 @@ class Stages:
         try:
             scratch = self._spare.pop()
         except IndexError:  # none, or another thread's
-            scratch = torch.empty(_LEAST, dtype=torch.uint8)
+            scratch = empty((_LEAST,), torch.uint8, problem.q.device)
         values.update(scratch=scratch.data_ptr(), scratch_bytes=scratch.numel())
         while (needed := self._library.run(values)) > 0:
             scratch = empty((needed,), torch.uint8, problem.q.device)

@@ -39,8 +39,8 @@ def waves(inv_freq: Tensor, reach: int) -> Waves:
     found = _tables.get(key)
     if found is None:
         rates = rates.detach().to(torch.float64, copy=True)
-        low, high = torch.arange(LOW), torch.arange(n_waves) * LOW
-        angle = torch.cat((low, high)).double()[:, None] * rates
+        low, high = (torch.arange(m, device=rates.device) for m in (LOW, n_waves))
+        angle = torch.cat((low, high * LOW)).double()[:, None] * rates
         table = torch.stack((angle.cos(), angle.sin()), dim=1).contiguous()
         found = Waves(table, n_waves, rates)
         with _lock:
