@@ -118,7 +118,7 @@ def main() -> int:
         register(backend.name, backend)
         for Lq, theta in ((1, 0.9), (3, 0.9), (3, -1.0)):
             test_reuse.test_steps_leave_what_the_reference_leaves(backend, Lq, theta)
-        return hold(backend)
+        return hold(backend, examples=10)
 
 
 if __name__ == "__main__":

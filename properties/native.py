@@ -1,6 +1,9 @@
 """The native backend with one line of its C++ wrong, or compiled to watch itself."""
 
+import functools
 import shutil
+import subprocess
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -107,8 +110,40 @@ def build_mutant(mutant: Mutant, where: Path) -> Backend:
     return backend
 
 
+class Shared(NamedTuple):
+    """What libraries with the same flags have in common; `place` is removed with the process."""
+
+    command: tuple[str, ...]
+    header: Path
+    objects: tuple[Path, ...]
+    place: tempfile.TemporaryDirectory[str]
+
+
+@functools.cache
+def shared(flags: tuple[str, ...]) -> Shared:
+    """Compile, once, what no mistake is planted in, and the compiler's own header of intrinsics."""
+    compiler = build.find_compiler()
+    path = build.widest(compiler.machine)
+    place = tempfile.TemporaryDirectory()
+    where = Path(place.name)
+    plain = (*compiler.command, *build.FLAGS, *flags, f"-DTS_HAS_{path}")
+    objects = tuple(where / f"{name}.o" for name in ("entry", "threads"))
+    for made in objects:
+        source = build.SOURCES / f"{made.stem}.cpp"
+        subprocess.run([*plain, "-c", str(source), "-o", str(made)], check=True)
+    command = (*plain, *build.PATHS[compiler.machine][path], f"-DTS_PATH={path}")
+    header = where / "intrinsics.h"
+    header.write_text("#ifdef __x86_64__\n#include <immintrin.h>\n#endif\n")
+    subprocess.run([*command, "-x", "c++-header", str(header), "-o", f"{header}.gch"], check=True)
+    return Shared(command, header, objects, place)
+
+
 def compiled(where: Path, sources: Path, flags: tuple[str, ...]) -> Path:
     """A library of sources, in a directory; for the path that runs here."""
-    compiler = build.find_compiler()
-    paths = (build.widest(compiler.machine),)
-    return build.compile_in(where, compiler, sources, (*build.FLAGS, *flags), paths)
+    command, header, objects, _ = shared(flags)
+    made, library = where / "kernels.o", where / "library.so"
+    source = ("-include", str(header), "-c", str(sources / "kernels.cpp"))
+    subprocess.run([*command, *source, "-o", str(made)], check=True)
+    parts = [str(part) for part in (made, *objects)]
+    subprocess.run([*command, "-shared", *parts, "-o", str(library)], check=True)
+    return library
