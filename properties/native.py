@@ -14,7 +14,7 @@ from tokenselect.kernels.native import build, stages
 from tokenselect.kernels.native.library import Library
 
 # The problems of a law are small: they are to have several blocks, and may take long.
-SMALL = ("-DTS_BLOCK_TILES=2", "-DTS_SPLIT_TILES=2")
+SMALL = ("-DTS_BLOCK_TILES=2", "-DTS_SPLIT_TILES=2", "-DTS_ALONE=1")
 QUICK = ("-O0", *SMALL)
 SANITIZED = ("-O0", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", *SMALL)
 

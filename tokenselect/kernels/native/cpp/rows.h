@@ -12,11 +12,12 @@ using ts::MAX_GROUP;
 
 constexpr int TILE = 24;  // rows that are taken at once
 
-// Tiles per block of scores, and per split of attention. Tests compile smaller ones, so that small
-// problems have several.
+// Tiles per block of scores, and per split of attention; and the steps of a cheap loop that one
+// thread takes alone. Tests compile smaller ones, so that small problems have several.
 #ifndef TS_BLOCK_TILES
 #define TS_BLOCK_TILES 20
 #define TS_SPLIT_TILES 10
+#define TS_ALONE 65536
 #endif
 
 // Memory of a call, handed out in one order: the same code measures it, from address 0 on.
@@ -34,7 +35,7 @@ struct Arena {
 
 // Threads for so many steps of a cheap loop: waking others takes as long as some thousands.
 static inline int64_t threads_for(const Call& c, int64_t steps) {
-  return steps < 1 << 16 ? 1 : c.threads;
+  return steps < TS_ALONE ? 1 : c.threads;
 }
 
 // Floats of a query's row: whole vectors, zeros behind D.

@@ -1,8 +1,11 @@
-"""python -m properties.emulated: every law on the kernels for 64-bit Arm, in QEMU's emulation.
+"""python -m properties.apart aarch64 | threads: every law on kernels in a process of their own.
 
-It needs g++-aarch64-linux-gnu and qemu-user-static, as Debian calls them, and takes minutes. The
-stages run here, as always; only the library runs in a process that is emulated, on memory that both
-share. What it cannot show: threads, and how fast a processor would be.
+aarch64  compiled for 64-bit Arm, in QEMU's emulation; needs g++-aarch64-linux-gnu and
+         qemu-user-static, as Debian calls them
+threads  compiled with ThreadSanitizer
+
+The stages run here, as always; only the library runs there, with three threads, on memory that both
+share. It takes minutes.
 """
 
 import ctypes
@@ -14,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -29,8 +32,20 @@ from tokenselect.kernels.native import backend as native
 from tokenselect.kernels.native import build, stages
 from tokenselect.kernels.native.library import FACTORS, Library
 
-COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64-static"
-SHARED = 2**29  # bytes that the caller and the emulated process share
+
+class Kind(NamedTuple):
+    """compiler  command and flags; emulator: what the program is an argument of, if anything"""
+
+    compiler: tuple[str, ...]
+    emulator: tuple[str, ...]
+
+
+KINDS = {
+    "aarch64": Kind(("aarch64-linux-gnu-g++", "-static"), ("qemu-aarch64-static",)),
+    # With its addresses drawn at random, the sanitizer of g++ 12 does not start on every Linux.
+    "threads": Kind(("g++", "-g", "-fsanitize=thread"), ("setarch", "-R")),
+}
+SHARED = 2**29  # bytes that the caller and the process share
 GAP = 64  # bytes between tensors there, and their alignment
 
 # Where the memory of each tensor lies whose address was asked for: (address, bytes).
@@ -44,24 +59,24 @@ def _noted(x: Tensor) -> int:
     return address
 
 
-class Emulated:
+class Apart:
     """Stands in for a Library: copies what a call names to shared memory, and back."""
 
-    path, number, has_threads = "baseline", 0, False
+    path, number, has_threads = "baseline", 0, True
 
-    def __init__(self, where: Path) -> None:
-        program, shared = where / "emulated", where / "memory"
+    def __init__(self, kind: Kind, where: Path) -> None:
+        program, shared = where / "apart", where / "memory"
         sources = [Path(__file__).with_suffix(".cpp")]
         sources += [build.SOURCES / f"{name}.cpp" for name in ("kernels", "entry", "threads")]
         subprocess.run(
-            [COMPILER, *build.FLAGS, *SMALL, "-static", f"-I{build.SOURCES}", "-DTS_PATH=baseline",
-             "-DTS_HAS_baseline", *map(str, sources), "-o", str(program)],
+            [*kind.compiler, *build.FLAGS, *SMALL, "-pthread", f"-I{build.SOURCES}",
+             "-DTS_PATH=baseline", "-DTS_HAS_baseline", *map(str, sources), "-o", str(program)],
             check=True,
         )  # fmt: skip
         with shared.open("wb") as file:
             file.truncate(SHARED)
         self._process = subprocess.Popen(
-            [EMULATOR, str(program), str(shared), str(SHARED)],
+            [*kind.emulator, str(program), str(shared), str(SHARED)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         with shared.open("r+b") as file:
@@ -76,7 +91,7 @@ class Emulated:
     def _said(self) -> str:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
-        assert line, f"the emulated process ended: {self._process.wait()}"
+        assert line, f"the process ended: {self._process.wait()}"
         return line.strip()
 
     def run(self, values: dict[str, Any]) -> int:
@@ -103,23 +118,29 @@ class Emulated:
     def needs(self, values: dict[str, Any]) -> int:
         return self.run(values | {"scratch": 0, "scratch_bytes": -1})
 
+    def end(self) -> int:
+        """End the process, and return its exit code, which tells what a sanitizer found."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        return self._process.wait()
 
-def main() -> int:
-    for tool in (COMPILER, EMULATOR):
+
+def main(kind: Kind) -> int:
+    for tool in (kind.compiler[0], *kind.emulator[:1]):
         if shutil.which(tool) is None:
-            print(f"{tool} is not there (Debian: g++-aarch64-linux-gnu, qemu-user-static)")
+            print(f"{tool} is not there")
             return 1
     Tensor.data_ptr = _noted  # type: ignore[method-assign]
-    torch.set_num_threads(1)
-    stages._LEAST, stages._KEPT = 0, -1  # type: ignore[misc]
+    torch.set_num_threads(3)
+    stages._LEAST, stages._KEPT, stages._ALONE = 0, -1, 0  # type: ignore[misc]
     with tempfile.TemporaryDirectory() as where:
-        library = cast(Library, Emulated(Path(where)))
-        backend = watched(native.backend(library, "native-emulated"), stages)
+        library = Apart(kind, Path(where))
+        backend = watched(native.backend(cast(Library, library), "native-apart"), stages)
         register(backend.name, backend)
         for Lq, theta in ((1, 0.9), (3, 0.9), (3, -1.0)):
             test_reuse.test_steps_leave_what_the_reference_leaves(backend, Lq, theta)
-        return hold(backend, examples=10)
+        return hold(backend, examples=10) or library.end()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(KINDS[sys.argv[1]]))
