@@ -5,5 +5,5 @@ build    finds a compiler, compiles the sources in `cpp`, keeps the library
 library  loads it and calls it
 stages   the stages, each one call of the library
 chunk    attention of many queries, by matrix products of torch
-waves    tables of cos and sin
+cos_sin  tables of cos and sin
 """

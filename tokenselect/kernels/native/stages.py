@@ -14,8 +14,8 @@ from tokenselect.contract import (
     Selection,
 )
 from tokenselect.kernels.native import chunk
+from tokenselect.kernels.native.cos_sin import cos_sin
 from tokenselect.kernels.native.library import Library
-from tokenselect.kernels.native.waves import waves
 from tokenselect.scratch import empty
 
 SCORE, SELECT, ATTEND, GATHER, DECIDE, UPDATE, WEIGH = 1, 2, 4, 8, 16, 32, 64
@@ -227,11 +227,11 @@ class Stages:
             sinks = empty((Hq,), torch.float32, q.device).copy_(p.sink_logits)
             values["kept sinks"], values["sinks"] = sinks, sinks.data_ptr()
         if p.rope is not None and (p.rope.cached == "raw" or _moves(p)):
-            tables = waves(p.rope.inv_freq, Lk)
-            values["kept waves"] = tables
+            made = cos_sin(p.rope.inv_freq, Lk)
+            values["kept cos_sin"] = made
             values.update(
-                waves=tables.waves.data_ptr(), n_waves=tables.n_waves,
-                rates=tables.rates.data_ptr(), half=p.rope.inv_freq.shape[0],
+                cos_sin_table=made.table.data_ptr(), n_high=made.n_high,
+                inv_freq=made.inv_freq.data_ptr(), half=p.rope.inv_freq.shape[0],
                 interleaved=p.rope.interleaved, is_raw=p.rope.cached == "raw",
                 rope_scaling=p.rope.scaling,
             )  # fmt: skip

@@ -14,21 +14,23 @@ constexpr int SPLIT = TS_SPLIT_TILES * TILE;
 struct Attender {
   const Call& c;
   int64_t G, S, splits, pitch, width;
-  float *queries, *parts, *turns;
+  float *queries, *parts, *rotations;
 
   Attender(const Call& call, Arena& arena) : c(call) {
-    G = c.Hq / c.Hkv, S = c.S, splits = over(c.columns, SPLIT), pitch = padded(c.D);
+    G = c.Hq / c.Hkv, S = c.S, splits = ceil_div(c.columns, SPLIT), pitch = padded(c.D);
     width = c.Dv + 2;  // the sum of weighted values, the largest logit, the sum of weights
     int64_t rows = c.stages & ts::ATTEND ? c.B * c.Hq * c.Lq : 0;
     queries = arena.take<float>(rows * pitch);
     parts = arena.take<float>(rows * splits * width);
-    turns = arena.take<float>(moves() ? c.B * S * c.columns * 2 * c.half : 0);
+    rotations = arena.take<float>(moves() ? c.B * S * c.columns * 2 * c.half : 0);
   }
 
   bool moves() const { return c.half > 0 && (c.contiguous || c.is_raw); }
-  const int32_t* row_of(int64_t b, int64_t s) const { return c.positions + (b * S + s) * c.columns; }
+  const int32_t* row_of(int64_t b, int64_t s) const {
+    return c.positions + (b * S + s) * c.columns;
+  }
   int64_t count_of(int64_t b, int64_t s) const {
-    return length(c, b) == 0 ? 0 : most(0, least(c.count[b * S + s], c.columns));
+    return length(c, b) == 0 ? 0 : max(0, min(c.count[b * S + s], c.columns));
   }
   int64_t selection_of(int64_t g) const { return S == 1 ? 0 : g; }
   float* query(int64_t b, int64_t h, int64_t i) const {
@@ -37,8 +39,8 @@ struct Attender {
   float* part(int64_t b, int64_t h, int64_t i, int64_t split) const {
     return parts + (((b * c.Hq + h) * c.Lq + i) * splits + split) * width;
   }
-  float* turn(int64_t b, int64_t s, int64_t r) const {
-    return turns + ((b * S + s) * c.columns + r) * 2 * c.half;
+  float* rotation(int64_t b, int64_t s, int64_t r) const {
+    return rotations + ((b * S + s) * c.columns + r) * 2 * c.half;
   }
 
   // How many selected positions query i sees: they ascend, so it sees a prefix.
@@ -66,9 +68,9 @@ struct Attender {
   // By what the r-th selected key is rotated, for all heads of a selection.
   void place_key(int64_t b, int64_t s, int64_t r) const {
     int64_t position = row_of(b, s)[r], at = c.contiguous ? r : position;
-    float* by = turn(b, s, r);
+    float* by = rotation(b, s, r);
     double factor = c.is_raw ? c.rope_scaling : 1.0;
-    wave(c, c.is_raw ? at : at - position, factor, by, by + c.half);
+    cos_sin(c, c.is_raw ? at : at - position, factor, by, by + c.half);
   }
 
   // A tile of selected keys, widened and rotated.
@@ -77,14 +79,14 @@ struct Attender {
                   int64_t b, int64_t s, int64_t first, int count, float* wide,
                   int64_t stride) const {
     for (int t = 0; t < count; ++t) {
-      widen_rotated<E>(c, rows[t], ahead[t], turn(b, s, first + t), wide + t * stride);
+      widen_rotated<E>(c, rows[t], ahead[t], rotation(b, s, first + t), wide + t * stride);
     }
   }
 
   template <class E>
   void attend_split(int64_t b, int64_t g, int64_t i, int64_t split) const {
     int64_t n = length(c, b), s = selection_of(g), first = split * SPLIT;
-    int64_t m = least(SPLIT, seen(b, s, i) - first);
+    int64_t m = min(SPLIT, seen(b, s, i) - first);
     if (m <= 0) return;
     const int32_t* position = row_of(b, s) + first;
     const Cache<E> keys = keys_of<E>(c), values = values_of<E>(c);
@@ -96,23 +98,23 @@ struct Attender {
     // Tiles in turn: while one is multiplied, the next one is fetched, the first values behind the
     // last keys.
     Tile<E> tiles[2];
-    int64_t n_tiles = over(m, TILE);
+    int64_t n_tiles = ceil_div(m, TILE);
     auto take = [&](int64_t tile) {
       int64_t t = tile % n_tiles * TILE;
       const Cache<E>& cache = tile < n_tiles ? keys : values;
-      tiles[tile % 2].take(cache, b, g, position + t, (int)least(TILE, m - t), n);
+      tiles[tile % 2].take(cache, b, g, position + t, (int)min(TILE, m - t), n);
       return cache.dim == 1;
     };
     take(0);
     for (int64_t tile = 0; tile < n_tiles; ++tile) {
       int64_t t = tile * TILE;
-      int count = (int)least(TILE, m - t);
+      int count = (int)min(TILE, m - t);
       const Tile<E>& now = tiles[tile % 2];
       const auto* ahead = take(tile + 1) ? tiles[(tile + 1) % 2].row : now.row;
       if (moves()) {
         const float* row[TILE];
         moved_keys<E>(now.row, ahead, b, s, first + t, count, wide, pitch);
-        for (int j = 0; j < TILE; ++j) row[j] = wide + least(j, count - 1) * pitch;
+        for (int j = 0; j < TILE; ++j) row[j] = wide + min(j, count - 1) * pitch;
         dots<Float32>(q, G, pitch, row, row, count, c.D, weights + t, SPLIT);
       } else {
         dots<E>(q, G, pitch, now.row, ahead, count, c.D, weights + t, SPLIT);
@@ -129,7 +131,7 @@ struct Attender {
       bool fetches = tile + 1 < 2 * n_tiles && take(tile + 1);
       float* to = part(b, g * G, i, split);
       add_values<E>(now.row, fetches ? tiles[(tile + 1) % 2].row : now.row,
-                    (int)least(TILE, m - t), weights + t, to, part(b, g * G + 1, i, split) - to);
+                    (int)min(TILE, m - t), weights + t, to, part(b, g * G + 1, i, split) - to);
     }
   }
 
@@ -142,7 +144,7 @@ struct Attender {
       if (c.softcap > 0) x = tanh(x / (float)c.softcap) * (float)c.softcap;
       store(s + j, x);
     }
-    for (int64_t j = m; j < over(m, W) * W; ++j) s[j] = -INF;
+    for (int64_t j = m; j < ceil_div(m, W) * W; ++j) s[j] = -INF;
     for (int64_t j = 0; j < m; j += W) largest = larger(load(s + j), largest);
     found[0] = maximum(largest);
     vf sums = {}, above = all(finite_or_zero(found[0]));
@@ -197,7 +199,7 @@ struct Attender {
       }
     }
     for (; d < c.Dv; d += W) {
-      int wide = (int)least(W, c.Dv - d);
+      int wide = (int)min(W, c.Dv - d);
       for (int r = 0; r < R; ++r) {
         vf sums = widen_part<Float32>(to + r * stride + d, wide);
         for (int t = 0; t < count; ++t) {
@@ -222,7 +224,7 @@ struct Attender {
   // Merge the splits of one query.
   template <class E>
   void merge(int64_t b, int64_t h, int64_t i) const {
-    int64_t count = seen(b, selection_of(h / G), i), used = over(count, SPLIT);
+    int64_t count = seen(b, selection_of(h / G), i), used = ceil_div(count, SPLIT);
     int64_t at = (b * c.Hq + h) * c.Lq + i;
     typename E::raw* out = (typename E::raw*)c.out + at * c.Dv;
     if (used == 0) {
@@ -270,7 +272,7 @@ struct Attender {
     if (!moves()) return;
     ts::parallel(c.threads, c.B * S * splits, [&](int64_t unit) {
       int64_t split = unit % splits, s = unit / splits % S, b = unit / splits / S;
-      int64_t last = least(count_of(b, s), (split + 1) * SPLIT);
+      int64_t last = min(count_of(b, s), (split + 1) * SPLIT);
       for (int64_t r = split * SPLIT; r < last; ++r) place_key(b, s, r);
     });
   }
@@ -283,10 +285,10 @@ struct Attender {
     place_keys();
     ts::parallel(c.threads, splits * c.Hkv, [&](int64_t unit) {
       int64_t g = unit % c.Hkv, split = unit / c.Hkv, s = selection_of(g);
-      int64_t last = least(count_of(b, s), (split + 1) * SPLIT);
+      int64_t last = min(count_of(b, s), (split + 1) * SPLIT);
       Tile<E> tile;
       for (int64_t r = split * SPLIT; r < last; r += TILE) {
-        int count = (int)least(TILE, last - r);
+        int count = (int)min(TILE, last - r);
         float* key = c.key_rows + (g * c.columns + r) * c.D;
         float* value = c.value_rows + (g * c.columns + r) * c.Dv;
         tile.take(keys_of<E>(c), b, g, row_of(b, s) + r, count, n);
@@ -301,8 +303,8 @@ struct Attender {
     });
   }
 
-  // Turn logits (G, n_queries, columns) of a KV head, scaled already, into weights: zeros for what a
-  // query does not see. Fills its lse, and `factors`, which the weighted values are multiplied by.
+  // Turn logits (G, n_queries, columns) of a KV head, scaled already, into weights: zeros for what
+  // a query does not see. Fills its lse, and `factors`, by which weighted values are multiplied.
   void weigh_rows() const {
     int64_t b = c.request, s = selection_of(c.group), m = count_of(b, s);
     ts::parallel(threads_for(c, G * c.n_queries * m), G * c.n_queries, [&](int64_t row) {

@@ -58,8 +58,8 @@ static inline void dots_of(const float* q, int64_t pitch, const typename E::raw*
   }
 }
 
-// out[r * stride + t] = q_r . row_t, for `rows` queries of `pitch` floats and t < count <= TILE; what
-// is behind `count`, up to TILE, is written too.
+// out[r * stride + t] = q_r . row_t, for `rows` queries of `pitch` floats and t < count <= TILE;
+// what is behind `count`, up to TILE, is written too.
 template <class E>
 TS_APART static void dots(const float* q, int64_t rows, int64_t pitch,
                         const typename E::raw* const* row, const typename E::raw* const* ahead,

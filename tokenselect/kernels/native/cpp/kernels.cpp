@@ -46,7 +46,7 @@ static int64_t run(const Call& c, bool measures) {
     if (!measures) reuser.decide<E>();
   }
   int64_t longest = 0;
-  for (int64_t b = 0; b < c.B; ++b) longest = most(longest, length(measures ? c : open, b));
+  for (int64_t b = 0; b < c.B; ++b) longest = max(longest, length(measures ? c : open, b));
   if (c.is_static) longest = c.Lk;
   auto score = [&] {
     bool fused = c.stages & ts::SELECT;

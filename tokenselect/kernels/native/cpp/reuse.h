@@ -1,8 +1,8 @@
 // The Selection Cache's two steps: decide before scoring, update after selecting.
 //
-// A decision has no tolerance, so its sums are float64 and in the order that the reference specifies
-// (tokenselect/reference/reuse.py). Products of two float32 numbers are exact in float64: a fused
-// multiplication and addition gives the same.
+// A decision has no tolerance, so its sums are float64 and in the order that the reference
+// specifies (tokenselect/reference/reuse.py). Products of two float32 numbers are exact in float64:
+// a fused multiplication and addition gives the same.
 #pragma once
 
 #include "rows.h"
@@ -53,7 +53,7 @@ struct Reuser {
 
   bool holds(int64_t b) const {
     int64_t n = length(c, b), stored = c.stored_length[b], appended = n - stored, count = 0;
-    for (int64_t s = 0; s < c.S; ++s) count = most(count, c.stored_count[b * c.S + s]);
+    for (int64_t s = 0; s < c.S; ++s) count = max(count, c.stored_count[b * c.S + s]);
     if (stored <= 0 || appended < c.Lq || appended > c.max_reuse) return false;
     if (count + appended > c.K) return false;
     const float* now = query + b * c.Hq * c.D;
@@ -69,7 +69,7 @@ struct Reuser {
     double sums[COLUMNS] = {};
     int64_t N = c.Hq * c.D;
     for (int64_t i = 0; i < N; i += COLUMNS) {
-      int64_t m = least(COLUMNS, N - i);
+      int64_t m = min(COLUMNS, N - i);
       for (int64_t j = 0; j < m; ++j) sums[j] += (double)x[i + j] * (double)y[i + j];
     }
     for (int half = COLUMNS / 2; half > 0; half /= 2) {

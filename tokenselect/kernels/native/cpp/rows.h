@@ -28,7 +28,7 @@ struct Arena {
   template <class T>
   T* take(int64_t count) {
     T* result = (T*)(base + (uintptr_t)used);
-    used += over(count * (int64_t)sizeof(T), 64) * 64;
+    used += ceil_div(count * (int64_t)sizeof(T), 64) * 64;
     return result;
   }
 };
@@ -39,10 +39,10 @@ static inline int64_t threads_for(const Call& c, int64_t steps) {
 }
 
 // Floats of a query's row: whole vectors, zeros behind D.
-static inline int64_t padded(int64_t D) { return over(D, 16) * 16; }
+static inline int64_t padded(int64_t D) { return ceil_div(D, 16) * 16; }
 
 static inline int64_t length(const Call& c, int64_t b) {
-  return most(0, least(c.lengths[b], c.Lk));
+  return max(0, min(c.lengths[b], c.Lk));
 }
 
 // The first candidate, and the first position of the local window (semantics: regions).
@@ -51,8 +51,8 @@ struct Regions {
 };
 
 static inline Regions regions(const Call& c, int64_t n) {
-  int64_t local_start = most(0, n - c.Lq + 1 - c.n_local);
-  return {least(c.n_sink, local_start), local_start};
+  int64_t local_start = max(0, n - c.Lq + 1 - c.n_local);
+  return {min(c.n_sink, local_start), local_start};
 }
 
 // A cache of elements E. A page that is not in the pool is read as page 0: nonsense, in bounds.
@@ -105,7 +105,7 @@ struct Tile {
   // Positions first to first + count - 1; the last one again in the places behind.
   TS_APART void take(const Cache<E>& cache, int64_t b, int64_t g, int64_t first, int count) {
     if (cache.c.table == nullptr) {
-      for (int t = 0; t < TILE; ++t) row[t] = cache.row(b, g, first + least(t, count - 1));
+      for (int t = 0; t < TILE; ++t) row[t] = cache.row(b, g, first + min(t, count - 1));
     } else {
       int64_t page_size = cache.c.page_size, page = first / page_size, slot = first % page_size;
       const raw* start = cache.base + cache.page_of(b, page) * cache.outer + g * cache.head;
@@ -124,7 +124,7 @@ struct Tile {
   TS_APART void take(const Cache<E>& cache, int64_t b, int64_t g, const int32_t* position,
                      int count, int64_t n) {
     for (int t = 0; t < TILE; ++t) {
-      int64_t at = position[least(t, count - 1)];
+      int64_t at = position[min(t, count - 1)];
       row[t] = cache.row(b, g, at >= 0 && at < n ? at : n - 1);
     }
     gather(cache);
@@ -142,11 +142,12 @@ TS_APART static void widen_row(const typename E::raw* from, int64_t width, float
 
 // cos and sin of `by` positions at every frequency, times a factor; from tables in float64 where
 // they reach, of high and low digits of `by`, so that the angle is as exact as in float64.
-TS_APART static void wave(const Call& c, int64_t by, double factor, float* cos, float* sin) {
+TS_APART static void cos_sin(const Call& c, int64_t by, double factor, float* cos, float* sin) {
   int64_t size = by < 0 ? -by : by, half = c.half, high = size / ts::LOW, low = size % ts::LOW;
   double sign = by < 0 ? -1.0 : 1.0;
-  if (high < c.n_waves) {
-    const double *a = c.waves + low * 2 * half, *b = c.waves + (ts::LOW + high) * 2 * half;
+  if (high < c.n_high) {
+    const double* a = c.cos_sin_table + low * 2 * half;
+    const double* b = c.cos_sin_table + (ts::LOW + high) * 2 * half;
     for (int64_t i = 0; i < half; ++i) {
       cos[i] = (float)((a[i] * b[i] - a[half + i] * b[half + i]) * factor);
       sin[i] = (float)((a[i] * b[half + i] + a[half + i] * b[i]) * factor * sign);
@@ -154,7 +155,7 @@ TS_APART static void wave(const Call& c, int64_t by, double factor, float* cos, 
     return;
   }
   for (int64_t i = 0; i < half; ++i) {
-    double angle = (double)by * c.rates[i];
+    double angle = (double)by * c.inv_freq[i];
     cos[i] = (float)(__builtin_cos(angle) * factor);
     sin[i] = (float)(__builtin_sin(angle) * factor);
   }
@@ -220,7 +221,7 @@ TS_APART static void query_row(const Call& c, int64_t b, int64_t h, int64_t i, b
   for (int64_t d = c.D; d < padded(c.D); ++d) to[d] = 0;
   if (!moves) return;
   float cos[MAX_DIM / 2], sin[MAX_DIM / 2];
-  wave(c, c.is_raw ? at : at - (n - c.Lq + i), c.is_raw ? c.rope_scaling : 1.0, cos, sin);
+  cos_sin(c, c.is_raw ? at : at - (n - c.Lq + i), c.is_raw ? c.rope_scaling : 1.0, cos, sin);
   split_pairs(c, to);
   rotate(c, to, cos, sin);
 }

@@ -22,17 +22,17 @@ struct Pass {
 struct Scorer {
   const Call& c;
   int64_t G, R, blocks, pitch;
-  float *queries, *mass, *top, *total, *inner_top, *inner_total, *factor, *offsets, *unpooled;
+  float *queries, *exps, *top, *total, *inner_top, *inner_total, *factor, *offsets, *unpooled;
   Cut* cuts;
   float* votes;
   int32_t* queue;
 
   Scorer(const Call& call, int64_t longest, Arena& arena, bool own_votes) : c(call) {
     G = c.Hq / c.Hkv, R = c.score_at == ts::AT_BOTH ? 2 : 1;
-    blocks = over(longest, BLOCK), pitch = padded(c.D);
+    blocks = ceil_div(longest, BLOCK), pitch = padded(c.D);
     int64_t rows = R * c.B * c.Hq;
     queries = arena.take<float>(rows * pitch);
-    mass = arena.take<float>(rows * blocks * BLOCK);
+    exps = arena.take<float>(rows * blocks * BLOCK);
     top = arena.take<float>(rows * blocks);
     total = arena.take<float>(rows * blocks);
     inner_top = c.over_candidates ? arena.take<float>(rows * blocks) : top;
@@ -67,7 +67,7 @@ struct Scorer {
   }
   // A block's G rows of BLOCK, side by side.
   float* block_of(int64_t ballot, int64_t b, int64_t g, int64_t block) const {
-    return mass + (row(ballot, b, g * G) * blocks + block * G) * BLOCK;
+    return exps + (row(ballot, b, g * G) * blocks + block * G) * BLOCK;
   }
   int64_t place(int64_t row, int64_t block) const { return row * blocks + block; }
 
@@ -93,24 +93,24 @@ struct Scorer {
                 int64_t m, int64_t block) const {
     const Cache<E> keys = keys_of<E>(c);
     Tile<E> tiles[2];
-    Turn turn;
+    RotatedTile rotated;
     int now = 0;
-    tiles[0].take(keys, b, g_first, first, (int)least(TILE, m));
+    tiles[0].take(keys, b, g_first, first, (int)min(TILE, m));
     for (int64_t t = 0; t < m; t += TILE) {
       for (int64_t g = g_first; g < g_end; ++g, now ^= 1) {
         bool is_last = g + 1 == g_end;
         int64_t t_next = is_last ? t + TILE : t, left = m - t_next;
         if (left > 0) {
           tiles[now ^ 1].take(keys, b, is_last ? g_first : g + 1, first + t_next,
-                              (int)least(TILE, left));
+                              (int)min(TILE, left));
         }
         const auto* rows = tiles[now].row;
         const auto* ahead = left > 0 && keys.dim == 1 ? tiles[now ^ 1].row : rows;
         const float* q = queries + row(ballot, b, g * G) * pitch;
         float* s = block_of(ballot, b, g, block) + t;
-        int count = (int)least(TILE, m - t);
+        int count = (int)min(TILE, m - t);
         if (rotates(ballot)) {
-          rotated_products<E>(turn, ballot, q, first + t, rows, ahead, count, s);
+          rotated_products<E>(rotated, ballot, q, first + t, rows, ahead, count, s);
         } else {
           dots<E>(q, G, pitch, rows, ahead, count, c.D, s, BLOCK);
         }
@@ -119,7 +119,7 @@ struct Scorer {
   }
 
   // Keys and queries of a tile that is rotated, and what both are rotated by.
-  struct Turn {
+  struct RotatedTile {
     alignas(64) float queries[MAX_GROUP * MAX_DIM], keys[TILE * MAX_DIM];
     float cos[MAX_DIM / 2], sin[MAX_DIM / 2];
   };
@@ -127,21 +127,23 @@ struct Scorer {
   // The same for keys that are rotated. A logit depends on the difference of two angles alone: so
   // the queries take that of a tile's first key, and the keys only what is left of theirs.
   template <class E>
-  void rotated_products(Turn& turn, int64_t ballot, const float* q, int64_t first,
+  void rotated_products(RotatedTile& rotated, int64_t ballot, const float* q, int64_t first,
                         const typename E::raw* const* rows, const typename E::raw* const* ahead,
                         int count, float* s) const {
     int64_t up = direction(ballot);
     const float* by = offsets + ballot * TILE * 2 * c.half;
     const float* row[TILE];
-    wave(c, -up * first, c.is_raw ? c.rope_scaling : 1.0, turn.cos, turn.sin);
-    memcpy(turn.queries, q, (size_t)(G * pitch) * sizeof *q);
-    for (int64_t r = 0; r < G; ++r) rotate(c, turn.queries + r * pitch, turn.cos, turn.sin);
-    for (int i = 0; i < TILE; ++i) {
-      row[i] = turn.keys + i * pitch;
-      widen_rotated<E>(c, rows[i], ahead[i], up == 0 ? nullptr : by + i * 2 * c.half,
-                       turn.keys + i * pitch);
+    cos_sin(c, -up * first, c.is_raw ? c.rope_scaling : 1.0, rotated.cos, rotated.sin);
+    memcpy(rotated.queries, q, (size_t)(G * pitch) * sizeof *q);
+    for (int64_t r = 0; r < G; ++r) {
+      rotate(c, rotated.queries + r * pitch, rotated.cos, rotated.sin);
     }
-    dots<Float32>(turn.queries, G, pitch, row, row, count, c.D, s, BLOCK);
+    for (int i = 0; i < TILE; ++i) {
+      row[i] = rotated.keys + i * pitch;
+      widen_rotated<E>(c, rows[i], ahead[i], up == 0 ? nullptr : by + i * 2 * c.half,
+                       rotated.keys + i * pitch);
+    }
+    dots<Float32>(rotated.queries, G, pitch, row, row, count, c.D, s, BLOCK);
   }
 
   // The tables of rotations of keys by 0 to TILE - 1 positions.
@@ -149,7 +151,7 @@ struct Scorer {
     for (int64_t ballot = 0; ballot < R; ++ballot) {
       for (int64_t i = 0; i < TILE && rotates(ballot); ++i) {
         float* by = offsets + (ballot * TILE + i) * 2 * c.half;
-        wave(c, direction(ballot) * i, 1.0, by, by + c.half);
+        cos_sin(c, direction(ballot) * i, 1.0, by, by + c.half);
       }
     }
   }
@@ -158,15 +160,15 @@ struct Scorer {
   template <class E>
   void score_block(const Pass& pass, int64_t b, int64_t g_first, int64_t g_end,
                    int64_t block) const {
-    int64_t first = block * BLOCK, m = least(BLOCK, length(c, b) - first);
+    int64_t first = block * BLOCK, m = min(BLOCK, length(c, b) - first);
     for (int64_t ballot = pass.votes ? 0 : R - 1; ballot < R; ++ballot) {
       products<E>(ballot, b, g_first, g_end, first, m, block);
-      for (int64_t g = g_first; g < g_end; ++g) soften(ballot, b, g, block, first, m);
+      for (int64_t g = g_first; g < g_end; ++g) exponentiate(ballot, b, g, block, first, m);
     }
   }
 
   // Turn a block's logits into what is kept of them.
-  TS_APART void soften(int64_t ballot, int64_t b, int64_t g, int64_t block, int64_t first,
+  TS_APART void exponentiate(int64_t ballot, int64_t b, int64_t g, int64_t block, int64_t first,
                        int64_t m) const {
     Regions of = regions(c, length(c, b));
     for (int64_t r = 0; r < G; ++r) {
@@ -179,7 +181,7 @@ struct Scorer {
         total[at] = add_up(s, 0, m, top[at], s);
       } else {
         total[at] = add_up(s, 0, m, top[at], nullptr);
-        int64_t from = most(of.sink_end - first, 0), to = least(of.local_start - first, m);
+        int64_t from = max(of.sink_end - first, 0), to = min(of.local_start - first, m);
         inner_top[at] = -INF;
         for (int64_t j = from; j < to; ++j) {
           inner_top[at] = s[j] > inner_top[at] ? s[j] : inner_top[at];
@@ -192,12 +194,12 @@ struct Scorer {
   // Scale, cap, and give -inf to what is not finite and to what lies behind m; return the largest.
   TS_APART float finish(float* s, int64_t m) const {
     vf largest = all(-INF), scale = all((float)c.select_scale);
-    for (int64_t j = m; j < over(m, W) * W; ++j) s[j] = -INF;
+    for (int64_t j = m; j < ceil_div(m, W) * W; ++j) s[j] = -INF;
     for (int64_t j = 0; j < m; j += W) {
       vf x = load(s + j) * scale;
       vi finite = (vf)((vi)x & 0x7fffffff) < INF;
       if (c.softcap > 0) x = tanh(x / (float)c.softcap) * (float)c.softcap;
-      x = pick(finite, x, all(-INF));
+      x = select_lanes(finite, x, all(-INF));
       store(s + j, x);
       largest = larger(x, largest);
     }
@@ -227,7 +229,7 @@ struct Scorer {
 
   // Of a head's blocks: the lse, and by what a kept term becomes a weight of the softmax.
   TS_APART void normalize(const Pass& pass, int64_t ballot, int64_t b, int64_t h) const {
-    int64_t n = length(c, b), used = over(n, BLOCK), head = row(ballot, b, h);
+    int64_t n = length(c, b), used = ceil_div(n, BLOCK), head = row(ballot, b, h);
     if (pass.lse && ballot + 1 == R) {
       double sum;
       float largest = merged(top, total, head, used, sum);
@@ -267,7 +269,7 @@ struct Scorer {
 
   // Add a block's votes up, head after head; a whole block, whatever of it are candidates.
   TS_APART void vote_block(const Pass& pass, int64_t ballot, int64_t b, int64_t block) const {
-    int64_t n = length(c, b), first = block * BLOCK, m = least(BLOCK, n - first);
+    int64_t n = length(c, b), first = block * BLOCK, m = min(BLOCK, n - first);
     int64_t heads = c.Hq / c.S, start = regions(c, n).sink_end;
     alignas(64) float sums[BLOCK];
     for (int64_t s = 0; s < c.S; ++s) {
@@ -293,7 +295,7 @@ struct Scorer {
   // The largest of each centred window of `pool` candidates, by a queue of those that may be it.
   TS_APART void pool_votes(int64_t b, int64_t ballot, int64_t s) const {
     Regions of = regions(c, length(c, b));
-    int64_t m = of.local_start - of.sink_end, reach = least(c.pool / 2, m), read = 0;
+    int64_t m = of.local_start - of.sink_end, reach = min(c.pool / 2, m), read = 0;
     const float* from = sums_of(b, ballot, s) + of.sink_end;
     float* to = votes_of(b, ballot, s) + of.sink_end;
     int32_t* in_reach = queue + (b * c.S + s) * c.Lk;  // of one ballot after the other
@@ -309,7 +311,7 @@ struct Scorer {
   }
 
   // -inf to all places of a row that are no candidate's.
-  void veil(int64_t b, int64_t ballot, int64_t s) const {
+  void mask_others(int64_t b, int64_t ballot, int64_t s) const {
     int64_t n = length(c, b);
     Regions of = n > 0 ? regions(c, n) : Regions{0, 0};
     float* row = votes_of(b, ballot, s);
@@ -347,21 +349,21 @@ struct Scorer {
   }
 
   template <class E>
-  void run(bool veils) const {
+  void run(bool masks) const {
     prepare();
-    int64_t runs = least(c.runs, c.Lq);
+    int64_t runs = min(c.runs, c.Lq);
     for (int64_t i = 0, first = 0; i < runs; ++i) {
       int64_t last = first + c.Lq / runs + (i < c.Lq % runs);
       run_pass<E>({first, last, true, runs == 1, i == 0});
       first = last;
     }
     if (runs > 1) run_pass<E>({0, c.Lq, false, true, false});
-    if (!unpooled && !veils) return;
+    if (!unpooled && !masks) return;
     ts::parallel(threads_for(c, c.B * R * c.S * c.Lk / 4), c.B * c.S, [&](int64_t unit) {
       for (int64_t ballot = 0; ballot < R; ++ballot) {
         int64_t b = unit / c.S, s = unit % c.S;
         if (unpooled && length(c, b) > 0) pool_votes(b, ballot, s);
-        if (veils) veil(b, ballot, s);
+        if (masks) mask_others(b, ballot, s);
       }
     });
   }

@@ -68,7 +68,7 @@ struct Selector {
 
   Selector(const Call& call, const float* from, int64_t longest, Arena& arena)
       : c(call), votes(from), R(call.score_at == ts::AT_BOTH ? 2 : 1) {
-    room = over(longest, GROUP) * GROUP;
+    room = ceil_div(longest, GROUP) * GROUP;
     listed = arena.take<Listed>(c.B * c.S * room);
     tops = arena.take<uint32_t>(c.B * c.S * (room / GROUP));
     chosen = arena.take<int32_t>(c.B * c.S * 2 * c.K);
@@ -94,7 +94,7 @@ struct Selector {
                const int32_t* taken, int64_t n_taken, Listed* to) const {
     int64_t listed = 0, next = 0;
     for (int64_t first = 0; first < m; first += GROUP) {
-      int64_t end = least(first + GROUP, m);
+      int64_t end = min(first + GROUP, m);
       if (least_key > 0 && end - first == GROUP && top[first / GROUP] < least_key) continue;
       while (next < n_taken && taken[next] < first) ++next;
       for (int64_t j = first; j < end; ++j) {
@@ -154,7 +154,8 @@ struct Selector {
   }
 
   void run() const {
-    ts::parallel(threads_for(c, c.B * c.S * room), c.B * c.S, [&](int64_t unit) { select(unit / c.S, unit % c.S); });
+    ts::parallel(threads_for(c, c.B * c.S * room), c.B * c.S,
+                 [&](int64_t unit) { select(unit / c.S, unit % c.S); });
   }
 };
 

@@ -47,14 +47,14 @@ static inline vf load(const float* p) {
   return x;
 }
 static inline void store(float* p, vf x) { memcpy(p, &x, sizeof x); }
-static inline vf pick(vi which, vf yes, vf no) {
+static inline vf select_lanes(vi which, vf yes, vf no) {
   return (vf)(((vi)yes & which) | ((vi)no & ~which));
 }
-static inline vf larger(vf a, vf b) { return pick(a > b, a, b); }
+static inline vf larger(vf a, vf b) { return select_lanes(a > b, a, b); }
 
-static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-static inline int64_t over(int64_t a, int64_t b) { return (a + b - 1) / b; }  // rounded up
+static inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }  // rounded up
 
 // --- elements of a cache, widened exactly ---
 
@@ -153,7 +153,7 @@ static inline vf widen_part(const typename E::raw* p, int count) {
 // e^x to about one unit in the last place; 0 below the normal floats, NaN stays NaN.
 static inline vf exp(vf x) {
   const vf low = all(-87.33f), high = all(88.72f);
-  vf inside = pick(x < low, low, pick(x > high, high, x));
+  vf inside = select_lanes(x < low, low, select_lanes(x > high, high, x));
   // x = n ln 2 + r, |r| <= ln 2 / 2; adding 1.5 * 2^23 and taking it off rounds to an integer, and
   // n times the first part of ln 2, of 12 bits, is exact.
   const vf shift = all(12582912.0f);
@@ -169,8 +169,8 @@ static inline vf exp(vf x) {
   // 2^n in two factors, since n may be 128.
   vi whole = (vi)((vu)shifted - (vu)shift), first = whole >> 1;
   vf y = p * (vf)((vu)(first + 127) << 23) * (vf)((vu)(whole - first + 127) << 23);
-  y = pick(x < low, vf{}, pick(x > high, all(INF), y));
-  return pick(x == x, y, x);
+  y = select_lanes(x < low, vf{}, select_lanes(x > high, all(INF), y));
+  return select_lanes(x == x, y, x);
 }
 
 // tanh x to a few units in the last place, of the argument too where that is small.
@@ -186,7 +186,7 @@ static inline vf tanh(vf x) {
   vf near = x + (x * z) * p;
   vf far = 1.0f - 2.0f / (exp(size + size) + 1.0f);
   far = (vf)((vi)far | ((vi)x & (vi)all(-0.0f)));
-  return pick(size < 0.6f, near, far);
+  return select_lanes(size < 0.6f, near, far);
 }
 
 // --- sums of the lanes of several vectors at once ---
@@ -246,8 +246,8 @@ static inline void fold(const vf* a, float* sums) {
   }
 }
 
-// The sum of the lanes of each of N vectors, that of vector i at sums[SUM_AT.place[i]], added up in an
-// order that depends on nothing but W. There is room for N rounded up to a multiple of W.
+// The sum of the lanes of each of N vectors, that of vector i at sums[SUM_AT.place[i]], added up in
+// an order that depends on nothing but W. There is room for N rounded up to a multiple of W.
 template <int N>
 static inline void lane_sums(const vf* a, float* sums) {
   fold<N, W / 2>(a, sums);

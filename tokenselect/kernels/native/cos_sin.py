@@ -9,40 +9,40 @@ from torch import Tensor
 
 LOW = 512  # as in cpp/call.h
 _KEPT = 8
-_tables: dict[tuple[bytes, torch.dtype, int], "Waves"] = {}
+_tables: dict[tuple[bytes, torch.dtype, int], "CosSin"] = {}
 _lock = threading.Lock()
 
 
-class Waves(NamedTuple):
+class CosSin(NamedTuple):
     """Of angles position * inv_freq.
 
-    waves    (LOW + n_waves, 2, half) float64: cos and sin of positions 0 to LOW - 1, then of
-             0, LOW, 2 LOW, ...
-    n_waves  how many of the latter
-    rates    (half,) float64, the frequencies
+    table     (LOW + n_high, 2, half) float64: cos and sin of positions 0 to LOW - 1, then of
+              0, LOW, 2 LOW, ...
+    n_high    how many of the latter
+    inv_freq  (half,) float64, the frequencies
     """
 
-    waves: Tensor
-    n_waves: int
-    rates: Tensor
+    table: Tensor
+    n_high: int
+    inv_freq: Tensor
 
 
-def waves(inv_freq: Tensor, reach: int) -> Waves:
+def cos_sin(inv_freq: Tensor, reach: int) -> CosSin:
     """Return the tables for positions up to `reach`, kept for the next call.
 
     What is kept depends on the frequencies' values alone, so that it cannot show in a result.
     """
-    n_waves = 1 << (-(-(reach + 1) // LOW) - 1).bit_length()
+    n_high = 1 << (-(-(reach + 1) // LOW) - 1).bit_length()
     rates = inv_freq.contiguous()  # itself, as a rule
     values = ctypes.string_at(rates.data_ptr(), rates.numel() * rates.itemsize)
-    key = values, rates.dtype, n_waves
+    key = values, rates.dtype, n_high
     found = _tables.get(key)
     if found is None:
         rates = rates.detach().to(torch.float64, copy=True)
-        low, high = (torch.arange(m, device=rates.device) for m in (LOW, n_waves))
+        low, high = (torch.arange(m, device=rates.device) for m in (LOW, n_high))
         angle = torch.cat((low, high * LOW)).double()[:, None] * rates
         table = torch.stack((angle.cos(), angle.sin()), dim=1).contiguous()
-        found = Waves(table, n_waves, rates)
+        found = CosSin(table, n_high, rates)
         with _lock:
             while len(_tables) >= _KEPT:
                 _tables.pop(next(iter(_tables)))
