@@ -20,10 +20,9 @@ from torch import Tensor
 
 from bench import page as whole_page
 from bench.checks import NotEquivalent
-from bench.dense import requests, truth
+from bench.dense import Request, requests, truth
 from bench.gpu import __main__ as command
 from bench.gpu import baselines, cases, checks, measure, model, page, steps, timing
-from bench.gpu.baselines import Inputs
 from bench.gpu.cases import Case, PlannedSteps
 from bench.gpu.checks import Done
 from bench.gpu.device import Captured, Cpu, Cuda, Ready
@@ -230,7 +229,7 @@ def test_baselines_are_dense_attention(case: Case, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(torch, "bmm", on_cpu)  # which has no such product
     p = make(case)
-    inputs, exact = Inputs(p.q, p.k_cache, p.v_cache, p.scale), truth(requests(p))
+    inputs, exact = Request(p.q, p.k_cache, p.v_cache, p.scale), truth(requests(p))
     ran = set()
     for one in baselines.dense(inputs, exact, 1):
         ready = one.make()

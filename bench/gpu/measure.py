@@ -23,9 +23,8 @@ import torch
 
 import tokenselect
 from bench.checks import Found, NotEquivalent, call, check, found_of
-from bench.dense import requests, truth
+from bench.dense import Request, requests, truth
 from bench.gpu import baselines, model, steps
-from bench.gpu.baselines import Inputs
 from bench.gpu.cases import Case, cases, fits, seconds_for
 from bench.gpu.device import Device, Ready, device_for, hold, nearness, tensors
 from bench.gpu.page import MODES, Report, put
@@ -140,12 +139,12 @@ class Session:
         if only_check:
             return report | {"sides": [], "ratios": []}
 
-        cache = Inputs(problem.q, problem.k_cache, problem.v_cache, problem.scale)
+        cache = Request(problem.q, problem.k_cache, problem.v_cache, problem.scale)
         k, v = (torch.stack(x) for x in zip(*((r.k, r.v) for r in found.gathered), strict=True))
         contenders = [
             *ours(problem, backend, found),
             *baselines.dense(cache, exact, bytes_read(problem, "dense")),
-            *baselines.over_gathered(Inputs(problem.q, k, v, problem.scale), found.exact),
+            *baselines.over_gathered(Request(problem.q, k, v, problem.scale), found.exact),
             baselines.top_k(problem, found),
             baselines.copy(problem.k_cache),
         ]
