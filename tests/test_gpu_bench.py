@@ -13,6 +13,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock, call
 
 import pytest
 import torch
@@ -294,55 +295,34 @@ def test_contenders_alternate_slow_ones_run_thrice_and_times_are_of_one_call() -
     assert times == {"a": [0.25] * 5, "b": [1.0] * 3, "c": [1.0] * 5, "e": [1.0] * 5}
 
 
-def test_the_spread_is_linear_between_ranks() -> None:
-    found = timing.spread([4.0, 1.0, 2.0, 3.0], "_us")
-    assert found == pytest.approx({"median_us": 2.5, "p10_us": 1.3, "p90_us": 3.7})
-
-
 def test_cuda_is_flushed_timed_and_captured_in_this_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    log: list[str] = []
-
-    class Fake:
-        def __init__(self, *_: Any, **__: Any) -> None:
-            pass
-
-        def __getattr__(self, name: str) -> Any:
-            return lambda *_: log.append(name)
-
-    @contextlib.contextmanager
-    def within(name: str) -> Iterator[None]:
-        log.append(name)
-        yield
-        log.append(f"end of {name}")
-
-    stubs = {
-        "Event": Fake,
-        "Stream": Fake,
-        "CUDAGraph": Fake,
-        "current_stream": Fake,
-        "graph": lambda _: within("capture"),
-        "stream": lambda _: within("stream"),
-        "set_stream": lambda _: log.append("back"),
-        "synchronize": lambda _: log.append("wait"),
-    }
-    for name, stub in stubs.items():
-        monkeypatch.setattr(torch.cuda, name, stub)
-    monkeypatch.setattr(Cuda, "_flush", lambda _: log.append("flush"))
-    device, call = object.__new__(Cuda), lambda: log.append("run") or 7
+    cuda = MagicMock()
+    cuda.run.return_value = 7
+    monkeypatch.setattr(torch, "cuda", cuda)
+    monkeypatch.setattr(Cuda, "_flush", lambda _: cuda.flush())
+    device = object.__new__(Cuda)
     device.at = torch.device("cpu")
-    device.eager(call)
-    assert log == ["flush", "wait", "record", "run", "record"]
-    log.clear()
-    device.queued(call)
-    assert log == ["flush", "record", "run", "record"]
-    log.clear()
-    assert device.capture(call).result == 7
-    beside = ["wait_stream", "stream", "run", "run", "run", "end of stream", "wait_stream", "wait"]
-    assert log == [*beside, "capture", "run", "end of capture"]
-    log.clear()
+
+    def log() -> list[str]:
+        names = [name for name, *_ in cuda.mock_calls]
+        cuda.reset_mock()
+        return names
+
+    timed = ["Event", "Event", "Event().record", "run", "Event().record"]
+    device.eager(cuda.run)
+    assert log() == ["flush", "synchronize", *timed]
+    device.queued(cuda.run)
+    assert log() == ["flush", *timed]
+    assert device.capture(cuda.run).result == 7
+    beside = ["stream", "stream().__enter__", *["run"] * 3, "stream().__exit__"]
+    waits = [*("current_stream", "Stream", "Stream().wait_stream"), *beside]
+    waits += ["current_stream().wait_stream", "synchronize"]
+    captured = ["CUDAGraph", "graph", "graph().__enter__", "run", "graph().__exit__"]
+    assert log() == [*waits, *captured]
+    cuda.run.side_effect = [1, 2, 3, ZeroDivisionError]
     with pytest.raises(ZeroDivisionError):
-        device.capture(lambda: 1 / ("capture" not in log))
-    assert log[-1] == "back"
+        device.capture(cuda.run)
+    assert cuda.mock_calls[-1] == call.set_stream(cuda.current_stream())
 
 
 # --- the checks ---------------------------------------------------------------------------
