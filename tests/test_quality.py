@@ -3,7 +3,6 @@
 import json
 import math
 import random
-import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -60,7 +59,7 @@ TASKS: dict[str, Any] = {
     "sparse": Sparse(variants=(*THREE, "dense"), contexts=(128,), documents=2, chunk=48,
                      budgets=AT["budgets"]),
     "needles": Needles(variants=("dense", "few"), contexts=(600,), depths=(0.0, 0.5, 1.0), seeds=1,
-                       keys=2, new_tokens=3, budgets=(30,)),
+                       new_tokens=3, budgets=(30,)),
     "reuse": Reuse(variants=FEW, documents=1, continuation=6, thetas=(-1.0, 1.0), **AT),
     "mass": Mass(variants=FEW, documents=1, continuation=4, **AT),
     "all-mass": Mass(variants=("all",), continuation=4, **ALL | {"documents": 1}),
@@ -478,46 +477,41 @@ def test_mass_and_overlap_by_hand() -> None:
         "mass": [[0.3, 0.4], [0.5, 0.7]],
         "by_step": [0.75, 0.1667],  # (1 + 1/2) / 2 and (1/3 + 0) / 2
         "by_layer": [[1, 0.5556], [0.5556, 1]],  # (1/3 + 1/3 + 1) / 3
-        "voted": pytest.approx(5 / 3),
     }
     nothing = torch.zeros(1, 6, dtype=torch.bool)
     assert tasks.overlap(nothing, nothing) == 1
 
 
 def test_a_summary_of_mass_is_a_mean_over_documents() -> None:
-    def of(a: float | None, overlap: float, voted: float) -> dict[str, Any]:
+    def of(a: float | None, overlap: float) -> dict[str, Any]:
         by_layer = [[1, overlap], [overlap, 1]]
-        base = {"context": 1, "variant": "it", "budget": "", "size": 9, "voted": voted}
+        base = {"context": 1, "variant": "it", "budget": "", "size": 9}
         mass = [[a, 0.8], [0.6, 0.6]]
         return base | {"mass": mass, "by_step": [overlap, 0.5], "by_layer": by_layer}
 
-    (found,) = Mass.summary([of(0.2, 0.1, 3.0), of(0.6, 0.3, 5.0)])
-    assert (found["documents"], found["voted"]) == (2, 4.0)
+    (found,) = Mass.summary([of(0.2, 0.1), of(0.6, 0.3)])
+    assert found["documents"] == 2
     assert (found["mass"], found["least_of_a_head"]) == (0.6, 0.4)
     assert (found["by_step"], found["neighbours"]) == (0.35, 0.2)
-    (unknown,) = Mass.summary([of(None, 0.1, 3.0), of(0.6, 0.3, 5.0)])
+    (unknown,) = Mass.summary([of(None, 0.1), of(0.6, 0.3)])
     assert unknown["mass"] is unknown["least_of_a_head"] is None
 
 
 @pytest.mark.parametrize("kind", needles.KINDS)
 def test_needles_lie_where_they_are_said_to(tiny: Tiny, kind: str) -> None:
-    keys, numbers = 3 if kind == "multikey" else 1, set()
+    numbers = set()
     for depth in (0.0, 0.5, 1.0):
         given = tiny.settings, tiny.session, kind, 1200, depth
-        prompt, number = needles.make(*given, 4, keys)
-        assert (prompt, number) == needles.make(*given, 4, keys)
+        prompt, number = needles.make(*given, 4)
+        assert (prompt, number) == needles.make(*given, 4)
         assert 1200 - 120 <= len(tiny.session.encode(prompt)) <= 1200
         assert prompt.count(number) == 1
         at = prompt.index(number) / prompt.index("Question:")
         assert at == pytest.approx(depth, abs=0.15)
-        numbers |= {number, needles.make(*given, 6, keys)[1]}
-        if kind == "multikey":
-            (key,) = re.findall(r"What is the secret number of the (\w+)\?", prompt)
-            assert f"The secret number of the {key} is {number}." in prompt
-            assert prompt.count("The secret number of the ") == 3
+        numbers |= {number, needles.make(*given, 6)[1]}
     assert len(numbers) == 6
     with pytest.raises(InvalidProblem, match="did you mean 'natural'"):
-        needles.make(tiny.settings, tiny.session, "natral", 1200, 0.5, 4, 1)
+        needles.make(tiny.settings, tiny.session, "natral", 1200, 0.5, 4)
     text = "One. At 3.14 see os.path! Two."
     ends = [needles.sentence_end(text, near) for near in range(len(text) + 1)]
     assert ends == [0] * 4 + [4] * (len(text) - 4) + [len(text)]

@@ -23,7 +23,7 @@ _TASKS = {
     "attention is better than that (beyond the trained length: of all).",
     "needles": "A number is hidden in a text, and asked for at its end; the variant reads all of "
     "it and writes the answer, greedily. *Filler* is a few sentences over and over, *natural* one "
-    "of the texts, *multikey* filler with {keys} numbers under names, of which one is asked for.",
+    "of the texts.",
     "mass": "As decoding, {continuation} tokens. *Mass* is the share of a head's dense softmax "
     "that falls on its selection. *Overlap* is Jaccard's, of the tokens chosen by vote: between "
     "neighbouring steps, and between neighbouring layers.",
