@@ -32,7 +32,7 @@ from bench.gpu.timing import Contender
 from bench.workloads import make
 from properties.test_graphs import NEVER, planned_by
 from tests import fresh
-from tests.test_bench import coarse, otherwise_each_time, reads_kv_head_modulo
+from tests.test_bench import coarse, otherwise_each_time, stage
 from tokenselect import Problem, SelectConfig, Selection, SelectionCache, register, run
 from tokenselect import check as whole_check
 from tokenselect.dispatch import registry
@@ -44,6 +44,7 @@ ROOT = Path(__file__).parent.parent
 _CONFIG = SelectConfig(k=64, n_sink=8, n_local=32)
 DECODE = cases.case((8, 2, 32), 600, 2, config=_CONFIG)
 CHUNK = cases.case((8, 2, 32), 600, Lq=16, config=_CONFIG)
+MODULO = stage("attend-reads-kv-head-modulo")
 REUSED = replace(DECODE, n=160, planned=PlannedSteps(layers=2, max_reuse=10, short=120))
 
 
@@ -90,7 +91,7 @@ class Stale(Cpu):
 @pytest.mark.parametrize(
     ("bent", "case", "device", "complaint"),
     [
-        ({"attend": reads_kv_head_modulo}, DECODE, Cpu, "k for everything"),
+        (MODULO, DECODE, Cpu, "k for everything"),
         ({}, DECODE, Stale, "a replayed graph"),
         (planned_by(rounds), REUSED, Cpu, "a plan is .* tolerance away"),
         # It computes what it should, all over again.
@@ -128,7 +129,7 @@ def whole(folder: Path, *more: str, found: Any = GREEN, a_model: Any = dict) -> 
 
 def test_once_wrong_the_rest_is_checked_and_no_speed_up_is_reported(tmp_path: Path) -> None:
     def wrong_when_decoding(p: Problem, selection: Selection) -> Any:
-        return (reads_kv_head_modulo if p.Lq == 1 else CPU.attend)(p, selection)
+        return (MODULO["attend"] if p.Lq == 1 else CPU.attend)(p, selection)
 
     found = whole(tmp_path, "--backend", wrong_backend(attend=wrong_when_decoding))
     assert [case["cell"] for case in found["wrong"]] == [DECODE.name]
@@ -141,7 +142,7 @@ def test_once_wrong_the_rest_is_checked_and_no_speed_up_is_reported(tmp_path: Pa
 def test_measured_anyway_no_speed_up_is_told_and_no_page_takes_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    name = wrong_backend(attend=reads_kv_head_modulo)
+    name = wrong_backend(**MODULO)
     found = whole(tmp_path, "--backend", name, "--measure-anyway", found=RED)
     assert [bool(case["not_equivalent"] and case["sides"]) for case in found["cells"]] == [True] * 2
     assert found["cells"][0]["ratios"] == found["targets"] == []
