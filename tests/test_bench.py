@@ -216,8 +216,8 @@ def test_a_wrong_backend_is_not_timed_and_fails_the_run(
 # --- times and the page -------------------------------------------------------------------
 
 
-def contender(name: str, kind: str, call: Any = None, **notes: Any) -> run.Contender:
-    return run.Contender(name, kind, call, 1, notes)
+def contender(name: str, role: str, **notes: Any) -> run.Contender:
+    return run.Contender(name, role, bytes=1, notes=notes)
 
 
 def test_the_best_dense_is_the_fastest_honest_one() -> None:
@@ -238,24 +238,6 @@ def test_the_best_dense_is_the_fastest_honest_one() -> None:
         ("reused", "composed"): (0.25, 0.125, 0.25),
         ("reused", "call"): (1 / 9, 1 / 9, 1 / 9),
     }
-
-
-def test_contenders_alternate_and_slow_ones_run_less(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, calls = [0.0], []
-    monkeypatch.setattr(run.time, "perf_counter", lambda: clock[0])
-
-    def taking(seconds: float, name: str, kind: str) -> run.Contender:
-        def call() -> None:
-            calls.append(name)
-            clock[0] += seconds
-
-        return contender(name, kind, call)
-
-    several = [taking(0.1, "a", "dense"), taking(9, "slow", "dense"), taking(0.2, "b", "selection")]
-    times = run.alternate(several, repeats=50, seconds=1.3)
-    assert "".join(calls) == "aslowb" + "ab" + "ba" + "ab" + "ba"
-    assert {name: len(took) for name, took in times.items()} == {"a": 4, "b": 4, "slow": 1}
-    assert times["slow"] == [pytest.approx(9.0)]
 
 
 def test_the_page_has_every_figure_of_a_run(tmp_path: Path) -> None:

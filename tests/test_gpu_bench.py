@@ -290,7 +290,7 @@ def test_contenders_alternate_slow_ones_run_thrice_and_times_are_of_one_call() -
         replace(contender("e", "dense", is_baseline=False), first=0.1),
     ]
     timing.set_slow_apart(several)
-    assert [one.name for one in several if "slow" in one.notes] == ["b"]
+    assert [one.name for one in several if one.is_slow] == ["b"]
     times = timing.alternate(several, "eager", Clock(), 9.0, (5, 5))
     assert "".join(order) == "aceb" + "beca" + "aceb" + "eca" + "ace"
     assert times == {"a": [0.25] * 5, "b": [1.0] * 3, "c": [1.0] * 5, "e": [1.0] * 5}

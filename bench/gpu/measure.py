@@ -164,7 +164,7 @@ class Session:
             contenders += planned
         set_slow_apart(contenders)
         for one in contenders:
-            if one.is_timed and "slow" not in one.notes:
+            if one.is_timed and not one.is_slow:
                 self.capture(one)
                 if case.planned and one.steps and one.captured:
                     near = nearness(backend, self.device.at)
