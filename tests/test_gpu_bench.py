@@ -633,7 +633,7 @@ def test_the_page_refuses_what_is_no_measurement(
         whole_page.page(tmp_path)
     unsaid = {name: value for name, value in real().items() if name not in changes}
     with pytest.raises(page.Refused):
-        page.section([unsaid])
+        page.accept(unsaid)
 
 
 def test_the_report_is_on_paper_after_every_case(tmp_path: Path) -> None:
