@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -123,8 +123,8 @@ class Session:
         self.note(step="checking equivalence")
         several = requests(problem)
         exact = truth(several)
-        report = {**case.facts(), "dtype": "bfloat16", "config": {}}
-        report["config"] = {name: problem.config[name] for name in ("k", "n_sink", "n_local")}
+        config = {name: problem.config[name] for name in ("k", "n_sink", "n_local")}
+        report = {**case.facts(), "dtype": "bfloat16", "config": config}
         try:
             found = check(problem, backend, several, exact)
         except NotEquivalent as error:
@@ -195,15 +195,9 @@ class Session:
             share = found.exact.share(out)
             if not share <= 1:
                 raise NotEquivalent(f"a plan is {share:.3g} x the tolerance away from float64")
-            report["reuse"] = {
-                "layers": how.layers,
-                "kv_copies": len({id(k) for k, _ in layers}),
-                "max_reuse": how.max_reuse,
-                "theta": steps.THETA,
-                "group": steps.GROUP,
-                "short": how.short,
-                "share_of_tolerance": share,
-            }
+            report["reuse"] = asdict(how) | {"theta": steps.THETA, "group": steps.GROUP}
+            report["reuse"] |= {"kv_copies": len({id(k) for k, _ in layers})}
+            report["reuse"] |= {"share_of_tolerance": share}
             for kind in steps.kinds(p, backend, how, layers):
                 ready, notes = Ready(kind.run, kind.next), {"calls": kind.calls}
                 one = Contender(kind.name, "planned", ready, notes=notes, steps=kind)
