@@ -1,7 +1,7 @@
 """Dense attention: the variants that a selection competes with, and the float64 truth for both.
 
-All of it takes one request at a time, with contiguous keys and values whatever the cache's layout:
-a paged cache is gathered for dense attention beforehand, outside any timing.
+All of it takes contiguous keys and values whatever the cache's layout: a paged cache is gathered
+for dense attention beforehand, outside any timing.
 """
 
 import math
@@ -19,7 +19,11 @@ from tokenselect import Problem
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """One request: q (Hq, Lq, D), k (Hkv, n, D), v (Hkv, n, Dv)."""
+    """Attention to all of k and v: q (Hq, Lq, D), k (Hkv, n, D), v (Hkv, n, Dv).
+
+    Query i sits at position n - Lq + i and sees no later one. `bench.gpu` puts a batch in front of
+    all three.
+    """
 
     q: Tensor
     k: Tensor
@@ -27,31 +31,40 @@ class Request:
     scale: float
 
     @property
+    def G(self) -> int:
+        return self.q.shape[-3] // self.k.shape[-3]
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Lq, n."""
+        return self.q.shape[-2], self.k.shape[-2]
+
+    @property
     def folded(self) -> Tensor:
         """Return the queries of each group as the rows of one: (Hkv, G * Lq, D)."""
-        return self.q.reshape(len(self.k), -1, self.q.shape[2])
+        return self.q.reshape(*self.k.shape[:-2], -1, self.q.shape[-1])
 
     @cached_property
     def mask(self) -> Tensor | None:
         """Return what is added to the logits (Lq, n) of each head; one query sees everything."""
-        Lq, n = self.q.shape[1], self.k.shape[1]
-        return None if Lq == 1 else F.pad(_future(Lq, self.q.dtype), (n - Lq, 0))
+        Lq, n = self.sizes
+        return None if Lq == 1 else F.pad(_future(Lq, self.q), (n - Lq, 0))
 
     @cached_property
     def folded_mask(self) -> Tensor | None:
         """Return the mask (G * Lq, n) of the folded queries."""
-        return None if self.mask is None else self.mask.repeat(len(self.q) // len(self.k), 1)
+        return None if self.mask is None else self.mask.repeat(self.G, 1)
 
     def mask_(self, logits: Tensor) -> Tensor:
         """Hide the future in folded logits (Hkv, G * Lq, n), in place: it is in the last Lq."""
-        Lq = self.q.shape[1]
+        Lq, _ = self.sizes
         if Lq > 1:
-            logits[:, :, -Lq:].unflatten(1, (-1, Lq)).add_(_future(Lq, logits.dtype))
+            logits[:, :, -Lq:].unflatten(1, (-1, Lq)).add_(_future(Lq, logits))
         return logits
 
 
-def _future(Lq: int, dtype: torch.dtype) -> Tensor:
-    return torch.full((Lq, Lq), -math.inf, dtype=dtype).triu_(1)
+def _future(Lq: int, like: Tensor) -> Tensor:
+    return torch.full((Lq, Lq), -math.inf, dtype=like.dtype, device=like.device).triu_(1)
 
 
 def requests(problem: Problem) -> list[Request]:

@@ -1,4 +1,4 @@
-"""The page docs/benchmarks.md, made from bench/results/*.json: no figure in it is typed by hand."""
+"""The page docs/benchmarks.md: bench/page.md, with the figures of bench/results/*.json in it."""
 
 import json
 from pathlib import Path
@@ -8,45 +8,7 @@ from bench.gpu import page as gpu
 from bench.tables import of_columns
 
 RESULTS = Path(__file__).parent / "results"
-
-_HEAD = """\
-# Benchmarks
-
-Made by `python -m bench.run --docs > docs/benchmarks.md` from the results in `bench/results`.
-Measure your own machine with `make bench`; add `ARGS='--save NAME'` to keep the result there.
-"""
-
-_ON_CPUS = """\
-## On a CPU
-
-One attention layer, one call. *Fresh* scores all cached tokens, selects, and attends to the
-selection. *Reused* attends to the selection that a Selection Cache kept from the step before.
-*Dense* is attention to all tokens, in several variants:
-
-- `sdpa, enable_gqa`: `scaled_dot_product_attention` as it comes.
-- `sdpa, group folded`: the same call with the query heads of a KV head as the rows of one query,
-  so that keys and values are read once.
-- `matmul, logits in cache dtype`, `matmul, float32 softmax`: two matrix products with a softmax
-  between, in the cache's dtype or in float32.
-- `matmul, float32 logits`: the same, with keys widened to float32 a chunk at a time, as the `cpu`
-  backend scores. It is no single call of torch's; it is here because it is exact and fast.
-
-A dense variant counts as a baseline if it is as exact as attention with float32 inside: its error
-against float64 on the very inputs that are timed, as a share of a tolerance derived in
-`bench/dense.py`, is at most 1. *Best dense* is the fastest baseline, *best dense call* the fastest
-that is one call of torch's. Before anything is timed, the backend has to equal dense attention
-where the budget `k` covers everything, to hold the error bound of its retained mass otherwise, and
-to have chosen the tokens with most votes.
-
-All contenders alternate in one process after a warm-up. Times are medians over rounds, with the
-least and the largest. Ratios are medians of the ratios within a round, likewise. The bytes are
-those of the cache that have to be read, by the formula in `bench/run.py`; *of read* is their rate
-as a share of the fastest plain read of memory found on the machine. Inputs resemble attention: see
-`make` in `bench/workloads.py`. *Retained mass* is the share of the dense softmax on the selection,
-least and mean over heads. *Threads ran at a time* is CPU time over wall time: less than the threads
-asked for means that others had the machine too.
-"""
-
+TEXT = Path(__file__).with_name("page.md")
 
 _DETAILS = (
     ("", "{called}"),
@@ -86,13 +48,14 @@ def page(results: Path = RESULTS) -> str:
         except gpu.Refused as refused:
             raise gpu.Refused(f"{path}: {refused}") from None
         on_gpus.append(report)
-    return "\n".join([_HEAD, gpu.section(on_gpus), _ON_CPUS, *map(_section, reversed(reports))])
+    on_cpus = "\n\n".join(map(_section, reversed(reports)))
+    return TEXT.read_text("utf-8").format(gpus=gpu.section(on_gpus), cpus=on_cpus)
 
 
 def _section(report: dict[str, Any]) -> str:
     parts = [headline(report), overview(report)]
     parts += [workload_tables(result, report["machine"]) for result in report["workloads"]]
-    return "\n".join(parts) + "\n"
+    return "\n".join(parts)
 
 
 def headline(report: dict[str, Any]) -> str:

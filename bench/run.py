@@ -13,7 +13,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,8 @@ import torch
 from bench import checks, machine
 from bench.checks import NotEquivalent, call
 from bench.dense import DENSE, requests, truth
+from bench.gpu.device import Cpu, Ready
+from bench.gpu.timing import Contender, alternate, set_slow_apart
 from bench.page import RESULTS, headline, overview, page, workload_tables
 from bench.workloads import TIMED, WORKLOADS, Workload, make
 from tokenselect import Problem, Selection, SelectionCache, attend, score, select
@@ -32,22 +33,6 @@ from tokenselect.dispatch.registry import resolve
 SCHEMA = 2
 QUICK = ("decode-32k", "decode-128k")
 Times = dict[str, list[float]]
-
-
-@dataclass(frozen=True)
-class Contender:
-    """One thing to time. bytes: what it has to read of the cache."""
-
-    name: str
-    kind: str  # "dense", "selection" or "stage"
-    run: Callable[[], object]
-    bytes: int
-    notes: dict[str, Any] = field(default_factory=dict)
-
-    def timed(self) -> float:
-        start = time.perf_counter()
-        self.run()
-        return time.perf_counter() - start
 
 
 def checked(
@@ -60,7 +45,7 @@ def checked(
     several = requests(problem)
     exact = truth(several)
     right = checks.check(problem, backend, several, exact)
-    selection = right.selection
+    selection, told = right.selection, right.checks
     cache = checks.check_reused(problem, backend, exact)
     fresh = partial(call, problem, backend)
     runs: dict[str, tuple[str, Callable[[], object]]] = {
@@ -74,20 +59,15 @@ def checked(
     for dense in DENSE:
         share, reads = exact.share(dense(several)), bytes_read(problem, "dense")
         notes = {"share_of_tolerance": share, "is_baseline": share <= 1, "is_call": dense.is_call}
-        contenders.append(Contender(dense.name, "dense", partial(dense, several), reads, notes))
+        ready = Ready(partial(dense, several))
+        contenders.append(Contender(dense.name, "dense", ready, reads, notes))
     if not any(one.notes["is_baseline"] for one in contenders):
         raise NotEquivalent("no dense variant is within its tolerance: nothing to compare with")
-    for name, (kind, run) in runs.items():
-        contenders.append(Contender(name, kind, run, bytes_read(problem, name, selection)))
+    for name, (role, run) in runs.items():
+        contenders.append(Contender(name, role, Ready(run), bytes_read(problem, name, selection)))
     found = {
-        "checks": {
-            "share_of_tolerance_at_k_all": right.checks["k for everything, share of tolerance"],
-            "checked_rows": len(exact.rows),
-        },
-        "retained_mass": {
-            "min": right.checks["retained mass, least"],
-            "mean": right.checks["retained mass, mean"],
-        },
+        "checks": {"share_of_tolerance_at_k_all": told["k for everything, share of tolerance"]},
+        "retained_mass": {"min": told["retained mass, least"], "mean": told["retained mass, mean"]},
         "attended": int(selection.count.max()),
     }
     return contenders, cache, found
@@ -103,7 +83,11 @@ def measure(workload: Workload, backend: str, repeats: int, seconds: float) -> d
     _progress(f"{workload.name}: timing")
     hits = int(cache.hits.sum())
     wall, busy = time.perf_counter(), time.process_time()
-    times = alternate(contenders, repeats, seconds)
+    device = Cpu()
+    for one in contenders:  # the first call is warm-up
+        one.first = one.timed(device.eager, one.ready.run)()
+    set_slow_apart(contenders)
+    times = alternate(contenders, "eager", device, 2 * seconds, (min(3, repeats), repeats))
     wall, busy = time.perf_counter() - wall, time.process_time() - busy
     if int(cache.hits.sum()) - hits < problem.B * len(times["reused"]):
         raise NotEquivalent("a call that was to reuse its selection made a fresh one")
@@ -147,34 +131,15 @@ def bytes_read(problem: Problem, what: str, selection: Selection | None = None) 
 # --- times ---
 
 
-def alternate(contenders: Sequence[Contender], repeats: int, seconds: float) -> Times:
-    """Return the seconds of each contender, round by round, every other round in reverse order.
-
-    A first call of each is warm-up. Fewer rounds where they would take longer than `seconds`, but
-    three at least. A dense one five times slower than the fastest is timed once, before them.
-    Within a round, the times of two contenders are a pair.
-    """
-    first = {one.name: one.timed() for one in contenders}
-    limit = 5 * min(first[one.name] for one in contenders if one.kind == "dense")
-    slow = {one.name for one in contenders if one.kind == "dense" and first[one.name] > limit}
-    a_round = sum(took for name, took in first.items() if name not in slow)
-    times = {name: [took] if name in slow else [] for name, took in first.items()}
-    for i in range(max(3, min(repeats, int(seconds / a_round)))):
-        for one in contenders if i % 2 == 0 else reversed(contenders):
-            if one.name not in slow:
-                times[one.name].append(one.timed())
-    return times
-
-
 def _summary(contender: Contender, times: list[float]) -> dict[str, Any]:
     return {
         "name": contender.name,
-        "kind": contender.kind,
+        "kind": contender.role,
         **contender.notes,
-        **_spread([1e3 * t for t in times], "_ms"),
+        **_spread(times, "_ms"),
         "rounds": len(times),
         "bytes": contender.bytes,
-        "gb_per_s": contender.bytes / statistics.median(times) / 1e9,
+        "gb_per_s": contender.bytes / statistics.median(times) / 1e6,
     }
 
 

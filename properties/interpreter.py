@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import inspect
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -12,8 +13,9 @@ from typing import Any
 def hasten() -> None:
     """Patch Triton's language once per launch, not at every call of a function in a kernel.
 
-    Build what describes a type once per type, not once per value. Check integers for overflow
-    only where it is asked for: see `overflow_checked`.
+    Build what describes a type once per type, not once per value; look at the types of two operands
+    only where they differ. Check integers for overflow only where it is asked for: see
+    `overflow_checked`.
     """
     # Triton imports this when it first meets certain arguments, and must not find itself patched.
     import triton.experimental.gluon  # noqa: F401
@@ -34,8 +36,71 @@ def hasten() -> None:
 
     interpreter._patch_lang = patch_once
     interpreter.GridExecutor.__call__ = launch_anew
+    _call_directly(interpreter)
     _build_types_once(interpreter)
+    _convert_unlike(interpreter)
     _check_overflow(False)
+
+
+def _call_directly(interpreter: Any) -> None:
+    """Leave out the wrappers around the language's functions, and find those once per module."""
+    from triton.language import core
+
+    semantic = interpreter.interpreter_semantic
+
+    def direct(member: Any) -> Any:
+        inner = getattr(member, "__wrapped__", member)
+
+        def call(*given: Any, **named: Any) -> Any:
+            named["_semantic"] = semantic
+            return inner(*given, **named)
+
+        return call
+
+    @functools.cache
+    def functions_of(module: Any) -> list[tuple[str, Any]]:
+        members = inspect.getmembers(module, core.is_builtin)
+        return [(name, direct(member)) for name, member in members]
+
+    def patch_module(module: Any, builder: Any, scope: Any) -> None:
+        for name, function in functions_of(module):
+            scope.set_attr(module, name, function)
+
+    interpreter._patch_builtin = patch_module
+
+
+def _convert_unlike(interpreter: Any) -> None:
+    from triton.language import core
+
+    semantic = type(interpreter.interpreter_semantic)
+    convert = semantic.binary_op_type_checking_impl
+    # Whatever is done with two of a type, a quotient included, is done in it.
+    plain = {"int1", "int32", "int64", "fp32"}
+
+    def of_type(self: Any, value: Any, dtype: Any) -> Any:
+        """Return the value as a tensor of this type; None if more than that is to be done."""
+        if type(value) is core.tensor:
+            return value if value.dtype is dtype else None
+        if type(value) is int and (dtype is core.int32 or dtype is core.int64):
+            fits = dtype.get_int_min_value() <= value <= dtype.get_int_max_value()
+            return self.scalar_constant(value, dtype) if fits else None
+        if type(value) is float and dtype is core.float32:
+            return self.scalar_constant(value, dtype)
+        return None
+
+    def convert_unlike(self: Any, lhs: Any, rhs: Any, *given: Any, **named: Any) -> Any:
+        are_tensors = type(lhs) is type(rhs) is core.tensor
+        tensor = lhs if type(lhs) is core.tensor else rhs
+        if type(tensor) is core.tensor and tensor.dtype.name in plain:
+            left, right = of_type(self, lhs, tensor.dtype), of_type(self, rhs, tensor.dtype)
+            if left is not None and right is not None:
+                return self.broadcast_impl_value(left, right)
+        elif are_tensors and given[:1] == (True,) and lhs.dtype.is_ptr() and rhs.dtype.is_int():
+            # A pointer is allowed on the left; what is added to it keeps its type.
+            return self.broadcast_impl_value(lhs, rhs)
+        return convert(self, lhs, rhs, *given, **named)
+
+    semantic.binary_op_type_checking_impl = convert_unlike
 
 
 def _build_types_once(interpreter: Any) -> None:

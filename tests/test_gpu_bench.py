@@ -13,6 +13,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock, call
 
 import pytest
 import torch
@@ -20,10 +21,9 @@ from torch import Tensor
 
 from bench import page as whole_page
 from bench.checks import NotEquivalent
-from bench.dense import requests, truth
+from bench.dense import Request, requests, truth
 from bench.gpu import __main__ as command
 from bench.gpu import baselines, cases, checks, measure, model, page, steps, timing
-from bench.gpu.baselines import Inputs
 from bench.gpu.cases import Case, PlannedSteps
 from bench.gpu.checks import Done
 from bench.gpu.device import Captured, Cpu, Cuda, Ready
@@ -32,7 +32,7 @@ from bench.gpu.timing import Contender
 from bench.workloads import make
 from properties.test_graphs import NEVER, planned_by
 from tests import fresh
-from tests.test_bench import coarse, otherwise_each_time, reads_kv_head_modulo
+from tests.test_bench import coarse, otherwise_each_time, stage
 from tokenselect import Problem, SelectConfig, Selection, SelectionCache, register, run
 from tokenselect import check as whole_check
 from tokenselect.dispatch import registry
@@ -44,6 +44,7 @@ ROOT = Path(__file__).parent.parent
 _CONFIG = SelectConfig(k=64, n_sink=8, n_local=32)
 DECODE = cases.case((8, 2, 32), 600, 2, config=_CONFIG)
 CHUNK = cases.case((8, 2, 32), 600, Lq=16, config=_CONFIG)
+MODULO = stage("attend-reads-kv-head-modulo")
 REUSED = replace(DECODE, n=160, planned=PlannedSteps(layers=2, max_reuse=10, short=120))
 
 
@@ -90,7 +91,7 @@ class Stale(Cpu):
 @pytest.mark.parametrize(
     ("bent", "case", "device", "complaint"),
     [
-        ({"attend": reads_kv_head_modulo}, DECODE, Cpu, "k for everything"),
+        (MODULO, DECODE, Cpu, "k for everything"),
         ({}, DECODE, Stale, "a replayed graph"),
         (planned_by(rounds), REUSED, Cpu, "a plan is .* tolerance away"),
         # It computes what it should, all over again.
@@ -128,7 +129,7 @@ def whole(folder: Path, *more: str, found: Any = GREEN, a_model: Any = dict) -> 
 
 def test_once_wrong_the_rest_is_checked_and_no_speed_up_is_reported(tmp_path: Path) -> None:
     def wrong_when_decoding(p: Problem, selection: Selection) -> Any:
-        return (reads_kv_head_modulo if p.Lq == 1 else CPU.attend)(p, selection)
+        return (MODULO["attend"] if p.Lq == 1 else CPU.attend)(p, selection)
 
     found = whole(tmp_path, "--backend", wrong_backend(attend=wrong_when_decoding))
     assert [case["cell"] for case in found["wrong"]] == [DECODE.name]
@@ -141,7 +142,7 @@ def test_once_wrong_the_rest_is_checked_and_no_speed_up_is_reported(tmp_path: Pa
 def test_measured_anyway_no_speed_up_is_told_and_no_page_takes_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    name = wrong_backend(attend=reads_kv_head_modulo)
+    name = wrong_backend(**MODULO)
     found = whole(tmp_path, "--backend", name, "--measure-anyway", found=RED)
     assert [bool(case["not_equivalent"] and case["sides"]) for case in found["cells"]] == [True] * 2
     assert found["cells"][0]["ratios"] == found["targets"] == []
@@ -230,7 +231,7 @@ def test_baselines_are_dense_attention(case: Case, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(torch, "bmm", on_cpu)  # which has no such product
     p = make(case)
-    inputs, exact = Inputs(p.q, p.k_cache, p.v_cache, p.scale), truth(requests(p))
+    inputs, exact = Request(p.q, p.k_cache, p.v_cache, p.scale), truth(requests(p))
     ran = set()
     for one in baselines.dense(inputs, exact, 1):
         ready = one.make()
@@ -289,61 +290,40 @@ def test_contenders_alternate_slow_ones_run_thrice_and_times_are_of_one_call() -
         replace(contender("e", "dense", is_baseline=False), first=0.1),
     ]
     timing.set_slow_apart(several)
-    assert [one.name for one in several if "slow" in one.notes] == ["b"]
+    assert [one.name for one in several if one.is_slow] == ["b"]
     times = timing.alternate(several, "eager", Clock(), 9.0, (5, 5))
     assert "".join(order) == "aceb" + "beca" + "aceb" + "eca" + "ace"
     assert times == {"a": [0.25] * 5, "b": [1.0] * 3, "c": [1.0] * 5, "e": [1.0] * 5}
 
 
-def test_the_spread_is_linear_between_ranks() -> None:
-    found = timing.spread([4.0, 1.0, 2.0, 3.0], "_us")
-    assert found == pytest.approx({"median_us": 2.5, "p10_us": 1.3, "p90_us": 3.7})
-
-
 def test_cuda_is_flushed_timed_and_captured_in_this_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    log: list[str] = []
-
-    class Fake:
-        def __init__(self, *_: Any, **__: Any) -> None:
-            pass
-
-        def __getattr__(self, name: str) -> Any:
-            return lambda *_: log.append(name)
-
-    @contextlib.contextmanager
-    def within(name: str) -> Iterator[None]:
-        log.append(name)
-        yield
-        log.append(f"end of {name}")
-
-    stubs = {
-        "Event": Fake,
-        "Stream": Fake,
-        "CUDAGraph": Fake,
-        "current_stream": Fake,
-        "graph": lambda _: within("capture"),
-        "stream": lambda _: within("stream"),
-        "set_stream": lambda _: log.append("back"),
-        "synchronize": lambda _: log.append("wait"),
-    }
-    for name, stub in stubs.items():
-        monkeypatch.setattr(torch.cuda, name, stub)
-    monkeypatch.setattr(Cuda, "_flush", lambda _: log.append("flush"))
-    device, call = object.__new__(Cuda), lambda: log.append("run") or 7
+    cuda = MagicMock()
+    cuda.run.return_value = 7
+    monkeypatch.setattr(torch, "cuda", cuda)
+    monkeypatch.setattr(Cuda, "_flush", lambda _: cuda.flush())
+    device = object.__new__(Cuda)
     device.at = torch.device("cpu")
-    device.eager(call)
-    assert log == ["flush", "wait", "record", "run", "record"]
-    log.clear()
-    device.queued(call)
-    assert log == ["flush", "record", "run", "record"]
-    log.clear()
-    assert device.capture(call).result == 7
-    beside = ["wait_stream", "stream", "run", "run", "run", "end of stream", "wait_stream", "wait"]
-    assert log == [*beside, "capture", "run", "end of capture"]
-    log.clear()
+
+    def log() -> list[str]:
+        names = [name for name, *_ in cuda.mock_calls]
+        cuda.reset_mock()
+        return names
+
+    timed = ["Event", "Event", "Event().record", "run", "Event().record"]
+    device.eager(cuda.run)
+    assert log() == ["flush", "synchronize", *timed]
+    device.queued(cuda.run)
+    assert log() == ["flush", *timed]
+    assert device.capture(cuda.run).result == 7
+    beside = ["stream", "stream().__enter__", *["run"] * 3, "stream().__exit__"]
+    waits = [*("current_stream", "Stream", "Stream().wait_stream"), *beside]
+    waits += ["current_stream().wait_stream", "synchronize"]
+    captured = ["CUDAGraph", "graph", "graph().__enter__", "run", "graph().__exit__"]
+    assert log() == [*waits, *captured]
+    cuda.run.side_effect = [1, 2, 3, ZeroDivisionError]
     with pytest.raises(ZeroDivisionError):
-        device.capture(lambda: 1 / ("capture" not in log))
-    assert log[-1] == "back"
+        device.capture(cuda.run)
+    assert cuda.mock_calls[-1] == call.set_stream(cuda.current_stream())
 
 
 # --- the checks ---------------------------------------------------------------------------
@@ -653,7 +633,7 @@ def test_the_page_refuses_what_is_no_measurement(
         whole_page.page(tmp_path)
     unsaid = {name: value for name, value in real().items() if name not in changes}
     with pytest.raises(page.Refused):
-        page.section([unsaid])
+        page.accept(unsaid)
 
 
 def test_the_report_is_on_paper_after_every_case(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ What `__main__` runs, in this order:
     measure    the `cases`, one after the other, in a process that may die without harm:
                `bench.checks` holds the stages to float64 on the inputs that are timed, `baselines`
                is what dense attention there is, `steps` planned steps, and `timing` times them all
+               by turns, as it does for `bench.run`
     model      a whole model, in such a process of its own
     page       the JSON, the targets, and the section in docs/benchmarks.md
 

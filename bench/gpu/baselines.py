@@ -6,8 +6,7 @@ compiled. What it then runs returns (B, Hq, Lq, Dv). It may raise at any step: t
 
 import importlib.util
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,45 +16,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from bench.checks import Found
-from bench.dense import Truth
+from bench.dense import Request, Truth
 from bench.gpu.device import Ready
 from bench.gpu.timing import Contender
 from tokenselect import Problem
-
-
-@dataclass(frozen=True, eq=False)
-class Inputs:
-    """Attention to all of k and v: q (B, Hq, Lq, D), k (B, Hkv, n, D), v (B, Hkv, n, Dv).
-
-    Query i sits at position n - Lq + i and sees no later one.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    scale: float
-
-    @property
-    def G(self) -> int:
-        return self.q.shape[1] // self.k.shape[1]
-
-    @property
-    def sizes(self) -> tuple[int, int]:
-        """Lq, n."""
-        return self.q.shape[2], self.k.shape[2]
-
-    @property
-    def folded(self) -> Tensor:
-        """A single query's heads of one group as the rows of one query: (B, Hkv, G, D)."""
-        return self.q.view(*self.k.shape[:2], self.G, self.q.shape[3])
-
-    @cached_property
-    def mask(self) -> Tensor:
-        """(Lq, n), added to the logits."""
-        Lq, n = self.sizes
-        future = torch.ones(Lq, n, dtype=torch.bool, device=self.q.device).triu_(n - Lq + 1)
-        return torch.zeros_like(future, dtype=self.q.dtype).masked_fill_(future, -torch.inf)
-
 
 # --- scaled_dot_product_attention ---
 
@@ -67,7 +31,7 @@ _BACKENDS = {
 }
 
 
-def _sdpa(backend: str, a: Inputs, q: Tensor, k: Tensor, v: Tensor, **settings: Any) -> Ready:
+def _sdpa(backend: str, a: Request, q: Tensor, k: Tensor, v: Tensor, **settings: Any) -> Ready:
     """One backend of the call, and no other; its result in the shape of the queries."""
 
     def run() -> Tensor:
@@ -77,34 +41,34 @@ def _sdpa(backend: str, a: Inputs, q: Tensor, k: Tensor, v: Tensor, **settings: 
     return Ready(run, partial(sdpa_kernel, _BACKENDS[backend]))
 
 
-def _gqa(backend: str, a: Inputs) -> Ready:
+def _gqa(backend: str, a: Request) -> Ready:
     return _sdpa(backend, a, a.q, a.k, a.v, enable_gqa=True)
 
 
-def _folded(backend: str, a: Inputs) -> Ready:
+def _folded(backend: str, a: Request) -> Ready:
     return _sdpa(backend, a, a.folded, a.k, a.v)
 
 
-def _chunk_lower_right(a: Inputs) -> Ready:
+def _chunk_lower_right(a: Request) -> Ready:
     mask = causal_lower_right(*a.sizes)
     return _sdpa("flash", a, a.q, a.k, a.v, attn_mask=mask, enable_gqa=True)
 
 
-def _chunk_lower_right_expanded(a: Inputs) -> Ready:
+def _chunk_lower_right_expanded(a: Request) -> Ready:
     """For a backend that knows no groups: each group a batch entry, its keys seen by G heads."""
     q = a.q.reshape(-1, a.G, *a.q.shape[2:])
     k, v = (x.flatten(0, 1)[:, None].expand(-1, a.G, -1, -1) for x in (a.k, a.v))
     return _sdpa("efficient", a, q, k, v, attn_mask=causal_lower_right(*a.sizes))
 
 
-def _chunk_masked(backend: str, a: Inputs) -> Ready:
+def _chunk_masked(backend: str, a: Request) -> Ready:
     return _sdpa(backend, a, a.q, a.k, a.v, attn_mask=a.mask[None, None], enable_gqa=True)
 
 
 # --- others of torch's ---
 
 
-def _matmul(a: Inputs) -> Ready:
+def _matmul(a: Request) -> Ready:
     """Two matrix products with float32 logits between. They are a cache's keys times G rows."""
     q, k, v = a.folded.flatten(0, 1), a.k.flatten(0, 1), a.v.flatten(0, 1)
 
@@ -115,7 +79,7 @@ def _matmul(a: Inputs) -> Ready:
     return Ready(run)
 
 
-def _flex(a: Inputs) -> Ready:
+def _flex(a: Request) -> Ready:
     """flex_attention, compiled for this shape; on the CPU of a dry run as it is."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -137,7 +101,7 @@ def _flex(a: Inputs) -> Ready:
 # --- FlashInfer ---
 
 
-def _flashinfer_single(a: Inputs) -> Ready:
+def _flashinfer_single(a: Request) -> Ready:
     import flashinfer
 
     settings = {"kv_layout": "HND", "sm_scale": a.scale, "use_tensor_cores": a.G > 1}
@@ -146,7 +110,7 @@ def _flashinfer_single(a: Inputs) -> Ready:
     return Ready(lambda: run().view(a.q.shape))
 
 
-def _flashinfer_batch(a: Inputs, page_size: int = 16) -> Ready:
+def _flashinfer_batch(a: Request, page_size: int = 16) -> Ready:
     """Over a paged copy of the cache, planned once."""
     import flashinfer
 
@@ -174,7 +138,7 @@ def _flashinfer_batch(a: Inputs, page_size: int = 16) -> Ready:
     return Ready(lambda: wrapper.run(q, pages).view(a.q.shape))
 
 
-def _flashinfer_prefill(a: Inputs) -> Ready:
+def _flashinfer_prefill(a: Request) -> Ready:
     import flashinfer
 
     q = a.q[0].transpose(0, 1).contiguous()
@@ -185,7 +149,7 @@ def _flashinfer_prefill(a: Inputs) -> Ready:
 
 # --- the lists: names, how they are prepared, and about how many seconds that takes ---
 
-_Row = tuple[str, Callable[[Inputs], Ready], float]
+_Row = tuple[str, Callable[[Request], Ready], float]
 _GQA: list[_Row] = [(f"sdpa {name}, enable_gqa", partial(_gqa, name), 0) for name in _BACKENDS]
 _FOLDED: list[_Row] = [
     (f"sdpa {name}, group folded", partial(_folded, name), 0) for name in _BACKENDS
@@ -205,7 +169,7 @@ _FLASHINFER: _Row = ("flashinfer, batch decode, paged", _flashinfer_batch, 30)
 _FLASHINFER_CHUNK: _Row = ("flashinfer, single prefill", _flashinfer_prefill, 30)
 
 
-def dense(a: Inputs, exact: Truth, reads: int) -> Iterator[Contender]:
+def dense(a: Request, exact: Truth, reads: int) -> Iterator[Contender]:
     """Yield the dense attentions to try on a case."""
     B, Lq = a.q.shape[0], a.q.shape[2]
     rows = list(_DECODE if Lq == 1 else _CHUNK)
@@ -219,7 +183,7 @@ def dense(a: Inputs, exact: Truth, reads: int) -> Iterator[Contender]:
         yield Contender(name, "dense", bytes=reads, **made)
 
 
-def over_gathered(a: Inputs, exact: Truth) -> Iterator[Contender]:
+def over_gathered(a: Request, exact: Truth) -> Iterator[Contender]:
     """Yield attention to as many tokens as are selected, copied next to each other beforehand."""
     for name, prepare, _ in (*_GQA[:3], *_FOLDED[:3]) if a.q.shape[2] == 1 else _CHUNK[:3]:
         made = partial(prepare, a)

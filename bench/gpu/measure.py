@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,8 @@ import torch
 
 import tokenselect
 from bench.checks import Found, NotEquivalent, call, check, found_of
-from bench.dense import requests, truth
+from bench.dense import Request, requests, truth
 from bench.gpu import baselines, model, steps
-from bench.gpu.baselines import Inputs
 from bench.gpu.cases import Case, cases, fits, seconds_for
 from bench.gpu.device import Device, Ready, device_for, hold, nearness, tensors
 from bench.gpu.page import MODES, Report, put
@@ -124,8 +123,8 @@ class Session:
         self.note(step="checking equivalence")
         several = requests(problem)
         exact = truth(several)
-        report = {**case.facts(), "dtype": "bfloat16", "config": {}}
-        report["config"] = {name: problem.config[name] for name in ("k", "n_sink", "n_local")}
+        config = {name: problem.config[name] for name in ("k", "n_sink", "n_local")}
+        report = {**case.facts(), "dtype": "bfloat16", "config": config}
         try:
             found = check(problem, backend, several, exact)
         except NotEquivalent as error:
@@ -140,12 +139,12 @@ class Session:
         if only_check:
             return report | {"sides": [], "ratios": []}
 
-        cache = Inputs(problem.q, problem.k_cache, problem.v_cache, problem.scale)
+        cache = Request(problem.q, problem.k_cache, problem.v_cache, problem.scale)
         k, v = (torch.stack(x) for x in zip(*((r.k, r.v) for r in found.gathered), strict=True))
         contenders = [
             *ours(problem, backend, found),
             *baselines.dense(cache, exact, bytes_read(problem, "dense")),
-            *baselines.over_gathered(Inputs(problem.q, k, v, problem.scale), found.exact),
+            *baselines.over_gathered(Request(problem.q, k, v, problem.scale), found.exact),
             baselines.top_k(problem, found),
             baselines.copy(problem.k_cache),
         ]
@@ -165,7 +164,7 @@ class Session:
             contenders += planned
         set_slow_apart(contenders)
         for one in contenders:
-            if one.is_timed and "slow" not in one.notes:
+            if one.is_timed and not one.is_slow:
                 self.capture(one)
                 if case.planned and one.steps and one.captured:
                     near = nearness(backend, self.device.at)
@@ -196,15 +195,9 @@ class Session:
             share = found.exact.share(out)
             if not share <= 1:
                 raise NotEquivalent(f"a plan is {share:.3g} x the tolerance away from float64")
-            report["reuse"] = {
-                "layers": how.layers,
-                "kv_copies": len({id(k) for k, _ in layers}),
-                "max_reuse": how.max_reuse,
-                "theta": steps.THETA,
-                "group": steps.GROUP,
-                "short": how.short,
-                "share_of_tolerance": share,
-            }
+            report["reuse"] = asdict(how) | {"theta": steps.THETA, "group": steps.GROUP}
+            report["reuse"] |= {"kv_copies": len({id(k) for k, _ in layers})}
+            report["reuse"] |= {"share_of_tolerance": share}
             for kind in steps.kinds(p, backend, how, layers):
                 ready, notes = Ready(kind.run, kind.next), {"calls": kind.calls}
                 one = Contender(kind.name, "planned", ready, notes=notes, steps=kind)

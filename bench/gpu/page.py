@@ -22,46 +22,6 @@ PLANNED = ("hit", "hit, one layer", "miss", "mixed", "short")
 TITLES = {"fresh": "fresh", "attend": "reused", "select": "select", "score": "score"}
 TITLES |= {name: f"planned: {name}" for name in PLANNED}
 
-_HEAD = """\
-## On a GPU
-
-Made by `make gpu` on a machine with an NVIDIA GPU. It checks first, and no figure comes of a run
-whose checks do not pass: `tokenselect.check`, the properties, 20 repeats that have to be bitwise
-the same, and compute-sanitizer, where it is installed and ends in time (where not, the table below
-says "skipped"). Then, on the inputs that are timed, every vote, the selection, and attention to it
-are held to float64, as is attention with a budget for everything; so is each dense attention, by
-the tolerance in `bench/dense.py`.
-"""
-
-_NONE = """\
-No GPU figure has been measured yet.
-"""
-
-_HOW = """\
-*Fresh* is a whole call, *reused* is attention to a selection that is there already. A *graph* is
-one call replayed as a CUDA graph, launched while the device is still busy: what the device takes.
-*Eager* is the call as Python makes it, on an idle device, until its result is there. Before each
-timed call the L2 cache is filled with other data. Both sides alternate, round by round; times are
-medians with the 10th and 90th percentile, in microseconds; a speed-up is the median of the ratios
-within a round, graph to graph and eager to eager, over the fastest dense attention of that cell
-that is exact, which is named. All requests of a batch are equally long, dense attention's best
-case. The rate of a copy counts what is read and what is written. *Moved* bytes are the backend's
-own account of its kernels.
-
-*Planned* figures are of `tokenselect.plan`: one call, that is one layer of a step, which is the
-time of a graph of several layers divided by its calls. Every layer has a Selection Cache of its
-own, and the layers take turns at so many copies of the KV cache as the cell's section says, since
-one layer's rows in the L2 cache would help the next. Lengths grow by one from step to step, and
-after `max_reuse` steps go back to the start. In a *hit* every request reuses its selection; in a
-*miss* none does; in *mixed* queries are alike in groups of 5, so that four of five reuse, and a
-graph holds 5 steps; *hit, one layer* is a graph of a single call. *Short* is a fresh selection at
-32K tokens by a plan whose capacity is that of the cell; its cost is held to that of a plan of 32K.
-Before times, every layer's results at 10 steps or more are compared bitwise with those of
-`attention`, called and replayed; after, hits and misses are counted. The check *graphs* holds plans
-and their CUDA graphs to attention without them, over the sizes, inputs and streams that vary.
-"""
-
-
 # --- the targets ---
 
 
@@ -248,15 +208,11 @@ class Refused(ValueError):
 
 
 def section(reports: Sequence[Json]) -> str:
-    """Return the whole section, from the newest result of each device. Raises Refused."""
-    for report in reports:
-        accept(report)
+    """Return the newest result of each device, the latest first."""
     in_order = sorted(reports, key=lambda report: report["date"])
     newest = {report["machine"]["device"]: report for report in in_order}
     latest_first = sorted(newest.values(), key=lambda report: report["date"], reverse=True)
-    if not newest:
-        return f"{_HEAD}\n{_NONE}"
-    return "\n".join([_HEAD, _HOW, *map(device, latest_first)])
+    return "\n".join(map(device, latest_first)) or "No GPU figure has been measured yet.\n"
 
 
 def accept(report: Json) -> None:

@@ -25,7 +25,8 @@ _FLUSH = 0.4e-3  # seconds that go with every timed call, about
 class Contender:
     """One thing to time.
 
-    role   "whole" (fresh), "stage", "planned", "dense", "gathered", "topk" or "copy"
+    role   "whole" (fresh), "stage", "planned", "dense", "gathered", "topk" or "copy"; of bench.run
+           "selection", "stage" or "dense"
     ready  what is run; a baseline has `make` in its place, which takes about `seconds`
     exact  what a baseline's result is held to
     steps  planned ones, whose calls are one run; times are divided by how many they are
@@ -43,6 +44,7 @@ class Contender:
     exact: Truth | None = None
     steps: Steps | None = None
     first: float = math.inf
+    is_slow: bool = False
     captured: Captured | None = None
 
     @property
@@ -60,12 +62,11 @@ class Contender:
 
 
 def set_slow_apart(contenders: Sequence[Contender]) -> None:
-    """Note which dense attentions are too slow for graphs and for many rounds."""
+    """Set which dense attentions are too slow for graphs and for many rounds."""
     dense = [one for one in contenders if one.role == "dense" and one.is_timed]
     fastest = min((one.first for one in dense if one.notes["is_baseline"]), default=math.inf)
     for one in dense:
-        if one.first > _SLOW * fastest:
-            one.notes["slow"] = f"more than {_SLOW:g} times as slow as the fastest: no graph"
+        one.is_slow = one.first > _SLOW * fastest
 
 
 def alternate(
@@ -81,8 +82,8 @@ def alternate(
     """
     able = [one for one in contenders
             if one.is_timed and (mode == "eager" or one.captured)]  # fmt: skip
-    usual = [one for one in able if "slow" not in one.notes]
-    slow = [one for one in able if "slow" in one.notes]
+    usual = [one for one in able if not one.is_slow]
+    slow = [one for one in able if one.is_slow]
     planned = [one.steps for one in able if one.steps]
     for steps in planned:
         steps.reset_counts()
@@ -122,6 +123,8 @@ Times = dict[str, dict[str, list[float]]]  # by mode and name
 def summary(one: Contender, times: Times) -> dict[str, Any]:
     """Return a contender's figures, in microseconds, as they go into the JSON."""
     report = {"name": one.name, "role": one.role, "bytes": one.bytes, **one.notes}
+    if one.is_slow:
+        report["slow"] = f"more than {_SLOW:g} times as slow as the fastest: no graph"
     for mode in MODES:
         took = [1e3 * t for t in times[mode].get(one.name, ())]
         if took:

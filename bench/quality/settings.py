@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from bench.quality.needles import Needles
-from bench.quality.ruler import Ruler
 from bench.quality.speed import Speed
 from bench.quality.tasks import Decode, Mass, Reuse, Settings, Sparse
 
@@ -132,10 +131,6 @@ def _settings() -> Iterator[Settings]:
             variants=("faithful", "window", "window-contiguous", "contiguous", "extrapolate"),
             documents=1, **_FAR,
         ),
-    })  # fmt: skip
-    yield Settings(name="ruler", split="report", variants=VARIANTS, tasks={
-        "ruler": Ruler(variants=("dense", *one), contexts=(4096,), samples=5,
-                       budgets=(656,)),
     })  # fmt: skip
 
 

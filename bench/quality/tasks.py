@@ -20,7 +20,7 @@ from bench.quality import figures, texts
 from bench.quality.figures import Row, grouped
 from bench.quality.session import Session, feed
 from bench.quality.texts import Document
-from bench.quality.variants import DENSE, Variant, one_of, resolve_all
+from bench.quality.variants import DENSE, Variant, resolve_all
 from tokenselect import AttentionInfo
 from tokenselect.contract import SelectConfig
 from tokenselect.integrations.transformers import TokenSelectCache, recorded
@@ -85,9 +85,6 @@ class Settings:
     variants: Mapping[str, Mapping[str, Any]]
     texts: tuple[str, ...] = ("kjv", "pydoc", "source")
     dtype: Literal["float32", "bfloat16"] = "float32"
-
-    def __post_init__(self) -> None:
-        one_of("split", self.split, texts.SPLITS)
 
     def documents(self, session: Session, count: int, n: int) -> list[Document]:
         return texts.documents(session, self.texts, self.split, count, n)
@@ -211,10 +208,8 @@ class Decode(Task):
             following = case.given.ids[case.given.first + 1 :]
             value = figures.beside_dense(logits, of_stock[1], following)
             if case.variant.label["theta"] is not None:
-                rates = [
-                    hits / (hits + misses) for hits, misses in (s.counts() for s in selections)
-                ]
-                value |= {"hit_rate": mean(rates), "hit_rate_of_layers": rates}
+                counts = [one.counts() for one in selections]
+                value |= {"hit_rate": mean(hits / (hits + misses) for hits, misses in counts)}
             if case in cases:
                 yield case, value
 
@@ -281,13 +276,13 @@ class Mass(Decode):
         """Return means over documents; None for what is not known."""
         found: list[Row] = []
         for named, group in grouped(rows, ("context", "variant", "budget")):
-            names = ("mass", "by_step", "by_layer", "voted")
+            names = ("mass", "by_step", "by_layer")
             of = {n: torch.tensor(np.array([r[n] for r in group], float)).mean(0) for n in names}
             found.append(
                 named
                 | {"size": group[0]["size"], "documents": len(group)}
                 | {"mass": rounded(of["mass"].mean()), "least_of_a_head": rounded(of["mass"].min())}
-                | {"by_step": rounded(of["by_step"].mean()), "voted": rounded(of["voted"])}
+                | {"by_step": rounded(of["by_step"].mean())}
                 | {"neighbours": rounded(of["by_layer"].diagonal(1).mean())}
             )
         return found
@@ -301,7 +296,6 @@ def of_infos(
     mass      [layer][head], None where it is not known
     by_step   [layer]: overlap of what neighbouring steps voted for
     by_layer  [layer][layer]: overlap of what layers voted for at one step
-    voted     mean number of tokens by vote
     An overlap is Jaccard's: tokens in both over tokens in either, 1 for nothing in both.
     """
     n_layers = len(infos) // steps
@@ -317,7 +311,6 @@ def of_infos(
         "mass": rounded(mass.mean(0)),
         "by_step": rounded(torch.stack(by_step).mean(0)),
         "by_layer": rounded(torch.stack(by_layer).mean(0)),
-        "voted": mean(float(now.sum(-1).float().mean()) for now in voted),
     }
 
 

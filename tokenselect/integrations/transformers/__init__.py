@@ -7,7 +7,6 @@ attn_implementation="tokenselect". Options are `model.config.tokenselect = {"k":
 docs/tutorials/transformers.md shows all of it.
 """
 
-import warnings
 from types import TracebackType
 from typing import Any, Self
 
@@ -30,7 +29,7 @@ from transformers import (
 )
 
 from tokenselect.errors import InvalidProblem
-from tokenselect.integrations.transformers.cache import TokenSelectCache, slides_everywhere
+from tokenselect.integrations.transformers.cache import TokenSelectCache
 from tokenselect.integrations.transformers.causality import unwatch_logits, watch_logits
 from tokenselect.integrations.transformers.interface import refuse_own_attention, text_part, watch
 from tokenselect.integrations.transformers.layers import attention_forward, recorded
@@ -43,7 +42,7 @@ from tokenselect.integrations.transformers.options import (
     parse,
     preset_options,
 )
-from tokenselect.integrations.transformers.refusals import refuse_mla
+from tokenselect.integrations.transformers.refusals import refuse_mla, warn
 from tokenselect.integrations.transformers.rotation import RawLayers, is_raw
 from tokenselect.scalars import plain
 
@@ -78,12 +77,6 @@ class Enabled:
         check(parsed)
         _warn_of_length(config, parsed)
         self._model, self._part, self._config = model, text_part(model, config), config
-        if slides_everywhere(config):
-            warnings.warn(
-                f"all layers of this {type(model).__name__} that attend slide: they stay dense "
-                "within their window, so that nothing is selected and the options change nothing",
-                stacklevel=3,
-            )
         self._implementation = config._attn_implementation
         self._part.set_attn_implementation(NAME)
         if config._attn_implementation != NAME:
@@ -174,11 +167,10 @@ def _warn_of_length(config: Any, options: Options) -> None:
         scaled = rope["original_max_position_embeddings"] * rope.get("factor", 1)
         trained = max(trained, int(scaled))
     if sum(sizes) > trained:
-        warnings.warn(
+        warn(
             f"n_sink + k + n_local = {' + '.join(map(str, sizes))} = {sum(sizes)} tokens, in a "
             f"model for {trained}: contiguous positions keep distances below the size of the "
-            "selection, so choose a smaller k",
-            stacklevel=4,
+            "selection, so choose a smaller k"
         )
 
 

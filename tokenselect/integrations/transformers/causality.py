@@ -6,10 +6,11 @@ several is warned, once per model and `enable`; plain `generate` asks for those 
 
 import inspect
 import threading
-import warnings
 from typing import Any
 
 import torch
+
+from tokenselect.integrations.transformers.refusals import warn
 
 # The attribute of a model that holds its `_LogitsWatch`.
 _ATTRIBUTE = "_tokenselect_logits"
@@ -45,12 +46,11 @@ class _LogitsWatch:
         if in_progress.together < 2 or self._told or not several:
             return
         self._told = True
-        warnings.warn(
+        warn(
             f"logits of several positions of a {type(model).__name__}, in which up to "
             f"{in_progress.together} queries chose together what they attend to: those of a token "
             "depend on later tokens of its chunk, and so do log-likelihoods. With chunk=1 they are "
-            "causal; logits_to_keep=1 asks for those of the last position",
-            stacklevel=6,
+            "causal; logits_to_keep=1 asks for those of the last position"
         )
 
 

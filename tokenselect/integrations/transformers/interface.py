@@ -12,9 +12,10 @@ from typing import Any
 from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from tokenselect.integrations.transformers.cache import slides_everywhere
 from tokenselect.integrations.transformers.causality import unwatch_logits, watch_logits
 from tokenselect.integrations.transformers.options import NAME
-from tokenselect.integrations.transformers.refusals import Refusal
+from tokenselect.integrations.transformers.refusals import Refusal, warn
 
 # The attribute that marks stand-ins of functions of transformers.
 _OURS = "_tokenselect"
@@ -82,6 +83,7 @@ def _refusing(check: Callable[..., str]) -> Callable[..., str]:
             if not hasattr(kind.forward, _OURS):
                 kind.forward = _guarded(kind.forward)
         if found == NAME:
+            _warn_if_all_slides(self)
             watch_logits(self)
         else:
             unwatch_logits(self)
@@ -89,6 +91,14 @@ def _refusing(check: Callable[..., str]) -> Callable[..., str]:
 
     setattr(get_correct_attn_implementation, _OURS, True)
     return get_correct_attn_implementation
+
+
+def _warn_if_all_slides(model: Any) -> None:
+    if slides_everywhere(model.config):
+        warn(
+            f"all layers of a {model.config.model_type} model that attend slide: they stay dense "
+            "within their window, so that nothing is selected and options change nothing"
+        )
 
 
 def _guarded(forward: Callable[..., Any]) -> Callable[..., Any]:

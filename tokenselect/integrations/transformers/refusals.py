@@ -1,5 +1,7 @@
-"""The errors that name a layer, a model, or its arguments."""
+"""The errors that name a layer, a model, or its arguments; and warnings at the caller's line."""
 
+import sys
+import warnings
 from typing import Any
 
 from tokenselect.errors import UnsupportedProblem
@@ -41,3 +43,16 @@ def refuse_mla(config: Any) -> Refusal:
         "latents, and making keys of all of them at each step is the cost selection is to save",
         "run it densely: attn_implementation='sdpa' or 'eager'",
     )
+
+
+def warn(message: str) -> None:
+    """Warn at the line that called transformers, torch or this package."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and _is_inside(frame.f_globals):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
+
+
+def _is_inside(names: dict[str, Any]) -> bool:
+    package = names.get("__name__", "").partition(".")[0]
+    return package in ("tokenselect", "torch", "transformers")
