@@ -319,7 +319,10 @@ def test_auto_takes_the_first_that_can_and_says_why_not_the_others() -> None:
 
 def test_explain_tells_when_none_can() -> None:
     q, k_cache, v_cache = (x.to("meta") for x in tensors())
+    registry._loaded.pop("native", None)
     found = explain(q, k_cache, v_cache, **SMALL)
+    assert "native" not in registry._loaded, "it is compiled for a device that it does not take"
+    assert found.passed_over["native"] == ["device is meta; native takes cpu"]
     assert found.chosen is None
     assert found.passed_over["cpu"] == ["device is meta; cpu takes cpu"]
     assert "chosen:  none" in str(found)

@@ -10,6 +10,9 @@ from tokenselect.errors import InvalidProblem, UnknownBackend, UnsupportedProble
 
 # What backend="auto" tries, in this order; everything else has to be asked for by name.
 AUTO = ("native", "cpu", "triton")
+# Of those, what takes seconds to load the first time, since it is compiled: "auto" leaves it alone
+# where the problem is on another device.
+_FOR = {"native": "cpu"}
 
 ENTRY_POINTS = "tokenselect.backends"
 
@@ -294,7 +297,11 @@ def _choose(
 ) -> tuple[str | None, dict[str, list[str]]]:
     """Return the first backend that can run the problem, and why those before it cannot."""
     passed_over: dict[str, list[str]] = {}
+    device = problem.q.device.type
     for candidate in AUTO if name == "auto" else (name,):
+        if name == "auto" and _FOR.get(candidate, device) != device:
+            passed_over[candidate] = [f"device is {device}; {candidate} takes {_FOR[candidate]}"]
+            continue
         try:
             backend = load(candidate)
             whys = reasons(backend, problem)
