@@ -213,6 +213,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "workloads": [],
         "not_equivalent": [],
     }
+    targets = [arguments.json] if arguments.json else []
+    if arguments.save:
+        targets.append(RESULTS / f"{report['date']}-{arguments.backend}-{arguments.save}.json")
     print(headline(report), flush=True)
     for name in arguments.workload:
         workload = WORKLOADS[name]
@@ -221,16 +224,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         except NotEquivalent as error:
             report["not_equivalent"].append(name)
             print(f"\n✗ {name}: not timed. {error}", flush=True)
-            continue
-        report["workloads"].append(result)
-        print(workload_tables(result, report["machine"], is_padded=True), flush=True)
+        else:
+            report["workloads"].append(result)
+            print(workload_tables(result, report["machine"], is_padded=True), flush=True)
+        for target in targets:  # after each, so that a run that is cut off keeps what it has
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print("\n" + overview(report, is_padded=True))
-    targets = [arguments.json] if arguments.json else []
-    if arguments.save:
-        targets.append(RESULTS / f"{report['date']}-{arguments.backend}-{arguments.save}.json")
     for target in targets:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         _progress(f"wrote {target}")
     return 1 if report["not_equivalent"] else 0
 
