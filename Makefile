@@ -37,7 +37,7 @@ PIP := $(PY) -m pip $(if $(V),,-qq) --disable-pip-version-check install
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all test-tritons test-transformers test-models test-torch check props \
+.PHONY: help demo test test-all test-tritons test-transformers versions test-models test-torch check props \
 	bench quality gpu resources clean distclean
 
 help:
@@ -146,6 +146,9 @@ $(VENV)/transformers-%: $(VENV)/.stamp-dev $(VENV)/constraints-without-transform
 	@rm -rf $@ $@.part
 	@$(PIP) --target $@.part -c $(VENV)/constraints-without-transformers.txt 'transformers==$*' $(RELATIVES_OF_$*)
 	@mv $@.part $@
+
+# What the two verbs above install.
+versions: $(TRITONS:%=$(VENV)/triton-%) $(TRANSFORMERS:%=$(VENV)/transformers-%)
 
 test-models: $(VENV)/.stamp-dev
 	@$(PY) -m tests.sweep $(ARGS)

@@ -1,6 +1,6 @@
 """python -m bench.resources: check what the Triton kernels take on GPUs that are not here.
 
-    python -m bench.resources [--target NAME ...] [--case NAME ...] [--page PATH]
+    python -m bench.resources [--target NAME ...] [--case NAME ...] [--quick] [--page PATH]
 
 Every kernel that the planning functions of `tokenselect.kernels.triton` launch for the cases below
 is compiled for each target, by Triton itself, with the arguments' types, alignments and values as
@@ -24,6 +24,10 @@ from bench.resources.compiled import KIB, TARGETS, Resources, resources, special
 from bench.tables import table
 from tokenselect import Problem
 
+# What --quick compiles: everything for one GPU of each maker, and for all what takes most.
+ONE_OF_EACH = ("sm_90", "gfx942")
+LARGEST = ("decode-128k", "fp32-256", "prefill-256", "prefill-fp32")
+
 # The launches of a problem on an architecture.
 Launches = Callable[[Problem, str], list[Any]]
 
@@ -37,23 +41,21 @@ class Row(NamedTuple):
     outcome: Resources | str
 
 
-def examine(cases: Iterable[str], targets: Sequence[str], launches_of: Launches) -> list[Row]:
-    """Compile the launches of each case on each target, each distinct kernel once."""
+def examine(cases: Iterable[str], target: str, launches_of: Launches) -> list[Row]:
+    """Compile the launches of each case on a target, each distinct kernel once."""
     rows: dict[Row, None] = {}
     known: dict[tuple[str, ...], Resources] = {}
     for case in cases:
-        call = problem(**CASES[case])
-        for target in targets:
-            try:
-                launches = launches_of(call, target)
-            except Exception as error:
-                rows[Row("(planning)", case, target, _told(error))] = None
-                continue
-            for launch in launches:
-                stage = launch.kernel.fn.__module__.rpartition(".")[2].partition("_")[0]
-                name = f"{stage}.{launch.kernel.fn.__name__.lstrip('_')}"
-                outcome = _outcome(launch, target, known, f"{name}, {case}, {target}")
-                rows[Row(name, case, target, outcome)] = None
+        try:
+            launches = launches_of(problem(**CASES[case]), target)
+        except Exception as error:
+            rows[Row("(planning)", case, target, _told(error))] = None
+            continue
+        for launch in launches:
+            stage = launch.kernel.fn.__module__.rpartition(".")[2].partition("_")[0]
+            name = f"{stage}.{launch.kernel.fn.__name__.lstrip('_')}"
+            outcome = _outcome(launch, target, known, f"{name}, {case}, {target}")
+            rows[Row(name, case, target, outcome)] = None
     return list(rows)
 
 
@@ -63,7 +65,7 @@ def _outcome(
     """Return the launch's resources, or why it does not compile. Looks in `known` first."""
     try:
         source, options = specialised(launch, target)
-        key = (target, source.hash(), options.hash())
+        key = (source.hash(), options.hash())
         if key not in known:
             # Before, not after: a compiler that crashes takes this process along.
             print(f"→ {label}", file=sys.stderr, flush=True)
@@ -163,11 +165,17 @@ def main(argv: Sequence[str] | None = None, launches_of: Launches = shipped) -> 
     for name, choices in (("case", CASES), ("target", TARGETS)):
         own: dict[str, Any] = {"choices": choices, "default": list(choices), "metavar": "NAME"}
         parser.add_argument(f"--{name}", nargs="+", **own, help=f"of {', '.join(choices)}")
+    quick = f"for others than {' and '.join(ONE_OF_EACH)}, only {', '.join(LARGEST)}"
+    parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--page", type=Path, metavar="PATH", help="write all figures there")
     arguments = parser.parse_args(argv)
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set, so kernels are interpreted and cannot be compiled")
-    rows = examine(arguments.case, arguments.target, launches_of)
+    rows = []
+    for target in arguments.target:
+        is_few = arguments.quick and target not in ONE_OF_EACH
+        cases = [case for case in arguments.case if case in LARGEST or not is_few]
+        rows += examine(cases, target, launches_of)
     print("\n".join(figures(rows, "kernel", "target")))
     if arguments.page:
         arguments.page.parent.mkdir(parents=True, exist_ok=True)

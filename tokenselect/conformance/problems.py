@@ -85,10 +85,12 @@ class Case:
             (k, v), block_table = scatter((k, v), self.page_size, generator, FILL[self.filler])
             for b, n in enumerate(self.lengths):  # past the last page in use
                 block_table[b, -(-n // self.page_size) :] = (-1, 2**31 - 1, -(2**31))[b % 3]
+            block_table = strided(block_table, self.strides)
         # Some that take nearly all of the weight, and some that take none.
         sinks = None
         if self.has_sink_logits:
             sinks = 4 * torch.randn(Hq, generator=generator, device="cpu")
+            sinks = strided(sinks.to(self.dtype) if self.seed % 2 else sinks, self.strides)
         return Problem.build(
             strided(q, self.strides),
             strided(k, self.strides),
@@ -151,14 +153,16 @@ def with_needles(k: Tensor, q: Tensor, generator: torch.Generator) -> Tensor:
 
 def strided(x: Tensor, kind: Strides) -> Tensor:
     """Return the same numbers under other strides."""
-    if kind == "token-major":
+    if kind == "token-major" and x.ndim == 4:
         return x.transpose(1, 2).contiguous().transpose(1, 2)
     if kind == "sliced":
-        wide = x.new_full((*x.shape[:-1], x.shape[-1] + 3), torch.nan)
+        fill = torch.nan if x.is_floating_point() else torch.iinfo(x.dtype).max
+        wide = x.new_full((*x.shape[:-1], x.shape[-1] + 3), fill)
         wide[..., 1:-2] = x
         return wide[..., 1:-2]
     if kind == "reversed dims":
-        return x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
+        dims = tuple(reversed(range(x.ndim)))
+        return x.permute(dims).contiguous().permute(dims)
     return x
 
 
