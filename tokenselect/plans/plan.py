@@ -37,7 +37,7 @@ def plan(problem: Problem, backend: str = "auto") -> "Plan":
     >>> from tokenselect import SelectConfig
     >>> q, cached = torch.ones(1, 8, 1, 64), torch.ones(1, 2, 99, 64)
     >>> like = Problem.build(q, cached, cached, SelectConfig(k=16, n_sink=4, n_local=8))
-    >>> step = plan(like)
+    >>> step = plan(like, backend="cpu")
     >>> step(q, cached, cached, torch.tensor([70], dtype=torch.int32)).shape, step.backend
     (torch.Size([1, 8, 1, 64]), 'cpu')
 
