@@ -32,7 +32,8 @@ else
 CONSTRAINTS := $(VENV)/constraints-without-torch.txt
 endif
 
-PIP := $(PY) -m pip $(if $(V),,-qq) --disable-pip-version-check install
+# What is imported is compiled then: most of it never is.
+PIP := $(PY) -m pip $(if $(V),,-qq) --disable-pip-version-check install --no-compile
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:

@@ -1,9 +1,22 @@
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tokenselect.dispatch import registry
+
 SNAPSHOTS = Path(__file__).parent / "errors.txt"
+
+
+@pytest.fixture(autouse=True)
+def _leave_no_backend_behind() -> Iterator[None]:
+    targets, loaded, auto = dict(registry._targets), dict(registry._loaded), registry.AUTO
+    yield
+    registry._targets.clear()
+    registry._targets.update(targets)
+    registry._loaded.clear()
+    registry._loaded.update(loaded)
+    registry.AUTO = auto
 
 
 def snapshots() -> dict[str, str]:

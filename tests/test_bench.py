@@ -18,7 +18,6 @@ from properties.planted import PLANTED, planted
 from tests import fresh
 from tokenselect import Problem, Scores, Selection, attention, register, score
 from tokenselect.contract import check_values
-from tokenselect.dispatch import registry
 from tokenselect.dispatch.registry import reuse_of
 from tokenselect.kernels.cpu import BACKEND as CPU
 
@@ -152,12 +151,6 @@ def measured(path: Path, *names: str, backend: str = "cpu") -> tuple[int, dict[s
     return code, json.loads(path.read_text())
 
 
-@pytest.fixture
-def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_targets", dict(registry._targets))
-    monkeypatch.setattr(registry, "_loaded", dict(registry._loaded))
-
-
 @pytest.mark.parametrize(
     ("bent", "name", "complaint"),
     [
@@ -174,9 +167,7 @@ def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_wrong_backend_is_caught(
-    bent: dict[str, Any], name: str, complaint: str, own_registry: None
-) -> None:
+def test_a_wrong_backend_is_caught(bent: dict[str, Any], name: str, complaint: str) -> None:
     register("wrong", replace(CPU, name="wrong", **bent))
     problem = make(WORKLOADS[name])
     several = requests(problem)
@@ -185,7 +176,7 @@ def test_a_wrong_backend_is_caught(
 
 
 @pytest.mark.parametrize("name", ["tiny-decode", "tiny-prefill"])
-def test_a_reused_selection_is_the_stored_one(name: str, own_registry: None) -> None:
+def test_a_reused_selection_is_the_stored_one(name: str) -> None:
     """Its bound alone cannot tell: a worse selection has a looser one."""
     right = reuse_of(CPU)
 
@@ -203,7 +194,7 @@ def test_a_reused_selection_is_the_stored_one(name: str, own_registry: None) -> 
 
 
 def test_a_wrong_backend_is_not_timed_and_fails_the_run(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], own_registry: None
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     register("wrong", replace(CPU, name="wrong", **votes(torch.zeros_like)))
     code, report = measured(tmp_path / "result.json", "tiny-decode", backend="wrong")

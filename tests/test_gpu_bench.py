@@ -52,9 +52,6 @@ REUSED = replace(DECODE, n=160, planned=PlannedSteps(layers=2, max_reuse=10, sho
 def _leave_all_as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     # A real run asks for no interpreter; the tests after this one do.
     monkeypatch.setattr(os, "environ", os.environ.copy())
-    monkeypatch.setattr(registry, "_targets", dict(registry._targets))
-    monkeypatch.setattr(registry, "_loaded", dict(registry._loaded))
-    registry._loaded.pop("wrong", None)  # of another file's
     with torch.no_grad():
         yield
 

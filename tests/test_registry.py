@@ -2,7 +2,6 @@
 
 import re
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +31,6 @@ import torch, tokenselect
 q, cache = torch.randn(1, 4, 1, 8), torch.randn(1, 2, 40, 8)
 small = {"k": 4, "n_sink": 1, "n_local": 4}
 """
-
-
-@pytest.fixture(autouse=True)
-def _leave_no_backend_behind() -> Iterator[None]:
-    targets, loaded, auto = dict(registry._targets), dict(registry._loaded), registry.AUTO
-    yield
-    registry._targets.clear()
-    registry._targets.update(targets)
-    registry._loaded.clear()
-    registry._loaded.update(loaded)
-    registry.AUTO = auto
 
 
 def counting(name: str, **limits: Any) -> tuple[Backend, list[str]]:
