@@ -293,6 +293,11 @@ def test_contenders_alternate_slow_ones_run_thrice_and_times_are_of_one_call() -
     assert times == {"a": [0.25] * 5, "b": [1.0] * 3, "c": [1.0] * 5, "e": [1.0] * 5}
 
 
+def test_the_spread_is_linear_between_ranks() -> None:
+    found = timing.spread([4.0, 1.0, 2.0, 3.0], "_us")
+    assert found == pytest.approx({"median_us": 2.5, "p10_us": 1.3, "p90_us": 3.7})
+
+
 def test_cuda_is_flushed_timed_and_captured_in_this_order(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = MagicMock()
     cuda.run.return_value = 7

@@ -1,6 +1,7 @@
 """The native backend's build, in every way it can go wrong; its paths and its threads."""
 
 import logging
+import math
 import os
 import platform
 import re
@@ -27,8 +28,8 @@ from tokenselect.kernels.native import build, library, stages
 from tokenselect.kernels.native.build import CannotBuild
 
 here = pytest.mark.skipif(
-    platform.machine() not in build.PATHS or shutil.which("g++") is None,
-    reason="no g++ here, or an architecture without kernels",
+    platform.machine() not in build.PATHS or "CXX" in os.environ or shutil.which("g++") is None,
+    reason="no g++ here, another compiler named, or an architecture without kernels",
 )
 
 
@@ -259,6 +260,52 @@ needs_native = pytest.mark.skipif(
 def test_where_there_is_a_compiler_it_is_available() -> None:
     """Else sources that do not compile would be what no test tries."""
     assert load("native").unavailable is None
+
+
+@needs_native
+@pytest.mark.parametrize("path", ["baseline", None])
+def test_small_float16_numbers_are_read_where_floats_that_small_count_as_zero(
+    path: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = None if path is None else (path,)
+    opened = library.open_library(path, lambda: build.library(paths=paths))
+    own = native.backend(opened, "own")
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 1, 1, 50, 24, generator=generator).unbind()
+    problem = Problem.build((q[:, :, :1] * 2e-6).half(), (k * 2e4).half(), k.half(),
+                            SelectConfig(k=9, n_sink=1, n_local=2), scale=1.0)  # fmt: skip
+    expected = own.attend_fresh(problem)
+    try:
+        assert torch.set_flush_denormal(True)
+        found = own.attend_fresh(problem)
+    finally:
+        torch.set_flush_denormal(False)
+    assert expected[0].out.isfinite().all()
+    assert torch.equal(found[0].out, expected[0].out)
+
+
+@needs_native
+def test_a_sink_logit_of_infinity_gives_what_softmax_gives() -> None:
+    q, k = torch.ones(1, 1, 1, 4), torch.ones(1, 1, 30, 4)
+    for sink in (math.inf, math.nan):
+        out = tokenselect.attention(
+            q, k, k, k=5, sink_logits=torch.tensor([sink]), backend="native"
+        )
+        assert out.isnan().all()
+
+
+@pytest.mark.parametrize("error", [ValueError("odd"), ModuleNotFoundError("no fcntl")])
+def test_whatever_goes_wrong_is_a_reason(error: Exception) -> None:
+    def fails() -> Path:
+        raise error
+
+    assert library.open_library(None, fails) == f"{type(error).__name__}: {error}"
+
+
+def test_a_compiler_that_is_no_command_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "g++ '")
+    with pytest.raises(build.CannotBuild, match=r"CXX=.*: No closing quotation"):
+        build.find_compiler()
 
 
 @needs_native

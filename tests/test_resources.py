@@ -14,6 +14,7 @@ import pytest
 triton = pytest.importorskip("triton")
 
 from bench.resources import compiled  # noqa: E402  # it needs triton
+from bench.resources.__main__ import LARGEST, ONE_OF_EACH  # noqa: E402
 from bench.resources.cases import CASES, problem, shipped  # noqa: E402
 from bench.resources.compiled import TARGETS, Resources  # noqa: E402
 from tests import fresh  # noqa: E402
@@ -237,3 +238,8 @@ def test_what_is_held_to_a_limit() -> None:
     assert replace(fits, tensor_memory=544).excess(sm_100) == [
         "takes 544 columns of tensor memory of 512"
     ]
+
+
+def test_a_quick_run_names_what_there_is() -> None:
+    assert set(LARGEST) <= CASES.keys()
+    assert set(ONE_OF_EACH) <= TARGETS.keys()

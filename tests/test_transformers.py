@@ -1096,6 +1096,23 @@ def test_a_model_whose_layers_all_slide(how: dict[str, Any], mode: str) -> None:
     assert {warning.filename for warning in told} == {__file__}
 
 
+def test_a_model_with_parts_that_have_no_layers_is_made() -> None:
+    """The perceiver of Idefics2 has no number of layers in its config."""
+    from transformers import AutoModelForImageTextToText, Idefics2Config
+
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+             "num_attention_heads": 4}  # fmt: skip
+    config = Idefics2Config(
+        vision_config=small | {"image_size": 32, "patch_size": 16},
+        text_config=small | {"model_type": "mistral", "vocab_size": 61, "num_key_value_heads": 2,
+                             "sliding_window": None, "pad_token_id": 0},
+        perceiver_config={"hidden_size": 32, "resampler_n_latents": 4, "resampler_depth": 1,
+                          "resampler_n_heads": 4, "resampler_head_dim": 8,
+                          "num_key_value_heads": 2},
+    )  # fmt: skip
+    AutoModelForImageTextToText.from_config(config).set_attn_implementation("tokenselect")
+
+
 @pytest.mark.parametrize("make", [lambda: hybrid("FalconH1"), lambda: model_of("gemma2")])
 def test_a_model_with_a_layer_that_sees_everything_warns_of_nothing(make: Any) -> None:
     model = make()
@@ -1325,7 +1342,6 @@ class TestRefusals:
         with pytest.raises(UnsupportedProblem, match=r"_masks\(.*everything"):
             call_layer(on, mask)
 
-    @pytest.mark.filterwarnings("ignore:all layers of a")
     @pytest.mark.parametrize(
         ("kind", "more", "told"),
         [
@@ -1512,7 +1528,6 @@ class TestRefusals:
             with pytest.raises(UnsupportedProblem, match=told):
                 call_layer(on, mask)
 
-    @pytest.mark.filterwarnings("ignore:all layers of a")
     def test_a_window_that_the_mask_does_not_have(self) -> None:
         model = model_of("mistral")
         model.set_attn_implementation("tokenselect")
@@ -1592,7 +1607,7 @@ def test_memory_of_a_prompt_does_not_grow_with_its_square(kind: str) -> None:
     length = 4096
     script = MEMORY.format(root=str(fresh.ROOT), length=length, kind=kind)
     extra = int(fresh.output(script, OMP_NUM_THREADS="1"))
-    assert 0 < extra < length * length * 4 / 4
+    assert 0 <= extra < length * length * 4 / 4
 
 
 MEMORY = """

@@ -20,7 +20,7 @@ from bench.quality import figures, texts
 from bench.quality.figures import Row, grouped
 from bench.quality.session import Session, feed
 from bench.quality.texts import Document
-from bench.quality.variants import DENSE, Variant, resolve_all
+from bench.quality.variants import DENSE, Variant, one_of, resolve_all
 from tokenselect import AttentionInfo
 from tokenselect.contract import SelectConfig
 from tokenselect.integrations.transformers import TokenSelectCache, recorded
@@ -85,6 +85,9 @@ class Settings:
     variants: Mapping[str, Mapping[str, Any]]
     texts: tuple[str, ...] = ("kjv", "pydoc", "source")
     dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        one_of("split", self.split, texts.SPLITS)
 
     def documents(self, session: Session, count: int, n: int) -> list[Document]:
         return texts.documents(session, self.texts, self.split, count, n)

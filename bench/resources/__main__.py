@@ -26,7 +26,10 @@ from tokenselect import Problem
 
 # What --quick compiles: everything for one GPU of each maker, and for all what takes most.
 ONE_OF_EACH = ("sm_90", "gfx942")
-LARGEST = ("decode-128k", "fp32-256", "prefill-256", "prefill-fp32")
+LARGEST = (
+    *("decode-128k", "mha-80", "fp32-256", "verify-4", "own-votes"),
+    *("prefill-128k", "prefill-256", "prefill-fp32", "prefill-split-rotated"),
+)
 
 # The launches of a problem on an architecture.
 Launches = Callable[[Problem, str], list[Any]]
@@ -175,6 +178,8 @@ def main(argv: Sequence[str] | None = None, launches_of: Launches = shipped) -> 
     for target in arguments.target:
         is_few = arguments.quick and target not in ONE_OF_EACH
         cases = [case for case in arguments.case if case in LARGEST or not is_few]
+        if not cases:
+            parser.error(f"--quick leaves no case for {target}; it takes {', '.join(LARGEST)}")
         rows += examine(cases, target, launches_of)
     print("\n".join(figures(rows, "kernel", "target")))
     if arguments.page:

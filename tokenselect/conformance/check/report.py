@@ -167,9 +167,10 @@ def main(arguments: list[str] | None = None) -> int:
     missing: list[str] = []
     for name in registry.backends() if options.backend is None else dict.fromkeys(options.backend):
         backend = loaded(name)
-        if isinstance(backend, str):
+        why_not = backend if isinstance(backend, str) else backend.unavailable
+        if isinstance(backend, str) or why_not is not None:
             missing.append(name)
-            why = backend.replace("\n", "\n" + 14 * " ")
+            why = str(why_not).replace("\n", "\n" + 14 * " ")
             print(f"  {name:<11} not available: {why}")
         else:
             available.append(backend)

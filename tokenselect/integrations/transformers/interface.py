@@ -94,9 +94,11 @@ def _refusing(check: Callable[..., str]) -> Callable[..., str]:
 
 
 def _warn_if_all_slides(model: Any) -> None:
-    if slides_everywhere(model.config):
+    config = model.config
+    is_text = config is config.get_text_config(decoder=True)
+    if is_text and hasattr(config, "num_hidden_layers") and slides_everywhere(config):
         warn(
-            f"all layers of a {model.config.model_type} model that attend slide: they stay dense "
+            f"all layers of a {config.model_type} model that attend slide: they stay dense "
             "within their window, so that nothing is selected and options change nothing"
         )
 

@@ -55,4 +55,4 @@ def warn(message: str) -> None:
 
 def _is_inside(names: dict[str, Any]) -> bool:
     package = names.get("__name__", "").partition(".")[0]
-    return package in ("tokenselect", "torch", "transformers")
+    return package in ("accelerate", "contextlib", "peft", "tokenselect", "torch", "transformers")

@@ -1,5 +1,6 @@
 """The native backend: what it takes, on the library that this machine compiles."""
 
+import logging
 from typing import Any
 
 from tokenselect.contract import Backend, Capability, Reuse, StaticStages
@@ -39,4 +40,5 @@ LIBRARY = open_library()
 if isinstance(LIBRARY, Library):
     BACKEND = backend(LIBRARY)
 else:
+    logging.getLogger("tokenselect").warning("native is not available, cpu is slower: %s", LIBRARY)
     BACKEND = Backend("native", _TAKES, _absent, _absent, _absent, unavailable=LIBRARY)

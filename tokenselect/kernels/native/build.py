@@ -7,7 +7,6 @@ process; a library appears whole, by a rename. Whatever goes wrong is raised as 
 which says why.
 """
 
-import fcntl
 import hashlib
 import logging
 import os
@@ -74,14 +73,18 @@ class Compiler(NamedTuple):
 
 def find_compiler() -> Compiler:
     """Return the first that is new enough of $CXX, g++ and clang++. Raises CannotBuild."""
-    named = os.environ.get("CXX")
+    named = os.environ.get("CXX", "").strip()
     tried = []
-    for command in [shlex.split(named)] if named else [["g++"], ["clang++"]]:
+    try:
+        commands = [shlex.split(named)] if named else [["g++"], ["clang++"]]
+    except ValueError as error:
+        raise CannotBuild(f"CXX={named!r}: {error}") from None
+    for command in commands:
         found = shutil.which(command[0]) if command else None
         if found is None:
             tried.append(f"{' '.join(command)} is not there")
             continue
-        compiler = _asked(found, command[1:])
+        compiler = _asked(os.path.abspath(found), command[1:])
         if isinstance(compiler, Compiler):
             return compiler
         tried.append(compiler)
@@ -222,15 +225,21 @@ def library(
         )
     target = directory / f"{prefix}{_digest(compiler)}.so"
     if not target.exists():
-        with _only_one(directory):
+        with _only_one(directory) as is_alone:
             if not target.exists():  # another process made it meanwhile
+                if is_alone:
+                    for left in directory.glob("building-*"):  # by a process that died
+                        shutil.rmtree(left, ignore_errors=True)
                 _compile(compiler, sources, (*FLAGS, *flags), paths, directory, target)
     return target
 
 
 @contextmanager
-def _only_one(directory: Path) -> Iterator[None]:
-    """Let one process at a time compile; the lock of one that dies is free."""
+def _only_one(directory: Path) -> Iterator[bool]:
+    """Let one process at a time compile; the lock of one that dies is free.
+
+    Yields False on a file system without locks: others may compile too, and the rename has to do.
+    """
     try:
         lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
@@ -240,22 +249,25 @@ def _only_one(directory: Path) -> Iterator[None]:
         ) from None
     try:
         until = time.monotonic() + SECONDS
-        while not _locked(lock):
+        while (is_alone := _locked(lock)) is False:
             if time.monotonic() > until:
                 raise CannotBuild(f"another process compiles in {directory} for {SECONDS} seconds")
             time.sleep(0.05)
-        yield
+        yield is_alone is True
     finally:
         os.close(lock)
 
 
-def _locked(lock: int) -> bool:
+def _locked(lock: int) -> bool | None:
+    """Return whether the lock is ours now; None where there are no locks."""
+    import fcntl  # not everywhere: see `library`
+
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # a file system without locks: the rename alone has to do
-        return True
+    except OSError:
+        return None
     return True
 
 
@@ -271,8 +283,6 @@ def _compile(
     log.warning("compiling C++ kernels with %s, once on this machine", compiler.command[0])
     start = time.perf_counter()
     try:
-        for left in directory.glob("building-*"):  # by a process that died: the lock is ours
-            shutil.rmtree(left, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix="building-", dir=directory) as temporary:
             built = compile_in(Path(temporary), compiler, sources, flags, paths)
             built.chmod(0o500)
@@ -304,7 +314,7 @@ def compile_in(
         _run(command, where)
         return f"{name}.o"
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compiled, units))
     built = where / "library.so"
     _run((*compiler.command, *flags, "-shared", *objects, "-o", str(built)), where)

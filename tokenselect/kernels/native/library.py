@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tokenselect.kernels.native import build
 from tokenselect.kernels.native.build import CannotBuild
 
@@ -79,18 +81,18 @@ def _torch_region() -> int | None:
     a second pool would fight with torch's for the cores.
     """
     try:
-        mapped = Path("/proc/self/maps").read_text().splitlines()
+        mapped = Path("/proc/self/maps").read_text(errors="surrogateescape").splitlines()
     except OSError:
         return None
     files = {line.split(maxsplit=5)[-1] for line in mapped if "omp" in line}
-    for kind in ("libgomp", "libomp", "libiomp5"):
-        for file in sorted(files, key=lambda file: "torch" not in file):
-            if os.path.basename(file).startswith(kind):
-                try:
-                    known = ctypes.CDLL(file, mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
-                    return ctypes.cast(known.GOMP_parallel, ctypes.c_void_p).value
-                except (OSError, AttributeError):
-                    continue
+    of_torch = str(Path(torch.__file__).parent)  # torch.libs lies beside it
+    for file in sorted(files, key=lambda file: (not file.startswith(of_torch), file)):
+        if os.path.basename(file).startswith(("libgomp", "libomp", "libiomp5")):
+            try:
+                known = ctypes.CDLL(file, mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
+                return ctypes.cast(known.GOMP_parallel, ctypes.c_void_p).value
+            except (OSError, AttributeError):
+                continue
     return None
 
 
@@ -102,5 +104,5 @@ def open_library(
         return Library(make(), path)
     except CannotBuild as error:
         return str(error)
-    except OSError as error:
+    except Exception as error:  # whatever it is, "auto" has others
         return f"{type(error).__name__}: {error}"

@@ -215,6 +215,7 @@ struct Attender {
   double factor(int64_t h, float largest, double total) const {
     if (!c.sinks) return 1 / total;
     double sink = c.sinks[h], above = finite_or_zero(largest);
+    if (sink == INF) return sink - sink;  // NaN, as softmax has it
     if (largest == -INF && sink > -INF) return 0;
     if (sink <= above) return 1 / (total + __builtin_exp(sink - above));
     double share = __builtin_exp(above - sink);

@@ -97,12 +97,10 @@ struct Float16 {
   typedef uint16_t raw;
   // By integers, since g++ 11 and clang++ 14 have no _Float16 on every processor.
   static float widen_one(raw x) {
-    uint32_t bits = (uint32_t)(x & 0x7fff) << 13;
-    float y;
-    memcpy(&y, &bits, 4);
-    y *= 0x1p112f;  // as below
-    memcpy(&bits, &y, 4);
-    if ((x & 0x7fff) >= 0x7c00) bits |= 0x7f800000;
+    uint32_t magnitude = x & 0x7fff, bits = (magnitude << 13) + (112u << 23);
+    float y = (float)magnitude * 0x1p-24f;  // as below
+    if (magnitude < 0x400) memcpy(&bits, &y, 4);
+    if (magnitude >= 0x7c00) bits |= 0x7f800000;
     bits |= (uint32_t)(x & 0x8000) << 16;
     memcpy(&y, &bits, 4);
     return y;
@@ -128,14 +126,17 @@ struct Float16 {
 #elif defined(__aarch64__)
     return (vf)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
 #else
-    // The exponent moves by a multiplication, which is exact, subnormals included; of an exponent
-    // of ones, inf and NaN, it becomes ones again.
+    // The exponent moves by 112; a subnormal is a whole number of 2^-24; of an exponent of ones, inf
+    // and NaN, it becomes ones again. No step has a subnormal float, which some modes take for 0.
     vh x;
     memcpy(&x, p, sizeof x);
-    vu bits = __builtin_convertvector(x, vu), magnitude = (bits & 0x7fff) << 13;
-    vf value = (vf)magnitude * 0x1p112f;
-    vu special = (vu)(magnitude >= (vu)all(0) + (0x7c00u << 13)) & 0x7f800000u;
-    return (vf)((vu)value | special | (bits & 0x8000) << 16);
+    vu bits = __builtin_convertvector(x, vu), magnitude = bits & 0x7fff;
+    vu normal = (magnitude << 13) + (112u << 23);
+    vf subnormal = __builtin_convertvector(magnitude, vf) * 0x1p-24f;
+    vu is_subnormal = (vu)(magnitude < (vu)all(0) + 0x400u);
+    vu value = (is_subnormal & (vu)subnormal) | (~is_subnormal & normal);
+    vu special = (vu)(magnitude >= (vu)all(0) + 0x7c00u) & 0x7f800000u;
+    return (vf)(value | special | (bits & 0x8000) << 16);
 #endif
   }
 };
