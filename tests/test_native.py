@@ -1,5 +1,7 @@
 """The native backend's build, in every way it can go wrong; its paths and its threads."""
 
+import errno
+import fcntl
 import logging
 import math
 import os
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor
 
 import tokenselect
+from tests.fresh import HANG
 from tokenselect import Problem, SelectConfig
 from tokenselect.conformance.problems import Case
 from tokenselect.conformance.tolerances import attend_tolerance, score_tolerance
@@ -103,7 +106,7 @@ def test_other_sources_or_flags_make_another_library(cache: Path, small: Path) -
 @here
 def test_two_processes_at_once_make_one_library(cache: Path, small: Path) -> None:
     both = [process(small) for _ in range(2)]
-    said = [one.communicate(timeout=120) for one in both]
+    said = [one.communicate(timeout=HANG) for one in both]
     assert [one.returncode for one in both] == [0, 0], said
     assert said[0][0] == said[1][0]
     assert sum(err.count("compiling") for _, err in said) == 1, said
@@ -117,7 +120,7 @@ def test_a_build_that_is_killed_half_way_leaves_nothing_in_the_way(
     monkeypatch.setenv("CXX", slow)
     one = process(small)
     try:
-        until = time.monotonic() + 60
+        until = time.monotonic() + HANG
         while not list(cache.glob("building-*")):
             assert time.monotonic() < until, "it never began to compile"
             assert one.poll() is None, "it ended before"
@@ -130,6 +133,20 @@ def test_a_build_that_is_killed_half_way_leaves_nothing_in_the_way(
     monkeypatch.delenv("CXX")
     assert build.library(small).exists()
     assert not list(cache.glob("building-*"))
+
+
+@here
+def test_without_locks_what_another_process_is_building_stays(
+    cache: Path, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def has_no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", has_no_locks)
+    others = build.cache_directory() / "building-other"
+    others.mkdir()
+    assert build.library(small).exists()
+    assert others.exists()
 
 
 @here
@@ -265,7 +282,7 @@ def test_where_there_is_a_compiler_it_is_available() -> None:
 @needs_native
 @pytest.mark.parametrize("path", ["baseline", None])
 def test_small_float16_numbers_are_read_where_floats_that_small_count_as_zero(
-    path: str | None, monkeypatch: pytest.MonkeyPatch
+    path: str | None,
 ) -> None:
     paths = None if path is None else (path,)
     opened = library.open_library(path, lambda: build.library(paths=paths))
@@ -306,6 +323,31 @@ def test_a_compiler_that_is_no_command_is_a_reason(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("CXX", "g++ '")
     with pytest.raises(build.CannotBuild, match=r"CXX=.*: No closing quotation"):
         build.find_compiler()
+
+
+TWO_POOLS = """
+import ctypes, pathlib, shutil, sys, torch
+from tokenselect.kernels.native import library
+
+folder = pathlib.Path(torch.__file__).parent
+maps = pathlib.Path("/proc/self/maps").read_text().splitlines()
+files = {line.split(maxsplit=5)[-1] for line in maps if "omp" in line}
+own = next(file for file in files if file.startswith(str(folder)))
+ctypes.CDLL(shutil.copy(own, sys.argv[1]))
+expected = ctypes.CDLL(own).GOMP_parallel
+print(library._torch_region() == ctypes.cast(expected, ctypes.c_void_p).value)
+"""
+
+
+@needs_native
+def test_of_two_pools_torchs_own_is_taken(tmp_path: Path) -> None:
+    """Another package's lies in a folder whose name has torch in it, and comes first by name."""
+    other = tmp_path / "0-pytorch" / "libgomp-1.so.1"
+    other.parent.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", TWO_POOLS, str(other)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "True\n"
 
 
 @needs_native

@@ -12,7 +12,7 @@ from tokenselect.errors import InvalidProblem, UnknownBackend, UnsupportedProble
 AUTO = ("native", "cpu", "triton")
 # Of those, what takes seconds to load the first time, since it is compiled: "auto" leaves it alone
 # where the problem is on another device.
-_FOR = {"native": "cpu"}
+_ONLY_ON = {"native": "cpu"}
 
 ENTRY_POINTS = "tokenselect.backends"
 
@@ -299,8 +299,10 @@ def _choose(
     passed_over: dict[str, list[str]] = {}
     device = problem.q.device.type
     for candidate in AUTO if name == "auto" else (name,):
-        if name == "auto" and _FOR.get(candidate, device) != device:
-            passed_over[candidate] = [f"device is {device}; {candidate} takes {_FOR[candidate]}"]
+        if name == "auto" and _ONLY_ON.get(candidate, device) != device:
+            passed_over[candidate] = [
+                f"device is {device}; {candidate} takes {_ONLY_ON[candidate]}"
+            ]
             continue
         try:
             backend = load(candidate)

@@ -77,9 +77,10 @@ def where(backend: Backend) -> str:
 def loaded(asked: str) -> Backend | str:
     """Return the backend of that name, or at package.module:ATTRIBUTE; or why it is absent."""
     try:
-        return registry.load(registry.named(asked))
+        backend = registry.load(registry.named(asked))
     except Exception as error:  # a backend's import may raise anything; the report says what
         return f"{type(error).__name__}: {error}"
+    return backend.unavailable or backend
 
 
 class Tally(NamedTuple):
@@ -167,10 +168,9 @@ def main(arguments: list[str] | None = None) -> int:
     missing: list[str] = []
     for name in registry.backends() if options.backend is None else dict.fromkeys(options.backend):
         backend = loaded(name)
-        why_not = backend if isinstance(backend, str) else backend.unavailable
-        if isinstance(backend, str) or why_not is not None:
+        if isinstance(backend, str):
             missing.append(name)
-            why = str(why_not).replace("\n", "\n" + 14 * " ")
+            why = backend.replace("\n", "\n" + 14 * " ")
             print(f"  {name:<11} not available: {why}")
         else:
             available.append(backend)
