@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -48,12 +49,14 @@ def checked(
     selection, told = right.selection, right.checks
     cache = checks.check_reused(problem, backend, exact)
     fresh = partial(call, problem, backend)
+    everything = replace(problem, config=replace(problem.config, k=problem.Lk))
     runs: dict[str, tuple[str, Callable[[], object]]] = {
         "fresh": ("selection", fresh),
         "reused": ("selection", partial(fresh, cache)),
         "score": ("stage", partial(score, problem, backend)),
         "select": ("stage", partial(select, right.scores.votes, problem, backend)),
         "attend": ("stage", partial(attend, problem, selection, backend)),
+        "everything": ("selection", partial(call, everything, backend)),
     }
     contenders = []
     for dense in DENSE:
@@ -64,7 +67,8 @@ def checked(
     if not any(one.notes["is_baseline"] for one in contenders):
         raise NotEquivalent("no dense variant is within its tolerance: nothing to compare with")
     for name, (role, run) in runs.items():
-        contenders.append(Contender(name, role, Ready(run), bytes_read(problem, name, selection)))
+        reads = bytes_read(problem, "dense" if name == "everything" else name, selection)
+        contenders.append(Contender(name, role, Ready(run), reads))
     found = {
         "checks": {"share_of_tolerance_at_k_all": told["k for everything, share of tolerance"]},
         "retained_mass": {"min": told["retained mass, least"], "mean": told["retained mass, mean"]},

@@ -124,7 +124,7 @@ class Shared(NamedTuple):
 def shared(flags: tuple[str, ...]) -> Shared:
     """Compile, once, what no mistake is planted in, and the compiler's own header of intrinsics."""
     compiler = build.find_compiler()
-    path = build.widest(compiler.machine)
+    path = build.paths_here(compiler.machine)[-1]
     place = tempfile.TemporaryDirectory()
     where = Path(place.name)
     plain = (*compiler.command, *build.FLAGS, *flags, f"-DTS_HAS_{path}")

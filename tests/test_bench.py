@@ -239,7 +239,7 @@ def test_the_page_has_every_figure_of_a_run(tmp_path: Path) -> None:
     for result in report["workloads"]:
         assert f"#### {result['name']}" in text
         names = [one["name"] for one in result["contenders"]]
-        assert names[len(DENSE) :] == ["fresh", "reused", "score", "select", "attend"]
+        assert names[len(DENSE) :] == ["fresh", "reused", "score", "select", "attend", "everything"]
         for one in result["contenders"]:
             assert 0 < one["min_ms"] <= one["median_ms"] <= one["max_ms"]
             assert one["gb_per_s"] == pytest.approx(one["bytes"] / one["median_ms"] / 1e6)

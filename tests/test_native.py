@@ -458,18 +458,26 @@ def test_a_path_that_does_not_run_here_is_a_reason() -> None:
     assert "kernels for" in str(why)
 
 
-@here
-def test_a_path_that_has_not_run_is_taken_only_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    every = " ".join(feature for needed in build._NEEDS.values() for feature in needed)
-    monkeypatch.setattr(build, "_features", lambda: every)
-    assert build.paths_here("x86_64") == ["baseline", "avx2", "avx512"]
-    assert build.widest("x86_64") == "avx2"
+@pytest.mark.parametrize(
+    ("features", "paths"),
+    [
+        ("", ["baseline"]),
+        ("avx2 fma f16c", ["baseline", "avx2"]),
+        ("avx2 fma avx512f avx512bw avx512vl avx512dq", ["baseline"]),
+        ("avx2 fma f16c avx512f avx512bw avx512vl avx512dq", ["baseline", "avx2", "avx512"]),
+    ],
+)
+def test_a_path_needs_each_of_its_features(
+    features: str, paths: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "_features", lambda: f"flags : fpu {features}")
+    assert build.paths_here("x86_64") == paths
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="x86-64's paths are compiled there")
 @needs_native
-def test_the_path_that_has_not_run_compiles(tmp_path: Path) -> None:
+def test_the_widest_path_compiles_everywhere(tmp_path: Path) -> None:
     build.compile_in(tmp_path, build.find_compiler(), build.SOURCES, FLAGS, ("avx512",))
 
 

@@ -31,7 +31,8 @@ FLAGS = (
     # Sums keep their order and NaN stays NaN; errno and the flags of exceptions are not looked at.
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
 )
-# Per architecture: the paths of the kernels, and what each is compiled for.
+# Per architecture: the paths of the kernels, from the narrowest to the widest, and what each is
+# compiled for. All have passed the properties; that of Arm in emulation.
 PATHS: dict[str, dict[str, tuple[str, ...]]] = {
     "x86_64": {
         "baseline": (),
@@ -49,9 +50,6 @@ _NEEDS = {
     "avx2": ("avx2", "fma", "f16c"),
     "avx512": ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq"),
 }
-# Paths that have passed the properties, from the narrowest to the widest; that of Arm in emulation.
-# Others are taken only where they are named.
-PROVED = ("baseline", "avx2")
 OLDEST = {"g++": 11, "clang++": 14}
 SECONDS = 600  # that a compiler, or another process that compiles, may take
 
@@ -175,13 +173,8 @@ def _features() -> str:
     return next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
 
 
-def widest(machine: str) -> str:
-    """Return the widest proved path of an architecture that this processor has the features of."""
-    return [path for path in paths_here(machine) if path in PROVED][-1]
-
-
 def paths_here(machine: str) -> list[str]:
-    """Return the paths of an architecture that this processor has the features of."""
+    """Return the paths of an architecture that this processor has the features of; widest last."""
     features = set(_features().split())
     return [path for path in PATHS.get(machine, {}) if features.issuperset(_NEEDS[path])]
 
@@ -199,7 +192,7 @@ def library(
     """Return the compiled library, compiling it if it is not there. Raises CannotBuild.
 
     flags  more of them
-    paths  those to compile; None: the widest proved one that this machine has the features of
+    paths  those to compile; None: the widest one that this machine has the features of
 
     Without a compiler, a library that one made here before is taken.
     """
@@ -210,7 +203,7 @@ def library(
             f"{' and '.join(PATHS)}"
         )
     directory = cache_directory()
-    paths = paths or (widest(machine),)
+    paths = paths or paths_here(machine)[-1:]
     prefix = _prefix(sources, (*FLAGS, *flags, *paths))
     try:
         compiler = find_compiler()

@@ -19,7 +19,7 @@ FACTORS = frozenset({"select_scale", "scale", "softcap", "rope_scaling", "theta"
 class Library:
     """A compiled library, and which of its paths runs.
 
-    path  a path by name, for tests; None: the widest proved one that runs here
+    path  a path by name, for tests; None: the widest one that runs here
     """
 
     def __init__(self, file: Path, path: str | None = None) -> None:
@@ -35,7 +35,7 @@ class Library:
             raise CannotBuild(f"{file} cannot be loaded: {error}; remove it") from None
         self._run.argtypes, self._run.restype = [ctypes.c_char_p], ctypes.c_int64
         here = [name for name, runs_here in self.paths.items() if runs_here]
-        taken = [name for name in here if name == path or (path is None and name in build.PROVED)]
+        taken = [name for name in here if path in (None, name)]
         if not taken:
             raise CannotBuild(
                 f"{file} has kernels for {', '.join(self.paths)}; here run "
