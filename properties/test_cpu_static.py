@@ -205,7 +205,8 @@ def allocations(step: Callable[[], Any]) -> list[str]:
                 yield f"{event.extra_fields.alloc_size} bytes in {where}"
             yield from walk(event.children, event.name)
 
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    watched = {"activities": [ProfilerActivity.CPU], "profile_memory": True, "acc_events": True}
+    with profile(**watched) as profiled:
         step()
     assert profiled.profiler is not None
     results = profiled.profiler.kineto_results

@@ -201,7 +201,8 @@ def check_safe(call: Callable[[], Any], known: list[Tensor]) -> None:
         assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
         return
     # Triton's interpreter copies tensors inside a kernel: those are not the step's.
-    recorded = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    watched = {"activities": [ProfilerActivity.CPU], "profile_memory": True, "acc_events": True}
+    recorded = profile(**watched)
     with opaque_kernels(run_them=False), recorded:
         call()
     events = [event for event in recorded.events() if event.name == "[memory]"]

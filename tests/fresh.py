@@ -17,6 +17,10 @@ AUTO = "cpu" if load("native").unavailable else "native"
 HANG = 1800
 
 
+# What numpy says of loops in the interpreter of triton 3.6.
+OF_TRITON = "ignore:Conversion of an array with ndim:DeprecationWarning"
+
+
 def run(
     code: str | list[str], *paths: Path, timeout: float = HANG, **environment: str
 ) -> subprocess.CompletedProcess[str]:
@@ -24,7 +28,7 @@ def run(
     arguments = ["-c", code] if isinstance(code, str) else ["-m", *code]
     path = os.pathsep.join(map(str, (*paths, ROOT)))
     return subprocess.run(
-        [sys.executable, "-W", "error", *arguments],
+        [sys.executable, "-W", "error", "-W", OF_TRITON, *arguments],
         cwd=ROOT,
         # Several test runs may share the cores: threads would wait for one another.
         env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | environment,

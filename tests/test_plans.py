@@ -697,7 +697,7 @@ def test_a_captured_step_inside_compiled_code_says_so() -> None:
     step(Q)
     told = r"torch\.compile makes graphs of its own"
     if torch.__version__ < "2.12":  # shows only its kind, and the line that raises it
-        told = r"(?s)NotCapturable.*graphs\.py\", line \d+, in run\n"
+        told = r"(?s)NotCapturable.*cuda_graph\.py\", line \d+, in run\n"
     with pytest.raises(Exception, match=told):
         torch.compile(lambda x: step(x) + 1, fullgraph=True, backend="eager")(Q)
 
