@@ -50,6 +50,10 @@ struct Scorer {
     return c.score_at == ts::AT_FIXED || ballot + 1 < R;
   }
   bool rotates(int64_t ballot) const { return c.half > 0 && (is_fixed(ballot) || c.is_raw); }
+  // Whether keys are read as they are: not rotated, and in the order of the queries' dims.
+  bool in_place(int64_t ballot) const {
+    return !rotates(ballot) || (direction(ballot) == 0 && !c.interleaved);
+  }
   // Keys are rotated up to their positions, down from them, or not at all.
   int64_t direction(int64_t ballot) const {
     return (is_fixed(ballot) ? 0 : 1) - (c.is_raw ? 0 : 1);
@@ -84,6 +88,9 @@ struct Scorer {
     float* mean = queries + row(ballot, b, h) * pitch;
     double share = 1.0 / (double)(pass.last - pass.first);
     for (int64_t d = 0; d < pitch; ++d) mean[d] = d < c.D ? (float)(sums[d] * share) : 0.0f;
+    // As keys that are read in place would be, were they rotated, by nothing.
+    bool scales = rotates(ballot) && in_place(ballot) && c.is_raw;
+    for (int64_t d = 0; scales && d < 2 * c.half; ++d) mean[d] *= (float)c.rope_scaling;
   }
 
   // Logits of a block and some KV heads, before scale and softcap: a tile of all of these heads
@@ -109,7 +116,7 @@ struct Scorer {
         const float* q = queries + row(ballot, b, g * G) * pitch;
         float* s = block_of(ballot, b, g, block) + t;
         int count = (int)min(TILE, m - t);
-        if (rotates(ballot)) {
+        if (!in_place(ballot)) {
           rotated_products<E>(rotated, ballot, q, first + t, rows, ahead, count, s);
         } else {
           dots<E>(q, G, pitch, rows, ahead, count, c.D, s, BLOCK);
@@ -149,7 +156,7 @@ struct Scorer {
   // The tables of rotations of keys by 0 to TILE - 1 positions.
   void prepare() const {
     for (int64_t ballot = 0; ballot < R; ++ballot) {
-      for (int64_t i = 0; i < TILE && rotates(ballot); ++i) {
+      for (int64_t i = 0; i < TILE && !in_place(ballot); ++i) {
         float* by = offsets + (ballot * TILE + i) * 2 * c.half;
         cos_sin(c, direction(ballot) * i, 1.0, by, by + c.half);
       }
