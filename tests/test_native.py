@@ -470,7 +470,7 @@ def test_a_path_that_does_not_run_here_is_a_reason() -> None:
 def test_a_path_needs_each_of_its_features(
     features: str, paths: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "_features", lambda: f"flags : fpu {features}")
+    monkeypatch.setattr(build, "features", lambda: f"flags : fpu {features}")
     assert build.paths_here("x86_64") == paths
 
 

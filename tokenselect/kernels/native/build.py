@@ -164,7 +164,7 @@ def _digest(*parts: object) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-def _features() -> str:
+def features() -> str:
     """Return what this processor can do, as the system lists it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -175,14 +175,14 @@ def _features() -> str:
 
 def paths_here(machine: str) -> list[str]:
     """Return the paths of an architecture that this processor has the features of; widest last."""
-    features = set(_features().split())
-    return [path for path in PATHS.get(machine, {}) if features.issuperset(_NEEDS[path])]
+    there = set(features().split())
+    return [path for path in PATHS.get(machine, {}) if there.issuperset(_NEEDS[path])]
 
 
 def _prefix(sources: Path, flags: Sequence[str]) -> str:
     """Return how the names of libraries begin that these sources make on this machine."""
     texts = [(path.name, path.read_bytes()) for path in sorted(sources.iterdir()) if path.is_file()]
-    here = platform.machine(), _features(), torch.__version__
+    here = platform.machine(), features(), torch.__version__
     return f"native-{_digest(texts, flags, PATHS, here)}-"
 
 
