@@ -159,18 +159,19 @@ def _warn_of_length(config: Any, options: Options) -> None:
     """Warn if contiguous positions exceed the distances that the model was trained on."""
     trained = getattr(config, "max_position_embeddings", None)
     select = options.select
-    sizes = (select.n_sink, select.k, select.n_local)
-    if select.positions != "contiguous" or not isinstance(trained, int):
+    k = "k_max" if isinstance(select.k, float) else "k"
+    if select.positions != "contiguous" or not isinstance(trained, int) or select[k] is None:
         return
+    sizes = (select.n_sink, select[k], select.n_local)
     rope = getattr(config, "rope_parameters", None) or {}
     if "original_max_position_embeddings" in rope:
         scaled = rope["original_max_position_embeddings"] * rope.get("factor", 1)
         trained = max(trained, int(scaled))
     if sum(sizes) > trained:
         warn(
-            f"n_sink + k + n_local = {' + '.join(map(str, sizes))} = {sum(sizes)} tokens, in a "
+            f"n_sink + {k} + n_local = {' + '.join(map(str, sizes))} = {sum(sizes)} tokens, in a "
             f"model for {trained}: contiguous positions keep distances below the size of the "
-            "selection, so choose a smaller k"
+            f"selection, so choose a smaller {k}"
         )
 
 

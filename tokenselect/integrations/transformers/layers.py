@@ -134,7 +134,7 @@ def _selected(
                 _recording.infos.append(info)
             out[span.rows, queries] = attended.transpose(1, 2)
             select, Lq = options.select, q.shape[2]
-            if n >= select.n_sink + select.k + select.n_local + Lq:  # else all was selected
+            if n >= select.n_sink + select.budget(n) + select.n_local + Lq:  # else all was selected
                 in_progress.together = max(in_progress.together, Lq)
     return out
 
