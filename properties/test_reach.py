@@ -129,13 +129,17 @@ NARROW = Backend(
         query_lengths=range(1, 4097),
         page_sizes=range(1, 257),
         votes=("soft",),
+        fractions=(False,),
     ),
     REFERENCE.score,
     REFERENCE.select,
     REFERENCE.attend,
 )
 # What such a backend's problems cannot have.
-NOT_NARROW = {"odd D", "logit vote", "hard vote", f"{torch.float64}"}
+NOT_NARROW = {
+    *("odd D", "logit vote", "hard vote", f"{torch.float64}"),
+    *("budgets that differ", "a fraction within its bounds", "k_min", "k_max"),
+}
 NARROW_FEATURES: dict[str, Callable[[Case, Problem], bool]] = {
     **{name: holds for name, holds in FEATURES.items() if name not in NOT_NARROW},
     **{f"D = {D}": lambda case, p, D=D: case.D == D for D in (32, 40, 64, 80, 96, 128, 256)},
