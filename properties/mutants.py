@@ -73,6 +73,13 @@ MUTANTS = (
         "select",
     ),
     Mutant(
+        "rounds-a-fraction-down", "select", "* millionths + 999999)", "* millionths)", "select",
+    ),
+    Mutant(
+        "takes-a-fraction-of-the-capacity", "select", "_part(millionths, n)",
+        "_part(millionths, Lk)", "select",
+    ),
+    Mutant(
         "lets-a-block-see-what-its-last-query-sees", "attend", "(position <= first_query)",
         "(position <= last_query)", "attend",
     ),

@@ -221,7 +221,7 @@ def score_moves_keys_by_a_float32_angle(base: Backend, p: Problem) -> Scores:
 def score_gives_hard_votes_to_one_too_few(base: Backend, p: Problem) -> Scores:
     if p.config.vote != "hard":
         return base.score(p)
-    return base.score(configured(p, k=max(0, p.config.k - 1)))
+    return base.score(configured(p, k=max(0, p.config.budget(p.Lk) - 1)))
 
 
 @plant("score")
@@ -303,7 +303,34 @@ def select_window_forgets_the_chunk(base: Backend, votes: Tensor, p: Problem) ->
 
 @plant("select")
 def select_takes_one_more(base: Backend, votes: Tensor, p: Problem) -> Selection:
-    bent = base.select(votes, configured(p, k=p.config.k + 1))
+    bent = base.select(votes, configured(p, k=p.config.budget(p.Lk) + 1))
+    return Selection(bent.positions[:, :, : p.K], bent.count.clamp(max=p.K))
+
+
+@plant("select")
+def select_takes_the_fraction_of_the_capacity(
+    base: Backend, votes: Tensor, p: Problem
+) -> Selection:
+    return base.select(votes, configured(p, k=p.config.budget(p.Lk)))
+
+
+@plant("select")
+def select_takes_the_fraction_of_the_longest_request(
+    base: Backend, votes: Tensor, p: Problem
+) -> Selection:
+    bent = base.select(votes, configured(p, k=p.config.budget(int(p.cache_seqlens.max()))))
+    padded = torch.nn.functional.pad(bent.positions, (0, p.K - bent.positions.shape[2]), value=-1)
+    return Selection(padded, bent.count)
+
+
+@plant("select")
+def select_rounds_up_a_fraction_that_is_whole(
+    base: Backend, votes: Tensor, p: Problem
+) -> Selection:
+    """As in floating point, where 0.07 * 100 is more than 7."""
+    if not isinstance(p.config.k, float):
+        return base.select(votes, p)
+    bent = base.select(votes, configured(p, k=p.config.k + 1e-6))
     return Selection(bent.positions[:, :, : p.K], bent.count.clamp(max=p.K))
 
 
@@ -320,7 +347,8 @@ def select_keeps_all_that_tie(base: Backend, votes: Tensor, p: Problem) -> Selec
 
 @plant("select")
 def select_rounds_the_share_down(base: Backend, votes: Tensor, p: Problem) -> Selection:
-    share = math.floor(p.config.fixed_share * p.config.k) / max(1, p.config.k)
+    k = p.config.budget(p.Lk)
+    share = math.floor(p.config.fixed_share * k) / max(1, k)
     return base.select(votes, configured(p, fixed_share=share))
 
 

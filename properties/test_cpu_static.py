@@ -157,6 +157,8 @@ CASES = {
     "pages": Case(lengths=(90, 7), page_size=16, dtype=torch.float16, Lq=5),
     "capped": Case(lengths=(40, 70), softcap=2.0, has_sink_logits=True, Lq=2, D=5, Dv=1),
     "hard": Case(lengths=(60, 9), config=SelectConfig(5, 2, 4, vote="hard", scope="group")),
+    "fraction": Case(lengths=(60, 9, 0), config=SelectConfig(0.3, 2, 4, vote="hard", k_max=15)),
+    "fraction, split": Case(lengths=(60, 9), rope="raw", config=replace(EXTRAPOLATE, k=0.3)),
     "logit": Case(lengths=(60,), Lq=5, config=SelectConfig(5, 2, 4, vote="logit", n_query_means=2)),
     "candidates": Case(lengths=(60,), config=SelectConfig(5, 2, 4, normalize="candidates")),
     "moved": Case(lengths=(60, 9), rope="rotated", config=EXTRAPOLATE, dtype=torch.bfloat16),

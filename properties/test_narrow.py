@@ -33,6 +33,7 @@ NARROWED: dict[str, tuple[Capability, ...]] = {
     "decode-only": (Capability(query_lengths=(1,)),),
     "chunks-only": (Capability(query_lengths=range(2, 4096)),),
     "hard-votes-only": (Capability(votes=("hard",)),),
+    "no-fractions": (Capability(fractions=(False,)),),
     "bfloat16-by-its-lender": (
         Capability(dtypes=(torch.float32, torch.bfloat16)),
         Capability(dtypes=(torch.bfloat16, torch.float16)),

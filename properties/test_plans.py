@@ -62,6 +62,8 @@ FEATURES = (
     drawn(lengths=(60,), Lq=7, config=replace(CONFIG, n_query_means=3, pool=3), filler="inf"),
     drawn(lengths=(60,), config=replace(CONFIG, normalize="candidates", select_scale=1.0)),
     drawn(lengths=(60, 20), config=replace(CONFIG, vote="logit"), dtype=torch.float64),
+    drawn(lengths=(60, 20, 0), config=replace(CONFIG, k=0.3, k_min=2)),
+    drawn(lengths=(90, 30), rope="rotated", config=replace(EXTRAPOLATE, k=0.3, k_max=20)),
     drawn(lengths=(60, 20), config=replace(CONFIG, vote="hard", scope="group")),
 )
 

@@ -1,5 +1,6 @@
 """The strategies really reach what is hard: a property that never meets a tie proves nothing."""
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -34,6 +35,16 @@ def candidates(problem: Problem, b: int) -> int:
     return local_start - sink_end
 
 
+def budget(problem: Problem, n: int) -> int:
+    return problem.config.budget(n)
+
+
+def tenths(problem: Problem, n: int) -> int:
+    """Return the fraction that is k of n tokens; -1 if k is none."""
+    k = problem.config.k
+    return math.ceil(round(10 * k) * n / 10) if isinstance(k, float) else -1
+
+
 def some_request(holds: Callable[[Problem, int, int], bool]) -> Callable[[Case, Problem], bool]:
     """Some request b of n tokens for which it holds."""
 
@@ -50,10 +61,14 @@ FEATURES: dict[str, Callable[[Case, Problem], bool]] = {
     "0 < n < n_sink": lambda case, p: any(0 < n < p.config.n_sink for n in case.lengths),
     "ragged": lambda case, p: len(set(case.lengths)) > 1,
     "no candidates": some_request(lambda p, b, n: n > 0 and candidates(p, b) == 0),
-    "k = 0 with candidates": some_request(lambda p, b, n: p.config.k == 0 < candidates(p, b)),
-    "k = candidates": some_request(lambda p, b, n: 0 < p.config.k == candidates(p, b)),
-    "k > candidates > 0": some_request(lambda p, b, n: p.config.k > candidates(p, b) > 0),
-    "0 < k < candidates": some_request(lambda p, b, n: 0 < p.config.k < candidates(p, b)),
+    "k = 0 with candidates": some_request(lambda p, b, n: budget(p, n) == 0 < candidates(p, b)),
+    "k = candidates": some_request(lambda p, b, n: 0 < budget(p, n) == candidates(p, b)),
+    "k > candidates > 0": some_request(lambda p, b, n: budget(p, n) > candidates(p, b) > 0),
+    "0 < k < candidates": some_request(lambda p, b, n: 0 < budget(p, n) < candidates(p, b)),
+    "budgets that differ": lambda case, p: len(set(map(p.config.budget, case.lengths))) > 1,
+    "a fraction within its bounds": some_request(lambda p, b, n: budget(p, n) == tenths(p, n)),
+    "k_min": some_request(lambda p, b, n: budget(p, n) > tenths(p, n) >= 0),
+    "k_max": some_request(lambda p, b, n: budget(p, n) < tenths(p, n)),
     "n_sink = 0": lambda case, p: p.config.n_sink == 0,
     "n_local = 1": lambda case, p: p.config.n_local == 1,
     "MHA": lambda case, p: case.G == 1,
@@ -114,13 +129,17 @@ NARROW = Backend(
         query_lengths=range(1, 4097),
         page_sizes=range(1, 257),
         votes=("soft",),
+        fractions=(False,),
     ),
     REFERENCE.score,
     REFERENCE.select,
     REFERENCE.attend,
 )
 # What such a backend's problems cannot have.
-NOT_NARROW = {"odd D", "logit vote", "hard vote", f"{torch.float64}"}
+NOT_NARROW = {
+    *("odd D", "logit vote", "hard vote", f"{torch.float64}"),
+    *("budgets that differ", "a fraction within its bounds", "k_min", "k_max"),
+}
 NARROW_FEATURES: dict[str, Callable[[Case, Problem], bool]] = {
     **{name: holds for name, holds in FEATURES.items() if name not in NOT_NARROW},
     **{f"D = {D}": lambda case, p, D=D: case.D == D for D in (32, 40, 64, 80, 96, 128, 256)},
@@ -205,11 +224,13 @@ def both_zeros(row: torch.Tensor) -> bool:
     return bool(zeros.any() and not zeros.all())
 
 
-def rows_of_votes(votes: torch.Tensor, problem: Problem) -> list[torch.Tensor]:
+def rows_of_votes(votes: torch.Tensor, problem: Problem) -> list[tuple[torch.Tensor, int]]:
+    """Return the candidates' votes of each ballot and selection, and the request's budget."""
     rows = []
     for b, n in enumerate(problem.cache_seqlens.tolist()):
         sink_end, local_start = problem.config.regions(n, problem.Lq)
-        rows += [row for row in votes[b, :, :, sink_end:local_start].flatten(0, 1) if len(row)]
+        of_request = votes[b, :, :, sink_end:local_start].flatten(0, 1)
+        rows += [(row, problem.config.budget(n)) for row in of_request if len(row)]
     return rows
 
 
@@ -220,8 +241,8 @@ def test_ballots_reach_every_kind_of_tie() -> None:
     @given(drawn=ballots())
     def draw(drawn: Ballots) -> None:
         votes, problem = drawn.make()
-        for row in rows_of_votes(votes, problem):
-            reached.update(name for name, holds in VOTES.items() if holds(row, problem.config.k))
+        for row, k in rows_of_votes(votes, problem):
+            reached.update(name for name, holds in VOTES.items() if holds(row, k))
 
     draw()
     rare = {name: reached[name] for name in VOTES if reached[name] < 5}
@@ -237,9 +258,9 @@ def test_scored_votes_tie_too() -> None:
     def draw(case: Case) -> None:
         problem = case.problem()
         votes, _ = REFERENCE.score(problem)
-        for row in rows_of_votes(votes, problem):
+        for row, k in rows_of_votes(votes, problem):
             for name in ("a tie across the k-th place", "all votes equal"):
-                reached[name] += VOTES[name](row, problem.config.k)
+                reached[name] += VOTES[name](row, k)
 
     draw()
     assert min(reached.values()) >= 5, reached

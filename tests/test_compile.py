@@ -67,6 +67,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "with_info": {"return_info": True},
     "group_scope": {"scope": "group", "return_info": True},
     "votes_hard_pooled": {"vote": "hard", "pool": 3, "return_info": True},
+    "a_fraction": {"k": 0.1, "k_min": 1, "cache_seqlens": lengths(33, 9), "return_info": True},
     "softcap_and_sinks": {"softcap": 5.0, "sink_logits": torch.arange(4.0), "scale": 0.3},
     "contiguous_split": {
         "positions": "contiguous",
@@ -169,6 +170,23 @@ def test_chunks_of_many_lengths_are_compiled_a_bounded_number_of_times() -> None
         q = tensors(Lq=Lq)[0]
         assert same(function(q), attention(q, k_cache, v_cache, **SMALL)), Lq
     assert counter.frame_count <= 3
+
+
+@pytest.mark.parametrize(
+    ("values", "compilations"),
+    [(range(3, 12), 2), ([0.1, 0.2, 0.3], 4)],  # torch.compile makes constants of floats
+    ids=["integers", "fractions"],
+)
+def test_k_may_be_an_argument(values: list[Any], compilations: int) -> None:
+    inputs = tensors()
+    function, counter = compiled(
+        lambda *inputs: attention(*inputs, n_sink=2, n_local=4, return_info=True)
+    )
+    for k in values:
+        assert same(
+            function(*inputs, k), attention(*inputs, k, n_sink=2, n_local=4, return_info=True)
+        )
+    assert counter.frame_count <= compilations
 
 
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])

@@ -63,16 +63,50 @@ def test_regions_of_a_request_that_is_not_there() -> None:
 @pytest.mark.parametrize("k", [0, 1, 2, 3, 7, 8, 2048])
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.3, 0.5, 1.0])
 def test_split_ballots_share_k(k: int, share: float) -> None:
-    (first, fixed), (second, true) = SelectConfig(k=k, score_at="split", fixed_share=share).ballots
-    assert (first, second) == ("fixed", "true")
+    config = SelectConfig(k=k, score_at="split", fixed_share=share)
+    assert config.ballots == ("fixed", "true")
+    fixed, true = config.shares(100)
     assert fixed + true == k
-    exact = Fraction(share) * k
+    exact = Fraction(str(share)) * k
     assert exact <= fixed < exact + 1
 
 
 @pytest.mark.parametrize("score_at", ["true", "fixed"])
 def test_one_ballot_takes_all_of_k(score_at: str) -> None:
-    assert SelectConfig(k=9, score_at=score_at).ballots == ((score_at, 9),)
+    config = SelectConfig(k=9, score_at=score_at)
+    assert (config.ballots, config.shares(100)) == ((score_at,), (9,))
+
+
+LENGTHS = (0, 1, 2, 9, 10, 11, 30, 100, 999_999, 1_000_001, 2**31 - 1)
+
+
+@pytest.mark.parametrize("k", [0.1, 0.3, 0.07, 1 / 3, 2 / 3, 0.5, 0.000001, 0.999999])
+def test_a_fraction_is_rounded_up_exactly(k: float) -> None:
+    """As a decimal: in floating point a tenth of 10 is more than 1, and 0.07 * 100 more than 7."""
+    for n in LENGTHS:
+        exact = Fraction(f"{k:.6f}") * n
+        assert exact <= SelectConfig(k=k).budget(n) < exact + 1
+
+
+def test_bounds_of_a_fraction() -> None:
+    config = SelectConfig(k=0.1, k_min=5, k_max=20)
+    assert [config.budget(n) for n in (0, 1, 50, 51, 200, 201, 2**31 - 1)] == [
+        *(5, 5, 5, 6, 20, 20, 20)
+    ]
+    assert {SelectConfig(k=7, k_min=5, k_max=20).budget(n) for n in LENGTHS} == {7}
+
+
+@pytest.mark.parametrize("number", [np.float64, np.float32, np.array, torch.tensor])
+def test_a_fraction_may_be_a_number_of_less_precision(number: Callable[[float], Any]) -> None:
+    p = problem(config={"k": number(0.1)})
+    assert [p.config.budget(n) for n in LENGTHS] == [SelectConfig(k=0.1).budget(n) for n in LENGTHS]
+
+
+def test_the_budget_is_that_of_the_length_and_the_capacity_that_of_the_cache() -> None:
+    p = problem(config={"k": 0.1}, cache_seqlens=lengths(40, 21))
+    assert p.K == 2 + 4 + 4
+    assert select(score(p).votes, p).count.tolist() == [[2 + 4 + 4], [2 + 3 + 4]]
+    assert problem(config={"k": 0.5, "k_max": 7}).K == 2 + 7 + 4
 
 
 @pytest.mark.parametrize("max_reuse", [0, 5])
@@ -209,6 +243,7 @@ def test_numbers_of_numpy_and_tensors_without_a_dimension_are_numbers(
     integer: Callable[[int], Any], number: Callable[[float], Any]
 ) -> None:
     integers = {"k": 5, "n_sink": 2, "n_local": 4, "pool": 3, "n_query_means": 1}
+    integers |= {"k_min": 5, "k_max": 9}
     numbers = {"select_scale": 0.5, "fixed_share": 0.25}
     config = {name: integer(value) for name, value in integers.items()}
     config |= {name: number(value) for name, value in numbers.items()}
@@ -292,6 +327,7 @@ def test_no_limits_no_reasons() -> None:
         ({"softcaps": (True,)}, "softcap in use is False; mine takes True"),
         ({"sink_logits": (True,)}, "sink_logits in use is False; mine takes True"),
         ({"ropes": ("rotated",)}, "rope is none; mine takes rotated"),
+        ({"fractions": (True,)}, "fractional k is False; mine takes True"),
         ({"pools": (3, 5)}, "pool is 1; mine takes 3, 5"),
         ({"query_means": (2,)}, "query means is 1; mine takes 2"),
         ({"votes": ("hard",)}, "vote is soft; mine takes hard"),

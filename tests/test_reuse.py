@@ -328,13 +328,14 @@ def test_reorder_doubles_a_beam() -> None:
 # --- capacity and state -------------------------------------------------------------------
 
 
-def test_a_cache_that_grows_by_concatenation() -> None:
-    """Lk is n at every step, at first below the capacity K."""
+@pytest.mark.parametrize("k", [4, 0.2])
+def test_a_cache_that_grows_by_concatenation(k: int | float) -> None:
+    """Lk is n at every step, at first below the capacity K; of a fraction, K grows with it."""
     cache = SelectionCache(max_reuse=8)
     stored: list[int] = []
     for n in range(3, LK + 1):
         grown = {"k_cache": K_CACHE[:, :, :n], "v_cache": V_CACHE[:, :, :n]}
-        info = step(cache, query(1), n, **grown)
+        info = step(cache, query(1), n, k=k, **grown)
         assert reused(info) == [(n - 3) % 9 != 0]
         stored = [*stored, n - 1] if info.reused else positions(info)
         assert positions(info) == stored
@@ -352,6 +353,19 @@ def test_decode_after_a_prefill_chunk(max_reuse: int, hits: bool) -> None:
     assert decode.selection.positions.shape[2] == min(2 + 4 + 4 + max_reuse, LK)
     if hits:
         assert positions(decode) == [*positions(first), 40]
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "native"])
+def test_a_fraction_is_of_the_length_at_which_a_selection_is_made(backend: str) -> None:
+    if load(backend).unavailable:
+        pytest.skip(f"{backend} cannot run here")
+    cache, given = SelectionCache(max_reuse=3), {"k": 0.1, "backend": backend}
+    infos = [step(cache, query(1, 1), n, n + 20, **given) for n in range(28, 37)]
+    assert reused(*infos) == [False, True, True, True, False, True, True, True, False]
+    counts = [info.selection.count[:, 0].tolist() for info in infos]
+    # 2 first and 4 newest; a tenth of 28 and of 48, of 32 and 52, of 36 and 56; the appended
+    assert counts[::4] == [[6 + 3, 6 + 5], [6 + 4, 6 + 6], [6 + 4, 6 + 6]]
+    assert counts[3] == [6 + 3 + 3, 6 + 5 + 3]
 
 
 def test_a_chunk_between_decode_steps() -> None:

@@ -58,6 +58,8 @@ class RareSettings(TypedDict, total=False):
     pool: int
     n_query_means: int
     fixed_share: float
+    k_min: int
+    k_max: int | None
 
 
 @overload
@@ -65,7 +67,7 @@ def attention(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    k: int | None = None,
+    k: int | float | None = None,
     *,
     n_sink: int | None = None,
     n_local: int | None = None,
@@ -92,7 +94,7 @@ def attention(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    k: int | None = None,
+    k: int | float | None = None,
     *,
     n_sink: int | None = None,
     n_local: int | None = None,
@@ -118,7 +120,7 @@ def attention(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    k: int | None = None,
+    k: int | float | None = None,
     *,
     n_sink: int | None = None,
     n_local: int | None = None,
@@ -147,7 +149,8 @@ def attention(
                  any strides; q's dtype: float32, bfloat16, float16 or float64
     v_cache      likewise with Dv
     k, n_sink, n_local, positions, score_at, **settings
-                 what to select: the fields of `SelectConfig`, with its defaults (k=2048)
+                 what to select: the fields of `SelectConfig`, with its defaults (k=2048); k=0.1 is
+                 a tenth of each request's tokens
     config       a SelectConfig instead; a setting named both ways must be the same
     cache_seqlens (B,) int32, the n of each request, the new tokens included; Lk if absent
     block_table  (B, max_pages) int32, for a paged cache
@@ -345,7 +348,7 @@ def explain(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    k: int | None = None,
+    k: int | float | None = None,
     *,
     config: SelectConfig | None = None,
     cache: SelectionCache | None = None,

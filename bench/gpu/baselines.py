@@ -194,7 +194,7 @@ def top_k(problem: Problem, found: Found) -> Contender:
     """torch.topk of the candidates' votes, which finds as good ones, in no order."""
     sink_end, local_start = problem.config.regions(problem.Lk, problem.Lq)
     votes = found.scores.votes[:, 0, 0, sink_end:local_start]
-    k = min(problem.config.k, votes.shape[1])
+    k = min(problem.config.budget(problem.Lk), votes.shape[1])
     run = partial(torch.topk, votes, k, dim=1, sorted=False)
     one = Contender("torch.topk", "topk", Ready(run))
     best = run().values.sort(dim=1).values

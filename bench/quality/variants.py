@@ -122,7 +122,7 @@ def resolve(name: str, given: Given, budget: float | None, context: int) -> Vari
             raise InvalidProblem(f"k={own['k']} and a budget", rule, "leave one of the two out")
         options = parse(preset_options(own.pop("preset", None)) | own)
         select = options.select
-        k = select.k if budget is None else votes(budget, select, context)
+        k = select.budget(context) if budget is None else votes(budget, select, context)
         changes = {"k": 0, "n_local": select.n_local + k} if kind == "window" else {"k": k}
         options = replace(options, select=replace(select, **changes))
         check(options)

@@ -123,7 +123,7 @@ def score_tolerance(problem: Problem) -> ScoreTolerance:
         if n == 0:
             continue
         candidates = slice(*c.regions(n, problem.Lq))
-        for ballot, (score_at, _) in enumerate(c.ballots):
+        for ballot, score_at in enumerate(c.ballots):
             queries, keys = placed_to_score(truth, b, n, score_at)
             keys = keys.repeat_interleave(problem.G, 0)
             head_slack = torch.zeros_like(keys[:, candidates, 0])
@@ -206,6 +206,7 @@ def _softmax_error(s: Tensor, error: Tensor, u: float) -> _SoftmaxError:
 def _vote_slack(s: Tensor, error: Tensor, candidates: slice, problem: Problem, u: float) -> Tensor:
     """Return a bound on the error of each head's vote for each candidate: (Hq, candidates)."""
     c = problem.config
+    k = c.budget(s.shape[-1])
     if c.vote == "soft" and c.normalize == "visible":
         share = torch.softmax(s, -1).nan_to_num(0.0)[:, candidates]
         relative = _softmax_error(s, error, u).relative[:, candidates]
@@ -216,10 +217,10 @@ def _vote_slack(s: Tensor, error: Tensor, candidates: slice, problem: Problem, u
         return _soft_slack(share, _softmax_error(s, error, u).relative, problem, u)
     if c.vote == "logit":
         return error + u * _summing(_voters(problem)) * s.abs().nan_to_num(posinf=0.0)
-    if c.k == 0 or c.k >= s.shape[-1]:
+    if k == 0 or k >= s.shape[-1]:
         return torch.zeros_like(s)
     # Hard votes: what is among a head's k best may leave if the next one is near, and the reverse.
-    best = s.topk(c.k + 1, dim=-1).values
+    best = s.topk(k + 1, dim=-1).values
     kth, following = best[:, -2:-1], best[:, -1:]
     reach = 2 * error.amax(-1, keepdim=True)
     near = torch.where(s >= kth, s - following <= reach, kth - s <= reach)
@@ -304,7 +305,7 @@ def choice_finding(problem: Problem, selection: Selection, tolerance: Tolerance)
     for b, n in enumerate(problem.cache_seqlens.tolist()):
         sink_end, local_start = c.regions(n, problem.Lq)
         size = local_start - sink_end
-        expected = n - size + min(c.k, size)
+        expected = n - size + min(c.budget(n), size)
         for s in range(problem.S):
             where = f"selection[{b}, {s}]"
             row, count = selection.positions[b, s], int(selection.count[b, s])
@@ -319,7 +320,7 @@ def choice_finding(problem: Problem, selection: Selection, tolerance: Tolerance)
                 return Finding(math.inf, f"{where} lacks a sink or local position: {row}")
             region = slice(sink_end, local_start)
             finding = _ballots_finding(
-                problem,
+                c.shares(n),
                 chosen[region],
                 tolerance.truth[b, :, s, region],
                 tolerance.slack[b, :, s, region],
@@ -329,14 +330,16 @@ def choice_finding(problem: Problem, selection: Selection, tolerance: Tolerance)
     return Finding(0.0, "selection")
 
 
-def _ballots_finding(problem: Problem, chosen: Tensor, truth: Tensor, slack: Tensor) -> Finding:
+def _ballots_finding(
+    shares: tuple[int, ...], chosen: Tensor, truth: Tensor, slack: Tensor
+) -> Finding:
     """Return the choice among candidates (m,), from each ballot's votes and slack (R, m)."""
     upper, lower = truth + slack, truth - slack
     if chosen.all():
         return Finding(0.0, "all")
     explained = torch.zeros_like(chosen)
-    *earlier, (_, last_share) = problem.config.ballots
-    for ballot, (_, share) in enumerate(earlier):
+    *earlier, last_share = shares
+    for ballot, share in enumerate(earlier):
         if share == 0:
             continue
         # Sure: better than all but share of the others can be. Explained: may be among the best.

@@ -51,8 +51,9 @@ class StaticStages(NamedTuple):
 class Capability:
     """What a backend can run: for each property of a problem, the values that it takes.
 
-    None means any value that the contract allows. `softcaps` and `sink_logits` hold False and
-    True: without and with; `ropes` holds "none", "rotated" and "raw"; `query_lengths` is of Lq.
+    None means any value that the contract allows. `softcaps`, `sink_logits` and `fractions` (a k
+    that is one) hold False and True: without and with; `ropes` holds "none", "rotated" and "raw";
+    `query_lengths` is of Lq.
     """
 
     devices: Container[str] | None = None
@@ -65,6 +66,7 @@ class Capability:
     softcaps: Container[bool] | None = None
     sink_logits: Container[bool] | None = None
     ropes: Container[str] | None = None
+    fractions: Container[bool] | None = None
     votes: Container[str] | None = None
     normalizes: Container[str] | None = None
     scopes: Container[str] | None = None
@@ -127,6 +129,7 @@ _NEEDS: tuple[tuple[str, Callable[[Problem], tuple[object, ...]], str], ...] = (
     ("softcap in use", lambda p: (p.softcap is not None,), "softcaps"),
     ("sink_logits in use", lambda p: (p.sink_logits is not None,), "sink_logits"),
     ("rope", lambda p: ("none" if p.rope is None else p.rope.cached,), "ropes"),
+    ("fractional k", lambda p: (isinstance(p.config.k, float),), "fractions"),
     ("vote", lambda p: (p.config.vote,), "votes"),
     ("normalize", lambda p: (p.config.normalize,), "normalizes"),
     ("scope", lambda p: (p.config.scope,), "scopes"),

@@ -1,9 +1,10 @@
 """SelectConfig: what to select, and how."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
+
+import torch
 
 from tokenselect.scalars import plain
 
@@ -12,13 +13,29 @@ Normalize = Literal["visible", "candidates"]
 Scope = Literal["layer", "group"]
 Positions = Literal["original", "contiguous"]
 ScoreAt = Literal["true", "fixed", "split"]
+# Fractions are taken to six decimals, as integers: so every backend computes the same budget.
+MILLION = 10**6
+
+
+class BudgetRule(NamedTuple):
+    """What makes the budget of a request of n tokens, in integers.
+
+    budget = min(max(ceil(n * millionths / 10**6), least), most); the first ballot of a split gets
+    ceil(budget * fixed_millionths / 10**6) of it.
+    """
+
+    millionths: int
+    least: int
+    most: int
+    fixed_millionths: int
 
 
 @dataclass(frozen=True)
 class SelectConfig:
     """What to select, and how. A mapping too: `attention(q, k_cache, v_cache, **config)`.
 
-    k              budget: tokens selected by vote, >= 0
+    k              budget: tokens selected by vote, >= 0; or, between 0 and 1, the fraction of a
+                   request's cached tokens that are: see `budget`
     n_sink         first positions, always attended, >= 0
     n_local        newest positions that every query of a call is sure to see, >= 1
     vote           "soft": softmax mass (paper, eq. 7); "logit": summed logits (eq. 5);
@@ -32,11 +49,12 @@ class SelectConfig:
     score_at       score candidates at their "true" distance, at one "fixed" distance of n_local,
                    or "split": part of k by fixed votes, then the rest by true ones
     fixed_share    that part, in [0, 1]; ceil(fixed_share * k) tokens
+    k_min, k_max   bounds of the budget where k is a fraction; k_max None: no upper one
 
     Numbers may be numpy's, or tensors without a dimension on the CPU: they are kept as Python's.
     """
 
-    k: int = 2048
+    k: int | float = 2048
     n_sink: int = 16
     n_local: int = 128
     vote: Vote = "soft"
@@ -48,6 +66,8 @@ class SelectConfig:
     positions: Positions = "original"
     score_at: ScoreAt = "true"
     fixed_share: float = 0.25
+    k_min: int = 0
+    k_max: int | None = None
 
     def __post_init__(self) -> None:
         for name in _NUMBERS:
@@ -79,12 +99,37 @@ class SelectConfig:
         return getattr(self, name)
 
     @property
-    def ballots(self) -> tuple[tuple[Literal["fixed", "true"], int], ...]:
-        """Each ballot's way of scoring and its share of k, in the order in which they choose."""
-        if self.score_at == "split":
-            fixed = math.ceil(self.fixed_share * self.k)
-            return ("fixed", fixed), ("true", self.k - fixed)
-        return ((self.score_at, self.k),)
+    def ballots(self) -> tuple[Literal["fixed", "true"], ...]:
+        """Each ballot's way of scoring, in the order in which they choose."""
+        return ("fixed", "true") if self.score_at == "split" else (self.score_at,)
+
+    @property
+    def budget_rule(self) -> BudgetRule:
+        """`budget` and `shares` in integers, for kernels: a k that is no fraction bounds itself."""
+        fixed = round(self.fixed_share * MILLION)
+        if not isinstance(self.k, (float, torch.SymFloat)):  # the second in a trace
+            return BudgetRule(0, self.k, self.k, fixed)
+        most = 2**31 - 1 if self.k_max is None else self.k_max
+        return BudgetRule(round(self.k * MILLION), self.k_min, most, fixed)
+
+    def budget(self, n: int) -> int:
+        """Return how many tokens are selected by vote of a request of n tokens.
+
+        k, or ceil(k * n) within k_min and k_max if k is a fraction. Never falls as n grows.
+
+        >>> SelectConfig(k=0.1, k_min=16).budget(100), SelectConfig(k=0.1, k_min=16).budget(201)
+        (16, 21)
+        """
+        rule = self.budget_rule
+        return min(max(_part(rule.millionths, n), rule.least), rule.most)
+
+    def shares(self, n: int) -> tuple[int, ...]:
+        """Return each ballot's share of the budget of a request of n tokens."""
+        k = self.budget(n)
+        if self.score_at != "split":
+            return (k,)
+        fixed = _part(self.budget_rule.fixed_millionths, k)
+        return fixed, k - fixed
 
     def regions(self, n: int, Lq: int) -> tuple[int, int]:
         """Return (end of the sink, start of the local window); the candidates lie between."""
@@ -92,5 +137,13 @@ class SelectConfig:
         return min(self.n_sink, local_start), local_start
 
 
+def _part(millionths: int, count: int) -> int:
+    """Return so many millionths of a count, rounded up."""
+    return -(-count * millionths // MILLION)
+
+
 CONFIG_NAMES = tuple(field.name for field in fields(SelectConfig))
-_NUMBERS = "k", "n_sink", "n_local", "select_scale", "pool", "n_query_means", "fixed_share"
+_NUMBERS = (
+    *("k", "n_sink", "n_local", "select_scale", "pool", "n_query_means", "fixed_share"),
+    *("k_min", "k_max"),
+)

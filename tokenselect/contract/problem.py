@@ -152,7 +152,7 @@ class Problem:
     def K(self) -> int:
         """Capacity of a selection: static, and never more than the cache holds."""
         c = self.config
-        return min(c.n_sink + c.k + c.n_local + self.Lq - 1 + self.max_reuse, self.Lk)
+        return min(c.n_sink + c.budget(self.Lk) + c.n_local + self.Lq - 1 + self.max_reuse, self.Lk)
 
     @property
     def select_scale(self) -> float:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from tokenselect.contract.config import (
+    MILLION,
     Normalize,
     Positions,
     Scope,
@@ -129,6 +130,25 @@ def _integer(name: str, low: int) -> _Rule:
 
     rule = f"{name} is an integer, {low} <= {name} < 2**31"
     return _Rule(broken, rule, f"pass an int of {low} or more")
+
+
+def _wrong_k(p: Problem) -> str | None:
+    k = p.config.k
+    is_fraction = isinstance(k, float) and 0 < k < 1 and 0 < round(k * MILLION) < MILLION
+    return None if is_fraction or (is_integer(k) and 0 <= k < 2**31) else f"k={k!r}"
+
+
+def _wrong_k_max(p: Problem) -> str | None:
+    k_max = p.config.k_max
+    holds = k_max is None or (is_integer(k_max) and p.config.k_min <= k_max < 2**31)
+    return None if holds else f"k_max={k_max!r}, k_min={p.config.k_min!r}"
+
+
+def _k_out_of_bounds(p: Problem) -> str | None:
+    c = p.config
+    if isinstance(c.k, float) or c.k_min <= c.k <= (c.k if c.k_max is None else c.k_max):
+        return None
+    return f"k={c.k!r}, k_min={c.k_min!r}, k_max={c.k_max!r}"
 
 
 _LARGEST = torch.finfo(torch.float32).max
@@ -262,7 +282,23 @@ RULES: tuple[_Rule, ...] = (
         "sink_logits has one entry per query head: (Hq,)",
         "pass the layer's own sink logits",
     ),
-    _integer("k", 0),
+    _Rule(
+        _wrong_k,
+        "k is an integer, 0 <= k < 2**31, or a fraction of the cached tokens: a float, 0.000001 to "
+        "0.999999",
+        "pass an int of 0 or more for so many tokens, or a float like 0.1 for a tenth of them",
+    ),
+    _integer("k_min", 0),
+    _Rule(
+        _wrong_k_max,
+        "k_max is None or an integer, k_min <= k_max < 2**31",
+        "pass an int of k_min or more, or leave k_max out",
+    ),
+    _Rule(
+        _k_out_of_bounds,
+        "k_min and k_max are bounds for a fraction; a k that is an integer lies within them",
+        "leave k_min and k_max out, or pass k as a fraction",
+    ),
     _integer("n_sink", 0),
     _integer("n_local", 1),
     _integer("pool", 1),

@@ -30,8 +30,9 @@ _SCHEMA = (
     "Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, Tensor? block_table, "
     "Tensor? sink_logits, Tensor? inv_freq, bool interleaved, str cached, float scaling, "
     "float scale, float? softcap, int max_reuse, "
-    "int k, int n_sink, int n_local, str vote, str normalize, str scope, float? select_scale, "
-    "int pool, int n_query_means, str positions, str score_at, float fixed_share"
+    "Scalar k, int n_sink, int n_local, str vote, str normalize, str scope, float? select_scale, "
+    "int pool, int n_query_means, str positions, str score_at, float fixed_share, "
+    "int k_min, int? k_max"
 )
 # What every operator takes last: the backend, and whether to check lengths and block table.
 _CALL = "str backend, bool validate"

@@ -35,7 +35,7 @@ def vote(s: Tensor, candidates: slice, c: SelectConfig) -> Tensor:
         return s[candidates]
     if c.vote == "hard":  # eq. 6
         votes = torch.zeros_like(s[candidates])
-        votes[best(s[candidates], c.k)] = 1
+        votes[best(s[candidates], c.budget(len(s)))] = 1
         return votes
     if c.normalize == "candidates":  # eq. 7 over the candidates, as the released code has it
         return softmax(s[candidates])
@@ -59,7 +59,7 @@ def score(problem: Problem) -> Scores:
             continue
         sink_end, local_start = c.regions(n, problem.Lq)
         candidates = slice(sink_end, local_start)
-        for ballot, (score_at, _) in enumerate(c.ballots):
+        for ballot, score_at in enumerate(c.ballots):
             queries, keys = placed(problem, b, n, score_at)
             head_votes = []
             for h in range(problem.Hq):

@@ -32,7 +32,7 @@ def select(votes: Tensor, problem: Problem) -> Selection:
             chosen = torch.zeros(n, dtype=torch.bool, device=votes.device)
             chosen[:sink_end] = True
             chosen[local_start:] = True
-            for ballot, (_, share) in enumerate(c.ballots):
+            for ballot, share in enumerate(c.shares(n)):
                 free = torch.nonzero(~chosen)[:, 0]
                 chosen[free[best(votes[b, ballot, s, free], share)]] = True
             selected = torch.nonzero(chosen)[:, 0]

@@ -61,6 +61,7 @@ KINDS: dict[str, Kind] = {
     "pages of one token": _kind(page_size=1),
     "ragged, one absent": _kind(**_RAGGED),
     "ragged and paged": _kind(**_RAGGED, **_PAGES),
+    "fraction, ragged": _kind(**_RAGGED, config={"k": 0.15, "k_max": 16}),
     "votes that tie": _kind(content="few keys"),
     "all candidates selected": _kind(config={"k": 160}),
     "no candidate selected": _kind(config={"k": 0, "n_sink": 0, "n_local": 1}),

@@ -37,6 +37,7 @@ _CASE_FIELDS: tuple[_Field, ...] = (
 )
 _ROPE: _Field = ("rope", ("rotated", "raw", None), lambda x: {"ropes": x or "none"})
 _CONFIG_FIELDS: tuple[_Field, ...] = (
+    ("k", (0, 1, 5, 8, 17, 0.1, 0.3), lambda x: {"fractions": isinstance(x, float)}),
     ("vote", ("soft", "logit", "hard"), lambda x: {"votes": x}),
     ("normalize", ("visible", "candidates"), lambda x: {"normalizes": x}),
     ("scope", ("layer", "group"), lambda x: {"scopes": x}),
@@ -102,6 +103,8 @@ def fitted(drawn: Any, backend: Backend, about: Capability = _ANYTHING) -> Any:
     if not any(is_taken({"ropes": kept}) for kept in ("rotated", "raw")):
         takes.append(_UNMOVED)
     config = {field[0]: bent(drawn.config[field[0]], *field) for field in _CONFIG_FIELDS}
+    if not isinstance(config["k"], float):
+        config |= {"k_min": 0, "k_max": None}
     means: _Field = ("n_query_means", (1, 2, 3), lambda x: {"query_means": min(x, Lq)})
     config["n_query_means"] = bent(drawn.config.n_query_means, *means)
     if (config["positions"], config["score_at"]) != ("original", "true"):

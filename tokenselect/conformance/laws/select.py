@@ -1,6 +1,7 @@
 """Stage 2: select is bit-exact, ties and all, against sorting in plain Python."""
 
 import math
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -22,9 +23,14 @@ def sorted_selection(votes: Tensor, problem: Problem) -> Selection:
         candidates = [j for j in range(n) if j not in window and j not in sink]
         for s in range(problem.S):
             chosen: list[int] = []
-            shares = [c.k]
+            k = c.k
+            if isinstance(k, float):
+                k = max(c.k_min, math.ceil(Fraction(f"{k:.6f}") * n))
+                k = k if c.k_max is None else min(c.k_max, k)
+            shares = [k]
             if c.score_at == "split":
-                shares = [math.ceil(c.fixed_share * c.k), c.k - math.ceil(c.fixed_share * c.k)]
+                fixed = math.ceil(Fraction(f"{c.fixed_share:.6f}") * k)
+                shares = [fixed, k - fixed]
             for ballot, share in enumerate(shares):
                 row = [-math.inf if math.isnan(x) else x for x in votes[b, ballot, s].tolist()]
                 free = sorted(set(candidates).difference(chosen))
@@ -50,6 +56,17 @@ def sorted_selection(votes: Tensor, problem: Problem) -> Selection:
     Ballots(Case(lengths=(60,), config=SelectConfig(k=0, n_sink=0, n_local=1)), "rising", 0),
     Ballots(Case(lengths=(60,), config=SelectConfig(5, 2, 4, scope="group")), "few values", 3),
     Ballots(Case(lengths=(30,), Lq=5), "rising", 0),
+    # Budgets that differ: a tenth of 60, of 61 and of 1.
+    Ballots(Case(lengths=(60, 61, 1), config=SelectConfig(0.1, 2, 4)), "normal", 0),
+    Ballots(
+        Case(
+            lengths=(100, 20, 0),
+            rope="raw",
+            config=SelectConfig(0.3, 2, 4, score_at="split", fixed_share=0.07, k_max=29),
+        ),
+        "few values",
+        1,
+    ),
     # Winners, and ties across the k-th place, in several blocks of a kernel.
     Ballots(Case(lengths=(150, 140), config=SelectConfig(70, 2, 4)), "few values", 0),
     Ballots(Case(lengths=(150,), config=SelectConfig(110, 0, 4)), "all equal", 0),

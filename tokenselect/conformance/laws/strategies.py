@@ -21,7 +21,9 @@ def lengths(Lq: int, config: SelectConfig) -> st.SearchStrategy[int]:
     """n of a request: nothing, the new tokens alone, around each boundary, or plenty."""
     edges = [0, Lq, 63, 64, 65, 127, 128, 129]  # the last of a tile, and the first of the next
     for edge in (config.n_sink, config.n_sink + config.n_local + Lq - 1):
-        edges += [edge - 1, edge, edge + 1, edge + config.k, edge + config.k + 1]
+        # The first length with more candidates than the budget, and the one before it.
+        left_out = next((n for n in range(edge, 152) if n - edge > config.budget(n)), 152)
+        edges += [edge - 1, edge, edge + 1, left_out - 1, left_out]
     allowed = sorted({n for n in edges if n == 0 or Lq <= n <= 150})
     return st.one_of(st.integers(Lq, 90), st.sampled_from(allowed))
 
@@ -30,7 +32,7 @@ def lengths(Lq: int, config: SelectConfig) -> st.SearchStrategy[int]:
 def configs(draw: st.DrawFn, /, *, moved: bool, **fixed: Any) -> SelectConfig:
     """Draw settings; with `moved`, those that move keys too. `fixed` pins some."""
     chosen: dict[str, Any] = {
-        "k": draw(st.sampled_from([0, 1, 2, 5, 8, 17, 200])),
+        "k": draw(st.sampled_from([0, 1, 2, 5, 8, 17, 200, 0.1, 0.3, 0.9])),
         "n_sink": draw(st.sampled_from([0, 1, 3, 8])),
         "n_local": draw(st.sampled_from([1, 2, 5, 16])),
         "vote": draw(st.sampled_from(["soft", "soft", "logit", "hard"])),
@@ -44,7 +46,11 @@ def configs(draw: st.DrawFn, /, *, moved: bool, **fixed: Any) -> SelectConfig:
         chosen["positions"] = draw(st.sampled_from(["original", "contiguous"]))
         chosen["score_at"] = draw(st.sampled_from(["true", "fixed", "split"]))
         chosen["fixed_share"] = draw(st.sampled_from([0.0, 0.25, 0.5, 1.0]))
-    return SelectConfig(**chosen | fixed)
+    chosen |= fixed
+    if isinstance(chosen["k"], float):
+        chosen["k_min"] = draw(st.sampled_from([0, 0, 7]))
+        chosen["k_max"] = draw(st.sampled_from([None, None, 10]))
+    return SelectConfig(**chosen)
 
 
 @st.composite

@@ -34,17 +34,18 @@ from tokenselect.integrations.transformers.causality import unwatch_logits, watc
 from tokenselect.integrations.transformers.interface import refuse_own_attention, text_part, watch
 from tokenselect.integrations.transformers.layers import attention_forward, recorded
 from tokenselect.integrations.transformers.masks import token_mask
+from tokenselect.integrations.transformers.named_layers import check_layers
 from tokenselect.integrations.transformers.options import (
     NAME,
     Options,
     TextConfigOptions,
+    as_json,
     check,
     parse,
     preset_options,
 )
 from tokenselect.integrations.transformers.refusals import refuse_mla, warn
 from tokenselect.integrations.transformers.rotation import RawLayers, is_raw
-from tokenselect.scalars import plain
 
 __all__ = ["NAME", "Enabled", "Options", "TokenSelectCache", "enable", "recorded"]
 
@@ -75,8 +76,11 @@ class Enabled:
             raise refuse_mla(config)
         parsed = parse(options)
         check(parsed)
-        _warn_of_length(config, parsed)
+        everywhere = parsed, *map(parsed.of, parsed.layers)
+        for one in {options.select: options for options in everywhere}.values():
+            _warn_of_length(config, one)
         self._model, self._part, self._config = model, text_part(model, config), config
+        check_layers(parsed, config)
         self._implementation = config._attn_implementation
         self._part.set_attn_implementation(NAME)
         if config._attn_implementation != NAME:
@@ -159,18 +163,19 @@ def _warn_of_length(config: Any, options: Options) -> None:
     """Warn if contiguous positions exceed the distances that the model was trained on."""
     trained = getattr(config, "max_position_embeddings", None)
     select = options.select
-    sizes = (select.n_sink, select.k, select.n_local)
-    if select.positions != "contiguous" or not isinstance(trained, int):
+    k = "k_max" if isinstance(select.k, float) else "k"
+    if select.positions != "contiguous" or not isinstance(trained, int) or select[k] is None:
         return
+    sizes = (select.n_sink, select[k], select.n_local)
     rope = getattr(config, "rope_parameters", None) or {}
     if "original_max_position_embeddings" in rope:
         scaled = rope["original_max_position_embeddings"] * rope.get("factor", 1)
         trained = max(trained, int(scaled))
     if sum(sizes) > trained:
         warn(
-            f"n_sink + k + n_local = {' + '.join(map(str, sizes))} = {sum(sizes)} tokens, in a "
+            f"n_sink + {k} + n_local = {' + '.join(map(str, sizes))} = {sum(sizes)} tokens, in a "
             f"model for {trained}: contiguous positions keep distances below the size of the "
-            "selection, so choose a smaller k"
+            f"selection, so choose a smaller {k}"
         )
 
 
@@ -178,8 +183,8 @@ def enable(model: Any, preset: str | None = None, **options: Any) -> Enabled:
     """Let a model attend with tokenselect, until `.disable()` or the end of a `with` block.
 
     preset   "faithful", "extrapolate" or "paper", as in `SelectConfig`; options change what it sets
-    options  fields of SelectConfig, and theta, max_reuse, backend, chunk: see `Options`. They take
-             the place of config.tokenselect, as a whole
+    options  fields of SelectConfig, and theta, max_reuse, backend, chunk, layers: see `Options`.
+             They take the place of config.tokenselect, as a whole
 
     Options that move keys (positions="contiguous", another score_at than "true") run the model
     twice over 16 tokens, to observe how it rotates; while in force, they make it cache raw keys.
@@ -189,6 +194,4 @@ def enable(model: Any, preset: str | None = None, **options: Any) -> Enabled:
     Warns where contiguous positions come out longer than max_position_embeddings, and of a model
     whose layers all slide.
     """
-    # The config, which can be saved, takes Python's own numbers.
-    given = {name: plain(value) for name, value in options.items()}
-    return Enabled(model, preset_options(preset) | given)
+    return Enabled(model, as_json(preset_options(preset) | options))

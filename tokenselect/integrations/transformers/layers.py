@@ -15,6 +15,7 @@ from tokenselect.errors import InvalidProblem
 from tokenselect.integrations.transformers.cache import Selections, selections_of
 from tokenselect.integrations.transformers.causality import in_progress
 from tokenselect.integrations.transformers.masks import TokenMask, TokenSpan
+from tokenselect.integrations.transformers.named_layers import layer_options
 from tokenselect.integrations.transformers.options import Options, parse
 from tokenselect.integrations.transformers.refusals import layer_name, refuse_layer, refuse_mla
 from tokenselect.integrations.transformers.rotation import Probe, raw_layer_of
@@ -93,7 +94,7 @@ def attention_forward(
     given = getattr(module.config, "tokenselect", None)
     if isinstance(given, Probe):
         return given.attend(module, query, key, value, mask)
-    options = parse(given)
+    options = layer_options(module, mask, parse(given))
     rope = _rope(module, query, mask, options)
     selections = None if mask.window is not None else _selections(module, options, key)
     dtype, its_own_dtypes = _autocast(query.device)
@@ -134,7 +135,7 @@ def _selected(
                 _recording.infos.append(info)
             out[span.rows, queries] = attended.transpose(1, 2)
             select, Lq = options.select, q.shape[2]
-            if n >= select.n_sink + select.k + select.n_local + Lq:  # else all was selected
+            if n >= select.n_sink + select.budget(n) + select.n_local + Lq:  # else all was selected
                 in_progress.together = max(in_progress.together, Lq)
     return out
 

@@ -75,6 +75,7 @@ class TokenMask(Tensor):
     begin   the token in slot 0: above 0 where a cache that slides has dropped those before
     spans   the requests, grouped; for windows none
     calls   by module, its arguments in this call, noted by `rotation.RawLayer`
+    checked the options of which a layer has checked the values
     refusal the error for a layer that attends with it, as it is not causal, say; or None
     """
 
@@ -84,6 +85,7 @@ class TokenMask(Tensor):
     begin: int
     spans: list[TokenSpan]
     calls: dict[Any, Any]
+    checked: Any
     refusal: Refusal | None
 
     @classmethod
@@ -147,7 +149,7 @@ def token_mask(
     valid = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
     mask = valid[:, None, None].as_subclass(TokenMask)
     mask.at, mask.Lq, mask.window, mask.begin = 0, q_length, None, 0
-    mask.spans, mask.calls, mask.refusal = [], {}, None
+    mask.spans, mask.calls, mask.checked, mask.refusal = [], {}, None, None
     try:
         mask.window = window_of(mask_function)
     except Refusal as refusal:

@@ -1,7 +1,7 @@
 """The options that `config.tokenselect` and `enable` take."""
 
 import difflib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,12 @@ from tokenselect.selection_cache import SelectionCache
 
 NAME = "tokenselect"
 _OWN = ("theta", "max_reuse", "backend", "chunk")
-NAMES = (*CONFIG_NAMES, *_OWN)
+# What a layer may have of its own.
+_OF_A_LAYER = (*CONFIG_NAMES, "theta")
+NAMES = (*CONFIG_NAMES, *_OWN, "layers")
+DENSE = "dense"
+# What a layer that attends densely selects.
+_EVERYTHING = SelectConfig(k=2**31 - 1)
 PRESETS = ("faithful", "extrapolate", "paper")
 
 
@@ -28,6 +33,8 @@ class Options:
     max_reuse  at most that many tokens after it was made
     backend    a backend's name, or "auto"
     chunk      at most that many queries of one request share a selection, >= 1
+    layers     by number, from 0 on or from -1 back, what differs in a layer: "dense", or fields of
+               SelectConfig and theta
     """
 
     select: SelectConfig = field(default_factory=SelectConfig)
@@ -35,11 +42,22 @@ class Options:
     max_reuse: int = 64
     backend: str = "auto"
     chunk: int = 512
+    layers: dict[int, Any] = field(default_factory=dict, hash=False)
 
     @property
     def needs_raw_keys(self) -> bool:
         """Whether keys are moved: cached before their rotation, which takes the model's rope."""
-        return (self.select.positions, self.select.score_at) != ("original", "true")
+        everywhere = self.select, *(self.of(layer).select for layer in self.layers)
+        return any((one.positions, one.score_at) != ("original", "true") for one in everywhere)
+
+    def of(self, layer: int, count: int = 0) -> "Options":
+        """Return the options of one of `count` layers, by its number; or by its key in `layers`."""
+        own = self.layers.get(layer, self.layers.get(layer - count, {}))
+        if own == DENSE:
+            return replace(self, select=_EVERYTHING, theta=None, layers={})
+        changes = dict(own)
+        theta = changes.pop("theta", self.theta)
+        return replace(self, select=replace(self.select, **changes), theta=theta, layers={})
 
     def selection_cache(self) -> SelectionCache:
         """Return a new SelectionCache with these settings; raise InvalidProblem for bad ones."""
@@ -60,12 +78,7 @@ class TextConfigOptions:
         return vars(_text_config(config)).get(NAME)
 
     def __set__(self, config: Any, options: Any) -> None:
-        if isinstance(options, dict):
-            as_json = {name: plain(value) for name, value in options.items()}
-            # The same dict where it can be: `enable` knows its own by that.
-            if any(as_json[name] is not value for name, value in options.items()):
-                options = as_json
-        vars(_text_config(config))[NAME] = options
+        vars(_text_config(config))[NAME] = as_json(options)
 
     def __delete__(self, config: Any) -> None:
         if vars(_text_config(config)).pop(NAME, self) is self:
@@ -77,6 +90,23 @@ def _text_config(config: Any) -> Any:
     found = config.get_text_config(decoder=True)
     # It returns a copy where there is no such part.
     return found if any(part is found for part in vars(config).values()) else config
+
+
+def as_json(given: Any) -> Any:
+    """Return options as JSON has them: Python's numbers, and strings for the numbers of layers.
+
+    The same dict where it can be: `enable` knows its own by that.
+    """
+    if not isinstance(given, dict):
+        return plain(given)
+    made = {
+        str(plain(key)) if is_integer(plain(key)) else key: as_json(value)
+        for key, value in given.items()
+    }
+    pairs = zip((*made, *made.values()), (*given, *given.values()), strict=False)
+    is_same = all(one is other for one, other in pairs)
+    # A layer that is named twice is found by `parse`.
+    return given if is_same or len(made) < len(given) else made
 
 
 def parse(given: object) -> Options:
@@ -97,8 +127,9 @@ def parse(given: object) -> Options:
     for name in values:
         if name not in NAMES:
             raise _unknown(name)
+    layers = _parse_layers(values.pop("layers", {}))
     own = {name: plain(values.pop(name)) for name in _OWN if name in values}
-    options = Options(SelectConfig(**values), **own)
+    options = Options(SelectConfig(**values), **own, layers=layers)
     chunk = options.chunk
     if not is_integer(chunk) or chunk < 1:
         raise InvalidProblem(
@@ -109,11 +140,53 @@ def parse(given: object) -> Options:
     return options
 
 
+def _parse_layers(given: object) -> dict[int, Any]:
+    """Read the option `layers`, whose names are strings if they come from JSON."""
+    if not isinstance(given, dict):
+        raise InvalidProblem(
+            f"layers is a {type(given).__name__}",
+            "layers is a dict from numbers of layers to 'dense', or to options of the layer",
+            "say layers={0: 'dense', -1: {'k': 4096}}",
+        )
+    layers: dict[int, Any] = {}
+    for name, own in given.items():
+        layer = plain(name)
+        if isinstance(layer, str) and layer.removeprefix("-").isdecimal():
+            layer = int(layer)
+        if not is_integer(layer) or layer in layers:
+            raise InvalidProblem(
+                f"layers names {name!r}" + " again" * (layer in layers),
+                "a layer is named once, by its number: from 0 on, or from the last one, -1, back",
+                "say layers={0: 'dense', -1: {'k': 4096}}",
+            )
+        if not isinstance(own, dict) and own != DENSE:
+            raise InvalidProblem(
+                f"layer {layer} is {own!r}",
+                "a layer is 'dense', or has a dict of options of its own",
+                f"say layers={{{layer}: 'dense'}}, or layers={{{layer}: {{'k': 4096}}}}",
+            )
+        for option in own if own != DENSE else ():
+            if option not in _OF_A_LAYER:
+                raise _unknown(option, f" of layer {layer}", _OF_A_LAYER)
+        layers[layer] = own
+    return layers
+
+
 def check(options: Options) -> None:
     """Raise InvalidProblem or UnknownBackend for a value that the first call would refuse."""
-    options.selection_cache()
     if options.backend != "auto":
         registry.load(options.backend)
+    _check_values(options)
+    for layer in options.layers:
+        try:
+            _check_values(options.of(layer))
+        except InvalidProblem as error:
+            came, *rest = error.args
+            raise InvalidProblem(f"layer {layer}: {came}", *rest) from None
+
+
+def _check_values(options: Options) -> None:
+    options.selection_cache()
     token = torch.zeros(1, 1, 1, 2, device="cpu")
     Problem.build(token, token, token, options.select, rope=Rope(token.new_zeros(1)))
 
@@ -134,9 +207,9 @@ def preset_options(preset: str | None) -> dict[str, Any]:
     return {name: make()[name] for name in CONFIG_NAMES if make()[name] != SelectConfig()[name]}
 
 
-def _unknown(name: object) -> InvalidProblem:
+def _unknown(name: object, of: str = "", names: tuple[str, ...] = NAMES) -> InvalidProblem:
     """Return the error for an unknown option."""
-    close = difflib.get_close_matches(str(name), NAMES, n=1)
+    close = difflib.get_close_matches(str(name), names, n=1)
     if name == "preset":
         return InvalidProblem(
             "option 'preset'",
@@ -144,7 +217,7 @@ def _unknown(name: object) -> InvalidProblem:
             "use enable(model, preset), or set its options: dict(SelectConfig.faithful()), say",
         )
     return InvalidProblem(
-        f"option {name!r}",
-        f"options are {', '.join(NAMES)}",
+        f"option {name!r}{of}",
+        f"options{of} are {', '.join(names)}",
         f"did you mean {close[0]!r}?" if close else "leave it out, or use one of these",
     )

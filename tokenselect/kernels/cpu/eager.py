@@ -41,7 +41,7 @@ def score(problem: Problem) -> Scores:
     lse = _full(problem, (problem.B, problem.Hq))
     for b, n in enumerate(problem.cache_seqlens.tolist()):
         if n > 0:
-            for ballot, (score_at, _) in enumerate(problem.config.ballots):
+            for ballot, score_at in enumerate(problem.config.ballots):
                 _score_request(problem, b, n, score_at, votes[b, ballot], lse[b])
     return Scores(votes, lse)
 
@@ -221,7 +221,7 @@ class _Rotator:
 
 def _vote_(logits: Tensor, candidates: slice, problem: Problem) -> tuple[Tensor, Tensor]:
     """Return votes (Hkv, candidates) summed over rows, and lse (Hkv, rows). Overwrites logits."""
-    c = problem.config
+    c, n = problem.config, logits.shape[2]
     if c.vote == "soft" and c.normalize == "visible":
         sums, largest = _exp_(logits)
         return _weighted_sum(logits[:, :, candidates], sums), largest + sums.log()
@@ -231,7 +231,7 @@ def _vote_(logits: Tensor, candidates: slice, problem: Problem) -> tuple[Tensor,
         return logits.sum(1), lse
     if c.vote == "hard":
         # Into the logits' own memory, which is not needed any more.
-        return torch.sum(_best(logits, c.k), 1, out=logits[:, 0]), lse
+        return torch.sum(_best(logits, c.budget(n)), 1, out=logits[:, 0]), lse
     sums, _ = _exp_(logits)
     return _weighted_sum(logits, sums), lse
 
@@ -287,18 +287,18 @@ def select(votes: Tensor, problem: Problem) -> Selection:
             continue
         sink_end, local_start = c.regions(n, problem.Lq)
         chosen = votes.new_ones(S, n, dtype=torch.bool)
-        chosen[:, sink_end:local_start] = _elect(votes[b, :, :, sink_end:local_start], problem)
+        chosen[:, sink_end:local_start] = _elect(votes[b, :, :, sink_end:local_start], c.shares(n))
         selected = chosen.nonzero()[:, 1].view(S, -1)
         positions[b, :, : selected.shape[1]] = selected
         count[b] = selected.shape[1]
     return Selection(positions, count)
 
 
-def _elect(votes: Tensor, problem: Problem) -> Tensor:
+def _elect(votes: Tensor, shares: tuple[int, ...]) -> Tensor:
     """Mark the candidates (S, m) that win by votes (R, S, m), ballot after ballot."""
-    (_, share), *rest = problem.config.ballots
+    share, *rest = shares
     chosen = _best(votes[0], share)
-    for ballot, (_, next_share) in enumerate(rest, start=1):
+    for ballot, next_share in enumerate(rest, start=1):
         chosen |= _best(votes[ballot], next_share, taken=chosen, n_taken=share)
         share += next_share
     return chosen

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tokenselect.contract import AttentionOutput, Problem, Scores, Selection
+from tokenselect.contract.config import MILLION
 from tokenselect.kernels.cpu.rows import (
     Reader,
     chunks,
@@ -40,11 +41,11 @@ def score(problem: Problem) -> Scores:
     n_rows = n_voters + (0 if n_voters == p.G else p.G)
     logits = empty((p.B, p.Hkv, n_rows, p.Lk), dtype, device)
     total = empty((p.B, p.S, p.Lk), dtype, device)
-    for ballot, (where, _) in enumerate(c.ballots):
+    for ballot, where in enumerate(c.ballots):
         at = position if where == "true" else scalar_like(c.n_local, position)
         voters = _means(p, _queries(p, where, position, at))
         _fill_logits(logits, p, voters, where, absent)
-        lse.view(p.B, p.Hkv, p.G).copy_(_vote_(logits, n_voters, p, outside))
+        lse.view(p.B, p.Hkv, p.G).copy_(_vote_(logits, n_voters, p, outside, n))
         of_selection = logits.view(p.B, p.S, -1, n_rows, p.Lk)[:, :, :, :n_voters]
         torch.sum(of_selection, (2, 3), out=total)
         votes[:, ballot].copy_(_pooled(total, p, outside))
@@ -148,7 +149,7 @@ def _fill_logits(
         logits.view(p.B, -1, p.Lk)[:, :, chunk].copy_(part)
 
 
-def _vote_(logits: Tensor, n_voters: int, problem: Problem, outside: Tensor) -> Tensor:
+def _vote_(logits: Tensor, n_voters: int, problem: Problem, outside: Tensor, n: Tensor) -> Tensor:
     """Turn the logits of the voters, in their place, into votes; the lse of the last G rows."""
     p, c = problem, problem.config
     stats = empty((4, p.B, p.Hkv, logits.shape[2], 1), logits.dtype, logits.device)
@@ -163,7 +164,8 @@ def _vote_(logits: Tensor, n_voters: int, problem: Problem, outside: Tensor) -> 
         _softmax_(logits, stats)
     elif c.vote == "hard":
         voters = logits[:, :, :n_voters]
-        voters.copy_(_best(voters, c.k, outside[:, None, None]))
+        k = _budget(p, n)[:, None, None, None]
+        voters.copy_(_best(voters, k, c.budget(p.Lk), outside[:, None, None]))
     return lse
 
 
@@ -217,15 +219,16 @@ def select(votes: Tensor, problem: Problem) -> Selection:
     """See `tokenselect.reference.select`: bit-exact, by threshold."""
     p, device = problem, problem.q.device
     shape = (p.B, p.S, p.Lk)
-    _, absent, outside = _regions(p)
+    n, absent, outside = _regions(p)
     excluded = empty(shape, torch.bool, device).copy_(outside[:, None])
     ranked = empty(shape, votes.dtype, device)
-    for ballot, (_, share) in enumerate(p.config.ballots):
+    largest = p.config.shares(p.Lk)
+    for ballot, share in enumerate(_shares(p, n)):
         torch.nan_to_num(
             votes[:, ballot], nan=-math.inf, posinf=math.inf, neginf=-math.inf, out=ranked
         )
         ranked.masked_fill_(excluded, -math.inf)
-        excluded.logical_or_(_best(ranked, share, excluded))
+        excluded.logical_or_(_best(ranked, share[:, None, None], largest[ballot], excluded))
     # Sink and window were excluded from the start, and what was chosen is excluded now.
     chosen = excluded.logical_and_(torch.logical_not(absent, out=absent)[:, None])
     rank = empty(shape, torch.int32, device).copy_(chosen).cumsum_(-1)
@@ -238,19 +241,49 @@ def select(votes: Tensor, problem: Problem) -> Selection:
     return Selection(positions, empty((p.B, p.S), torch.int32, device).copy_(rank[..., -1]))
 
 
-def _best(votes: Tensor, k: int, excluded: Tensor) -> Tensor:
+def _shares(problem: Problem, n: Tensor) -> list[Tensor]:
+    """Return each ballot's share of the budgets of requests of n (B,) tokens: (B,) int64 each."""
+    budget = _budget(problem, n)
+    if problem.R == 1:
+        return [budget]
+    fixed = _part(problem.config.budget_rule.fixed_millionths, budget)
+    return [fixed, budget.sub_(fixed)]
+
+
+def _budget(problem: Problem, n: Tensor) -> Tensor:
+    """Return the budgets of requests of n (B,) tokens."""
+    rule = problem.config.budget_rule
+    return _part(rule.millionths, n).clamp_(rule.least, rule.most)
+
+
+def _part(millionths: int, count: Tensor) -> Tensor:
+    """Return so many millionths of each count, rounded up."""
+    million = scalar_like(MILLION, count)
+    part = torch.mul(
+        count,
+        scalar_like(millionths, count),
+        out=empty(tuple(count.shape), count.dtype, count.device),
+    )
+    part.add_(scalar_like(MILLION - 1, count))
+    return torch.div(part, million, rounding_mode="floor", out=part)
+
+
+def _best(votes: Tensor, k: Tensor, largest: int, excluded: Tensor) -> Tensor:
     """Return a mask of the k largest of votes (..., m), the lower place first among equals; or all.
 
-    Of those not `excluded`, whose votes are -inf. No vote is NaN.
+    Of those not `excluded`, whose votes are -inf. No vote is NaN. k (B, 1, ...) is each row's, and
+    no more than `largest`.
     """
-    k, shape, device = min(k, votes.shape[-1]), tuple(votes.shape), votes.device
+    largest, shape, device = max(1, min(largest, votes.shape[-1])), tuple(votes.shape), votes.device
     best = empty(shape, torch.bool, device)
-    if k == 0:
-        return best.fill_(False)
     row = (*shape[:-1], 1)
-    top, where = (empty((*shape[:-1], k), kind, device) for kind in (votes.dtype, torch.int64))
-    torch.topk(votes, k, sorted=False, out=(top, where))
-    least = torch.amin(top, -1, keepdim=True, out=empty(row, votes.dtype, device))
+    top, where = (
+        empty((*shape[:-1], largest), kind, device) for kind in (votes.dtype, torch.int64)
+    )
+    torch.topk(votes, largest, out=(top, where))
+    least, last = empty(row, votes.dtype, device), empty(row, torch.int64, device)
+    last.copy_(k).clamp_(1, largest).sub_(scalar_like(1, last))
+    torch.gather(top, -1, last, out=least)
     # Their number by cumsum: to make one number of a long row, sum takes memory for its threads.
     rank = empty(shape, torch.int32, device).copy_(torch.gt(votes, least, out=best)).cumsum_(-1)
     n_above = empty(row, torch.int32, device).copy_(rank[..., -1:])
@@ -258,7 +291,8 @@ def _best(votes: Tensor, k: int, excluded: Tensor) -> Tensor:
     tied, early = (empty(shape, torch.bool, device) for _ in range(2))
     torch.eq(votes, least, out=tied).masked_fill_(excluded, False)
     rank.copy_(tied).cumsum_(-1).add_(n_above)
-    tied.logical_and_(torch.le(rank, scalar_like(k, rank), out=early))
+    most = empty(row, rank.dtype, device).copy_(k)
+    tied.logical_and_(torch.le(rank, most, out=early))
     return best.logical_or_(tied)
 
 

@@ -217,7 +217,7 @@ class Stages:
             k=k.data_ptr(), k_outer=k_outer, k_head=k_head, k_token=k_token, k_dim=k_dim,
             v=v.data_ptr(), v_outer=v_outer, v_head=v_head, v_token=v_token, v_dim=v_dim,
             lengths=p.cache_seqlens.data_ptr(), select_scale=p.select_scale, scale=p.scale,
-            softcap=p.softcap or 0.0, budget=c.k, fixed_budget=c.ballots[0][1],
+            softcap=p.softcap or 0.0, **c.budget_rule._asdict(),
             n_sink=c.n_sink, n_local=c.n_local, vote=_VOTES[c.vote],
             over_candidates=c.vote == "soft" and c.normalize == "candidates",
             pool=c.pool, runs=c.n_query_means, score_at=_SCORE_AT[c.score_at],

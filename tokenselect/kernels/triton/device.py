@@ -12,7 +12,8 @@ LN2 = tl.constexpr(0.6931471805599453)
 # by 16. None of these tells how rows of values are aligned, which wide loads and stores depend on.
 # Kernels add S, Lk and K where those do not tell it either.
 COUNTS = (
-    *("B", "Hkv", "G", "Lq", "share", "max_reuse", "theta_bits", "reciprocal_bits"),
+    *("B", "Hkv", "G", "Lq", "max_reuse", "theta_bits", "reciprocal_bits"),
+    *("millionths", "least", "most", "share"),
     *("n_sink", "n_local", "n_voters", "n_voting", "first_lse_voter", "n_query_means", "reach"),
     *("n_tiles", "n_segments", "n_splits", "n_blocks", "n_programs", "n_pages", "page_size"),
     *("n_rows", "first_row", "rows_per_request", "candidate_sums"),

@@ -102,7 +102,7 @@ def _ballots(problem: Problem) -> tuple[int, int, int]:
     """
     plain = rotated = -1
     sign = 1
-    for ballot, (score_at, _) in enumerate(problem.config.ballots):
+    for ballot, score_at in enumerate(problem.config.ballots):
         is_raw = problem.rope is not None and problem.rope.cached == "raw"
         if problem.needs_rotation(score_at) and is_raw == (score_at == "true"):
             rotated, sign = ballot, 1 if is_raw else -1
@@ -151,7 +151,7 @@ def launches(
     q_strides = {"qb": q.stride(0), "qg": p.G * q.stride(1), "qv": q.stride(1)}
     q_strides |= {"qpart": 0, "qd": q.stride(3)}
     needs_voters = sizes.plain >= 0 and (
-        p.Lq > 1 or p.needs_rotation(p.config.ballots[sizes.plain][0])
+        p.Lq > 1 or p.needs_rotation(p.config.ballots[sizes.plain])
     )
     if needs_voters:
         dtype = torch.float32 if sizes.rotated >= 0 else p.q.dtype
@@ -181,7 +181,7 @@ def launches(
 def _tables(problem: Problem, source: Source) -> Tables:
     rope = problem.rope
     if rope is None or not any(
-        problem.needs_rotation(score_at) for score_at, _ in problem.config.ballots
+        problem.needs_rotation(score_at) for score_at in problem.config.ballots
     ):
         stand_in = problem.q
         return Tables(stand_in, stand_in, stand_in)
@@ -198,7 +198,7 @@ def _voters_launch(
     factor: Tensor,
 ) -> Launch:
     p = problem
-    score_at = p.config.ballots[ballot][0]
+    score_at = p.config.ballots[ballot]
     rotates = p.needs_rotation(score_at)
     half = p.rope.rotary_dim // 2 if rotates and p.rope is not None else 0
     is_raw = p.rope is not None and p.rope.cached == "raw"

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from tokenselect.contract import Problem, Selection
+from tokenselect.contract.config import MILLION
 from tokenselect.kernels.triton import recording, select_kernels
 from tokenselect.kernels.triton.configs import TABLE
 from tokenselect.kernels.triton.launch import SOURCE, Launch, Source
@@ -54,10 +55,8 @@ def launches(
     tallies: dict[str, Any] = {"above_ptr": above, "tied_ptr": tied}
     results: dict[str, Any] = {"positions_ptr": places, "taken_ptr": taken, "out_ptr": positions}
     results |= {"count_ptr": count, "K": p.K}
-    todo = [_clear_launch(histograms)]
-    share = 0
-    for ballot, (_, more) in enumerate(p.config.ballots):
-        share = min(share + more, p.Lk)
+    todo, rule = [_clear_launch(histograms)], p.config.budget_rule
+    for ballot in range(p.R):
         is_last = ballot == p.R - 1
         bounds: dict[str, Any] = {
             "seqlens_ptr": p.cache_seqlens,
@@ -66,7 +65,10 @@ def launches(
             "Lk": p.Lk,
             "n_sink": min(p.config.n_sink, p.Lk),
             "n_local": min(p.config.n_local, p.Lk),
-            "share": share,
+            "millionths": rule.millionths,
+            "least": rule.least,
+            "most": rule.most,
+            "share": MILLION if is_last else rule.fixed_millionths,
             "n_blocks": n_blocks,
         }
         ballots: dict[str, Any] = {
@@ -111,7 +113,7 @@ def bytes_moved(problem: Problem) -> dict[str, int]:
     p = problem
     n_rows = p.B * p.S
     votes = 4 * n_rows * p.Lk
-    listed = n_rows * min(p.Lk, max(2 * p.config.k, p.Lk // 30))
+    listed = n_rows * min(p.Lk, max(2 * p.config.budget(p.Lk), p.Lk // 30))
     first_bins, bins, all_bins = (
         4 * n_rows * size.value
         for size in (select_kernels.FIRST_BINS, select_kernels.BINS, select_kernels.ALL_BINS)

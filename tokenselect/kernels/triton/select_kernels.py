@@ -36,6 +36,9 @@ def count(
     Lk,
     n_sink,
     n_local,
+    millionths,
+    least,
+    most,
     share,
     n_blocks,
     first_row,
@@ -55,7 +58,9 @@ def count(
     wait_for_previous(PDL)
     pid = tl.program_id(0)
     block, row = pid % n_blocks, pid // n_blocks
-    sink_end, local_start, _ = _bounds(row, seqlens_ptr, S, Lq, Lk, n_sink, n_local, share)
+    sink_end, local_start, _ = _bounds(
+        row, seqlens_ptr, S, Lq, Lk, n_sink, n_local, millionths, least, most, share
+    )
     if block * BLOCK >= local_start:
         return
     position = block * BLOCK + tl.arange(0, BLOCK)
@@ -89,6 +94,9 @@ def shortlist(
     Lk,
     n_sink,
     n_local,
+    millionths,
+    least,
+    most,
     share,
     n_blocks,
     first_row,
@@ -107,7 +115,9 @@ def shortlist(
     wait_for_previous(PDL)
     pid = tl.program_id(0)
     block, row = pid % n_blocks, pid // n_blocks
-    sink_end, local_start, need = _bounds(row, seqlens_ptr, S, Lq, Lk, n_sink, n_local, share)
+    sink_end, local_start, need = _bounds(
+        row, seqlens_ptr, S, Lq, Lk, n_sink, n_local, millionths, least, most, share
+    )
     if block * BLOCK >= local_start:
         return
     histogram_ptr += (first_row + row).to(tl.int64) * ALL_BINS
@@ -140,6 +150,9 @@ def narrow(
     Lk,
     n_sink,
     n_local,
+    millionths,
+    least,
+    most,
     share,
     n_blocks,
     first_row,
@@ -150,7 +163,9 @@ def narrow(
     wait_for_previous(PDL)
     pid = tl.program_id(0)
     block, row = pid % n_blocks, pid // n_blocks
-    _, local_start, _ = _bounds(row, seqlens_ptr, S, Lq, Lk, n_sink, n_local, share)
+    _, local_start, _ = _bounds(
+        row, seqlens_ptr, S, Lq, Lk, n_sink, n_local, millionths, least, most, share
+    )
     if block * BLOCK >= local_start:
         return
     histogram_ptr += (first_row + row).to(tl.int64) * ALL_BINS
@@ -178,6 +193,9 @@ def tally(
     Lk,
     n_sink,
     n_local,
+    millionths,
+    least,
+    most,
     share,
     n_blocks,
     first_row,
@@ -188,7 +206,9 @@ def tally(
     wait_for_previous(PDL)
     pid = tl.program_id(0)
     block, row = pid % n_blocks, pid // n_blocks
-    _, local_start, _ = _bounds(row, seqlens_ptr, S, Lq, Lk, n_sink, n_local, share)
+    _, local_start, _ = _bounds(
+        row, seqlens_ptr, S, Lq, Lk, n_sink, n_local, millionths, least, most, share
+    )
     if block * BLOCK >= local_start:
         return
     found_ptr += row * FOUND
@@ -221,6 +241,9 @@ def collect(
     Lk,
     n_sink,
     n_local,
+    millionths,
+    least,
+    most,
     share,
     n_blocks,
     MARK: tl.constexpr,
@@ -235,7 +258,9 @@ def collect(
     wait_for_previous(PDL)
     pid = tl.program_id(0)
     block, row = pid % n_blocks, pid // n_blocks
-    sink_end, local_start, need = _bounds(row, seqlens_ptr, S, Lq, Lk, n_sink, n_local, share)
+    sink_end, local_start, need = _bounds(
+        row, seqlens_ptr, S, Lq, Lk, n_sink, n_local, millionths, least, most, share
+    )
     won = need
     if block * BLOCK < local_start:
         last, need = _load_found(found_ptr + row * FOUND + 4)
@@ -273,10 +298,21 @@ def collect(
 
 
 @triton.jit
-def _bounds(row, seqlens_ptr, S, Lq, Lk, n_sink, n_local, share):
-    """Return a row's first candidate, the end of its candidates, and how many have to win."""
-    sink_end, local_start = regions(length(seqlens_ptr, row // S, Lk), Lq, n_sink, n_local)
-    return sink_end, local_start, tl.minimum(share, local_start - sink_end)
+def _bounds(row, seqlens_ptr, S, Lq, Lk, n_sink, n_local, millionths, least, most, share):
+    """Return a row's first candidate, the end of its candidates, and how many have to win.
+
+    share: the millionths of the row's budget that this ballot and those before it fill.
+    """
+    n = length(seqlens_ptr, row // S, Lk)
+    sink_end, local_start = regions(n, Lq, n_sink, n_local)
+    budget = tl.minimum(tl.maximum(_part(millionths, n), least), most)
+    return sink_end, local_start, tl.minimum(_part(share, budget), local_start - sink_end)
+
+
+@triton.jit
+def _part(millionths, count):
+    """Return so many millionths of a count, rounded up."""
+    return ((count.to(tl.int64) * millionths + 999999) // 1000000).to(tl.int32)
 
 
 @triton.jit

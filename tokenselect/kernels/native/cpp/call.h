@@ -18,7 +18,8 @@
   X(int64_t, n_pages) X(int64_t, page_size)                                                      \
   X(const int32_t*, lengths) X(const float*, sinks)                                              \
   X(double, select_scale) X(double, scale) X(double, softcap)                                    \
-  X(int64_t, budget) X(int64_t, fixed_budget) X(int64_t, n_sink) X(int64_t, n_local)             \
+  X(int64_t, millionths) X(int64_t, least) X(int64_t, most) X(int64_t, fixed_millionths)         \
+  X(int64_t, n_sink) X(int64_t, n_local)                                                         \
   X(int64_t, vote) X(int64_t, over_candidates) X(int64_t, pool) X(int64_t, runs)                 \
   X(int64_t, score_at) X(int64_t, contiguous)                                                    \
   X(const double*, cos_sin_table) X(int64_t, n_high) X(const double*, inv_freq)                  \

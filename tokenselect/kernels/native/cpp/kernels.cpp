@@ -13,8 +13,9 @@ static bool attends_first(const Call& c) {
   bool same_logits = c.select_scale == c.scale && c.score_at == ts::AT_TRUE && !c.contiguous;
   if (c.stages != STEP || c.is_static || c.Lq != 1 || !same_logits || c.softcap > 0) return false;
   for (int64_t b = 0; b < c.B; ++b) {
-    Regions of = regions(c, length(c, b));
-    if (of.local_start - of.sink_end > c.budget) return false;
+    int64_t n = length(c, b);
+    Regions of = regions(c, n);
+    if (of.local_start - of.sink_end > budget(c, n)) return false;
   }
   return true;
 }

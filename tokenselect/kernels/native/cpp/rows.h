@@ -55,6 +55,16 @@ static inline Regions regions(const Call& c, int64_t n) {
   return {min(c.n_sink, local_start), local_start};
 }
 
+// So many millionths of a count, rounded up.
+static inline int64_t part(int64_t millionths, int64_t count) {
+  return ceil_div(count * millionths, 1000000);
+}
+
+// How many tokens are selected by vote of a request of n.
+static inline int64_t budget(const Call& c, int64_t n) {
+  return min(max(part(c.millionths, n), c.least), c.most);
+}
+
 // A cache of elements E. A page that is not in the pool is read as page 0: nonsense, in bounds.
 template <class E>
 struct Cache {

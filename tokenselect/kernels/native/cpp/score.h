@@ -246,7 +246,7 @@ struct Scorer {
     if (c.vote == ts::HARD) {
       Regions of = regions(c, n);
       auto key = [&](int64_t i) { return ordered(logit(ballot, b, h, of.sink_end + i)); };
-      cuts[head] = find_cut(of.local_start - of.sink_end, c.budget, key);
+      cuts[head] = find_cut(of.local_start - of.sink_end, budget(c, n), key);
     }
     if (c.vote != ts::SOFT) return;
     double sum;

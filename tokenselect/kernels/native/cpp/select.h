@@ -121,13 +121,13 @@ struct Selector {
     int64_t n = length(c, b);
     Regions of = n > 0 ? regions(c, n) : Regions{0, 0};
     int64_t m = of.local_start - of.sink_end, row = b * c.S + s, n_chosen = 0;
-    if (m <= c.budget) return select_all(row, n);
+    int64_t k = budget(c, n), fixed = part(c.fixed_millionths, k);
+    if (m <= k) return select_all(row, n);
     Listed* entries = listed + row * room;
     uint32_t* top = tops + row * (room / GROUP);
     int32_t *taken = chosen + row * 2 * c.K, *next = taken + c.K;
     for (int64_t ballot = 0; ballot < R; ++ballot) {
-      int64_t share = c.budget;
-      if (R == 2) share = ballot == 0 ? c.fixed_budget : c.budget - c.fixed_budget;
+      int64_t share = R == 1 ? k : ballot == 0 ? fixed : k - fixed;
       const float* from = votes + ((b * R + ballot) * c.S + s) * c.Lk + of.sink_end;
       // Of those that reach the bound, `n_chosen` may be taken already.
       uint32_t reached = bound(from, m, share + n_chosen, top);
