@@ -14,9 +14,10 @@ from tokenselect.scalars import is_integer, plain
 from tokenselect.selection_cache import SelectionCache
 
 NAME = "tokenselect"
-_OWN = ("theta", "max_reuse", "backend", "chunk")
+_OWN = ("theta", "max_reuse", "backend", "chunk", "prefill", "dense_below")
 NAMES = (*CONFIG_NAMES, *_OWN)
 PRESETS = ("faithful", "extrapolate", "paper")
+PREFILLS = ("dense", "selected")
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Options:
     max_reuse  at most that many tokens after it was made
     backend    a backend's name, or "auto"
     chunk      at most that many queries of one request share a selection, >= 1
+    prefill    how calls of several queries per request attend: "dense" or "selected"
+    dense_below  requests of fewer tokens attend densely, >= 0
     """
 
     select: SelectConfig = field(default_factory=SelectConfig)
@@ -35,6 +38,8 @@ class Options:
     max_reuse: int = 64
     backend: str = "auto"
     chunk: int = 512
+    prefill: str = "dense"
+    dense_below: int = 0
 
     @property
     def needs_raw_keys(self) -> bool:
@@ -106,6 +111,18 @@ def parse(given: object) -> Options:
             "chunk is an integer >= 1: how many queries share a selection",
             "pass an int of 1 or more, or leave chunk out for 512",
         )
+    if options.prefill not in PREFILLS:
+        raise InvalidProblem(
+            f"prefill={options.prefill!r}",
+            f"prefill is one of {', '.join(map(repr, PREFILLS))}: how prompts are read",
+            "leave it out for the preset's own, or for 'dense'",
+        )
+    if not is_integer(options.dense_below) or options.dense_below < 0:
+        raise InvalidProblem(
+            f"dense_below={options.dense_below!r}",
+            "dense_below is an integer >= 0: requests of fewer tokens attend densely",
+            "pass an int of 0 or more, or leave it out for 0",
+        )
     return options
 
 
@@ -130,8 +147,9 @@ def preset_options(preset: str | None) -> dict[str, Any]:
             f"preset is one of {', '.join(map(repr, PRESETS))}, or None",
             f"did you mean {close[0]!r}?" if close else by_name,
         )
-    make = getattr(SelectConfig, preset)
-    return {name: make()[name] for name in CONFIG_NAMES if make()[name] != SelectConfig()[name]}
+    config, plain_config = getattr(SelectConfig, preset)(), SelectConfig()
+    changed = {name: config[name] for name in CONFIG_NAMES if config[name] != plain_config[name]}
+    return changed if preset == "faithful" else changed | {"prefill": "selected"}
 
 
 def _unknown(name: object) -> InvalidProblem:
