@@ -129,6 +129,7 @@ class TestAttendDensely:
             out = attend_densely(q, k, v, **given)
             expected = by_hand(q, k, v, **given)
             torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=2e-6)
+            assert out.is_contiguous()  # as some models need it
 
     def test_vectors_that_are_not_in_one_piece(self) -> None:
         torch.manual_seed(0)

@@ -251,6 +251,21 @@ class TestEverything:
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
         assert generated(model, ids, attention_mask=mask, **static).equal(expected)
 
+    @pytest.mark.slow
+    def test_compiled(self) -> None:
+        """Attention and masks stay outside, so that one graph of it all is refused by torch."""
+        model, ids = model_of("gemma2"), tokens(2)
+        torch._dynamo.reset()
+        with enable(model, **SMALL):
+            expected = read(model, ids, TokenSelectCache(model), 0, 12, *range(13, L))
+            model.compile(backend="eager")
+            actual = read(model, ids, TokenSelectCache(model), 0, 12, *range(13, L))
+            assert_close(actual, expected)
+            model.compile(backend="eager", fullgraph=True)
+            with pytest.raises(Exception, match="tokenselect reads masks and lengths on the host"):
+                model(ids)
+        torch._dynamo.reset()
+
     def test_going_on_with_a_cache(self, llama: Any) -> None:
         """A chat: a second turn on the cache of the first."""
         ids = tokens(1)
@@ -1635,7 +1650,7 @@ class TestMask:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["full", "sliding", "raw"])
+@pytest.mark.parametrize("kind", ["full", "dense", "holes", "sliding", "raw"])
 def test_memory_of_a_prompt_does_not_grow_with_its_square(kind: str) -> None:
     """Peaks beside the cache: a quarter of what one float32 head of Lq x Lk would take."""
     length = 4096
@@ -1671,9 +1686,12 @@ if "{kind}" == "raw":
 function = sliding_window_causal_mask_function(64)
 if "{kind}" != "sliding":
     function = causal_mask_function
+if "{kind}" in ("full", "raw"):
+    options["prefill"] = "selected"
 q, k, v = torch.randn(3, 1, 2, {length}, 8).unbind()
 for n in (256, {length}):
-    mask = token_mask(1, n, n, mask_function=function)
+    tokens = torch.arange(n)[None] != 9 if "{kind}" == "holes" else None
+    mask = token_mask(1, n, n, mask_function=function, attention_mask=tokens)
     mask.calls[layer] = rotation._Call(rotation._Made(None, torch.arange(n)[None]), True, None)
     forget_peak()
     before = resident("VmRSS")

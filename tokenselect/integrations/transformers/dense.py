@@ -75,7 +75,7 @@ def attend_densely(
         ).unflatten(1, (Hkv, -1))
     else:
         out = _in_blocks(kernel, q, k, v, valid, window, settings)
-    out = out.flatten(1, 2).transpose(1, 2)
+    out = out.flatten(1, 2).transpose(1, 2).contiguous()
     return out if valid is None else out.masked_fill_(~valid[:, n - m :, None, None], 0.0)
 
 

@@ -18,7 +18,12 @@ from tokenselect.integrations.transformers.causality import in_progress
 from tokenselect.integrations.transformers.dense import attend_densely
 from tokenselect.integrations.transformers.masks import TokenMask, TokenSpan
 from tokenselect.integrations.transformers.options import Options, check, parse
-from tokenselect.integrations.transformers.refusals import layer_name, refuse_layer, refuse_mla
+from tokenselect.integrations.transformers.refusals import (
+    layer_name,
+    outside_of_graphs,
+    refuse_layer,
+    refuse_mla,
+)
 from tokenselect.integrations.transformers.rotation import Probe, raw_layer_of, trained_length
 from tokenselect.rope import Rope
 
@@ -90,7 +95,7 @@ def all_dense(config: Any) -> Iterator[None]:
         _all_dense.configs = outer
 
 
-@torch.compiler.disable
+@outside_of_graphs
 def attention_forward(
     module: Any,
     query: Tensor,

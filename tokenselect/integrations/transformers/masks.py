@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import masking_utils
 
 from tokenselect.integrations.transformers.causality import in_progress
-from tokenselect.integrations.transformers.refusals import Refusal
+from tokenselect.integrations.transformers.refusals import Refusal, outside_of_graphs
 
 MaskFunction = Callable[..., Any]
 
@@ -145,7 +145,7 @@ class TokenMask(Tensor):
         self.spans = [TokenSpan(rows, (n,) * B, (0,) * B, slots, queries, Lq)]
 
 
-@torch.compiler.disable
+@outside_of_graphs
 def token_mask(
     batch_size: int,
     q_length: int,
