@@ -213,8 +213,8 @@ def fault_of(model: Any) -> str:
     errors = [error_of(*pair) for pair in zip(actual, expected * 2, strict=True)]
     if not max(errors) < 2e-4:
         return (
-            f"off by {errors} of the largest logit: prompt, padded prompt, decoded; first selected, "
-            "then dense"
+            f"off by {errors} of the largest logit: prompt, padded prompt, decoded; "
+            "first selected, then dense"
         )
     if slides_everywhere(model.config):
         return ""

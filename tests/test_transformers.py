@@ -559,24 +559,26 @@ class TestReuse:
 
     @pytest.mark.parametrize("padding", ["none", "left", "right", "mixed", "holes"])
     @pytest.mark.parametrize("cropped", [1, 2, 5])
+    @pytest.mark.parametrize("prefill", ["dense", "selected"])
     @pytest.mark.parametrize("densely", [False, True])
     def test_after_a_crop_all_is_as_if_nothing_was_remembered(
-        self, llama: Any, padding: str, cropped: int, densely: bool
+        self, llama: Any, padding: str, cropped: int, prefill: str, densely: bool
     ) -> None:
         """What comes first after it may be read densely, and tells the selections nothing."""
         mask = PADDINGS[padding]
         ids = tokens(2 if mask is None else len(mask))
-        others = ids.flip(1)
-        with enable(llama, **SPARSE, theta=-1.0):
+        others, options = ids.flip(1), {**SMALL, "prefill": prefill, "theta": -1.0}
+        with enable(llama, **options):
             cache = TokenSelectCache(llama)
-            read(llama, ids, cache, 0, 14, mask=mask)
+            selected_last = (0, 13, 14) if prefill == "dense" else (0, 14)
+            read(llama, ids, cache, *selected_last, mask=mask)
             cache.crop(-cropped)
             assert len(cache.layers[0].selections._caches) > 0
             forgetful = copy.deepcopy(cache)
             for layer in forgetful.layers:
                 layer.selections.clear()
         for i, (start, end) in enumerate(((14 - cropped, 15), (15, 16), (16, 18))):
-            with nullcontext() if densely and i == 0 else enable(llama, **SPARSE, theta=-1.0):
+            with nullcontext() if densely and i == 0 else enable(llama, **options):
                 a, b = (
                     read(llama, others, each, start, end, mask=mask) for each in (cache, forgetful)
                 )
@@ -814,8 +816,8 @@ class TestAutocast:
                 return model(ids, **more).logits
 
         stock = read()
-        for chunk in (512, 4):
-            with enable(model, **EVERYTHING, chunk=chunk):
+        for given in ({**EVERYTHING, "chunk": 512}, {**EVERYTHING, "chunk": 4}, DENSE):
+            with enable(model, **given):
                 self.assert_as_close(read(), stock, truth)
 
     @pytest.mark.parametrize("within", [WITHIN, THEN_OUTSIDE, THEN_WITHIN])
@@ -1171,7 +1173,10 @@ def test_a_model_that_cuts_its_masks_to_the_newest_queries(padding: str) -> None
         with enable(model, **EVERYTHING, theta=-1.0):
             cache = TokenSelectCache(model)
             actual = model(ids, attention_mask=mask, past_key_values=cache, **more).logits
-        assert_close(actual, expected, None if mask is None else mask[:, -expected.shape[1] :])
+        kept = None if mask is None else mask[:, -expected.shape[1] :]
+        assert_close(actual, expected, kept)
+        with enable(model, **SMALL):  # a prompt, if all of it but one token is cut
+            assert_close(model(ids, attention_mask=mask, **more).logits, expected, kept)
     if padding in ("none", "left"):
         ids = ids if mask is None else ids.where(mask.bool(), 0)
         expected = generated(model, ids, attention_mask=mask)
@@ -1632,6 +1637,7 @@ class TestMask:
             for a, b in zip(mine, theirs, strict=True):
                 assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
         assert newest.calls is whole.calls
+        assert (newest.is_step, later.is_step) == (False, kept == 1)
 
     def test_requests_with_the_same_queries_go_together(self) -> None:
         """Of a prompt those that begin at the same place; of a step all."""
