@@ -46,8 +46,10 @@ from tokenselect.integrations.transformers.cache import GrowableLayer
 
 VOCABULARY = 61
 WINDOW = 6
-EVERYTHING = {"k": 64, "n_sink": 2, "n_local": 3}
+EVERYTHING: dict[str, Any] = {"k": 64, "n_sink": 2, "n_local": 3, "prefill": "selected"}
 SMALL: dict[str, Any] = {"k": 3, "n_sink": 1, "n_local": 2}
+# What `enable` takes, so that prompts are read with it too.
+SPARSE: dict[str, Any] = {**SMALL, "prefill": "selected"}
 OTHERWISE: dict[str, Any] = {**SMALL, "vote": "logit", "scope": "group", "pool": 3}
 
 SIZES: dict[str, Any] = {

@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from tests.models import CACHE, EVERYTHING, SIZES, SMALL, WINDOW, L, mask_of, tokens
+from tests.models import CACHE, EVERYTHING, SIZES, SPARSE, WINDOW, L, mask_of, tokens
 from tokenselect.errors import TokenSelectError
 from tokenselect.integrations.transformers import TokenSelectCache, enable
 from tokenselect.integrations.transformers.cache import slides_everywhere
@@ -205,15 +205,20 @@ def fault_of(model: Any) -> str:
 
     10 times the tolerance of tests.models: some of these are deeper, and run in loops.
     """
-    with enable(model, **EVERYTHING):
-        actual = [*prompt_logits(model), decoded_logits(model, TokenSelectCache(model))]
+    actual = []
+    for how in ({"prefill": "selected"}, {"prefill": "dense", "dense_below": 15}):
+        with enable(model, **EVERYTHING | how):
+            actual += [*prompt_logits(model), decoded_logits(model, TokenSelectCache(model))]
     expected = [*prompt_logits(model), decoded_logits(model, DynamicCache(config=model.config))]
-    errors = [error_of(*pair) for pair in zip(actual, expected, strict=True)]
+    errors = [error_of(*pair) for pair in zip(actual, expected * 2, strict=True)]
     if not max(errors) < 2e-4:
-        return f"off by {errors} of the largest logit: prompt, padded prompt, decoded"
+        return (
+            f"off by {errors} of the largest logit: prompt, padded prompt, decoded; "
+            "first selected, then dense"
+        )
     if slides_everywhere(model.config):
         return ""
-    with enable(model, **SMALL, chunk=1):
+    with enable(model, **SPARSE, chunk=1):
         if not error_of(model(tokens(2)).logits, expected[0]) > 1e-3:
             return "dense where little is to be selected"
     return ""

@@ -28,6 +28,7 @@ from tests.models import (
     PADDINGS,
     SIZES,
     SMALL,
+    SPARSE,
     THE_OLD_NAME,
     VOCABULARY,
     WINDOW,
@@ -228,7 +229,7 @@ class TestSelection:
         )
         results = []
         for how in ({}, moving):
-            with enable(model, **SMALL, **how, chunk=5), monkeypatch.context() as patch:
+            with enable(model, **SPARSE, **how, chunk=5), monkeypatch.context() as patch:
                 recorder = Recorder(patch)
                 model(ids, attention_mask=mask)
             full = [call for call in recorder.calls if call[4].window is None]
@@ -522,8 +523,8 @@ class TestPositions:
     @pytest.mark.parametrize(
         ("skip", "told"),
         [
-            (slice(10, None), r"tokens 0 to 19 .* at \[0, 0\] to \[20, 20\], with token 0 at \[0"),
-            (slice(19, None), r"tokens 0 to 19 .* at \[0, 0\] to \[20, 20\]"),
+            (slice(10, None), r"tokens 0 to 19 of request 0, .* at 0 to 20, with token 0 at 0"),
+            (slice(19, None), r"tokens 0 to 19 .* at 0 to 20, "),
         ],
     )
     def test_a_gap_is_refused(self, llama: Any, skip: slice, told: str) -> None:
@@ -645,7 +646,7 @@ class TestRefusals:
             enable(model, "extrapolate", k=100)
         assert model.config._attn_implementation == "eager"
         if name in ("dynamic", "longrope"):
-            with enable(model, **SMALL):
+            with enable(model, **SPARSE):
                 model(tokens(1))
 
     def test_m_rope(self) -> None:

@@ -30,6 +30,8 @@ from tokenselect.integrations.transformers import TokenSelectCache, enable, reco
 pytestmark = pytest.mark.filterwarnings(THE_OLD_NAME)
 
 TENTHS: dict[str, Any] = {"k": 0.3, "n_sink": 1, "n_local": 2}
+# Every token of a prompt selects.
+STEPWISE: dict[str, Any] = {"prefill": "selected", "chunk": 1}
 
 
 @pytest.fixture
@@ -45,7 +47,7 @@ def _no_grad() -> Iterator[None]:
 
 def test_a_fraction_is_of_the_tokens_of_each_request(llama: Any) -> None:
     mask = mask_of("20#", "5. 15#")
-    with enable(llama, **TENTHS, chunk=1), recorded() as infos:
+    with enable(llama, **TENTHS, **STEPWISE), recorded() as infos:
         llama(tokens(2), attention_mask=mask)
     counts = [info.selection.count.tolist() for info in infos]
     assert (
@@ -55,16 +57,16 @@ def test_a_fraction_is_of_the_tokens_of_each_request(llama: Any) -> None:
 
 
 def test_logits_warn_where_a_fraction_leaves_tokens_out(llama: Any) -> None:
-    with enable(llama, **TENTHS, chunk=8), pytest.warns(UserWarning, match="chose together"):
+    with enable(llama, **TENTHS, prefill="selected", chunk=8), pytest.warns(UserWarning, match="chose together"):
         llama(tokens(1))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with enable(llama, **TENTHS | {"k": 0.9}, chunk=8):  # of 20 tokens, 18 between 1 and 2
+        with enable(llama, **TENTHS | {"k": 0.9}, prefill="selected", chunk=8):  # of 20 tokens, 18 between 1 and 2
             llama(tokens(1))
 
 
 def test_a_fraction_is_saved_with_the_config(llama: Any, tmp_path: Any) -> None:
-    llama.config.tokenselect = TENTHS | {"k_min": 2, "k_max": 4, "chunk": 1}
+    llama.config.tokenselect = TENTHS | {"k_min": 2, "k_max": 4} | STEPWISE
     llama.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="tokenselect")
     assert loaded.config.tokenselect == llama.config.tokenselect
@@ -96,8 +98,8 @@ def test_the_size_of_a_selection_is_known_by_its_k_max(llama: Any) -> None:
 FOUR = {"num_hidden_layers": 4}
 
 
-def counts_by_layer(infos: list[Any], layers: int = 4) -> list[list[int]]:
-    """The sizes of the selections that each layer made, of a model that was read with chunk=1."""
+def counts_by_layer(infos: list[Any], layers: int = 3) -> list[list[int]]:
+    """The sizes of the selections that each layer made that is not dense, token by token."""
     counts = torch.tensor([int(info.selection.count) for info in infos])
     return counts.view(layers, -1).tolist()
 
@@ -106,11 +108,10 @@ def counts_by_layer(infos: list[Any], layers: int = 4) -> list[list[int]]:
 def test_layers_have_options_of_their_own(last: int) -> None:
     model = model_of("llama", **FOUR)
     layers = {0: "dense", 1: {"k": 5, "n_sink": 2}, last: {"k": 0.5}}
-    with enable(model, **SMALL, chunk=1, layers=layers), recorded() as infos:
+    with enable(model, **SMALL, **STEPWISE, layers=layers), recorded() as infos:
         model(tokens(1))
     n = range(1, 21)
     assert counts_by_layer(infos) == [
-        list(n),
         [min(i, 2 + 5 + 2) for i in n],
         [min(i, 1 + 3 + 2) for i in n],
         [min(i, 1 + -(-i // 2) + 2) for i in n],
@@ -124,7 +125,7 @@ def test_a_dense_layer_is_that_of_the_model(family: str, how: str) -> None:
     model = model_of(family, **{"num_hidden_layers": 1} if family == "llama" else {})
     ids, mask = tokens(2), mask_of("20#", "5. 15#")
     expected = model(ids, attention_mask=mask).logits
-    options = SMALL | MOVING.get(how, {}) | {"chunk": 7, "layers": {-1: "dense"}}
+    options = SMALL | MOVING.get(how, {}) | {"prefill": "selected", "chunk": 7, "layers": {-1: "dense"}}
     with enable(model, **options):
         assert_close(model(ids, attention_mask=mask).logits, expected, mask)
 
@@ -135,11 +136,11 @@ def test_one_layer_alone_may_move_keys() -> None:
     with enable(model, **EVERYTHING, layers=layers):
         moved = model(tokens(1)).logits
     assert_close(moved, model(tokens(1)).logits)
-    with enable(model, **SMALL, chunk=1, layers={0: "dense"} | layers):
+    with enable(model, **SMALL, **STEPWISE, layers={0: "dense"} | layers):
         one = model(tokens(1)).logits
-    with enable(model, **SMALL, chunk=1, **layers[1], layers={0: "dense"}):
+    with enable(model, **SMALL, **STEPWISE, **layers[1], layers={0: "dense"}):
         assert torch.equal(model(tokens(1)).logits, one)
-    with enable(model, **SMALL, chunk=1, layers={0: "dense"}):
+    with enable(model, **SMALL, **STEPWISE, layers={0: "dense"}):
         assert not torch.equal(model(tokens(1)).logits, one)
 
 
@@ -157,20 +158,20 @@ def test_one_layer_alone_may_reuse_selections() -> None:
 def test_layers_are_saved_with_the_config(tmp_path: Any) -> None:
     model = model_of("llama", **FOUR)
     layers = {0: "dense", -1: {"k": numpy.int64(5), "theta": None}}
-    model.config.tokenselect = SMALL | {"chunk": 1, "layers": layers}
+    model.config.tokenselect = SMALL | STEPWISE | {"layers": layers}
     as_json = {"0": "dense", "-1": {"k": 5, "theta": None}}
     assert model.config.tokenselect["layers"] == as_json
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="tokenselect")
     assert loaded.config.tokenselect == model.config.tokenselect
-    with enable(model, **SMALL, chunk=1, layers=layers) as handle:
+    with enable(model, **SMALL, **STEPWISE, layers=layers) as handle:
         assert model.config.tokenselect["layers"] == as_json
         expected = model(tokens(1)).logits
         handle.disable()
     assert model.config.tokenselect == loaded.config.tokenselect
     with recorded() as infos:
         assert torch.equal(loaded.eval()(tokens(1)).logits, expected)
-    assert [counts[-1] for counts in counts_by_layer(infos)] == [20, 6, 6, 8]
+    assert [counts[-1] for counts in counts_by_layer(infos)] == [6, 6, 8]
 
 
 @pytest.mark.parametrize(

@@ -206,6 +206,8 @@ def test_a_variant_that_cannot_be_is_refused(given: Any, budget: Any, message: s
 
 def test_every_option_of_a_variant_reaches_the_model(tiny: Tiny) -> None:
     given = {"k": 3, "vote": "hard", "theta": 0.5, "max_reuse": 7, "backend": "cpu", "chunk": 5}
+    assert resolve("it", {"it": given}, None, 100).given["prefill"] == "selected"
+    given |= {"prefill": "dense", "dense_below": 9}
     it = resolve("it", {"it": given}, None, 100)
     with it.applied(tiny.session.model):
         assert parse(tiny.session.config.tokenselect) == it.options

@@ -47,6 +47,8 @@ N_HELD = 64
 # A tenth of the tokens, and sinks and window of the same size.
 TENTH = {"k": 220, "n_sink": 16, "n_local": 64}
 WINDOW = {"k": 0, "n_sink": 16, "n_local": 284}
+# Each token selects for itself, as when it is decoded.
+BY_TOKEN: dict[str, Any] = {"prefill": "selected", "chunk": 1}
 
 
 def make_passage(tokenizer: Any, seed: int, n_context: int = N_CONTEXT) -> Passage:
@@ -80,7 +82,7 @@ def misled(model: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         problem = Problem.build(q, k_cache, v_cache, config)
         return tokenselect.attend(problem, selection).out
 
-    with enable(model, **TENTH, chunk=1), monkeypatch.context() as patch:
+    with enable(model, **TENTH, **BY_TOKEN), monkeypatch.context() as patch:
         patch.setattr(tokenselect, "attention", attention)
         yield
 
@@ -261,10 +263,9 @@ def divergences(case: Case, monkeypatch: pytest.MonkeyPatch) -> dict[str, float]
     """KL(dense || selected), nats, averaged over the held-back tokens, for three selections."""
     tokens = case.passage.held_back[:N_HELD]
     dense = case.read_on(tokens, nullcontext())
-    # chunk=1: each token selects for itself, as when it is decoded.
     selections: dict[str, Callable[[], AbstractContextManager[Any]]] = {
-        "right": lambda: enable(case.model, **TENTH, chunk=1),
-        "window": lambda: enable(case.model, **WINDOW, chunk=1),
+        "right": lambda: enable(case.model, **TENTH, **BY_TOKEN),
+        "window": lambda: enable(case.model, **WINDOW, **BY_TOKEN),
         "wrong head map": lambda: misled(case.model, monkeypatch),
     }
     kl = {}
@@ -289,7 +290,7 @@ def answers(smollm: tuple[Any, Any], seed: int, options: dict[str, int]) -> tupl
     model, tokenizer = smollm
     passage = make_passage(tokenizer, seed, 2000)
     ids = torch.tensor([passage.context + passage.question])
-    with enable(model, **options):
+    with enable(model, **options, prefill="selected"):
         written = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),

@@ -39,6 +39,7 @@ from tests.models import (
     PADDINGS,
     SIZES,
     SMALL,
+    SPARSE,
     THE_OLD_NAME,
     VOCABULARY,
     WINDOW,
@@ -91,10 +92,18 @@ def _no_grad() -> Iterator[None]:
         yield
 
 
-HOWS: dict[str, dict[str, Any]] = {"still": {}, **MOVING}
+# All is selected, or all attends densely, whatever is to be selected.
+DENSE: dict[str, Any] = {**SMALL, "prefill": "dense", "dense_below": 99}
+HOWS: dict[str, dict[str, Any]] = {
+    "still": EVERYTHING,
+    **{name: EVERYTHING | how for name, how in MOVING.items()},
+    "dense": DENSE,
+    "dense_raw": DENSE | MOVING["split"],
+}
+RAW = {*MOVING, "dense_raw"}
 
 
-class TestEverythingSelected:
+class TestEverything:
     """Stock eager attention's logits and tokens again, whether keys move or not.
 
     Where they do, nothing moves in effect, but every rotation is tokenselect's own.
@@ -107,7 +116,7 @@ class TestEverythingSelected:
         ids = tokens(2 if mask is None else len(mask))
         at = {} if mask is None or padding != "holes" else {"position_ids": counted(mask)}
         expected = model(ids, attention_mask=mask, **at).logits
-        with enable(model, **EVERYTHING, **HOWS[how], chunk=chunk):
+        with enable(model, **HOWS[how], chunk=chunk):
             actual = model(ids, attention_mask=mask, **at).logits
         assert actual.isfinite().all()
         assert_close(actual, expected, mask)
@@ -118,8 +127,9 @@ class TestEverythingSelected:
         assert mask is not None
         given = {"input_ids": tokens(len(mask)), "attention_mask": mask, "use_cache": False}
         expected = model(**given).logits
-        with enable(model, **EVERYTHING):
-            assert_close(model(**given).logits, expected, mask)
+        for how in ("still", "dense"):
+            with enable(model, **HOWS[how]):
+                assert_close(model(**given).logits, expected, mask)
 
     @pytest.mark.parametrize(
         ("dtype", "family", "padding", "bound", "how"),
@@ -127,10 +137,13 @@ class TestEverythingSelected:
             # A few roundings to dtype a layer; eager rounds logits and weights too.
             (torch.bfloat16, "gpt_oss", "left", 0.1, "still"),
             (torch.bfloat16, "gpt_oss", "left", 0.1, "split"),
+            (torch.bfloat16, "gpt_oss", "left", 0.1, "dense"),
             (torch.float16, "gemma2", "left", 0.02, "still"),
             (torch.float16, "gemma3", "left", 0.02, "split"),
+            (torch.float16, "gemma3", "left", 0.02, "dense_raw"),
             # Eager's own left padding gives NaN in float64; its softmax is float32 throughout.
             (torch.float64, "gemma2", "right", 1e-6, "still"),
+            (torch.float64, "qwen2_sliding", "right", 1e-6, "dense"),
         ],
     )
     def test_other_dtypes(
@@ -140,7 +153,7 @@ class TestEverythingSelected:
         assert mask is not None
         ids = tokens(len(mask))
         expected = model(ids, attention_mask=mask).logits[mask.bool()]
-        with enable(model, **EVERYTHING, **HOWS[how]):
+        with enable(model, **HOWS[how]):
             actual = model(ids, attention_mask=mask).logits[mask.bool()]
         assert actual.dtype == dtype
         assert (actual - expected).abs().max() / expected.abs().max() < bound
@@ -150,6 +163,8 @@ class TestEverythingSelected:
         [
             *(("still", kind) for kind in caches(None)),
             *((how, kind) for how in MOVING for kind in ("dynamic", "static", "ours")),
+            *(("dense", kind) for kind in caches(None)),
+            *(("dense_raw", kind) for kind in ("static", "ours")),
         ],
     )
     @pytest.mark.parametrize("padding", ["none", "left", "holes"])
@@ -157,29 +172,30 @@ class TestEverythingSelected:
         """Reading on, in steps of 1 and of more, is the same as reading all at once."""
         mask = PADDINGS[padding]
         ids = tokens(2 if mask is None else len(mask))
-        at = {} if mask is None or how == "still" else {"position_ids": counted(mask)}
+        at = {} if mask is None or how not in RAW else {"position_ids": counted(mask)}
         expected = model(ids, attention_mask=mask, use_cache=False, **at).logits
         cache = caches(model)[kind]()
-        with enable(model, **EVERYTHING, **HOWS[how], chunk=4):
+        with enable(model, **HOWS[how], chunk=4):
             actual = read(model, ids, cache, 0, 9, 10, 11, 15, 16, 17, 20, mask=mask, **at)
         assert_close(actual, expected, mask)
-        assert isinstance(cache, RawKeys) == (how != "still" and has_full_attention(model))
+        assert isinstance(cache, RawKeys) == (how in RAW and has_full_attention(model))
 
-    def test_a_request_that_is_absent_at_first(self, llama: Any) -> None:
+    @pytest.mark.parametrize("how", ["still", "dense"])
+    def test_a_request_that_is_absent_at_first(self, llama: Any, how: str) -> None:
         """Its row is all padding; then it begins."""
         ids, mask = tokens(2), mask_of("20#", "14. 6#")
         expected = llama(ids, attention_mask=mask).logits
-        with enable(llama, **EVERYTHING):
+        with enable(llama, **HOWS[how]):
             actual = read(llama, ids, TokenSelectCache(llama), 0, 10, 20, mask=mask)
         assert_close(actual, expected, mask)
 
     @pytest.mark.parametrize("mode", MODES)
-    @pytest.mark.parametrize("how", ["still", "split"])
+    @pytest.mark.parametrize("how", ["still", "split", "dense", "dense_raw"])
     def test_generate(self, model: Any, mode: str, how: str) -> None:
         mask = mask_of("20#", "5. 15#", "5. 15#", "13. 7#")
         ids = tokens(4).where(mask.bool(), 0)
         expected = generated(model, ids, attention_mask=mask, **MODES[mode])
-        with enable(model, **EVERYTHING, **HOWS[how]):
+        with enable(model, **HOWS[how]):
             actual = generated(model, ids, attention_mask=mask, **MODES[mode])
         assert expected.shape[1] == L + 8
         assert actual.tolist() == expected.tolist()
@@ -193,18 +209,18 @@ class TestEverythingSelected:
         given = {"attention_mask": mask, **MODES[mode]}
         expected = generated(model, ids, **given)
         cache = TokenSelectCache(model)
-        with enable(model, **EVERYTHING, **HOWS[how], theta=-1.0):
+        with enable(model, **HOWS[how], theta=-1.0):
             assert generated(model, ids, past_key_values=cache, **given).equal(expected)
         assert (cache.hits > 0) == has_full_attention(model)
 
     @pytest.mark.parametrize("assistant", ["prompt_lookup", "draft", "other_draft"])
-    @pytest.mark.parametrize("how", ["still", "split"])
+    @pytest.mark.parametrize("how", ["still", "split", "dense"])
     @ASSISTED
     def test_assisted(self, model: Any, assistant: str, how: str) -> None:
         """The draft is the model itself, or another one, which goes on rotating."""
         ids = tokens(1).repeat(1, 2)
         # A draft takes the padding token for padding also where it was generated: a hole.
-        more: dict[str, Any] = {} if how == "still" else {"suppress_tokens": [0]}
+        more: dict[str, Any] = {"suppress_tokens": [0]} if how in RAW else {}
         expected = generated(model, ids, **more)
         more |= {
             "prompt_lookup": lambda: {"prompt_lookup_num_tokens": 3},
@@ -212,7 +228,7 @@ class TestEverythingSelected:
             "other_draft": lambda: {"assistant_model": model_of("llama")},
         }[assistant]()
         theta = -1.0 if (assistant, how) == ("prompt_lookup", "still") else None
-        with enable(model, **EVERYTHING, **HOWS[how], theta=theta):
+        with enable(model, **HOWS[how], theta=theta):
             cache = TokenSelectCache(model)
             assert generated(model, ids, past_key_values=cache, **more).equal(expected)
 
@@ -230,10 +246,25 @@ class TestEverythingSelected:
         torch._dynamo.reset()
         expected = generated(model, ids, attention_mask=mask)
         torch._dynamo.utils.counters.clear()
-        with enable(model, **EVERYTHING, **HOWS[how]):
+        with enable(model, **HOWS[how]):
             assert generated(model, ids, attention_mask=mask, **static).equal(expected)
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
         assert generated(model, ids, attention_mask=mask, **static).equal(expected)
+
+    @pytest.mark.slow
+    def test_compiled(self) -> None:
+        """Attention and masks stay outside, so that one graph of it all is refused by torch."""
+        model, ids = model_of("gemma2"), tokens(2)
+        torch._dynamo.reset()
+        with enable(model, **SMALL):
+            expected = read(model, ids, TokenSelectCache(model), 0, 12, *range(13, L))
+            model.compile(backend="eager")
+            actual = read(model, ids, TokenSelectCache(model), 0, 12, *range(13, L))
+            assert_close(actual, expected)
+            model.compile(backend="eager", fullgraph=True)
+            with pytest.raises(Exception, match="tokenselect reads masks and lengths on the host"):
+                model(ids)
+        torch._dynamo.reset()
 
     def test_going_on_with_a_cache(self, llama: Any) -> None:
         """A chat: a second turn on the cache of the first."""
@@ -258,14 +289,14 @@ class TestSelection:
     def test_a_small_budget_is_another_result(self, llama: Any) -> None:
         ids = tokens(2)
         dense = llama(ids).logits
-        with enable(llama, **SMALL, chunk=1):
+        with enable(llama, **SPARSE, chunk=1):
             selected = llama(ids).logits
         assert (selected - dense).abs().max() > 0.01 * dense.abs().max()
 
     @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
     def test_prompt_and_decode(self, family: str, recorder: Recorder) -> None:
         model, ids, cache = model_of(family), tokens(2), DynamicCache()
-        with enable(model, **OTHERWISE, chunk=6):
+        with enable(model, **OTHERWISE, chunk=6, prefill="selected"):
             model(ids, past_key_values=cache)
             model(ids[:, :1], past_key_values=cache)
         full = [call for call in recorder.calls if call[4].window is None]
@@ -297,7 +328,7 @@ class TestSelection:
     ) -> None:
         """Padding, holes too, is never selected and moves nothing."""
         model = model_of("llama")
-        with enable(model, **SMALL, chunk=4):
+        with enable(model, **SPARSE, chunk=4):
             model(tokens(len(mask)), attention_mask=mask)
         _, q, k, v, _, more, out = recorder.calls[0]
         for b, real in enumerate(mask.bool()):
@@ -320,7 +351,7 @@ class TestSelection:
         model = model_of(family)
         mask = mask_of("20#", "5. 15#")
         ids = tokens(2).where(mask.bool(), 0)
-        with enable(model, **SMALL):
+        with enable(model, **SPARSE):
             both = [caches(model)[name]() for name in ("dynamic", kind)]
             stock, ours = (read(model, ids, each, 0, 14, 17, 18, 19, mask=mask) for each in both)
         torch.testing.assert_close(ours, stock)
@@ -328,7 +359,7 @@ class TestSelection:
     def test_what_was_selected_is_recorded(self, recorder: Recorder) -> None:
         """One info per call of `attention`, with everything that it tells; dense layers none."""
         model, ids, mask = model_of("gemma2"), tokens(2), mask_of("20#", "5. 15#")
-        with enable(model, **SMALL, chunk=8), recorded() as infos:
+        with enable(model, **SPARSE, chunk=8), recorded() as infos:
             with recorded() as inner:
                 model(ids, attention_mask=mask)
             thread = threading.Thread(target=torch.no_grad()(model), args=[ids])
@@ -410,9 +441,9 @@ class TestReuse:
         self, llama: Any, theta: float | None
     ) -> None:
         ids, cache = tokens(2), TokenSelectCache(llama)
-        with enable(llama, **SMALL):
+        with enable(llama, **SPARSE):
             stock = read(llama, ids, DynamicCache(), *self.STEPS)
-        with enable(llama, **SMALL, theta=theta):
+        with enable(llama, **SPARSE, theta=theta):
             torch.testing.assert_close(read(llama, ids, cache, *self.STEPS), stock)
         # Layers, requests, calls.
         assert (cache.hits, cache.misses) == (0, 0 if theta is None else 2 * 2 * (1 + 8))
@@ -426,7 +457,7 @@ class TestReuse:
     ) -> None:
         model, ids = make(), tokens(2)
         cache = TokenSelectCache(model)
-        with enable(model, **SMALL, theta=-1.0, max_reuse=2):
+        with enable(model, **SPARSE, theta=-1.0, max_reuse=2):
             read(model, ids, cache, *self.STEPS)
         for layer in layers:
             twin = tokenselect.SelectionCache(-1.0, 2)
@@ -445,13 +476,13 @@ class TestReuse:
     def test_reordered_rows_take_their_selections_along(
         self, llama: Any, mask: Tensor | None
     ) -> None:
-        """Swapping rows swaps the logits bit for bit; other paddings drop selections."""
+        """Swapping rows swaps the logits bit for bit, also of rows that are padded differently."""
         ids = tokens(2)
 
         def ends(swap: bool) -> tuple[Tensor, int, int]:
             cache = TokenSelectCache(llama)
             seen = mask
-            with enable(llama, **SMALL, **REUSED):
+            with enable(llama, **SPARSE, **REUSED):
                 read(llama, ids, cache, 0, 16, 17, 18, mask=mask)
                 before = cache.hits
                 if swap:
@@ -462,17 +493,14 @@ class TestReuse:
             return logits.flip(0) if swap else logits, before, cache.hits
 
         plain, swapped = ends(False), ends(True)
-        assert plain[2] == plain[1] + 4
-        if mask is None:
-            assert torch.equal(swapped[0], plain[0])
-            assert swapped[2] == swapped[1] + 4
-        else:
-            assert swapped[2] == swapped[1]  # and none after it
+        assert torch.equal(swapped[0], plain[0])
+        for _, before, after in (plain, swapped):
+            assert after == before + 4
 
     def test_a_beam_that_wins_everywhere(self, llama: Any) -> None:
         """Both rows go on from row 1: they get what row 1 would have got."""
         ids, cache, twin = tokens(2), TokenSelectCache(llama), TokenSelectCache(llama)
-        with enable(llama, **SMALL, **REUSED):
+        with enable(llama, **SPARSE, **REUSED):
             for each in (cache, twin):
                 read(llama, ids, each, 0, 16, 17, 18)
             cache.reorder_cache(torch.tensor([1, 1]))
@@ -487,10 +515,10 @@ class TestReuse:
         self, llama: Any, order: list[int], mask: Tensor | None
     ) -> None:
         ids, cache = tokens(2), TokenSelectCache(llama)
-        with enable(llama, **SMALL, theta=0.0):
+        with enable(llama, **SPARSE, theta=0.0):
             read(llama, ids, cache, 0, *range(12, 18), mask=mask)
             layers = [layer.selections._caches.values() for layer in cache.layers]
-            rows = [torch.cat([c.hits for c in caches]).tolist() for caches in layers]
+            rows = [[*caches][-1].hits.tolist() for caches in layers]
             assert all(a != b for a, b in rows)  # a row that counts twice would show
             before = cache.hits, cache.misses
             assert sum(before) == 2 * 2 * 6  # layers, requests, calls
@@ -508,7 +536,7 @@ class TestReuse:
             raise MemoryError
 
         cache = TokenSelectCache(llama)
-        with enable(llama, **SMALL, theta=0.5):
+        with enable(llama, **SPARSE, theta=0.5):
             monkeypatch.setattr(tokenselect, "attention", fails)
             with pytest.raises(MemoryError):
                 llama(tokens(2), past_key_values=cache)
@@ -518,7 +546,7 @@ class TestReuse:
 
     def test_crop_drops_what_saw_cropped_tokens(self, llama: Any) -> None:
         ids, cache = tokens(1), TokenSelectCache(llama)
-        with enable(llama, **SMALL, theta=-1.0):
+        with enable(llama, **SPARSE, theta=-1.0):
             read(llama, ids, cache, 0, 12, 13, 14)
             assert (cache.hits, cache.misses) == (4, 2)
             cache.crop(-1)  # the selections were made at 12: they stay
@@ -531,24 +559,26 @@ class TestReuse:
 
     @pytest.mark.parametrize("padding", ["none", "left", "right", "mixed", "holes"])
     @pytest.mark.parametrize("cropped", [1, 2, 5])
+    @pytest.mark.parametrize("prefill", ["dense", "selected"])
     @pytest.mark.parametrize("densely", [False, True])
     def test_after_a_crop_all_is_as_if_nothing_was_remembered(
-        self, llama: Any, padding: str, cropped: int, densely: bool
+        self, llama: Any, padding: str, cropped: int, prefill: str, densely: bool
     ) -> None:
         """What comes first after it may be read densely, and tells the selections nothing."""
         mask = PADDINGS[padding]
         ids = tokens(2 if mask is None else len(mask))
-        others = ids.flip(1)
-        with enable(llama, **SMALL, theta=-1.0):
+        others, options = ids.flip(1), {**SMALL, "prefill": prefill, "theta": -1.0}
+        with enable(llama, **options):
             cache = TokenSelectCache(llama)
-            read(llama, ids, cache, 0, 14, mask=mask)
+            selected_last = (0, 13, 14) if prefill == "dense" else (0, 14)
+            read(llama, ids, cache, *selected_last, mask=mask)
             cache.crop(-cropped)
             assert len(cache.layers[0].selections._caches) > 0
             forgetful = copy.deepcopy(cache)
             for layer in forgetful.layers:
                 layer.selections.clear()
         for i, (start, end) in enumerate(((14 - cropped, 15), (15, 16), (16, 18))):
-            with nullcontext() if densely and i == 0 else enable(llama, **SMALL, theta=-1.0):
+            with nullcontext() if densely and i == 0 else enable(llama, **options):
                 a, b = (
                     read(llama, others, each, start, end, mask=mask) for each in (cache, forgetful)
                 )
@@ -559,7 +589,7 @@ class TestReuse:
         mask = PADDINGS[padding]
         assert mask is not None
         ids, cache = tokens(len(mask)), TokenSelectCache(llama)
-        with enable(llama, **SMALL, theta=-1.0):
+        with enable(llama, **SPARSE, theta=-1.0):
             read(llama, ids, cache, 0, 18, 19, 20, mask=mask)
         before = cache.hits, cache.misses
         assert min(before) > 0
@@ -569,7 +599,7 @@ class TestReuse:
     def test_what_forgets(self, llama: Any) -> None:
         ids, cache = tokens(2), TokenSelectCache(llama)
         layer = cache.layers[0]
-        with enable(llama, **SMALL, theta=-1.0):
+        with enable(llama, **SPARSE, theta=-1.0):
             read(llama, ids, cache, *self.STEPS)
             assert len(layer.selections._caches) == 1
             cache.batch_repeat_interleave(2)
@@ -579,7 +609,7 @@ class TestReuse:
             cache.batch_select_indices(torch.tensor([0, 3]))
             assert len(layer.selections._caches) == 0
             llama(ids[:, :1], past_key_values=cache)
-        with enable(llama, **(SMALL | {"k": 4}), theta=-1.0):  # other options: other selections
+        with enable(llama, **(SPARSE | {"k": 4}), theta=-1.0):  # other options: other selections
             llama(ids[:, :1], past_key_values=cache)
             assert (cache.hits, cache.misses) == (0, 4)
             cache.reset()
@@ -663,7 +693,7 @@ class TestCausality:
         for chunk in (1, 8):
             logits, caches = [], [TokenSelectCache(llama), TokenSelectCache(llama)]
             told = nullcontext() if chunk == 1 else pytest.warns(UserWarning, match="logits of sev")
-            with enable(llama, **SMALL, chunk=chunk, theta=theta), told:
+            with enable(llama, **SPARSE, chunk=chunk, theta=theta), told:
                 for x, cache in zip((ids, other), caches, strict=True):
                     out = llama(x, **{CACHE: cache}, logits_to_keep=40)
                     logits.append(out.logits[:, :-1])
@@ -687,7 +717,7 @@ class TestCausality:
     def test_logits_of_several_positions_warn_once(
         self, llama: Any, by_config: bool, more: dict[str, Any]
     ) -> None:
-        options = {**SMALL, "chunk": 8}
+        options = {**SPARSE, "chunk": 8}
         if by_config:
             llama.set_attn_implementation("tokenselect")
             llama.config.tokenselect = options
@@ -702,38 +732,43 @@ class TestCausality:
         config.num_labels = 3
         model = AutoModelForTokenClassification.from_config(config).eval()
         told = self.TOLD.format("LlamaForTokenClassification")
-        with enable(model, **SMALL, chunk=8), pytest.warns(UserWarning, match=told):
+        with enable(model, **SPARSE, chunk=8), pytest.warns(UserWarning, match=told):
             model(tokens(1, 40))
 
     def test_of_a_model_of_parts(self) -> None:
         model = seeing("eager")
         before = state(model)
         told = self.TOLD.format("Gemma3ForConditionalGeneration")
-        with enable(model, **SMALL, chunk=8), enable(model, **SMALL, chunk=8):
+        with enable(model, **SPARSE, chunk=8), enable(model, **SPARSE, chunk=8):
             with pytest.warns(UserWarning, match=told):
                 model(tokens(1, 40))
             model(tokens(1, 40))
         assert state(model) == before
 
     def test_causal_ones_and_a_prompt_without_logits_do_not(self, llama: Any) -> None:
-        for given in (SMALL, {**SMALL, "chunk": 1}, {**EVERYTHING, "chunk": 8}):
+        for given in (
+            {**SMALL, "chunk": 8},
+            SPARSE,
+            {**SPARSE, "chunk": 1},
+            {**EVERYTHING, "chunk": 8},
+        ):
             with enable(llama, **given):
                 llama(tokens(1, 40))
         cache = DynamicCache()
-        with enable(llama, **SMALL, chunk=8):
+        with enable(llama, **SPARSE, chunk=8):
             llama.model(tokens(1, 40), **{CACHE: cache})
             llama(tokens(1, 1), **{CACHE: cache})
             llama(tokens(1, 40), logits_to_keep=torch.tensor([39]))
 
     @pytest.mark.parametrize("mode", MODES)
     def test_generate_does_not(self, llama: Any, mode: str) -> None:
-        with enable(llama, **SMALL, chunk=8):
+        with enable(llama, **SPARSE, chunk=8):
             generated(llama, tokens(1, 40), **MODES[mode])
 
     @ASSISTED
     def test_drafts_that_are_verified_together_do(self, llama: Any) -> None:
         told = "logits of several positions"
-        with enable(llama, **SMALL, chunk=8), pytest.warns(UserWarning, match=told):
+        with enable(llama, **SPARSE, chunk=8), pytest.warns(UserWarning, match=told):
             generated(llama, tokens(1, 40), prompt_lookup_num_tokens=3)
 
     def test_a_model_that_is_made_to_attend_otherwise_does_not(self, llama: Any) -> None:
@@ -781,8 +816,8 @@ class TestAutocast:
                 return model(ids, **more).logits
 
         stock = read()
-        for chunk in (512, 4):
-            with enable(model, **EVERYTHING, chunk=chunk):
+        for given in ({**EVERYTHING, "chunk": 512}, {**EVERYTHING, "chunk": 4}, DENSE):
+            with enable(model, **given):
                 self.assert_as_close(read(), stock, truth)
 
     @pytest.mark.parametrize("within", [WITHIN, THEN_OUTSIDE, THEN_WITHIN])
@@ -933,12 +968,12 @@ class TestOptions:
     def test_by_config(self, llama: Any) -> None:
         ids = tokens(1)
         dense = llama(ids).logits
-        with enable(llama, **SMALL):
+        with enable(llama, **SPARSE):
             expected = llama(ids).logits
         llama.set_attn_implementation("tokenselect")
-        llama.config.tokenselect = dict(SMALL)
+        llama.config.tokenselect = dict(SPARSE)
         assert torch.equal(llama(ids).logits, expected)
-        llama.config.tokenselect = dict(tokenselect.SelectConfig(**SMALL))
+        llama.config.tokenselect = dict(tokenselect.SelectConfig(**SMALL)) | {"prefill": "selected"}
         assert torch.equal(llama(ids).logits, expected)
         del llama.config.tokenselect
         assert_close(llama(ids).logits, dense)  # the defaults' k is beyond the length
@@ -946,12 +981,14 @@ class TestOptions:
     @pytest.mark.parametrize("are_saved", [True, False])
     def test_from_pretrained(self, tmp_path: Any, llama: Any, are_saved: bool) -> None:
         if are_saved:
-            llama.config.tokenselect = dict(SMALL)
+            llama.config.tokenselect = dict(SPARSE)
         llama.save_pretrained(tmp_path)
-        how = {"attn_implementation": "tokenselect"} | ({} if are_saved else {"tokenselect": SMALL})
+        how = {"attn_implementation": "tokenselect"} | (
+            {} if are_saved else {"tokenselect": SPARSE}
+        )
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path, **how).eval()
-        assert loaded.config.tokenselect == SMALL
-        with enable(llama, **SMALL):
+        assert loaded.config.tokenselect == SPARSE
+        with enable(llama, **SPARSE):
             assert torch.equal(loaded(tokens(1)).logits, llama(tokens(1)).logits)
 
     @pytest.mark.parametrize(
@@ -996,6 +1033,9 @@ class TestOptions:
             ({"chunk": 0}, "chunk=0"),
             ({"chunk": True}, "chunk=True"),
             ({"chunk": numpy.float32(4)}, "chunk=4.0"),
+            ({"prefill": "sparse"}, "prefill='sparse'.*'dense', 'selected'"),
+            ({"dense_below": -1}, "dense_below=-1"),
+            ({"dense_below": 0.5}, r"dense_below=0\.5"),
             ({"preset": "fast"}, "preset='fast'.*enable\\(model, k=1024\\)"),
             ({"preset": "extrapolat"}, "did you mean 'extrapolate'"),
             ({"preset": 64}, "preset=64.*options by name"),
@@ -1028,7 +1068,8 @@ class TestOptions:
 
     def test_numbers_of_numpy_and_torch_are_numbers(self, llama: Any) -> None:
         given = {"k": numpy.int64(3), "n_sink": torch.tensor(1), "n_local": 2}
-        given |= {"chunk": numpy.int32(4), "theta": numpy.float32(0.5), "max_reuse": numpy.int8(9)}
+        given |= {"chunk": numpy.int32(4), "dense_below": torch.tensor(9)}
+        given |= {"theta": numpy.float32(0.5), "max_reuse": numpy.int8(9)}
         with enable(llama, **given):
             repr(llama.config)  # is JSON
             assert llama.config.tokenselect == given
@@ -1066,9 +1107,9 @@ class TestOptions:
             return attend(*given, backend=backend, **more)
 
         monkeypatch.setattr(tokenselect, "attention", attention)
-        with enable(llama, **SMALL):
+        with enable(llama, **SPARSE):
             expected = llama(tokens(1)).logits
-        with enable(llama, **SMALL, backend="reference"):
+        with enable(llama, **SPARSE, backend="reference"):
             assert_close(llama(tokens(1)).logits, expected)
         assert asked == ["auto", "auto", "reference", "reference"]
 
@@ -1087,7 +1128,7 @@ def test_a_model_whose_layers_all_slide(how: dict[str, Any], mode: str) -> None:
     expected = generated(model, ids, attention_mask=mask, **MODES[mode])
     slides = pytest.warns(UserWarning, match="a ministral model .* nothing is selected")
     with slides as told:
-        handle = enable(model, **SMALL, **how)
+        handle = enable(model, **SPARSE, **how)
     assert {warning.filename for warning in told} == {__file__}
     with handle:
         assert generated(model, ids, attention_mask=mask, **MODES[mode]).equal(expected)
@@ -1118,7 +1159,7 @@ def test_a_model_with_a_layer_that_sees_everything_warns_of_nothing(make: Any) -
     model = make()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        enable(model, **SMALL).disable()
+        enable(model, **SPARSE).disable()
 
 
 @GEMMA_4
@@ -1132,7 +1173,10 @@ def test_a_model_that_cuts_its_masks_to_the_newest_queries(padding: str) -> None
         with enable(model, **EVERYTHING, theta=-1.0):
             cache = TokenSelectCache(model)
             actual = model(ids, attention_mask=mask, past_key_values=cache, **more).logits
-        assert_close(actual, expected, None if mask is None else mask[:, -expected.shape[1] :])
+        kept = None if mask is None else mask[:, -expected.shape[1] :]
+        assert_close(actual, expected, kept)
+        with enable(model, **SMALL):  # a prompt, if all of it but one token is cut
+            assert_close(model(ids, attention_mask=mask, **more).logits, expected, kept)
     if padding in ("none", "left"):
         ids = ids if mask is None else ids.where(mask.bool(), 0)
         expected = generated(model, ids, attention_mask=mask)
@@ -1171,7 +1215,7 @@ def test_a_decoder_without_its_encoder(kind: str, padding: str) -> None:
         assert_close(model(ids, attention_mask=mask, past_key_values=cache).logits, dense, mask)
         cache = TokenSelectCache(model)
         assert generated(model, ids, attention_mask=mask, past_key_values=cache).equal(written)
-    with enable(model, **SMALL, chunk=1):
+    with enable(model, **SPARSE, chunk=1):
         selected = model(ids, attention_mask=mask).logits
         assert (selected - dense).abs().max() > 0.01 * dense.abs().max()
         with pytest.raises(UnsupportedProblem, match="bidirectional"):
@@ -1204,11 +1248,11 @@ def test_the_config_of_a_whole_model_holds_the_options_of_its_text(tmp_path: Any
         model.set_attn_implementation("tokenselect")
     elif how == "text_only":
         model.set_attn_implementation({"text_config": "tokenselect"})
-    model.config.tokenselect = SMALL | {"chunk": 1}
+    model.config.tokenselect = SPARSE | {"chunk": 1}
     other = seeing("eager")
     dense = other(ids).logits
-    with enable(other, **SMALL, chunk=1):
-        assert other.config.tokenselect == SMALL | {"chunk": 1}
+    with enable(other, **SPARSE, chunk=1):
+        assert other.config.tokenselect == SPARSE | {"chunk": 1}
         expected = other(ids).logits
     assert (expected - dense).abs().max() > 0.01 * dense.abs().max()
     assert torch.equal(model(ids).logits, expected)
@@ -1593,15 +1637,26 @@ class TestMask:
             for a, b in zip(mine, theirs, strict=True):
                 assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
         assert newest.calls is whole.calls
+        assert (newest.is_step, later.is_step) == (False, kept == 1)
 
-    def test_requests_padded_alike_go_together(self) -> None:
-        mask = token_mask(4, L, L, attention_mask=PADDINGS["left"])
-        rows = [(run.rows.start, run.rows.stop, run.first, run.n) for run in mask.spans]
-        assert rows == [(0, 1, 0, 20), (1, 3, 5, 15), (3, 4, 13, 7)]
+    def test_requests_with_the_same_queries_go_together(self) -> None:
+        """Of a prompt those that begin at the same place; of a step all."""
+        padding = PADDINGS["left"]
+        mask = token_mask(4, L, L, attention_mask=padding)
+        rows = [(span.rows, span.first, span.n, span.slots) for span in mask.spans]
+        assert rows == [
+            (slice(0, 1), (0,), (20,), slice(0, 20)),
+            (slice(1, 3), (5, 5), (15, 15), slice(5, 20)),
+            (slice(3, 4), (13,), (7,), slice(13, 20)),
+        ]
+        (span,) = token_mask(4, 1, L, L - 1, attention_mask=padding).spans
+        assert (span.rows, span.first, span.n) == (slice(0, 4), (0, 5, 5, 13), (20, 15, 15, 7))
+        assert isinstance(span.slots, Tensor)
+        assert span.slots[3, :7].tolist() == [*range(13, 20)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["full", "sliding", "raw"])
+@pytest.mark.parametrize("kind", ["full", "dense", "holes", "sliding", "raw"])
 def test_memory_of_a_prompt_does_not_grow_with_its_square(kind: str) -> None:
     """Peaks beside the cache: a quarter of what one float32 head of Lq x Lk would take."""
     length = 4096
@@ -1637,9 +1692,12 @@ if "{kind}" == "raw":
 function = sliding_window_causal_mask_function(64)
 if "{kind}" != "sliding":
     function = causal_mask_function
+if "{kind}" in ("full", "raw"):
+    options["prefill"] = "selected"
 q, k, v = torch.randn(3, 1, 2, {length}, 8).unbind()
 for n in (256, {length}):
-    mask = token_mask(1, n, n, mask_function=function)
+    tokens = torch.arange(n)[None] != 9 if "{kind}" == "holes" else None
+    mask = token_mask(1, n, n, mask_function=function, attention_mask=tokens)
     mask.calls[layer] = rotation._Call(rotation._Made(None, torch.arange(n)[None]), True, None)
     forget_peak()
     before = resident("VmRSS")

@@ -108,7 +108,8 @@ def resolve(name: str, given: Given, budget: float | None, context: int) -> Vari
     """Return the variant called `name`, or "dense", at a budget and a context.
 
     given   by name, options of `enable`, `preset` and `attend`: "select" if absent, or "window",
-            which adds to n_local what others choose by vote
+            which adds to n_local what others choose by vote. What a variant is to read, it
+            selects from, prompts too, unless `prefill` is given
     budget  see `votes`; None: the k that is given, or the default
     Raises InvalidProblem and UnsupportedProblem.
     """
@@ -120,7 +121,8 @@ def resolve(name: str, given: Given, budget: float | None, context: int) -> Vari
         if budget is not None and "k" in own:
             rule = "a budget says how many are chosen by vote, in place of k"
             raise InvalidProblem(f"k={own['k']} and a budget", rule, "leave one of the two out")
-        options = parse(preset_options(own.pop("preset", None)) | own)
+        preset = preset_options(own.pop("preset", None))
+        options = parse(preset | {"prefill": "selected"} | own)
         select = options.select
         k = select.budget(context) if budget is None else votes(budget, select, context)
         changes = {"k": 0, "n_local": select.n_local + k} if kind == "window" else {"k": k}

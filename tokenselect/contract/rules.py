@@ -368,9 +368,14 @@ def check_values(problem: Problem) -> None:
 
 
 def refuse_grad(problem: Problem) -> None:
-    """Raise InvalidProblem for tensors that a backward pass would go through."""
+    """Raise InvalidProblem for tensors of a problem that a backward pass would go through."""
     inputs = {name: getattr(problem, name) for name in ("q", "k_cache", "v_cache", "sink_logits")}
     inputs["rope.inv_freq"] = None if problem.rope is None else problem.rope.inv_freq
+    refuse_grad_of(inputs)
+
+
+def refuse_grad_of(inputs: dict[str, Tensor | None]) -> None:
+    """Raise InvalidProblem if a backward pass would go through one of these, by its name."""
     for argument, tensor in inputs.items():
         if tensor is None:
             continue

@@ -45,7 +45,7 @@ from tokenselect.integrations.transformers.options import (
     preset_options,
 )
 from tokenselect.integrations.transformers.refusals import refuse_mla, warn
-from tokenselect.integrations.transformers.rotation import RawLayers, is_raw
+from tokenselect.integrations.transformers.rotation import RawLayers, is_raw, trained_length
 
 __all__ = ["NAME", "Enabled", "Options", "TokenSelectCache", "enable", "recorded"]
 
@@ -161,16 +161,11 @@ class Enabled:
 
 def _warn_of_length(config: Any, options: Options) -> None:
     """Warn if contiguous positions exceed the distances that the model was trained on."""
-    trained = getattr(config, "max_position_embeddings", None)
-    select = options.select
+    select, trained = options.select, trained_length(config)
     k = "k_max" if isinstance(select.k, float) else "k"
-    if select.positions != "contiguous" or not isinstance(trained, int) or select[k] is None:
+    if select.positions != "contiguous" or trained is None or select[k] is None:
         return
     sizes = (select.n_sink, select[k], select.n_local)
-    rope = getattr(config, "rope_parameters", None) or {}
-    if "original_max_position_embeddings" in rope:
-        scaled = rope["original_max_position_embeddings"] * rope.get("factor", 1)
-        trained = max(trained, int(scaled))
     if sum(sizes) > trained:
         warn(
             f"n_sink + {k} + n_local = {' + '.join(map(str, sizes))} = {sum(sizes)} tokens, in a "
@@ -183,8 +178,8 @@ def enable(model: Any, preset: str | None = None, **options: Any) -> Enabled:
     """Let a model attend with tokenselect, until `.disable()` or the end of a `with` block.
 
     preset   "faithful", "extrapolate" or "paper", as in `SelectConfig`; options change what it sets
-    options  fields of SelectConfig, and theta, max_reuse, backend, chunk, layers: see `Options`.
-             They take the place of config.tokenselect, as a whole
+    options  fields of SelectConfig, and theta, max_reuse, backend, chunk, prefill, dense_below,
+             layers: see `Options`. They take the place of config.tokenselect, as a whole
 
     Options that move keys (positions="contiguous", another score_at than "true") run the model
     twice over 16 tokens, to observe how it rotates; while in force, they make it cache raw keys.

@@ -15,8 +15,8 @@ from tokenselect.integrations.transformers.options import Options
 from tokenselect.scalars import is_integer, plain
 from tokenselect.selection_cache import SelectionCache
 
-# Layer, first row, one past the last row, first slot, dtype of the queries.
-_Key = tuple[int, int, int, int, torch.dtype]
+# Layer, first row, one past the last row, first slot of each row, dtype of the queries.
+_Key = tuple[int, int, int, tuple[int, ...], torch.dtype]
 
 # The attribute of a layer's keys that leads from them to the layer's `Selections`.
 _ATTRIBUTE = "_tokenselect_selections"
@@ -25,15 +25,13 @@ _ATTRIBUTE = "_tokenselect_selections"
 class Selections:
     """The selections of one layer of a cache: a SelectionCache per `TokenSpan` of requests.
 
-    Its key is the layer that asks, the span's rows and first slot (rows padded alike share one) and
-    the dtype of the queries, which torch.autocast changes.
+    Its key is the layer that asks, the span's rows and their first slots, and the dtype of the
+    queries, which torch.autocast changes.
     """
 
     def __init__(self) -> None:
         self._options: Options | None = None
         self._caches: dict[_Key, SelectionCache] = {}
-        # The keys of spans with holes among their tokens.
-        self._with_holes: set[_Key] = set()
         # Hits and misses of rows that were reordered away, less those that their successors count
         # twice.
         self._moved: tuple[Any, Any] = (0, 0)
@@ -46,40 +44,38 @@ class Selections:
             self.clear()
             self._options = options
         key = (layer, span.rows.start, span.rows.stop, span.first, dtype)
-        if not isinstance(span.slots, slice):
-            self._with_holes.add(key)
         if key not in self._caches:
             self._caches[key] = options.selection_cache()
         return self._caches[key]
 
     def clear(self) -> None:
         """Forget all selections and counts."""
-        self._caches, self._with_holes, self._moved = {}, set(), (0, 0)
+        self._caches, self._moved = {}, (0, 0)
 
     def crop(self, slots: int, device: Any) -> None:
         """Drop the selections that saw more than `slots` slots, the new length of the layer.
 
-        At once, since the next tokens may be read densely. A span with holes is dropped whole: how
-        many of its tokens are left is unknown here.
+        At once, since the next tokens may be read densely. That of a request with holes is dropped:
+        how many of its tokens are left is unknown here.
         """
-        for key, cache in self._caches.items():
-            _, start, stop, first, _ = key
-            left = 0 if key in self._with_holes else max(0, slots - first)
-            cache.crop(torch.full((stop - start,), left, device=device))
+        for (_, _, _, firsts, _), cache in self._caches.items():
+            left = [max(0, slots - first) if first >= 0 else 0 for first in firsts]
+            cache.crop(torch.tensor(left, device=device))
 
     def reorder(self, order: Tensor) -> None:
         """Let row b go on as row order[b]; drop the selections of spans that mix with others.
 
         Rows take their counts along, so a row that goes on as two would count double.
         """
-        before = self._counted()
-        for key, cache in list(self._caches.items()):
-            _, start, stop, *_ = key
+        before, caches = self._counted(), {}
+        for (layer, start, stop, firsts, dtype), cache in self._caches.items():
             inside = order[start:stop] - start
             if stop - start == len(order) or bool(((inside >= 0) & (inside < stop - start)).all()):
                 cache.reorder(inside)
-            else:
-                del self._caches[key]
+                if len(set(firsts)) > 1:  # else nothing to read
+                    firsts = tuple(firsts[row] for row in inside.tolist())
+                caches[layer, start, stop, firsts, dtype] = cache
+        self._caches = caches
         hits, misses = (was - now for was, now in zip(before, self._counted(), strict=True))
         self._moved = (self._moved[0] + hits, self._moved[1] + misses)
 

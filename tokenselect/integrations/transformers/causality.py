@@ -49,8 +49,8 @@ class _LogitsWatch:
         warn(
             f"logits of several positions of a {type(model).__name__}, in which up to "
             f"{in_progress.together} queries chose together what they attend to: those of a token "
-            "depend on later tokens of its chunk, and so do log-likelihoods. With chunk=1 they are "
-            "causal; logits_to_keep=1 asks for those of the last position"
+            "depend on later tokens of its chunk, and so do log-likelihoods. With prefill='dense' "
+            "or chunk=1 they are causal; logits_to_keep=1 asks for those of the last position"
         )
 
 

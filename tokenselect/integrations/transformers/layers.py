@@ -1,8 +1,8 @@
-"""One layer's attention: selected over the whole cache, or dense within a sliding window."""
+"""One layer's attention: selected over the whole cache, or dense."""
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -11,14 +11,21 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 import tokenselect
+from tokenselect.contract.rules import refuse_grad_of
 from tokenselect.errors import InvalidProblem
 from tokenselect.integrations.transformers.cache import Selections, selections_of
 from tokenselect.integrations.transformers.causality import in_progress
+from tokenselect.integrations.transformers.dense import attend_densely
 from tokenselect.integrations.transformers.masks import TokenMask, TokenSpan
 from tokenselect.integrations.transformers.named_layers import layer_options
-from tokenselect.integrations.transformers.options import Options, parse
-from tokenselect.integrations.transformers.refusals import layer_name, refuse_layer, refuse_mla
-from tokenselect.integrations.transformers.rotation import Probe, raw_layer_of
+from tokenselect.integrations.transformers.options import EVERYTHING, Options, parse
+from tokenselect.integrations.transformers.refusals import (
+    layer_name,
+    outside_of_graphs,
+    refuse_layer,
+    refuse_mla,
+)
+from tokenselect.integrations.transformers.rotation import Probe, raw_layer_of, trained_length
 from tokenselect.rope import Rope
 
 # Arguments of models that do not change what attention computes.
@@ -54,8 +61,8 @@ _recording = _Recording()
 def recorded() -> Iterator[list[tokenselect.AttentionInfo]]:
     """Append the `AttentionInfo` of every selecting call on this thread, layer after layer.
 
-    One layer makes one call per chunk of at most `chunk` queries and per `TokenSpan` of requests;
-    sliding layers make none.
+    One layer makes one call per chunk of at most `chunk` queries and per `TokenSpan` of requests.
+    What attends densely makes none: sliding layers, and with prefill="dense" prompts.
     """
     infos: list[tokenselect.AttentionInfo] = []
     outer, _recording.infos = _recording.infos, infos
@@ -65,7 +72,31 @@ def recorded() -> Iterator[list[tokenselect.AttentionInfo]]:
         _recording.infos = outer
 
 
-@torch.compiler.disable
+class _AllDense(threading.local):
+    """The configs of the models of which all calls on one thread attend densely, by id."""
+
+    configs: frozenset[int] = frozenset()
+
+
+_all_dense = _AllDense()
+
+
+@contextmanager
+def all_dense(config: Any) -> Iterator[None]:
+    """Let every call on this thread attend densely, in the layers that have this config.
+
+    config  of the part of a model that generates text: `model.config.get_text_config(decoder=True)`
+
+    The cache fills as ever, so that selection goes on after the block.
+    """
+    outer, _all_dense.configs = _all_dense.configs, _all_dense.configs | {id(config)}
+    try:
+        yield
+    finally:
+        _all_dense.configs = outer
+
+
+@outside_of_graphs
 def attention_forward(
     module: Any,
     query: Tensor,
@@ -90,6 +121,7 @@ def attention_forward(
     """
     others |= {"is_causal=False": is_causal is False or not getattr(module, "is_causal", True)}
     _refuse(module, dropout, others)
+    refuse_grad_of({"q": query, "k_cache": key, "v_cache": value, "sink_logits": s_aux})
     mask = _checked_mask(module, query, key, attention_mask, sliding_window)
     given = getattr(module.config, "tokenselect", None)
     if isinstance(given, Probe):
@@ -101,43 +133,108 @@ def attention_forward(
     with its_own_dtypes:
         q, k, v = (x if dtype is None else _to_autocast(x, dtype) for x in (query, key, value))
         scale = q.shape[3] ** -0.5 if scaling is None else scaling
+        settings: dict[str, Any] = {"scale": scale, "softcap": softcap}
         if mask.window is not None:
-            return sliding_window_attention(
-                q, k, v, mask, scale, softcap, s_aux, options.chunk
+            end = mask.at + mask.Lq
+            return attend_densely(
+                q,
+                k[:, :, :end],
+                v[:, :, :end],
+                valid=_valid(mask)[:, :end] if mask.has_padding else None,
+                window=mask.window,
+                sinks=s_aux,
+                **settings,
             ), None
-        more = {"scale": scale, "softcap": softcap, "sink_logits": s_aux, "rope": rope}
-        layer = getattr(module, "layer_idx", 0)
-        return _selected(q, k, v, mask, options, layer, selections, more), None
+        out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+        layer, is_dense = getattr(module, "layer_idx", 0), _is_dense(module, mask, options, rope)
+        for span in mask.spans:
+            for part, densely in span.split(is_dense):
+                if densely:
+                    _attend_densely(q, k, v, mask, part, rope, s_aux, settings, out)
+                else:
+                    more = {"sink_logits": s_aux, "rope": rope, **settings}
+                    if selections is not None:
+                        more["cache"] = selections.of(layer, part, options, q.dtype)
+                    _select(q, k, v, part, options, more, out)
+        return out, None
 
 
-def _selected(
+def _is_dense(
+    module: Any, mask: TokenMask, options: Options, rope: Rope | None
+) -> Callable[[int], bool]:
+    """Return whether a request of n tokens attends densely in this call, as a function of n.
+
+    Raw keys do so within the trained length only: beyond it, they are cached to be moved. In a layer
+    that is named as dense, all do.
+    """
+    is_all = options.select == EVERYTHING or id(module.config) in _all_dense.configs
+    is_prompt = options.prefill == "dense" and not mask.is_step
+    trained = math.inf if rope is None else trained_length(module.config) or math.inf
+    return lambda n: is_all or ((is_prompt or n < options.dense_below) and n <= trained)
+
+
+def _attend_densely(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     mask: TokenMask,
+    span: TokenSpan,
+    rope: Rope | None,
+    sinks: Tensor | None,
+    settings: dict[str, Any],
+    out: Tensor,
+) -> None:
+    """Fill the span's rows of out (B, Lq, Hq, Dv), densely; shapes as in `attention_forward`."""
+    q, valid = query[span.rows], None
+    if isinstance(span.slots, slice):
+        slots, queries = span.slots, span.queries
+        q = q[:, :, queries]
+    else:
+        slots, queries = slice(max(0, min(span.first)), mask.at + mask.Lq), slice(None)
+        valid = _valid(mask)[span.rows, slots]
+    k, v = key[span.rows, :, slots], value[span.rows, :, slots]
+    if rope is not None:
+        q, k = _rotated(q, k, rope, valid)
+    out[span.rows, queries] = attend_densely(q, k, v, valid=valid, sinks=sinks, **settings)
+
+
+def _rotated(q: Tensor, k: Tensor, rope: Rope, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rotate raw queries and keys to where they stand in their request."""
+    at = torch.arange(k.shape[2], device=k.device)
+    if valid is not None:
+        at = (valid.cumsum(-1) - 1)[:, None]
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    q_at = at[..., k.shape[2] - q.shape[2] :]
+    turned_q, turned_k = (
+        rope.reposition(x.to(dtype), to, to).to(x.dtype) for x, to in ((q, q_at), (k, at))
+    )
+    return turned_q, turned_k
+
+
+def _select(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    span: TokenSpan,
     options: Options,
-    layer: int,
-    selections: Selections | None,
     more: dict[str, Any],
-) -> Tensor:
-    """Select and attend, span by span, chunk by chunk; shapes as in `attention_forward`."""
-    out = query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
-    for span in mask.spans:
-        cache = None if selections is None else selections.of(layer, span, options, query.dtype)
-        for queries, n in span.chunks(options.chunk):
-            q = query[span.rows][:, :, queries]
-            given = {**_tokens(key, value, span, n), **options.select, **more}
-            given |= {"cache": cache, "backend": options.backend}
-            if _recording.infos is None:
-                attended = tokenselect.attention(q, **given)
-            else:
-                attended, info = tokenselect.attention(q, **given, return_info=True)
-                _recording.infos.append(info)
-            out[span.rows, queries] = attended.transpose(1, 2)
-            select, Lq = options.select, q.shape[2]
-            if n >= select.n_sink + select.budget(n) + select.n_local + Lq:  # else all was selected
-                in_progress.together = max(in_progress.together, Lq)
-    return out
+    out: Tensor,
+) -> None:
+    """Fill the span's rows of out (B, Lq, Hq, Dv): select and attend, chunk by chunk."""
+    select = options.select
+    for queries, later in span.chunks(options.chunk):
+        q = query[span.rows][:, :, queries]
+        given = {**_tokens(key, value, span, later), **select, **more, "backend": options.backend}
+        if _recording.infos is None:
+            attended = tokenselect.attention(q, **given)
+        else:
+            attended, info = tokenselect.attention(q, **given, return_info=True)
+            _recording.infos.append(info)
+        out[span.rows, queries] = attended.transpose(1, 2)
+        Lq = q.shape[2]
+        n = max(span.n) - later
+        if n >= select.n_sink + select.budget(n) + select.n_local + Lq:  # else all was selected
+            in_progress.together = max(in_progress.together, Lq)
 
 
 def _autocast(device: torch.device) -> tuple[torch.dtype | None, AbstractContextManager[Any]]:
@@ -171,83 +268,46 @@ def _rope(module: Any, query: Tensor, mask: TokenMask, options: Options) -> Rope
     return None
 
 
-def _tokens(key: Tensor, value: Tensor, span: TokenSpan, n: int) -> dict[str, Any]:
-    """Return a span's first n tokens as arguments of `tokenselect.attention`, without a copy.
+def _valid(mask: TokenMask) -> Tensor:
+    """Return which slots hold tokens, (B, slots) bool."""
+    return mask.as_subclass(Tensor)[:, 0, 0]
 
-    With holes, each slot is a page of one token, and the table names the tokens.
+
+def _tokens(key: Tensor, value: Tensor, span: TokenSpan, later: int) -> dict[str, Any]:
+    """Return a span's tokens, without the last `later`, as arguments of `tokenselect.attention`.
+
+    Without a copy of keys or values: where requests are padded differently, or have holes, each
+    slot is a page of one token, and the table names the tokens.
     """
     if isinstance(span.slots, slice):
-        tokens = slice(span.first, span.first + n)
+        tokens = slice(span.slots.start, span.slots.stop - later)
         return {"k_cache": key[span.rows, :, tokens], "v_cache": value[span.rows, :, tokens]}
-    pages = {"k_cache": key, "v_cache": value}
+    keys, steps = _pages(key[span.rows])
+    values, value_steps = _pages(value[span.rows])
+    if steps != value_steps:  # as without a cache: one table serves both
+        (keys, steps), (values, _) = (_pages(x[span.rows].contiguous()) for x in (key, value))
+    rows = torch.arange(len(span.n), device=key.device)[:, None]
+    table = rows * steps[0] + span.slots.to(key.device)[:, : max(span.n) - later] * steps[1]
+    lengths = torch.tensor(span.n, dtype=torch.int32, device=key.device) - later
     return {
-        name: cache[span.rows.start].transpose(0, 1)[:, None] for name, cache in pages.items()
-    } | {"block_table": span.slots[None, :n].int().to(key.device)}
+        "k_cache": keys,
+        "v_cache": values,
+        "block_table": table.int(),
+        "cache_seqlens": lengths,
+    }
 
 
-def sliding_window_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: TokenMask,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-    chunk: int,
-) -> Tensor:
-    """Attend densely within mask.window; shapes as in `attention_forward`.
+def _pages(cache: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """View a cache (B, Hkv, slots, D) as pages of one token: (pages, 1, Hkv, D), some overlapping.
 
-    `chunk` queries at a time look at the keys that one of them sees, so that memory grows with
-    chunk and window, not with the length.
+    Returns it and how many pages lie between a row and the next, and between slots.
     """
-    B, Hq, Lq, _ = query.shape
-    Hkv = key.shape[1]
-    assert mask.window is not None
-    valid = mask.as_subclass(Tensor)  # (B, 1, 1, slots)
-    out = query.new_empty(B, Lq, Hq, value.shape[3])
-    for start in range(0, Lq, chunk):
-        stop = min(start + chunk, Lq)
-        end = mask.at + stop
-        begin = max(0, mask.at + start - mask.window + 1)
-        i = torch.arange(mask.at + start, end, device=query.device)[:, None]
-        j = torch.arange(begin, end, device=query.device)
-        visible = valid[:, :, :, begin:end] & (j <= i) & (j > i - mask.window)
-        weights = softmax_weights(
-            query[:, :, start:stop].unflatten(1, (Hkv, -1)),
-            key[:, :, None, begin:end],
-            visible[:, None],
-            scale,
-            softcap,
-            None if sinks is None else sinks.view(Hkv, -1, 1, 1),
-        )
-        values = value[:, :, None, begin:end].to(weights.dtype)
-        out[:, start:stop] = (weights @ values).flatten(1, 2).transpose(1, 2).to(out.dtype)
-    return out
-
-
-def softmax_weights(
-    q: Tensor,
-    k: Tensor,
-    visible: Tensor,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    """Return the softmax of visible logits, float32 or better; zeros if a query sees nothing.
-
-    q (B, Hkv, G, Lq, D); k (B, Hkv, 1, L, D); visible (B, 1, 1, Lq, L); sinks (Hkv, G, 1, 1).
-    """
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    logits = (q.to(dtype) @ k.to(dtype).mT) * scale
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    logits = logits.masked_fill(~visible, -math.inf)
-    if sinks is not None:
-        column = sinks.to(dtype).expand(*logits.shape[:-1], 1)
-        weights = torch.cat([logits, column], dim=-1).softmax(-1)[..., :-1]
-    else:
-        weights = logits.softmax(-1)
-    return weights.masked_fill(~visible.any(-1, keepdim=True), 0.0)
+    row, head, slot, element = cache.stride()
+    pitch = math.gcd(row, slot)
+    B, Hkv, slots, D = cache.shape
+    pages = 1 + ((B - 1) * row + (slots - 1) * slot) // pitch
+    view = cache.as_strided((pages, 1, Hkv, D), (pitch, pitch, head, element))
+    return view, (row // pitch, slot // pitch)
 
 
 def _selections(module: Any, options: Options, key: Tensor) -> Selections | None:

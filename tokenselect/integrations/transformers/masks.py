@@ -14,49 +14,51 @@ from torch import Tensor
 from transformers import masking_utils
 
 from tokenselect.integrations.transformers.causality import in_progress
-from tokenselect.integrations.transformers.refusals import Refusal
+from tokenselect.integrations.transformers.refusals import Refusal, outside_of_graphs
 
 MaskFunction = Callable[..., Any]
 
 
 class TokenSpan(NamedTuple):
-    """Neighbouring requests of a batch whose tokens are in the same slots.
+    """Neighbouring requests of a batch that have the same queries in a call.
 
     rows     which requests
     n        how many tokens each has, this call's included
-    slots    their slots: a slice, or (n,) int64 on the CPU if there are holes
-    queries  the queries of the call that are tokens, the last of the n: likewise
+    first    the slot of each one's first token; -1 if there are holes among its tokens
+    slots    their slots: a slice if these are the same for all, else (rows, largest n) int64 on the
+             mask's device, with anything behind a request's n
+    queries  the queries of the call that are tokens, the last of the n: a slice, or (m,) int64 on
+             the CPU if there are holes
     m        how many queries those are
     """
 
     rows: slice
-    n: int
+    n: tuple[int, ...]
+    first: tuple[int, ...]
     slots: slice | Tensor
     queries: slice | Tensor
     m: int
 
-    @property
-    def first(self) -> int:
-        """The slot of the first token."""
-        return int(self.slots.start if isinstance(self.slots, slice) else self.slots[0])
-
     def chunks(self, size: int) -> Iterator[tuple[slice | Tensor, int]]:
-        """Yield the queries to take together, at most `size`, and the n of each such call."""
+        """Yield the queries to take together, at most `size`, and how many come after them."""
         for start in range(0, self.m, size):
             stop = min(start + size, self.m)
             if isinstance(self.queries, slice):
                 part: slice | Tensor = slice(self.queries.start + start, self.queries.start + stop)
             else:
                 part = self.queries[start:stop]
-            yield part, self.n - self.m + stop
+            yield part, self.m - stop
 
-    def without(self, skip: int) -> "TokenSpan":
-        """Return the span of a call without its first `skip` queries."""
-        if isinstance(self.queries, slice):
-            start, stop = (max(0, q - skip) for q in (self.queries.start, self.queries.stop))
-            return self._replace(queries=slice(start, stop), m=stop - start)
-        queries = self.queries[self.queries >= skip] - skip
-        return self._replace(queries=queries, m=len(queries))
+    def split(self, by: Callable[[int], bool]) -> Iterator[tuple["TokenSpan", bool]]:
+        """Yield the parts whose requests are alike by their n, and what `by` said of them."""
+        start = 0
+        for said, of in groupby(map(by, self.n)):
+            part = slice(start, start + len(list(of)))
+            slots = self.slots if isinstance(self.slots, slice) else self.slots[part]
+            rows = slice(self.rows.start + part.start, self.rows.start + part.stop)
+            n, first = self.n[part], self.first[part]
+            yield self._replace(rows=rows, n=n, first=first, slots=slots), said
+            start = part.stop
 
 
 # Functions that may make a tensor of a TokenMask; torch.compile reads attributes by __get__.
@@ -74,6 +76,10 @@ class TokenMask(Tensor):
     window  how many tokens a query sees, itself included; None: all before it
     begin   the token in slot 0: above 0 where a cache that slides has dropped those before
     spans   the requests, grouped; for windows none
+    valid   the mask (B, slots up to the last query) on the CPU, of which spans are made; None if
+            all are tokens
+    has_padding  whether a slot up to the last query may be no token
+    is_step whether the model was called for one query per request
     calls   by module, its arguments in this call, noted by `rotation.RawLayer`
     checked the options of which a layer has checked the values
     refusal the error for a layer that attends with it, as it is not causal, say; or None
@@ -84,6 +90,9 @@ class TokenMask(Tensor):
     window: int | None
     begin: int
     spans: list[TokenSpan]
+    valid: Tensor | None
+    has_padding: bool
+    is_step: bool
     calls: dict[Any, Any]
     checked: Any
     refusal: Refusal | None
@@ -122,11 +131,21 @@ class TokenMask(Tensor):
         made = self.as_subclass(Tensor).detach().as_subclass(TokenMask)
         vars(made).update(vars(self))
         made.at, made.Lq = self.at + skip, self.Lq - skip
-        made.spans = [kept for span in self.spans if (kept := span.without(skip)).m > 0]
+        if self.window is None and self.refusal is None:
+            made._group()
         return made
 
+    def _group(self) -> None:
+        """Make the spans."""
+        if self.valid is not None:
+            self.spans = list(_spans(self.valid, self.at, self.device))
+            return
+        B, n, Lq = self.shape[0], self.at + self.Lq, self.Lq
+        rows, slots, queries = slice(0, B), slice(0, n), slice(0, Lq)
+        self.spans = [TokenSpan(rows, (n,) * B, (0,) * B, slots, queries, Lq)]
 
-@torch.compiler.disable
+
+@outside_of_graphs
 def token_mask(
     batch_size: int,
     q_length: int,
@@ -150,6 +169,7 @@ def token_mask(
     mask = valid[:, None, None].as_subclass(TokenMask)
     mask.at, mask.Lq, mask.window, mask.begin = 0, q_length, None, 0
     mask.spans, mask.calls, mask.checked, mask.refusal = [], {}, None, None
+    mask.valid, mask.has_padding, mask.is_step = None, attention_mask is not None, q_length == 1
     try:
         mask.window = window_of(mask_function)
     except Refusal as refusal:
@@ -166,18 +186,14 @@ def token_mask(
     mask.at, mask.begin = at, begin
     if attention_mask is not None:
         valid &= _padding(attention_mask, begin, at + q_length, kv_length)
-    if mask.window is not None:
-        return mask
-    if attention_mask is None:  # nothing to read: on a GPU, nothing to wait for
-        mask.spans = [_unpadded(batch_size, at + q_length, at)]
-    else:
-        mask.spans = list(_spans(valid[:, : at + q_length].cpu(), at))
+    # Of a window that is all there is to know: on a GPU, it is not worth waiting for.
+    if mask.has_padding and (mask.window is None or valid.is_cpu):
+        known = valid[:, : at + q_length].cpu()
+        mask.has_padding = not bool(known.all())
+        mask.valid = known if mask.has_padding else None
+    if mask.window is None:
+        mask._group()
     return mask
-
-
-def _unpadded(batch_size: int, n: int, at: int) -> TokenSpan:
-    """Group all requests: n tokens each, from the first slot on, the call's from `at` on."""
-    return TokenSpan(slice(0, batch_size), n, slice(0, n), slice(0, n - at), n - at)
 
 
 def _padding(attention_mask: Tensor, kv_offset: int, end: int, kv_length: int) -> Tensor:
@@ -210,27 +226,40 @@ def _skipped(mask: TokenMask, index: Any) -> int | None:
     return start if is_all and (stop, step) == (mask.Lq, 1) else None
 
 
-def _spans(valid: Tensor, at: int) -> Iterator[TokenSpan]:
+def _spans(valid: Tensor, at: int, device: torch.device) -> Iterator[TokenSpan]:
     """Group the requests of valid (B, slots up to the last query) bool, on the CPU."""
-    if bool(valid.all()):
-        yield _unpadded(len(valid), valid.shape[1], at)
-        return
     slots = [row.nonzero()[:, 0] for row in valid]
-    ranges = [(int(s[0]), int(s[-1]) + 1) if len(s) else (0, 0) for s in slots]
-    whole = [stop - first == len(s) for s, (first, stop) in zip(slots, ranges, strict=True)]
-    # Requests with holes stay alone: their keys are read through a table.
-    alike = groupby(range(len(slots)), lambda b: (ranges[b], b if not whole[b] else -1))
-    for ((first, stop), _), group in alike:
+    queries = [own[own >= at] - at for own in slots]
+    # Queries with holes among them stay alone.
+    alike = groupby(range(len(slots)), lambda b: _range(queries[b]) or (b, -1))
+    for _, group in alike:
         rows = list(group)
-        n, new = len(slots[rows[0]]), slots[rows[0]] - at
-        new = new[new >= 0]
+        new = queries[rows[0]]
         if len(new) == 0:
             continue
-        table: slice | Tensor = slots[rows[0]]
-        queries: slice | Tensor = new
-        if whole[rows[0]]:
-            table, queries = slice(first, stop), slice(int(new[0]), int(new[-1]) + 1)
-        yield TokenSpan(slice(rows[0], rows[-1] + 1), n, table, queries, len(new))
+        own = [slots[b] for b in rows]
+        ranges = [_range(each) for each in own]
+        table: slice | Tensor
+        if ranges[0] is not None and len(set(ranges)) == 1:
+            table = slice(*ranges[0])
+        else:
+            table = torch.nn.utils.rnn.pad_sequence(own, batch_first=True).to(device)
+        yield TokenSpan(
+            slice(rows[0], rows[-1] + 1),
+            tuple(map(len, own)),
+            tuple(-1 if each is None else each[0] for each in ranges),
+            table,
+            new if (of_all := _range(new)) is None else slice(*of_all),
+            len(new),
+        )
+
+
+def _range(numbers: Tensor) -> tuple[int, int] | None:
+    """Return the range that ascending numbers make up, (0, 0) for none; None with holes."""
+    if len(numbers) == 0:
+        return 0, 0
+    start, stop = int(numbers[0]), int(numbers[-1]) + 1
+    return (start, stop) if stop - start == len(numbers) else None
 
 
 def window_of(function: MaskFunction) -> int | None:

@@ -15,12 +15,12 @@ def layer_options(module: Any, mask: TokenMask, options: Options) -> Options:
 
     Raises InvalidProblem, or UnsupportedProblem for a module that does not know its number.
     """
-    if not options.layers:
-        return options
-    if options != mask.checked:
+    if options != mask.checked:  # what attends densely would not find out
         check(options)
         check_layers(options, module.config)
         mask.checked = options
+    if not options.layers:
+        return options
     layer = getattr(module, "layer_idx", None)
     if layer is None:
         raise refuse_layer(

@@ -14,14 +14,15 @@ from tokenselect.scalars import is_integer, plain
 from tokenselect.selection_cache import SelectionCache
 
 NAME = "tokenselect"
-_OWN = ("theta", "max_reuse", "backend", "chunk")
+_OWN = ("theta", "max_reuse", "backend", "chunk", "prefill", "dense_below")
 # What a layer may have of its own.
 _OF_A_LAYER = (*CONFIG_NAMES, "theta")
 NAMES = (*CONFIG_NAMES, *_OWN, "layers")
 DENSE = "dense"
 # What a layer that attends densely selects.
-_EVERYTHING = SelectConfig(k=2**31 - 1)
+EVERYTHING = SelectConfig(k=2**31 - 1)
 PRESETS = ("faithful", "extrapolate", "paper")
+PREFILLS = ("dense", "selected")
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Options:
     max_reuse  at most that many tokens after it was made
     backend    a backend's name, or "auto"
     chunk      at most that many queries of one request share a selection, >= 1
+    prefill    how calls of several queries per request attend: "dense" or "selected"
+    dense_below  requests of fewer tokens attend densely, >= 0
     layers     by number, from 0 on or from -1 back, what differs in a layer: "dense", or fields of
                SelectConfig and theta
     """
@@ -42,6 +45,8 @@ class Options:
     max_reuse: int = 64
     backend: str = "auto"
     chunk: int = 512
+    prefill: str = "dense"
+    dense_below: int = 0
     layers: dict[int, Any] = field(default_factory=dict, hash=False)
 
     @property
@@ -54,7 +59,7 @@ class Options:
         """Return the options of one of `count` layers, by its number; or by its key in `layers`."""
         own = self.layers.get(layer, self.layers.get(layer - count, {}))
         if own == DENSE:
-            return replace(self, select=_EVERYTHING, theta=None, layers={})
+            return replace(self, select=EVERYTHING, theta=None, layers={})
         changes = dict(own)
         theta = changes.pop("theta", self.theta)
         return replace(self, select=replace(self.select, **changes), theta=theta, layers={})
@@ -137,6 +142,18 @@ def parse(given: object) -> Options:
             "chunk is an integer >= 1: how many queries share a selection",
             "pass an int of 1 or more, or leave chunk out for 512",
         )
+    if options.prefill not in PREFILLS:
+        raise InvalidProblem(
+            f"prefill={options.prefill!r}",
+            f"prefill is one of {', '.join(map(repr, PREFILLS))}: how prompts are read",
+            "leave it out for the preset's own, or for 'dense'",
+        )
+    if not is_integer(options.dense_below) or options.dense_below < 0:
+        raise InvalidProblem(
+            f"dense_below={options.dense_below!r}",
+            "dense_below is an integer >= 0: requests of fewer tokens attend densely",
+            "pass an int of 0 or more, or leave it out for 0",
+        )
     return options
 
 
@@ -203,8 +220,9 @@ def preset_options(preset: str | None) -> dict[str, Any]:
             f"preset is one of {', '.join(map(repr, PRESETS))}, or None",
             f"did you mean {close[0]!r}?" if close else by_name,
         )
-    make = getattr(SelectConfig, preset)
-    return {name: make()[name] for name in CONFIG_NAMES if make()[name] != SelectConfig()[name]}
+    config, plain_config = getattr(SelectConfig, preset)(), SelectConfig()
+    changed = {name: config[name] for name in CONFIG_NAMES if config[name] != plain_config[name]}
+    return changed if preset == "faithful" else changed | {"prefill": "selected"}
 
 
 def _unknown(name: object, of: str = "", names: tuple[str, ...] = NAMES) -> InvalidProblem:

@@ -1,10 +1,19 @@
 """The errors that name a layer, a model, or its arguments; and warnings at the caller's line."""
 
+import functools
 import sys
 import warnings
 from typing import Any
 
+import torch
+
 from tokenselect.errors import UnsupportedProblem
+
+# torch says the reason where it is asked for one graph of a whole model.
+outside_of_graphs = functools.partial(
+    torch.compiler.disable,
+    reason="tokenselect reads masks and lengths on the host: leave fullgraph=True out",
+)
 
 
 class Refusal(UnsupportedProblem):

@@ -341,23 +341,36 @@ def _check_positions(module: Any, call: _Call, mask: TokenMask) -> None:
     )
     for span in mask.spans:
         ids = made.position_ids.long().expand(B, -1)[span.rows][:, span.queries]
-        first = span.n - span.m
-        if first == 0 or not are_known:
-            starts[span.rows] = ids[:, 0] - first
-        if not torch.equal(
-            ids, starts[span.rows, None] + torch.arange(first, span.n, device=ids.device)
-        ):
+        first = torch.tensor(span.n, device="cpu") - span.m
+        start = ids[:, 0] - first
+        if are_known:
+            start = torch.where(first == 0, start, starts[span.rows])
+        starts[span.rows] = start
+        wrong = ids != (start + first)[:, None] + torch.arange(span.m, device="cpu")
+        for b in wrong.any(-1).nonzero()[:1, 0].tolist():
             raise refuse_layer(
                 module,
-                f"position_ids that are not consecutive: tokens {first} to {span.n - 1} of a "
-                f"request, counted from 0, at {ids[:, 0].tolist()} to {ids[:, -1].tolist()}, with "
-                f"token 0 at {starts[span.rows].tolist()}",
+                f"position_ids that are not consecutive: tokens {first[b]} to {span.n[b] - 1} of "
+                f"request {span.rows.start + b}, counted from 0, at {ids[b, 0]} to {ids[b, -1]}, "
+                f"with token 0 at {start[b]}",
                 "leave position_ids out, or for a padded batch pass "
                 "(attention_mask.cumsum(1) - 1)[:, -new:]",
             )
     if isinstance(cache, RawKeys):
         cache.starts = starts
     made.is_checked = True
+
+
+def trained_length(config: Any) -> int | None:
+    """Return how many tokens a model was made for, as scaled by its rope; None if unknown."""
+    trained = getattr(config, "max_position_embeddings", None)
+    if not isinstance(trained, int):
+        return None
+    rope = getattr(config, "rope_parameters", None) or {}
+    if "original_max_position_embeddings" in rope:
+        scaled = rope["original_max_position_embeddings"] * rope.get("factor", 1)
+        trained = max(trained, int(scaled))
+    return trained
 
 
 def _refuse_by_name(config: Any) -> None:

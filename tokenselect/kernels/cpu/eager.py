@@ -160,11 +160,7 @@ def _logit_chunks(
         rotator = _Rotator(problem.rope, where, starts, torch.empty_like(buffer))
     for start in range(tokens.start, tokens.stop, step):
         stop = min(start + step, tokens.stop)
-        if problem.is_paged:
-            positions = torch.arange(start, stop, device=buffer.device)
-            chunk = _gather(problem, problem.k_cache, b, positions[None])
-        else:
-            chunk = problem.k_cache[b, :, start:stop]
+        chunk = _keys_in_a_row(problem, b, start, stop)
         keys = chunk if chunk.dtype == dtype else buffer[:, : stop - start].copy_(chunk)
         rows = queries
         if rotator is not None:
@@ -175,6 +171,19 @@ def _logit_chunks(
             part.div_(problem.softcap).tanh_().mul_(problem.softcap)
             part.masked_fill_(~finite, -math.inf)
         yield start, part.nan_to_num_(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
+
+
+def _keys_in_a_row(problem: Problem, b: int, start: int, stop: int) -> Tensor:
+    """Return keys (Hkv, stop - start, D) of request b: a view unless they lie in several pages."""
+    if problem.block_table is None:
+        return problem.k_cache[b, :, start:stop]
+    if problem.page_size == 1:
+        pages = problem.block_table[b, start:stop]
+        first = int(pages[0])
+        if torch.equal(pages - first, torch.arange(stop - start, dtype=pages.dtype)):
+            return problem.k_cache[first : first + stop - start, 0].transpose(0, 1)
+    positions = torch.arange(start, stop, device=problem.q.device)
+    return _gather(problem, problem.k_cache, b, positions[None])
 
 
 class _Rotator:
