@@ -57,11 +57,15 @@ def test_a_fraction_is_of_the_tokens_of_each_request(llama: Any) -> None:
 
 
 def test_logits_warn_where_a_fraction_leaves_tokens_out(llama: Any) -> None:
-    with enable(llama, **TENTHS, prefill="selected", chunk=8), pytest.warns(UserWarning, match="chose together"):
+    in_eights = {"prefill": "selected", "chunk": 8}
+    with (
+        enable(llama, **TENTHS, **in_eights),
+        pytest.warns(UserWarning, match="chose together"),
+    ):
         llama(tokens(1))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with enable(llama, **TENTHS | {"k": 0.9}, prefill="selected", chunk=8):  # of 20 tokens, 18 between 1 and 2
+        with enable(llama, **TENTHS | in_eights | {"k": 0.9}):  # of 20 tokens, 18 between 1 and 2
             llama(tokens(1))
 
 
@@ -125,7 +129,8 @@ def test_a_dense_layer_is_that_of_the_model(family: str, how: str) -> None:
     model = model_of(family, **{"num_hidden_layers": 1} if family == "llama" else {})
     ids, mask = tokens(2), mask_of("20#", "5. 15#")
     expected = model(ids, attention_mask=mask).logits
-    options = SMALL | MOVING.get(how, {}) | {"prefill": "selected", "chunk": 7, "layers": {-1: "dense"}}
+    options = SMALL | MOVING.get(how, {}) | {"prefill": "selected", "chunk": 7}
+    options |= {"layers": {-1: "dense"}}
     with enable(model, **options):
         assert_close(model(ids, attention_mask=mask).logits, expected, mask)
 
