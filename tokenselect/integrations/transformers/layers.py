@@ -164,8 +164,8 @@ def _is_dense(
 ) -> Callable[[int], bool]:
     """Return whether a request of n tokens attends densely in this call, as a function of n.
 
-    Raw keys do so within the trained length only, but for layers that are named as dense: beyond it,
-    they are cached to be moved.
+    Raw keys do so within the trained length only, but for layers that are named as dense: beyond
+    it, they are cached to be moved.
     """
     is_all = options.select == EVERYTHING or id(module.config) in _all_dense.configs
     is_prompt = options.prefill == "dense" and not mask.is_step
