@@ -303,8 +303,9 @@ def _pages(cache: Tensor) -> tuple[Tensor, tuple[int, int]]:
     Returns it and how many pages lie between a row and the next, and between slots.
     """
     row, head, slot, element = cache.stride()
-    pitch = math.gcd(row, slot)
     B, Hkv, slots, D = cache.shape
+    row = row if B > 1 else 0  # else it may be anything
+    pitch = math.gcd(row, slot)
     pages = 1 + ((B - 1) * row + (slots - 1) * slot) // pitch
     view = cache.as_strided((pages, 1, Hkv, D), (pitch, pitch, head, element))
     return view, (row // pitch, slot // pitch)
