@@ -180,8 +180,9 @@ def _keys_in_a_row(problem: Problem, b: int, start: int, stop: int) -> Tensor:
     if problem.page_size == 1:
         pages = problem.block_table[b, start:stop]
         first = int(pages[0])
-        if torch.equal(pages - first, torch.arange(stop - start, dtype=pages.dtype)):
-            return problem.k_cache[first : first + stop - start, 0].transpose(0, 1)
+        in_a_row = torch.arange(first, first + len(pages), device=pages.device)
+        if torch.equal(pages.long(), in_a_row):
+            return problem.k_cache[first : first + len(pages), 0].transpose(0, 1)
     positions = torch.arange(start, stop, device=problem.q.device)
     return _gather(problem, problem.k_cache, b, positions[None])
 
