@@ -233,7 +233,8 @@ def test_a_layer_that_does_not_attend_cannot_be_named() -> None:
         pass
 
 
-def test_layers_that_share_keys_can_be_named() -> None:
+def test_layers_that_share_keys() -> None:
+    """They can be named, and reuse their own selections."""
     kinds = ["sliding_attention", "full_attention"] * 2
     config = transformers.Gemma3nTextConfig(
         **SIZES | {"num_hidden_layers": 4},
@@ -247,3 +248,7 @@ def test_layers_that_share_keys_can_be_named() -> None:
     assert [counts[-1] for counts in counts_by_layer(infos, 2)] == [6, 8]
     with pytest.raises(InvalidProblem, match="layer -2, which slides\n.*\n.*such layers are 1, 3"):
         enable(model, **SMALL, layers={-2: "dense"})
+    with enable(model, **SMALL, theta=-1.0, layers={3: {"k": 5}}):
+        cache = TokenSelectCache(model)
+        generated(model, tokens(1), past_key_values=cache)
+    assert (cache.hits, cache.misses) == (2 * 6, 2)
