@@ -246,7 +246,7 @@ def test_layers_that_share_keys() -> None:
     with enable(model, **SMALL, **STEPWISE, layers={3: {"k": 5}}), recorded() as infos:
         model(tokens(1))
     assert [counts[-1] for counts in counts_by_layer(infos, 2)] == [6, 8]
-    with pytest.raises(InvalidProblem, match="layer -2, which slides\n.*\n.*such layers are 1, 3"):
+    with pytest.raises(InvalidProblem, match=r"layer -2, which slides\n.*\n.*such layers are 1, 3"):
         enable(model, **SMALL, layers={-2: "dense"})
     with enable(model, **SMALL, theta=-1.0, layers={3: {"k": 5}}):
         cache = TokenSelectCache(model)
