@@ -231,3 +231,24 @@ def test_a_layer_that_does_not_attend_cannot_be_named() -> None:
         enable(model, **SMALL, layers={0: "dense"})
     with enable(model, **SMALL, layers={1: "dense"}):
         pass
+
+
+def test_layers_that_share_keys() -> None:
+    """They can be named, and reuse their own selections."""
+    kinds = ["sliding_attention", "full_attention"] * 2
+    config = transformers.Gemma3nTextConfig(
+        **SIZES | {"num_hidden_layers": 4},
+        layer_types=kinds, sliding_window=6, num_kv_shared_layers=2, altup_num_inputs=2,
+        vocab_size_per_layer_input=61, hidden_size_per_layer_input=8, laurel_rank=4,
+        activation_sparsity_pattern=[0.0] * 4,
+    )  # fmt: skip
+    model = made(config)
+    with enable(model, **SMALL, **STEPWISE, layers={3: {"k": 5}}), recorded() as infos:
+        model(tokens(1))
+    assert [counts[-1] for counts in counts_by_layer(infos, 2)] == [6, 8]
+    with pytest.raises(InvalidProblem, match=r"layer -2, which slides\n.*\n.*such layers are 1, 3"):
+        enable(model, **SMALL, layers={-2: "dense"})
+    with enable(model, **SMALL, theta=-1.0, layers={3: {"k": 5}}):
+        cache = TokenSelectCache(model)
+        generated(model, tokens(1), past_key_values=cache)
+    assert (cache.hits, cache.misses) == (2 * 6, 2)

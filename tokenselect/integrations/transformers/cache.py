@@ -30,7 +30,8 @@ class Selections:
     """
 
     def __init__(self) -> None:
-        self._options: Options | None = None
+        # By layer: one that shares the keys of another may have options of its own.
+        self._options: dict[int, Options] = {}
         self._caches: dict[_Key, SelectionCache] = {}
         # Hits and misses of rows that were reordered away, less those that their successors count
         # twice.
@@ -39,10 +40,10 @@ class Selections:
     def of(
         self, layer: int, span: TokenSpan, options: Options, dtype: torch.dtype
     ) -> SelectionCache:
-        """Return the span's SelectionCache; drop all selections made under other options."""
-        if options != self._options:
+        """Return the span's SelectionCache; drop all selections if the layer's options changed."""
+        if self._options.get(layer, options) != options:
             self.clear()
-            self._options = options
+        self._options[layer] = options
         key = (layer, span.rows.start, span.rows.stop, span.first, dtype)
         if key not in self._caches:
             self._caches[key] = options.selection_cache()
@@ -50,7 +51,7 @@ class Selections:
 
     def clear(self) -> None:
         """Forget all selections and counts."""
-        self._caches, self._moved = {}, (0, 0)
+        self._caches, self._options, self._moved = {}, {}, (0, 0)
 
     def crop(self, slots: int, device: Any) -> None:
         """Drop the selections that saw more than `slots` slots, the new length of the layer.

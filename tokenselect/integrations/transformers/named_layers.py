@@ -1,5 +1,6 @@
 """Options of layers by number: which layers there are, and which of them can have some."""
 
+from itertools import zip_longest
 from typing import Any
 
 from transformers.cache_utils import DynamicCache, DynamicLayer
@@ -61,13 +62,18 @@ def check_layers(options: Options, config: Any) -> None:
 
 
 def _kinds(config: Any) -> tuple[list[int], dict[int, str]]:
-    """Return the layers that attend to all tokens; and the others, with what they do."""
+    """Return the layers that attend to all tokens; and the others, with what they do.
+
+    A layer that shares the keys and values of another has no cache: its type says what it does.
+    """
     full, others = [], {}
-    for layer, cached in enumerate(DynamicCache(config=config).layers):
-        if not isinstance(cached, DynamicLayer):
-            others[layer] = "does not attend"
-        elif cached.is_sliding:
-            others[layer] = "slides"
-        else:
+    types = getattr(config, "layer_types", None) or ()
+    caches = DynamicCache(config=config).layers
+    for layer, (cached, kind) in enumerate(zip_longest(caches, types)):
+        if isinstance(cached, DynamicLayer):
+            kind = "sliding_attention" if cached.is_sliding else "full_attention"
+        if kind == "full_attention":
             full.append(layer)
+        else:
+            others[layer] = "slides" if kind == "sliding_attention" else "does not attend"
     return full, others
