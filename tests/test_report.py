@@ -110,13 +110,14 @@ def test_a_report_is_a_table_and_json() -> None:
 
 def test_it_counts_for_the_last_enable_until_reset_or_disable() -> None:
     model, ids = model_of("llama"), tokens(1)
-    outer = enable(model, **SMALL, **STEPWISE, record=1)
+    outer = enable(model, **SMALL, **STEPWISE)
     with enable(model, **SMALL) as inner:
         model(ids)
     assert outer.report().layers == ()
     assert [one.dense for one in inner.report().layers] == [1, 1]
     model(ids)
-    assert [one.calls for one in outer.report().layers] == [20, 20]
+    attended = sum(min(n, 6) for n in range(1, 21)) / 20
+    assert [(one.calls, one.attended) for one in outer.report().layers] == [(20, attended)] * 2
     outer.reset()
     assert (outer.report().layers, outer.infos()) == ((), {})
     copied = copy.deepcopy(model)
