@@ -245,6 +245,9 @@ def test_the_story_is_told_to_the_end() -> None:
     said = console.export_text()
     assert "tokenselect: 16 first + 8 voted + 8 newest" in said
     assert re.search(r"attended +│ +\d+ of \d+ │ +32 of \d+ │ +32 of \d+", said)
+    assert re.search(r"with DynamicCache +│ +\d+\.\d │ +– │ +–", said)
+    assert re.search(r"takes \d+\.\d\d of the time of dense, and\s+\d+\.\d\d of that", said)
+    assert story.stock.nll == pytest.approx(story.branches[0].nll, abs=1e-5)
     assert re.search(r"^ +0 █*░* +\d+\.\d%", said, re.MULTILINE)
     scene = story.scene()
     assert [len(positions) for positions in scene.selected] == [32] * 3

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from transformers import AttentionInterface
+from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from examples.demo.model import named
@@ -46,7 +47,7 @@ class Branch:
     """
 
     title: str
-    cache: TokenSelectCache
+    cache: Cache
     options: dict[str, Any] | None = None
     steps: list[Step] = field(default_factory=list)
     nll: list[float] = field(default_factory=list)

@@ -28,6 +28,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
+from tokenselect.api import AttentionInfo
 from tokenselect.errors import InvalidProblem
 from tokenselect.integrations.transformers.cache import TokenSelectCache
 from tokenselect.integrations.transformers.causality import unwatch_logits, watch_logits
@@ -45,9 +46,11 @@ from tokenselect.integrations.transformers.options import (
     preset_options,
 )
 from tokenselect.integrations.transformers.refusals import refuse_mla, warn
+from tokenselect.integrations.transformers.report import Recorder, Report, record_with
 from tokenselect.integrations.transformers.rotation import RawLayers, is_raw, trained_length
+from tokenselect.scalars import is_integer, plain
 
-__all__ = ["NAME", "Enabled", "Options", "TokenSelectCache", "enable", "recorded"]
+__all__ = ["NAME", "Enabled", "Options", "Report", "TokenSelectCache", "enable", "recorded"]
 
 AttentionInterface.register(NAME, attention_forward)
 AttentionMaskInterface.register(NAME, token_mask)
@@ -64,12 +67,19 @@ class Enabled:
     inner  the `Enabled` that came after this one and is still in force, or None
     """
 
-    def __init__(self, model: Any, options: dict[str, Any]) -> None:
+    def __init__(self, model: Any, options: dict[str, Any], record: int = 0) -> None:
         if not hasattr(getattr(model, "config", None), "get_text_config"):
             raise InvalidProblem(
                 f"enable() of a {type(model).__name__}",
                 "enable() takes a model of transformers, which has a config",
                 "pass the model that from_pretrained returned",
+            )
+        record = plain(record)
+        if not is_integer(record) or record < 0:
+            raise InvalidProblem(
+                f"record={record!r}",
+                "record is an integer >= 0: how many calls of each layer to keep",
+                "pass an int of 0 or more, or leave it out for 0",
             )
         config = model.config.get_text_config(decoder=True)
         if getattr(config, "kv_lora_rank", None) is not None:
@@ -95,6 +105,8 @@ class Enabled:
             self._outer.inner = self
         setattr(self._part, _INNERMOST, self)
         self._is_on = True
+        self._recorder = Recorder(record)
+        record_with(config, self._recorder)
         self._raw: RawLayers | None = None
         if parsed.needs_raw_keys and not is_raw(self._part):
             try:
@@ -129,9 +141,30 @@ class Enabled:
                 self._config.tokenselect = self._options
         if self._outer is None:
             delattr(self._part, _INNERMOST)
+            record_with(self._config, None)
         else:
             self._outer.inner = None
+            record_with(self._config, self._outer._recorder)
             setattr(self._part, _INNERMOST, self._outer)
+
+    def report(self) -> Report:
+        """Return what the layers' calls did since `enable` or the last `reset`, as a table.
+
+        All of it is counted for the last `enable` in force. On a GPU, this waits for it.
+
+        >>> print(handle.report())  # doctest: +SKIP
+        layer  dense  calls  reused  cached  attended  mass kept  least  backend
+            0      1     19       0   310.0      52.0      61.3%  40.2%   native
+        """
+        return self._recorder.report()
+
+    def infos(self) -> dict[int, list[AttentionInfo]]:
+        """Return the `AttentionInfo` of each layer's last `record` calls that selected."""
+        return self._recorder.infos()
+
+    def reset(self) -> None:
+        """Count and keep anew from here on."""
+        self._recorder.reset()
 
     def __enter__(self) -> Self:
         if not self._is_on:
@@ -174,12 +207,14 @@ def _warn_of_length(config: Any, options: Options) -> None:
         )
 
 
-def enable(model: Any, preset: str | None = None, **options: Any) -> Enabled:
+def enable(model: Any, preset: str | None = None, *, record: int = 0, **options: Any) -> Enabled:
     """Let a model attend with tokenselect, until `.disable()` or the end of a `with` block.
 
     preset   "faithful", "extrapolate" or "paper", as in `SelectConfig`; options change what it sets
     options  fields of SelectConfig, and theta, max_reuse, backend, chunk, prefill, dense_below,
              layers: see `Options`. They take the place of config.tokenselect, as a whole
+    record   keep the `AttentionInfo` of each layer's last so many calls, in `.infos()`, and let
+             `.report()` know what only they tell. It takes time, and is not saved
 
     Options that move keys (positions="contiguous", another score_at than "true") run the model
     twice over 16 tokens, to observe how it rotates; while in force, they make it cache raw keys.
@@ -189,4 +224,4 @@ def enable(model: Any, preset: str | None = None, **options: Any) -> Enabled:
     Warns where contiguous positions come out longer than max_position_embeddings, and of a model
     whose layers all slide.
     """
-    return Enabled(model, as_json(preset_options(preset) | options))
+    return Enabled(model, as_json(preset_options(preset) | options), record)

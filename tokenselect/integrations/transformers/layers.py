@@ -25,6 +25,7 @@ from tokenselect.integrations.transformers.refusals import (
     refuse_layer,
     refuse_mla,
 )
+from tokenselect.integrations.transformers.report import Recorder, recorder_of
 from tokenselect.integrations.transformers.rotation import Probe, raw_layer_of, trained_length
 from tokenselect.rope import Rope
 
@@ -147,15 +148,18 @@ def attention_forward(
             ), None
         out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
         layer, is_dense = getattr(module, "layer_idx", 0), _is_dense(module, mask, options, rope)
+        recorder = recorder_of(module.config)
         for span in mask.spans:
             for part, densely in span.split(is_dense):
                 if densely:
                     _attend_densely(q, k, v, mask, part, rope, s_aux, settings, out)
+                    if recorder is not None:
+                        recorder.add_dense(layer, len(part.n))
                 else:
                     more = {"sink_logits": s_aux, "rope": rope, **settings}
                     if selections is not None:
                         more["cache"] = selections.of(layer, part, options, q.dtype)
-                    _select(q, k, v, part, options, more, out)
+                    _select(q, k, v, part, options, more, out, layer, recorder)
         return out, None
 
 
@@ -219,20 +223,26 @@ def _select(
     options: Options,
     more: dict[str, Any],
     out: Tensor,
+    layer: int,
+    recorder: Recorder | None,
 ) -> None:
     """Fill the span's rows of out (B, Lq, Hq, Dv): select and attend, chunk by chunk."""
     select = options.select
     for queries, later in span.chunks(options.chunk):
         q = query[span.rows][:, :, queries]
         given = {**_tokens(key, value, span, later), **select, **more, "backend": options.backend}
-        if _recording.infos is None:
+        info, Lq, lengths = None, q.shape[2], [n - later for n in span.n]
+        infos = _recording.infos
+        if infos is None and (recorder is None or not recorder.wants_info(layer)):
             attended = tokenselect.attention(q, **given)
         else:
             attended, info = tokenselect.attention(q, **given, return_info=True)
-            _recording.infos.append(info)
+        if infos is not None and info is not None:
+            infos.append(info)
+        if recorder is not None:
+            recorder.add(layer, lengths, Lq, select, "cache" in more, info)
         out[span.rows, queries] = attended.transpose(1, 2)
-        Lq = q.shape[2]
-        n = max(span.n) - later
+        n = max(lengths)
         if n >= select.n_sink + select.budget(n) + select.n_local + Lq:  # else all was selected
             in_progress.together = max(in_progress.together, Lq)
 
