@@ -76,11 +76,19 @@ def misled(model: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Select with the wrong head map, for each query alone, and attend with the right one."""
     config = SelectConfig(**TENTH)
 
-    def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, **_: Any) -> Tensor:
+    def attention(
+        q: Tensor, k_cache: Tensor, v_cache: Tensor, return_info: bool = False, **_: Any
+    ) -> Any:
         wrong = Problem.build(swapped(q, k_cache.shape[1]), k_cache, v_cache, config)
         selection = tokenselect.select(tokenselect.score(wrong).votes, wrong)
         problem = Problem.build(q, k_cache, v_cache, config)
-        return tokenselect.attend(problem, selection).out
+        out, lse = tokenselect.attend(problem, selection)
+        unknown, reused = (
+            torch.full(lse.shape[:2], torch.nan),
+            torch.zeros(len(q), dtype=torch.bool),
+        )
+        info = tokenselect.AttentionInfo(lse, selection, unknown, reused, "cpu")
+        return (out, info) if return_info else out
 
     with enable(model, **TENTH, **BY_TOKEN), monkeypatch.context() as patch:
         patch.setattr(tokenselect, "attention", attention)
