@@ -131,7 +131,7 @@ TRANSFORMERS ?= 5.4.0
 RELATIVES_OF_5.4.0 := huggingface-hub==1.8.0
 
 # Less what other models of the list show too.
-TRANSFORMERS_TESTS := $(addprefix tests/test_,transformers.py dense.py extrapolation.py demo.py options.py report.py) \
+TRANSFORMERS_TESTS := $(addprefix tests/test_,transformers.py dense.py extrapolation.py demo.py options.py report.py lossless.py) \
 	-k 'not (llama_yarn or llama_llama3 or qwen2 or qwen3 or mistral or gemma3)'
 
 test-transformers: $(TRANSFORMERS:%=test-transformers-%)

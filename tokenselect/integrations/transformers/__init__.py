@@ -34,6 +34,7 @@ from tokenselect.integrations.transformers.cache import TokenSelectCache
 from tokenselect.integrations.transformers.causality import unwatch_logits, watch_logits
 from tokenselect.integrations.transformers.interface import refuse_own_attention, text_part, watch
 from tokenselect.integrations.transformers.layers import attention_forward, recorded
+from tokenselect.integrations.transformers.lossless import Lossless
 from tokenselect.integrations.transformers.masks import token_mask
 from tokenselect.integrations.transformers.named_layers import check_layers
 from tokenselect.integrations.transformers.options import (
@@ -50,7 +51,16 @@ from tokenselect.integrations.transformers.report import Recorder, Report, recor
 from tokenselect.integrations.transformers.rotation import RawLayers, is_raw, trained_length
 from tokenselect.scalars import is_integer, plain
 
-__all__ = ["NAME", "Enabled", "Options", "Report", "TokenSelectCache", "enable", "recorded"]
+__all__ = [
+    "NAME",
+    "Enabled",
+    "Lossless",
+    "Options",
+    "Report",
+    "TokenSelectCache",
+    "enable",
+    "recorded",
+]
 
 AttentionInterface.register(NAME, attention_forward)
 AttentionMaskInterface.register(NAME, token_mask)

@@ -173,10 +173,15 @@ class GrowableLayer(DynamicLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest -tokens_to_remove tokens."""
+        self.rewind(tokens_to_remove)
+        if tokens_to_remove != 0 and self.is_initialized:
+            self.selections.crop(self.get_seq_length(), self.device)
+
+    def rewind(self, tokens_to_remove: int) -> None:
+        """Crop for tokens that will be read again: the selections that saw them stay."""
         super().crop(tokens_to_remove)  # refuses a positive number
         if tokens_to_remove != 0 and self.is_initialized:
             self._show(self.get_seq_length())
-            self.selections.crop(self.get_seq_length(), self.device)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let row b go on as row beam_idx[b]."""
