@@ -196,10 +196,17 @@ class TestEnds:
             def end(self) -> None:
                 self.told.append("end")
 
-        stock, ours = Streamer(), Streamer()
+        stock, ours, wrapped = Streamer(), Streamer(), Streamer()
         densely(llama, tokens(1), streamer=stock)
         losslessly(llama, tokens(1), streamer=ours)
         assert ours.told == stock.told
+
+        def decode(*given: Any, **more: Any) -> Any:
+            return Lossless()(*given, **more)
+
+        with enable(llama, **DRAFTING):
+            densely(llama, tokens(1), streamer=wrapped, custom_generate=decode)
+        assert wrapped.told == stock.told
 
     def test_what_is_returned(self, llama: Any) -> None:
         ids, cache = tokens(2), TokenSelectCache(llama)

@@ -6,6 +6,7 @@ one, takes them out of the cache, and reads them again in one dense call. The lo
 judge the drafts and give one token more; its keys and values are those that stay.
 """
 
+import inspect
 import math
 import sys
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
-from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
+from transformers.generation import GenerateDecoderOnlyOutput, GenerationMixin, GenerationMode
 
 from tokenselect.errors import InvalidProblem
 from tokenselect.integrations.transformers.cache import GrowableLayer
@@ -23,6 +24,7 @@ from tokenselect.integrations.transformers.layers import all_dense
 from tokenselect.integrations.transformers.options import NAME, Options, parse
 from tokenselect.scalars import is_integer, is_number, plain
 
+_GENERATE = inspect.unwrap(GenerationMixin.generate).__code__
 _MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 _CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__annotations__ else "past_key_values"
 
@@ -329,9 +331,11 @@ def _rewind(cache: Any, tokens: int) -> None:
 
 
 def _arguments_of_generate() -> dict[str, Any]:
-    """Return the arguments of the `generate` that calls: it hands some of them to no callable."""
-    frame = sys._getframe(2)
-    return frame.f_locals if frame.f_code.co_name == "generate" else {}
+    """Return the arguments of the `generate` that calls: it hands a callable only some of them."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code is not _GENERATE:
+        frame = frame.f_back
+    return frame.f_locals if frame.f_code is _GENERATE else {}
 
 
 def _refuse(
