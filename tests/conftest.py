@@ -1,7 +1,9 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from tokenselect.dispatch import registry
 
@@ -17,6 +19,19 @@ def _leave_no_backend_behind() -> Iterator[None]:
     registry._loaded.clear()
     registry._loaded.update(loaded)
     registry.AUTO = auto
+
+
+@pytest.fixture
+def no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def llama() -> Any:
+    from tests.models import model_of  # takes transformers, which most tests do without
+
+    return model_of("llama")
 
 
 def snapshots() -> dict[str, str]:

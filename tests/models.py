@@ -48,6 +48,8 @@ VOCABULARY = 61
 WINDOW = 6
 EVERYTHING: dict[str, Any] = {"k": 64, "n_sink": 2, "n_local": 3, "prefill": "selected"}
 SMALL: dict[str, Any] = {"k": 3, "n_sink": 1, "n_local": 2}
+# Every token of a prompt selects.
+STEPWISE: dict[str, Any] = {"prefill": "selected", "chunk": 1}
 # What `enable` takes, so that prompts are read with it too.
 SPARSE: dict[str, Any] = {**SMALL, "prefill": "selected"}
 OTHERWISE: dict[str, Any] = {**SMALL, "vote": "logit", "scope": "group", "pool": 3}

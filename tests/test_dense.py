@@ -7,7 +7,6 @@ import copy
 import itertools
 import threading
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -43,18 +42,7 @@ from tokenselect.integrations.transformers import (
 from tokenselect.integrations.transformers.dense import attend_densely
 from tokenselect.integrations.transformers.layers import all_dense
 
-pytestmark = pytest.mark.filterwarnings(THE_OLD_NAME)
-
-
-@pytest.fixture
-def llama() -> Any:
-    return model_of("llama")
-
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = [pytest.mark.filterwarnings(THE_OLD_NAME), pytest.mark.usefixtures("no_grad")]
 
 
 def by_hand(

@@ -7,7 +7,6 @@ of tests/models.py.
 
 import copy
 import threading
-from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -51,6 +50,7 @@ from tokenselect.integrations.transformers import TokenSelectCache, enable, rota
 
 pytestmark = [
     pytest.mark.filterwarnings(THE_OLD_NAME),
+    pytest.mark.usefixtures("no_grad"),
     # What others of the families show too.
     pytest.mark.slow("llama_yarn", "llama_llama3", "qwen2", "qwen3", "mistral"),
 ]
@@ -62,20 +62,9 @@ def model(request: pytest.FixtureRequest) -> Any:
     return shared(request.param)
 
 
-@pytest.fixture
-def llama() -> Any:
-    return model_of("llama")
-
-
 @pytest.fixture(params=MOVING)
 def moving(request: pytest.FixtureRequest) -> dict[str, Any]:
     return MOVING[request.param]
-
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 # Further ways to rotate; each has to be recognised for what it is.

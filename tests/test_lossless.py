@@ -33,18 +33,12 @@ from tokenselect.errors import InvalidProblem
 from tokenselect.integrations.transformers import Lossless, TokenSelectCache, enable, lossless
 from tokenselect.integrations.transformers.lossless import speculative_rule
 
-pytestmark = pytest.mark.slow("qwen3", "gemma2")
+pytestmark = [pytest.mark.slow("qwen3", "gemma2"), pytest.mark.usefixtures("no_grad")]
 
 # Drafts of which some are accepted and some are not.
 DRAFTING: dict[str, Any] = {"k": 12, "n_sink": 1, "n_local": 2}
 NEW = 24
 SLIDING = lacking("caches that slide and can be cropped")
-
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture

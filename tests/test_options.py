@@ -1,7 +1,6 @@
 """Options of models of transformers: k as a fraction, and layers with options of their own."""
 
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import numpy
@@ -15,6 +14,7 @@ from tests.models import (
     MOVING,
     SIZES,
     SMALL,
+    STEPWISE,
     THE_OLD_NAME,
     assert_close,
     generated,
@@ -27,22 +27,9 @@ from tests.models import (
 from tokenselect import InvalidProblem
 from tokenselect.integrations.transformers import TokenSelectCache, enable, recorded
 
-pytestmark = pytest.mark.filterwarnings(THE_OLD_NAME)
+pytestmark = [pytest.mark.filterwarnings(THE_OLD_NAME), pytest.mark.usefixtures("no_grad")]
 
 TENTHS: dict[str, Any] = {"k": 0.3, "n_sink": 1, "n_local": 2}
-# Every token of a prompt selects.
-STEPWISE: dict[str, Any] = {"prefill": "selected", "chunk": 1}
-
-
-@pytest.fixture
-def llama() -> Any:
-    return model_of("llama")
-
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 def test_a_fraction_is_of_the_tokens_of_each_request(llama: Any) -> None:

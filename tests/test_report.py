@@ -4,25 +4,16 @@ import copy
 import dataclasses
 import json
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from tests.models import SMALL, THE_OLD_NAME, generated, mask_of, model_of, tokens
+from tests.models import SMALL, STEPWISE, THE_OLD_NAME, generated, mask_of, model_of, tokens
 from tokenselect import InvalidProblem
 from tokenselect.integrations.transformers import TokenSelectCache, enable, recorded
 
-pytestmark = pytest.mark.filterwarnings(THE_OLD_NAME)
-
-STEPWISE: dict[str, Any] = {"prefill": "selected", "chunk": 1}
-
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = [pytest.mark.filterwarnings(THE_OLD_NAME), pytest.mark.usefixtures("no_grad")]
 
 
 @pytest.mark.parametrize("record", [0, 2])

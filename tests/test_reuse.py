@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests import fresh
 from tests.problems import SMALL, lengths, problem, tensors
 from tokenselect import AttentionInfo, SelectionCache, attention
 from tokenselect.dispatch.registry import load, reuse_of
@@ -355,10 +356,8 @@ def test_decode_after_a_prefill_chunk(max_reuse: int, hits: bool) -> None:
         assert positions(decode) == [*positions(first), 40]
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu", "native"])
+@pytest.mark.parametrize("backend", sorted({"reference", "cpu", fresh.AUTO}))
 def test_a_fraction_is_of_the_length_at_which_a_selection_is_made(backend: str) -> None:
-    if load(backend).unavailable:
-        pytest.skip(f"{backend} cannot run here")
     cache, given = SelectionCache(max_reuse=3), {"k": 0.1, "backend": backend}
     infos = [step(cache, query(1, 1), n, n + 20, **given) for n in range(28, 37)]
     assert reused(*infos) == [False, True, True, True, False, True, True, True, False]

@@ -68,6 +68,7 @@ from tokenselect.integrations.transformers.masks import TokenMask, token_mask
 
 pytestmark = [
     pytest.mark.filterwarnings(THE_OLD_NAME),
+    pytest.mark.usefixtures("no_grad"),
     # What others of the families show too.
     pytest.mark.slow("llama_yarn", "llama_llama3", "qwen2", "qwen3", "mistral"),
 ]
@@ -79,17 +80,6 @@ ASSISTED = lacking("assisted decoding over sliding layers, and without an end of
 def model(request: pytest.FixtureRequest) -> Any:
     """A model of each family; tests leave it as it was."""
     return shared(request.param)
-
-
-@pytest.fixture
-def llama() -> Any:
-    return model_of("llama")
-
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 # All is selected, or all attends densely, whatever is to be selected.
