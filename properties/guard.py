@@ -165,9 +165,14 @@ def watched(backend: Backend, launch: Any) -> Backend:
         if getattr(backend, name) is not None:
             own[name] = guarded(getattr(backend, name), *changes)
     if backend.static is not None:
-        planned = {name: guarded(getattr(backend.static, name)) for name in stages[:2]}
-        # `out` is the one tensor that it is given by itself.
-        own["static"] = StaticStages(**planned, attend=guarded(backend.static.attend, Tensor))
+        # `out` is the one tensor that all but the first two are given by itself.
+        changing = {"score": (), "select": (), "attend_cached": (CacheState, Tensor)}
+        own["static"] = StaticStages(
+            **{
+                name: stage and guarded(stage, *changing.get(name, (Tensor,)))
+                for name, stage in backend.static._asdict().items()
+            }
+        )
     if isinstance(backend.reuse, Reuse):
         update = guarded(backend.reuse.update, CacheState, Selection)
         own["reuse"] = Reuse(guarded(backend.reuse.decide_reuse), update)

@@ -20,10 +20,10 @@ triton = pytest.importorskip("triton", reason="the package triton is not for thi
 
 PACKAGE = "tokenselect.kernels.triton"
 # The package's own names `score`, `select` and `attend` are the functions.
-score, select, attend, reuse, launch, recording, device, configs = (
+score, select, attend, reuse, step, launch, recording, device, configs = (
     import_module(f"{PACKAGE}.{name}")
     for name in (
-        *("score", "select", "attend", "reuse"),
+        *("score", "select", "attend", "reuse", "step"),
         *("launch", "recording", "device", "configs"),
     )
 )
@@ -129,18 +129,18 @@ def compared(module: Any, name: str, *given: Any, **more: Any) -> Any:
         planned, todo = getattr(module, name)(*given, arch=arch, source=Lent(memory), **more)
     ((steps, tensors, constants, _),) = runs
     assert len(steps) == len(todo) > 0
-    for step, one in zip(steps, todo, strict=True):
+    for taken, one in zip(steps, todo, strict=True):
         options = launch.options(one, arch)
         expected = {"PDL": False, **one.args, **one.constants, **options}
-        found = step.pick((*tensors, *constants))
+        found = taken.pick((*tensors, *constants))
         for argument, value in zip(one.kernel.arg_names, found, strict=True):
             is_same = value is expected[argument]
             if not isinstance(value, Tensor):
                 is_same = type(value) is type(expected[argument]) and value == expected[argument]
             assert is_same, f"{one.kernel.fn.__name__}: {argument}"
-        assert (step.kernel, step.grid) == (one.kernel, one.grid)
-        assert step.options.items() <= options.items()
-        assert not expected.keys() - set(one.kernel.arg_names) - step.options.keys()
+        assert (taken.kernel, taken.grid) == (one.kernel, one.grid)
+        assert taken.options.items() <= options.items()
+        assert not expected.keys() - set(one.kernel.arg_names) - taken.options.keys()
     if planned is not None:
         assert type(result) is type(planned)
         assert all(a is b for a, b in zip(result, planned, strict=True))
@@ -171,6 +171,8 @@ def all_stages(p: Problem) -> None:
     compared(attend, "launches", p, selection, out=None)
     out = torch.empty(p.B, p.Hq, p.Lq, p.Dv, dtype=p.q.dtype)
     compared(attend, "launches", p, selection, out=out)
+    compared(step, "fresh_launches", p, out=None)
+    compared(step, "cached_launches", p, memory, 0.9, out=out)
 
 
 @pytest.fixture(params=["interpreter", "sm_90"])
@@ -273,6 +275,31 @@ def test_a_plans_memory_is_what_it_lends(monkeypatch: pytest.MonkeyPatch) -> Non
     assert results[0].votes.data_ptr() == results[3].votes.data_ptr()
 
 
+@pytest.mark.usefixtures("_on")
+def test_memory_between_kernels_is_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU; each part lies apart from the others, and what is returned is no part of it."""
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(launch, "arch", lambda device: "sm_90")
+    runs: list[Any] = []
+    monkeypatch.setattr(launch, "run", lambda *given: runs.append(given))
+    p = problem(config=SPLIT, rope=rope())
+    done = recording.run(step.cached_launches, p, memory_of(p), 0.9, out=None)
+    ((_, tensors, _, _),) = runs
+    parts = [x for x in tensors if isinstance(x, launch.Part)]
+    assert len(parts) > 10
+    block = parts[0].block
+    end = block.data_ptr()
+    for part in parts:
+        x = part.tensor()
+        assert (x.data_ptr(), x.shape, x.dtype) == (part.data_ptr(), part.shape, part.dtype)
+        assert x.untyped_storage().data_ptr() == block.untyped_storage().data_ptr()
+        assert x.data_ptr() % 16 == 0
+        assert x.data_ptr() >= end
+        end = x.data_ptr() + x.nbytes
+    assert end <= block.data_ptr() + block.nbytes
+    assert not any(isinstance(x, launch.Part) for x in done)
+
+
 # --- what Triton compiled, again --------------------------------------------------------------
 
 
@@ -324,6 +351,13 @@ def test_a_second_launch_asks_triton_nothing(kernel: Kernel) -> None:
     x, y = torch.zeros(64), torch.zeros(64)
     first = started(kernel, step, x, y)
     assert first == ("first", (5,), (y, x, 7, "constexpr"), {"num_warps": 4})
+    part = launch.Part(x.data_ptr() + 64, x.view(torch.uint8), (4, 2), torch.float32)
+    step = launch.Step(kernel, (5,), lambda x: (x[0],), {}, {})
+    _, _, (given,), _ = started(kernel, step, part)
+    assert (given.data_ptr(), given.shape) == (x[16:].data_ptr(), (4, 2))
+    assert started(kernel, step, part)[1][-1] == part.data_ptr()
+    step = launch.Step(kernel, (5,), lambda x: (x[1], x[0], x[2], x[3]), {}, {})
+    started(kernel, step, x, y)
     for a, b in ((x, y), (y, x), (x, x)):
         _, given = started(kernel, step, a, b)
         assert given[:6] == (5, 1, 1, "stream", "function", "packed")

@@ -16,7 +16,7 @@ def plain(value: Any) -> Any:
     (5, 0.5, '5')
     """
     # What torch.compile traces, a SymInt too, is one of these.
-    if isinstance(value, (int, torch.SymInt)) or type(value) is float:
+    if value is None or isinstance(value, (int, torch.SymInt)) or type(value) is float:
         return value
     if isinstance(value, Tensor):
         waits = value.device.type != "cpu"

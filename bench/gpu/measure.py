@@ -325,11 +325,10 @@ def _not_planned(why: str) -> Contender:
 
 def bytes_of(problem: Problem, backend: str, what: str, found: Found) -> tuple[int, str]:
     """Return bytes that a stage moves by its own account, or has to read by bench.run's formula."""
-    parts = ("score", "select", "attend") if what == "fresh" else (what,)
+    module = f"tokenselect.kernels.{backend}.{'step' if what == 'fresh' else what}"
     try:
-        module = f"tokenselect.kernels.{backend}"
-        own = [importlib.import_module(f"{module}.{part}").bytes_moved for part in parts]
-        return sum(sum(count(problem).values()) for count in own), "moved, by the kernels"
+        moved = importlib.import_module(module).bytes_moved(problem)
+        return sum(moved.values()), "moved, by the kernels"
     except (ImportError, AttributeError):
         return bytes_read(problem, what, found.selection), "read, by bench.run"
 

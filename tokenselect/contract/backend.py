@@ -40,11 +40,22 @@ class StaticStages(NamedTuple):
     select(votes, problem) -> Selection
     attend(problem, selection, out) -> AttentionOutput; out (B, Hq, Lq, Dv), contiguous, is written
     to and returned; None: attend takes memory for it
+    attend_fresh, attend_cached: those of `Backend`, with `out` last; None: the stages in turn
     """
 
     score: Callable[[Problem], Scores] | str
     select: Callable[[Tensor, Problem], Selection] | str
     attend: Callable[[Problem, Selection, Tensor | None], AttentionOutput] | str
+    attend_fresh: (
+        Callable[[Problem, Tensor | None], tuple[AttentionOutput, Selection, Tensor]] | None
+    ) = None
+    attend_cached: (
+        Callable[
+            [Problem, CacheState, float | None, Tensor | None],
+            tuple[AttentionOutput, Selection, Tensor, Tensor],
+        ]
+        | None
+    ) = None
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import importlib
 from importlib.metadata import entry_points
 from typing import Any, NamedTuple
 
-from tokenselect.contract import Backend, Problem, Reuse, StaticStages, reasons
+from tokenselect.contract import Backend, Problem, Reuse, reasons
 from tokenselect.errors import InvalidProblem, UnknownBackend, UnsupportedProblem
 
 # What backend="auto" tries, in this order; everything else has to be asked for by name.
@@ -15,6 +15,7 @@ AUTO = ("native", "cpu", "triton")
 _ONLY_ON = {"native": "cpu"}
 
 ENTRY_POINTS = "tokenselect.backends"
+_STAGES = ("score", "select", "attend")  # which may be borrowed
 
 _targets: dict[str, str | Backend] = {
     "reference": "tokenselect.reference:BACKEND",
@@ -194,7 +195,7 @@ def resolved(backend: Backend, borrowers: tuple[str, ...] = ()) -> Backend:
 
     def stages(of: object, where: str) -> dict[str, Any]:
         found = {}
-        for stage in StaticStages._fields:
+        for stage in _STAGES:
             lender = getattr(of, stage)
             in_a_circle = lender in (backend.name, *borrowers)
             if in_a_circle or not (callable(lender) or isinstance(lender, str)):
@@ -219,7 +220,7 @@ def resolved(backend: Backend, borrowers: tuple[str, ...] = ()) -> Backend:
 
     static = backend.static
     if static is not None:
-        static = StaticStages(**stages(static, "static."))
+        static = static._replace(**stages(static, "static."))
     own = stages(backend, "")
     lending = tuple(dict.fromkeys((*backend.lenders, *lenders.values())))
     return dataclasses.replace(backend, **own, static=static, lenders=lending)

@@ -60,7 +60,7 @@ def run_step(
     section  entered around each part by its name: a plan lends each part its own memory
     """
     if state is None:
-        fused = getattr(stages, "attend_fresh", None)  # a plan's stages have none
+        fused = getattr(stages, "attend_fresh", None)
         if fused is not None:
             with section("attend_fresh"):
                 attended, selection, dense_lse = fused(problem)

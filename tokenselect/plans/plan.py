@@ -4,6 +4,7 @@ import secrets
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, Literal, overload
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tokenselect.api import AttentionInfo, info_of
-from tokenselect.contract import CacheState, Problem, Selection
+from tokenselect.contract import CacheState, Problem
 from tokenselect.contract.rules import check_out, refuse_grad
 from tokenselect.dispatch import registry
 from tokenselect.dispatch.step import Step, run_step, without_autocast
@@ -246,12 +247,10 @@ class Plan:
             with section("out"):
                 shape = (problem.B, problem.Hq, problem.Lq, problem.Dv)
                 out = empty(shape, problem.q.dtype, problem.q.device)
-        score, select, attend = self._stages
-
-        def into_out(problem: Problem, selection: Selection) -> Any:
-            return attend(problem, selection, out)  # type: ignore[operator]  # loaded: no name
-
-        stages = SimpleNamespace(score=score, select=select, attend=into_out)
+        stages = SimpleNamespace(**self._stages._asdict())
+        for name in ("attend", "attend_fresh", "attend_cached"):
+            stage = getattr(stages, name)
+            setattr(stages, name, stage and partial(_into, stage, out))
         *done, reused = run_step(problem, stages, self._reuse, state, theta, section)
         return (*done, self._nobody[: problem.B] if reused is None else reused)
 
@@ -422,6 +421,11 @@ class Plan:
 _INPUTS = "q", "k_cache", "v_cache", "cache_seqlens", "block_table", "sink_logits"
 # So many kinds of call (shapes, strides, dtypes) are remembered as checked.
 _KINDS = 256
+
+
+def _into(stage: Callable[..., Any], out: Tensor, *given: Any) -> Any:
+    """Run a stage that takes `out` last."""
+    return stage(*given, out)
 
 
 def _stand_in(x: Tensor) -> Tensor:

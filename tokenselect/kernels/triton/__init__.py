@@ -7,6 +7,7 @@ score   score.py   score_voters.py, score_logits.py, score_votes.py
 select  select.py  select_kernels.py
 attend  attend.py  attend_kernels.py, attend_tile.py
 reuse   reuse.py   reuse_kernels.py
+a step  step.py    those of all stages
 shared  launch.py, recording.py, configs.py, tables.py   device.py
 
 `score` reads the keys once, `select` uses one program per block of candidates, `attend` touches
@@ -17,7 +18,7 @@ Nothing waits for the device, and no result depends on the batch or the grid.
 import torch
 
 from tokenselect.contract import Backend, Capability, Reuse, StaticStages
-from tokenselect.kernels.triton import attend, reuse, score, select
+from tokenselect.kernels.triton import attend, reuse, score, select, step
 from tokenselect.kernels.triton.launch import INTERPRETED
 
 BACKEND = Backend(
@@ -34,6 +35,14 @@ BACKEND = Backend(
     score.score,
     select.select,
     attend.attend,
-    static=StaticStages(score.score_candidates, select.select, attend.attend),
+    static=StaticStages(
+        score.score_candidates,
+        select.select,
+        attend.attend,
+        step.attend_fresh,
+        step.attend_cached,
+    ),
     reuse=Reuse(reuse.decide_reuse, reuse.update),
+    attend_fresh=step.attend_fresh,
+    attend_cached=step.attend_cached,
 )

@@ -16,7 +16,7 @@ COUNTS = (
     *("millionths", "least", "most", "share"),
     *("n_sink", "n_local", "n_voters", "n_voting", "first_lse_voter", "n_query_means", "reach"),
     *("n_tiles", "n_segments", "n_splits", "n_blocks", "n_programs", "n_pages", "page_size"),
-    *("n_rows", "first_row", "rows_per_request", "candidate_sums"),
+    *("n_rows", "n_cleared", "first_row", "rows_per_request", "candidate_sums"),
     *("stride_sinks", "stride_table_b", "stride_count_b", "stride_count_s"),
     *("stride_stored_count_b", "stride_stored_count_s"),
     *("stride_seqlen_at_selection", "stride_hits", "stride_misses"),

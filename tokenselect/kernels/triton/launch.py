@@ -1,5 +1,6 @@
 """What the stages share on the host: memory, launches, and which machine this is."""
 
+import math
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
@@ -50,9 +51,26 @@ class Step(NamedTuple):
     compiled: dict[bytes, Any]
 
 
+class Part(NamedTuple):
+    """A tensor's place in a larger block of memory, which is cheaper to make than the tensor."""
+
+    address: int
+    block: Tensor
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def data_ptr(self) -> int:
+        return self.address
+
+    def tensor(self) -> Tensor:
+        first = self.address - self.block.data_ptr()
+        size = math.prod(self.shape) * self.dtype.itemsize
+        return self.block[first : first + size].view(self.dtype).view(self.shape)
+
+
 def run(
     steps: Sequence[Step],
-    tensors: Sequence[Tensor | None],
+    tensors: Sequence[Tensor | Part | None],
     constants: Sequence[Any],
     device: torch.device,
 ) -> None:
@@ -73,7 +91,8 @@ def run(
         for step in steps:
             compiled = step.compiled.get(aligned)
             if compiled is None or is_watched:
-                arguments = step.pick((*tensors, *constants))
+                there = [x.tensor() if isinstance(x, Part) else x for x in tensors]
+                arguments = step.pick((*there, *constants))
                 step.compiled[aligned] = step.kernel[step.grid](*arguments, **step.options)
                 continue
             # As Triton's JITFunction.run ends, without its hooks; addresses may replace tensors.
@@ -107,6 +126,29 @@ def options(one: Launch, arch: str) -> dict[str, Any]:
 
 # All memory that the kernels write to comes from here, uninitialised.
 empty = scratch.empty
+
+
+class Asked(NamedTuple):
+    """Memory that launches ask for, at an offset in one block; None: a tensor of its own."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    offset: int | None
+
+
+def memory(asked: Sequence[Asked], block_size: int, device: torch.device) -> list[Tensor | Part]:
+    """Return uninitialised memory, what lies between kernels in one block of block_size bytes.
+
+    In the interpreter all are tensors of their own, around which tests can see a stray write.
+    """
+    if INTERPRETED:
+        return [empty(one.shape, one.dtype, device) for one in asked]
+    block = empty((block_size,), torch.uint8, device)
+    first = block.data_ptr()
+    return [
+        empty(shape, dtype, device) if offset is None else Part(first + offset, block, shape, dtype)
+        for shape, dtype, offset in asked
+    ]
 
 
 class Source:

@@ -19,11 +19,12 @@ from torch import Tensor
 from tokenselect.contract import CacheState, Problem
 from tokenselect.kernels.triton import launch
 from tokenselect.kernels.triton.configs import TABLE
-from tokenselect.kernels.triton.launch import Launch, Source, Step
+from tokenselect.kernels.triton.launch import Asked, Launch, Source, Step
 from tokenselect.kernels.triton.tables import Tables, tables
 
 # Structures whose recordings are kept. A cache that grows brings a new one with each token.
 _MOST = 1024
+_ALIGNMENT = 256  # bytes, of memory: kernels are compiled for 16, caches have lines of 128
 
 
 class Slot:
@@ -48,14 +49,15 @@ class Slot:
 class Recording(NamedTuple):
     """A stage's steps. Its tensors are numbered: arguments, then memory, then tables.
 
-    memory     shapes and dtypes to allocate
+    memory     what to allocate, and block_size: see `launch.memory`
     tables     numbers of an inv_freq, with limit and position: see `tables.tables`
     constants  what steps pick besides tensors; numbered after them
     result     the numbers of the tensors that the stage returns
     kind       the type of the result, None for none
     """
 
-    memory: tuple[tuple[tuple[int, ...], torch.dtype], ...]
+    memory: tuple[Asked, ...]
+    block_size: int
     tables: tuple[tuple[int, int, int], ...]
     steps: tuple[Step, ...]
     constants: tuple[Any, ...]
@@ -81,7 +83,7 @@ def run(launches: Callable[..., tuple[Any, list[Launch]]], *given: Any, **more: 
         if len(_recordings) >= _MOST:
             _recordings.clear()
         _recordings[key] = recording
-    tensors += [launch.empty(shape, dtype, device) for shape, dtype in recording.memory]
+    tensors += launch.memory(recording.memory, recording.block_size, device)
     for inv_freq, limit, at in recording.tables:
         tensors += tables(tensors[inv_freq], limit, at)
     launch.run(recording.steps, tensors, recording.constants, device)
@@ -179,11 +181,24 @@ def _record(
         return Step(one.kernel, one.grid, itemgetter(*picked), apart, {})
 
     steps = tuple(step(one) for one in todo)
+    memory, block_size = _placed(recorder.memory, [id(slot) for slot in result or ()])
     return Recording(
-        memory=tuple((slot.shape, slot.dtype) for slot in recorder.memory),
+        memory=memory,
+        block_size=block_size,
         tables=tuple((number[id(slot)], limit, at) for slot, limit, at in recorder.table_requests),
         steps=steps,
         constants=tuple(constants),
         result=() if result is None else tuple(number[id(slot)] for slot in result),
         kind=None if result is None else type(result),
     )
+
+
+def _placed(slots: list[Slot], results: list[int]) -> tuple[tuple[Asked, ...], int]:
+    """Return a place in one block for each slot but the results, and the block's size in bytes."""
+    asked, size = [], 0
+    for slot in slots:
+        is_result = id(slot) in results
+        asked.append(Asked(slot.shape, slot.dtype, None if is_result else size))
+        if not is_result:
+            size += math.ceil(slot.numel() * slot.dtype.itemsize / _ALIGNMENT) * _ALIGNMENT
+    return tuple(asked), size

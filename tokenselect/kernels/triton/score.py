@@ -112,11 +112,16 @@ def _ballots(problem: Problem) -> tuple[int, int, int]:
 
 
 def launches(
-    problem: Problem, arch: str, fills: bool = True, source: Source = SOURCE
+    problem: Problem,
+    arch: str,
+    fills: bool = True,
+    source: Source = SOURCE,
+    histograms: Tensor | None = None,
 ) -> tuple[Scores, list[Launch]]:
     """Return the scores, yet to be filled, and the kernels that fill them.
 
-    fills: fill blocks without candidates too.
+    fills       fill blocks without candidates too
+    histograms  those of a `select` that follows: cleared here and, where `counts_digits`, begun
     """
     p, config = problem, TABLE[arch]
     sizes = _sizes(p, config)
@@ -168,14 +173,20 @@ def launches(
     todo.append(
         _logits_launch(p, config, sizes, tables, queries, parts, needs_voters, stored | sums)
     )
-    todo.append(_normalize_launch(p, config, sizes, sums | {"norm_ptr": norm, "lse_ptr": lse}))
+    normalized = sums | {"norm_ptr": norm, "lse_ptr": lse}
+    todo.append(_normalize_launch(p, config, sizes, normalized, histograms))
     pool = min(p.config.pool, 2 * p.Lk - 1)
     unpooled = votes if pool == 1 else empty(p.B, p.R, p.S, p.Lk)
     tensors = stored | {"norm_ptr": norm, "votes_ptr": unpooled}
-    todo.append(_vote_launch(p, config, sizes, tensors, fills))
+    todo.append(_vote_launch(p, config, sizes, tensors, fills, histograms))
     if pool > 1:
         todo.append(_pool_launch(p, config, pool, unpooled, votes, fills))
     return Scores(votes, lse), todo
+
+
+def counts_digits(problem: Problem) -> bool:
+    """Whether `vote` can do the work of the first kernel of `select`: its votes are final."""
+    return problem.R == 1 and problem.config.pool == 1
 
 
 def _tables(problem: Problem, source: Source) -> Tables:
@@ -320,7 +331,11 @@ def _logits_launch(
 
 
 def _normalize_launch(
-    problem: Problem, config: Config, sizes: _Sizes, tensors: dict[str, Tensor]
+    problem: Problem,
+    config: Config,
+    sizes: _Sizes,
+    tensors: dict[str, Tensor],
+    cleared: Tensor | None,
 ) -> Launch:
     p = problem
     return Launch(
@@ -335,6 +350,8 @@ def _normalize_launch(
             n_segments=sizes.n_segments,
             n_rows=sizes.n_rows,
             first_lse_voter=sizes.n_voters - p.G,
+            cleared_ptr=p.cache_seqlens if cleared is None else cleared,
+            n_cleared=0 if cleared is None else cleared.numel(),
             **tensors,
         ),
         dict(
@@ -342,6 +359,7 @@ def _normalize_launch(
             CANDIDATES=p.config.normalize == "candidates",
             SEGMENT_TOKENS=sizes.tile * config.segment,
             BLOCK=config.normalize_block,
+            CLEARS=cleared is not None,
         ),
         max(1, config.normalize_block // 256),
         1,
@@ -349,7 +367,12 @@ def _normalize_launch(
 
 
 def _vote_launch(
-    problem: Problem, config: Config, sizes: _Sizes, tensors: dict[str, Tensor], fills: bool
+    problem: Problem,
+    config: Config,
+    sizes: _Sizes,
+    tensors: dict[str, Tensor],
+    fills: bool,
+    histograms: Tensor | None,
 ) -> Launch:
     p, rows = problem, problem.B * problem.R * problem.S
     n_programs = math.ceil(config.multiprocessors * config.vote_programs / rows)
@@ -365,6 +388,7 @@ def _vote_launch(
             n_voting=sizes.n_voting,
             n_tiles=sizes.n_tiles,
             n_programs=n_programs,
+            histogram_ptr=p.cache_seqlens if histograms is None else histograms,
             **_region_arguments(p),
             **tensors,
         ),
@@ -374,6 +398,7 @@ def _vote_launch(
             TILE=sizes.tile,
             VOTERS=min(config.vote_voters, triton.next_power_of_2(voters)),
             FILLS=fills,
+            COUNTS_DIGITS=histograms is not None and counts_digits(p),
         ),
         4,
         1,

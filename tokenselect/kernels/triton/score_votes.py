@@ -5,6 +5,13 @@ import triton.language as tl
 
 from tokenselect.kernels.triton.device import COUNTS, LN2, length, regions, wait_for_previous
 from tokenselect.kernels.triton.score_logits import NONE, RUN
+from tokenselect.kernels.triton.select_kernels import (
+    FIRST_BINS,
+    add_first_digits,
+    first_digits,
+    histogram_of,
+    key_of,
+)
 
 
 @triton.jit(do_not_specialize=[*COUNTS, "Lk"])
@@ -13,6 +20,7 @@ def normalize(
     sum_ptr,
     norm_ptr,
     lse_ptr,
+    cleared_ptr,
     seqlens_ptr,
     Hkv,
     G,
@@ -20,20 +28,27 @@ def normalize(
     n_voters,
     n_segments,
     n_rows,
+    n_cleared,
     first_lse_voter,
     R: tl.constexpr,
     CANDIDATES: tl.constexpr,
     SEGMENT_TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
+    CLEARS: tl.constexpr,
     PDL: tl.constexpr = False,
 ):
     """Add up one voter's segments in order; store norm, and lse if the voter is a mean of all.
 
     norm (B, R, Hkv, n_voters): log2 of the sum that the voter's softmax divides by.
     lse (B, Hq): natural, of the mean of all queries on the last ballot.
+    CLEARS: set n_cleared numbers to zero too, which kernels after this one count in.
     """
     wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
+    if CLEARS:
+        for start in range(tl.program_id(0) * 1024, n_cleared, tl.num_programs(0) * 1024):
+            at = start + tl.arange(0, 1024)
+            tl.store(cleared_ptr + at, tl.zeros([1024], tl.int32), mask=at < n_cleared)
     v, group = row % n_voters, row // n_voters
     g, r, b = group % Hkv, group // Hkv % R, group // Hkv // R
     n = length(seqlens_ptr, b, Lk)
@@ -74,6 +89,7 @@ def vote(
     step_ptr,
     norm_ptr,
     votes_ptr,
+    histogram_ptr,
     seqlens_ptr,
     Hkv,
     Lq,
@@ -89,12 +105,13 @@ def vote(
     TILE: tl.constexpr,
     VOTERS: tl.constexpr,
     FILLS: tl.constexpr,
+    COUNTS_DIGITS: tl.constexpr,
     PDL: tl.constexpr = False,
 ):
     """Store the votes (B, R, S, Lk) of every n_programs-th tile of one row of (B, R, S).
 
     Votes are the softmax weights of all voters, added KV head by KV head; -inf off the candidates.
-    FILLS: fill tiles without candidates too.
+    FILLS: fill tiles without candidates too. COUNTS_DIGITS: do the work of `select_kernels.count`.
     """
     wait_for_previous(PDL)
     pid = tl.program_id(0)
@@ -106,6 +123,7 @@ def vote(
     first_tile, last_tile = sink_end // TILE, tl.cdiv(local_start, TILE)
     if FILLS:
         first_tile, last_tile = 0, n_tiles
+    counts = tl.zeros([FIRST_BINS], tl.int32)
     for tile in range(first_tile + program, last_tile, n_programs):
         place = tl.arange(0, TILE)
         position = tile * TILE + place
@@ -132,6 +150,10 @@ def vote(
             votes += tl.sum(tl.reshape(weight, VOTERS, TILE), 0)
         votes = tl.where(is_candidate, votes, float("-inf"))
         tl.store(votes_ptr + row.to(tl.int64) * Lk + position, votes, mask=position < Lk)
+        if COUNTS_DIGITS:
+            counts += first_digits(key_of(votes), is_candidate)
+    if COUNTS_DIGITS:
+        add_first_digits(histogram_of(histogram_ptr, row), counts)
 
 
 @triton.jit(do_not_specialize=COUNTS)

@@ -33,9 +33,18 @@ def select(votes: Tensor, problem: Problem) -> Selection:
 
 
 def launches(
-    votes: Tensor, problem: Problem, arch: str, source: Source = SOURCE
+    votes: Tensor,
+    problem: Problem,
+    arch: str,
+    source: Source = SOURCE,
+    histograms: Tensor | None = None,
+    is_counted: bool = False,
 ) -> tuple[Selection, list[Launch]]:
-    """Return the selection, yet to be filled, and the kernels that fill it."""
+    """Return the selection, yet to be filled, and the kernels that fill it.
+
+    histograms  `histograms_of` the problem that are cleared already; is_counted: and have the first
+                digits
+    """
     p, block = problem, TABLE[arch].select_block
     n_rows, n_blocks = p.B * p.S, math.ceil(p.Lk / block)
 
@@ -45,7 +54,8 @@ def launches(
     positions, count = empty(p.B, p.S, p.K), empty(p.B, p.S)
     keys, places = empty(n_rows, n_blocks, block), empty(n_rows, n_blocks, block)
     sizes, above, tied = (empty(n_rows, n_blocks) for _ in range(3))
-    histograms = empty(p.R, n_rows, select_kernels.ALL_BINS.value)
+    is_cleared = histograms is not None
+    histograms = histograms_of(p, source) if histograms is None else histograms
     found = empty(n_rows, select_kernels.FOUND.value)
     taken = histograms
     if p.R > 1:
@@ -55,7 +65,8 @@ def launches(
     tallies: dict[str, Any] = {"above_ptr": above, "tied_ptr": tied}
     results: dict[str, Any] = {"positions_ptr": places, "taken_ptr": taken, "out_ptr": positions}
     results |= {"count_ptr": count, "K": p.K}
-    todo, rule = [_clear_launch(histograms)], p.config.budget_rule
+    todo = [] if is_cleared else [_clear_launch(histograms)]
+    rule = p.config.budget_rule
     for ballot in range(p.R):
         is_last = ballot == p.R - 1
         bounds: dict[str, Any] = {
@@ -84,11 +95,12 @@ def launches(
         listed = bounds | shortlists
         size = {"BLOCK": block}
         ranks = size | {"TAKEN": ballot > 0}
-        untakes = {"UNTAKES": ballot == 0 and not is_last}
         shortlisted = counted | shortlists | {"positions_ptr": places}
         collected = listed | tallies | results
+        if not is_counted:
+            counts = ranks | {"UNTAKES": ballot == 0 and not is_last}
+            todo.append(Launch(select_kernels.count, (n_blocks * n_rows,), counted, counts, 8, 1))
         for kernel, args, constants, warps in (
-            (select_kernels.count, counted, ranks | untakes, 8),
             (select_kernels.shortlist, shortlisted, ranks, 8),
             (select_kernels.narrow, listed | histogram, size, 8),
             (select_kernels.tally, listed | histogram | tallies, size, 4),
@@ -96,6 +108,12 @@ def launches(
         ):
             todo.append(Launch(kernel, (n_blocks * n_rows,), args, constants, warps, 1))
     return Selection(positions, count), todo
+
+
+def histograms_of(problem: Problem, source: Source = SOURCE) -> Tensor:
+    """Return memory for all histograms of a call: (R, B * S, ALL_BINS) int32."""
+    shape = (problem.R, problem.B * problem.S, select_kernels.ALL_BINS.value)
+    return source.empty(shape, torch.int32, problem.q.device)
 
 
 def _clear_launch(tensor: Tensor) -> Launch:
