@@ -9,6 +9,7 @@ rules        tokenselect.check, or one part of its kinds of problem
 determinism  a call repeated: every tensor bitwise the same each time
 small        a few small calls of every layout, also planned, for compute-sanitizer to watch
 graphs       plans and CUDA graphs at the sizes that are timed: properties/test_graphs.py
+models       small models in transformers: stock's tokens, and those of a CPU
 """
 
 import argparse
@@ -170,6 +171,7 @@ def checks(backend: str, folder: Path, *, dry: bool, quick: bool) -> list[Check]
         *parted("tokenselect.check", "rules", rules),
         Check("determinism", probe("determinism", *options)),
         *parted("graphs", "graphs", graphs, *shorter),
+        _models(options),
         _properties(backend, folder, cores, dry=dry, quick=quick),
     ]
     if not dry and any(check.command for check in sanitized):
@@ -193,6 +195,12 @@ def _sanitized(name: str, command: tuple[str, ...], dry: bool, quick: bool) -> C
             return Check(name, None, detail=why)
     options = (str(tool), "--tool", name, "--target-processes", "application-only")
     return Check(name, (*options, *command), by_sanitizer, environment=_TOOLS[name])
+
+
+def _models(options: Sequence[str]) -> Check:
+    if importlib.util.find_spec("transformers") is None:
+        return Check("models", None, detail="the package transformers is not installed")
+    return Check("models", probe("models", *options))
 
 
 _PYTEST = (
@@ -389,10 +397,77 @@ def graphs(backend: str, quick: bool, part: int, parts: int) -> int:
     return os.execv(sys.executable, (*command, f"--backend={backend}", "-k", wanted))
 
 
+def models(backend: str, dry: bool) -> int:
+    """Hold what small random models write, in float32, to stock's tokens and to those of a CPU."""
+    from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+    from tokenselect.integrations.transformers import Lossless, TokenSelectCache, enable
+
+    at, tokens = device_for(dry).at, 12 if dry else 24
+    sizes: dict[str, Any] = dict(
+        vocab_size=100, hidden_size=256, intermediate_size=256, num_hidden_layers=2,
+        num_attention_heads=8, num_key_value_heads=2, max_position_embeddings=256,
+        initializer_range=0.3, pad_token_id=0, eos_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    llama = LlamaForCausalLM(LlamaConfig(**sizes)).eval()
+    mistral = MistralForCausalLM(MistralConfig(**sizes, sliding_window=64)).eval()
+    ids = torch.randint(1, 100, (2, 200))
+    mask = torch.ones_like(ids)
+    mask[1, :40] = 0
+    everything, few = dict(k=1000), dict(k=32, n_sink=4, n_local=16)
+
+    def written(model: Any, at: torch.device | str, *presets: str, **how: Any) -> Tensor:
+        """The tokens that a model writes on a device; without `options`, by stock attention."""
+        options, model = how.pop("options", None), model.to(at)
+        given = {"max_new_tokens": tokens, "do_sample": False, "attention_mask": mask.to(at)} | how
+        if options is None:
+            return model.generate(ids.to(at), **given).cpu()
+        name = "reference" if at == "cpu" and not dry else backend
+        if "theta" in options:  # selections that are reused live with the cache
+            given["past_key_values"] = TokenSelectCache(model)
+        with enable(model, *presets, backend=name, **options):
+            return model.generate(ids.to(at), **given).cpu()
+
+    def lossless(model: Any) -> Tensor:
+        cache = TokenSelectCache(model.to(at))
+        return written(model, at, options=few, past_key_values=cache, custom_generate=Lossless())
+
+    def of_cpu(*presets: str, **options: Any) -> Callable[[], tuple[Tensor, Tensor]]:
+        return lambda: (written(llama, at, *presets, options=few | options),
+                        written(llama, "cpu", *presets, options=few | options))  # fmt: skip
+
+    for what, pair in {
+        "all selected, stock": lambda: (written(llama, at, options=everything), written(llama, at)),
+        "static cache, stock": lambda: (
+            written(llama, at, options=everything, cache_implementation="static"),
+            written(llama, at),
+        ),
+        "sliding window, stock": lambda: (written(mistral, at, options={}), written(mistral, at)),
+        "lossless, stock": lambda: (lossless(llama), written(llama, at)),
+        "a few selected, a CPU": of_cpu(),
+        "prompts selected, a CPU": of_cpu(prefill="selected", chunk=64),
+        "a fraction, reused, a CPU": of_cpu(k=0.2, theta=0.9),
+        "extrapolate, a CPU": of_cpu("extrapolate"),
+    }.items():
+        hold(f"tokens of {what}", *pair())
+        print(what, flush=True)
+    half, keep = llama.to(at, torch.bfloat16), dict(record=1, backend=backend)
+    with enable(half, **few, **keep) as handle:
+        half.generate(ids.to(at), attention_mask=mask.to(at), max_new_tokens=tokens)
+    for layer in handle.report().layers:
+        if layer.mass is None or not 0 < layer.mass <= 1 or layer.calls != 2 * (tokens - 1):
+            print(f"bfloat16, layer {layer.layer}: {layer}")
+            return 1
+    print("all right: float32 writes the same tokens; bfloat16 reports what it selected")
+    return 0
+
+
 @torch.no_grad()
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.checks")
-    parser.add_argument("name", choices=("facts", "rules", "determinism", "small", "graphs"))
+    names = "facts", "rules", "determinism", "small", "graphs", "models"
+    parser.add_argument("name", choices=names)
     parser.add_argument("--backend", default="triton")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--quick", action="store_true")
@@ -409,6 +484,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "determinism": lambda: determinism(backend, dry),
             "small": lambda: small(backend, dry),
             "graphs": lambda: graphs(given.backend, given.quick, given.part, given.of),
+            "models": lambda: models(backend, dry),
         }[given.name]()
     except NotEquivalent as error:
         print(error)

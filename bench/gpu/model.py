@@ -29,6 +29,11 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 ROUNDS, THETA, MAX_REUSE = 15, 0.9, 64
 STOCK = "stock sdpa, DynamicCache, called"
+# As a user of transformers calls it, on a cache that is not copied for each token.
+CALLED = {
+    "sdpa": "sdpa, TokenSelectCache, called",
+    "tokenselect": "selected, TokenSelectCache, called",
+}
 DENSE = {
     "sdpa flash, cache in place, captured": SDPBackend.FLASH_ATTENTION,
     "sdpa cudnn, cache in place, captured": SDPBackend.CUDNN_ATTENTION,
@@ -81,6 +86,7 @@ class Decoder:
         AttentionInterface.register("bench_gpu_model", attend)
         self.shape, self.at, self._interface = shape, at, interface
         self._in_place, self._stock = InPlace, DynamicCache()
+        self._called: list[Any] = []
         self.attend: Attend = _dense(SDPBackend.FLASH_ATTENTION)
         torch.manual_seed(0)
         config = LlamaConfig(
@@ -128,10 +134,22 @@ class Decoder:
         """The same step as transformers makes it: sdpa over a DynamicCache, copied for a token."""
         return self._logits("sdpa", self._stock, self.token, self.position)
 
-    def before_stock(self) -> None:
-        """Make ready for it: the n tokens of the step before are n - 1 again."""
-        if self._stock.get_seq_length() == self.shape.n:
-            self._stock.crop(-1)
+    def called(self, attention: str, backend: str) -> Callable[[], Tensor]:
+        """Return the same step on the cache of the integration, by its attention or stock's."""
+        from tokenselect.integrations.transformers import TokenSelectCache
+
+        cache = TokenSelectCache(self.model)
+        for layer, (k, v) in enumerate(self.kv):
+            cache.update(k[:, :, : self.shape.n - 1], v[:, :, : self.shape.n - 1], layer)
+        self._called.append(cache)
+        self.model.config.tokenselect = {**self.shape.config, "backend": backend}
+        return lambda: self._logits(attention, cache, self.token, self.position)
+
+    def before_call(self) -> None:
+        """Make ready for any: the n tokens of the step before are n - 1 again."""
+        for cache in (self._stock, *self._called):
+            if cache.get_seq_length() == self.shape.n:
+                cache.crop(-1)
 
 
 def _dense(kind: SDPBackend) -> Attend:
@@ -152,11 +170,16 @@ def contenders(decoder: Decoder, backend: str) -> dict[str, Callable[[], Tensor]
         _check_layers(decoder, name, _dense(kind))
         found[name] = decoder.captured(_dense(kind))
         hold(f"{name}: a logit of {STOCK}", found[name](), right, _NEAR)
+    for attention, name in CALLED.items():
+        found[name] = decoder.called(attention, backend)
+    hold(f"{CALLED['sdpa']}: a logit of {STOCK}", found[CALLED["sdpa"]](), right, _NEAR)
     for name, max_reuse in (("selected, captured", 0), ("reused, captured", MAX_REUSE)):
         try:
             found[name] = _selected(decoder, backend, max_reuse)
         except NotEquivalent as error:
             raise NotEquivalent(f"{name}: {error}") from None
+    name, captured = CALLED["tokenselect"], found["selected, captured"]()
+    hold(f"{name}: a logit of a captured step", found[name](), captured, _NEAR)
     return found
 
 
@@ -229,8 +252,9 @@ def measure(backend: str, device: Device, dry: bool = False) -> dict[str, Any]:
         times: dict[str, list[float]] = {name: [] for name in found}
         for i in range(rounds):
             for name in found if i % 2 == 0 else reversed(found):
-                decoder.before_stock()
-                reading = (device.eager if name == STOCK else device.queued)(found[name])
+                decoder.before_call()
+                is_called = name in (STOCK, *CALLED.values())
+                reading = (device.eager if is_called else device.queued)(found[name])
                 device.synchronize()
                 times[name].append(reading())
     except torch.cuda.OutOfMemoryError as error:
@@ -239,7 +263,7 @@ def measure(backend: str, device: Device, dry: bool = False) -> dict[str, Any]:
     ratios = [
         {"of": name, "over": over,
          **spread([a / b for a, b in zip(times[over], times[name], strict=True)])}
-        for over in (STOCK, fastest) for name in found if name not in (STOCK, over)
+        for over in (STOCK, CALLED["sdpa"], fastest) for name in found if name not in (STOCK, over)
     ]  # fmt: skip
     return {
         "n": shape.n,

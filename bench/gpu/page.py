@@ -339,9 +339,9 @@ def model(model: Json | None) -> list[str]:
         f"intermediate size {model['intermediate']}, heads {model['heads']}), in transformers "
         f"{model['transformers']}: one token after {model['n'] - 1} cached ones, {config}; medians "
         f"of {model['rounds']}. *Captured*: the whole step is one graph, launched while the device "
-        "is busy. *Stock*: called from Python on an idle device, over a cache that is copied for "
-        "every token. *Reused*: every layer reuses its selection. On a GPU the logits of the "
-        "selected ways are those of `attention` bit for bit."
+        "is busy. *Called*: from Python, on an idle device; DynamicCache copies what is cached for "
+        "each token, TokenSelectCache does not. *Reused*: each layer reuses its selection. On a "
+        "GPU the logits of captured, selected ways are those of `attention` bit for bit."
     )
     names = list(dict.fromkeys(ratio["over"] for ratio in model["ratios"]))
     rows = []
