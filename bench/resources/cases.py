@@ -9,10 +9,9 @@ import torch
 from tokenselect import Problem, Rope, SelectConfig
 from tokenselect.contract import CacheState, reasons
 from tokenselect.kernels.triton import BACKEND
-from tokenselect.kernels.triton.attend import launches as attend_launches
-from tokenselect.kernels.triton.reuse import decide_launches, update_launches
 from tokenselect.kernels.triton.score import launches as score_launches
 from tokenselect.kernels.triton.select import launches as select_launches
+from tokenselect.kernels.triton.step import cached_launches
 
 K = 1024
 
@@ -126,7 +125,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def shipped(problem: Problem, arch: str) -> list[Any]:
-    """Return all launches of a fresh call and of a planned step, as the backend makes on `arch`."""
+    """Return all launches of a step, and of stages called alone, as the backend makes on `arch`."""
     anywhere = replace(BACKEND, capability=replace(BACKEND.capability, devices=None))
     if refused := reasons(anywhere, problem):
         raise ValueError("the backend takes no such problem: " + "; ".join(refused))
@@ -139,10 +138,7 @@ def shipped(problem: Problem, arch: str) -> list[Any]:
         hits=whole(p.B, dtype=torch.int64),
         misses=whole(p.B, dtype=torch.int64),
     )
-    decision, deciding = decide_launches(problem, state, 0.9)
+    _, together = cached_launches(problem, state, 0.9, arch)
     scores, scoring = score_launches(problem, arch)
-    _, planned = score_launches(problem, arch, fills=False)
-    selection, selecting = select_launches(scores.votes, problem, arch)
-    _, keeping = update_launches(problem, state, decision, selection)
-    _, attending = attend_launches(problem, selection, arch)
-    return [*deciding, *scoring, *planned, *selecting, *keeping, *attending]
+    _, selecting = select_launches(scores.votes, problem, arch)
+    return [*together, *scoring, *selecting]

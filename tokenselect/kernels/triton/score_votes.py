@@ -6,7 +6,6 @@ import triton.language as tl
 from tokenselect.kernels.triton.device import COUNTS, LN2, length, regions, wait_for_previous
 from tokenselect.kernels.triton.score_logits import NONE, RUN
 from tokenselect.kernels.triton.select_kernels import (
-    FIRST_BINS,
     add_first_digits,
     first_digits,
     histogram_of,
@@ -123,7 +122,6 @@ def vote(
     first_tile, last_tile = sink_end // TILE, tl.cdiv(local_start, TILE)
     if FILLS:
         first_tile, last_tile = 0, n_tiles
-    counts = tl.zeros([FIRST_BINS], tl.int32)
     for tile in range(first_tile + program, last_tile, n_programs):
         place = tl.arange(0, TILE)
         position = tile * TILE + place
@@ -151,9 +149,8 @@ def vote(
         votes = tl.where(is_candidate, votes, float("-inf"))
         tl.store(votes_ptr + row.to(tl.int64) * Lk + position, votes, mask=position < Lk)
         if COUNTS_DIGITS:
-            counts += first_digits(key_of(votes), is_candidate)
-    if COUNTS_DIGITS:
-        add_first_digits(histogram_of(histogram_ptr, row), counts)
+            counts = first_digits(key_of(votes), is_candidate)
+            add_first_digits(histogram_of(histogram_ptr, row), counts)
 
 
 @triton.jit(do_not_specialize=COUNTS)
