@@ -1,10 +1,12 @@
 """How a call is said: settings whole or by name, out, run, and a backend that does all in one."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import fresh
 from tests.problems import problem
@@ -17,6 +19,7 @@ from tokenselect import (
     register,
     run,
 )
+from tokenselect.dispatch import ops
 from tokenselect.dispatch.registry import load
 
 Q, K, V = torch.randn(2, 4, 1, 8), torch.randn(2, 2, 50, 8), torch.randn(2, 2, 50, 8)
@@ -90,6 +93,53 @@ def test_a_backend_may_do_the_three_stages_in_one() -> None:
     assert len(calls) == 1
     with pytest.raises(AssertionError, match="the fused step"):
         attention(Q, K, V, cache=SelectionCache(), backend="in-one")
+
+
+class Seen(TorchDispatchMode):
+    """Notes the names of operators."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
+        self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+    def __enter__(self) -> "Seen":
+        self.names: list[str] = []
+        return super().__enter__()
+
+
+class Labelled(torch.Tensor):
+    """A subclass that sees operators."""
+
+    seen: ClassVar[list[str]] = []
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None):
+        cls.seen.append(str(function))
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["", "with a cache"])
+def test_whoever_looks_at_operators_sees_one_and_all_get_the_same_bits(cached: bool) -> None:
+    name = "tokenselect::attention" + "_with_cache" * cached
+
+    def call(q: torch.Tensor = Q) -> torch.Tensor:
+        return attention(q, K, V, 5, n_local=4, cache=SelectionCache() if cached else None)
+
+    with pytest.MonkeyPatch.context() as patch:  # nobody looks: no operator
+        patch.setattr(ops, "flattened", None)
+        expected = call()
+    with Seen() as seen:
+        assert torch.equal(call(), expected)
+    assert name in seen.names
+    with torch.profiler.profile() as profiled:
+        assert torch.equal(call(), expected)
+    assert name in {event.name for event in profiled.events()}
+    assert torch.equal(call(Q.as_subclass(Labelled)), expected)
+    assert any(name.replace("::", ".") in one for one in Labelled.seen)
+    if not cached:
+        traced = make_fx(lambda q: call(q))(Q)
+        assert name.replace("::", ".") in traced.code
+        assert torch.equal(traced(Q), expected)
 
 
 def test_what_explain_says_is_of_the_call_that_runs() -> None:

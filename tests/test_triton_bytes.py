@@ -21,7 +21,7 @@ def problem(Hq: int, Hkv: int, D: int, n: int) -> Problem:
 
 
 @pytest.mark.parametrize(
-    ("n", "figure"), [(128 * 1024, "1.150"), (1024 * 1024, "1.118")], ids=["128K", "1M"]
+    ("n", "figure"), [(128 * 1024, "1.152"), (1024 * 1024, "1.120")], ids=["128K", "1M"]
 )
 def test_all_stages_move_little_more_than_the_keys(n: int, figure: str) -> None:
     p = problem(32, 8, 128, n)
@@ -84,11 +84,9 @@ memory = CacheState(torch.ones(1, 512), torch.zeros(1, 1, p.K, dtype=torch.int32
                 numbers, numbers.long(), numbers.long())
 _, whole = step.cached_launches(p, memory, 0.9, "interpreter")
 run(whole)
-alone = ("clear", "count")  # of select, where it is called without the other stages
-run(select.launches(torch.randn(1, 1, 1, 4096), p, "interpreter")[1][:len(alone)])
-selecting = select.bytes_moved(p)
+run(select.launches(torch.randn(1, 1, 1, 4096), p, "interpreter")[1][:1])  # of select alone
 stages = (reuse.bytes_moved(p), step.bytes_moved(p, "interpreter"),
-          {name: selecting[name] for name in alone})
+          {"clear": select.bytes_moved(p)["clear"]})
 print(json.dumps({
     "measured": measured,
     "stated": {name: size for stage in stages for name, size in stage.items()},

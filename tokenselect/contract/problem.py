@@ -1,6 +1,6 @@
 """Problem: the tensors and settings of one call."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Self
 
 import torch
@@ -77,9 +77,10 @@ class Problem:
         if cache_seqlens is None:
             cache_seqlens = torch.full((problem.B,), problem.Lk, dtype=torch.int32, device=q.device)
         # Kernels read them one after the other.
-        cache_seqlens = cache_seqlens.contiguous()
+        object.__setattr__(problem, "cache_seqlens", cache_seqlens.contiguous())
         factor = problem.D**-0.5 if scale is None else float(problem.scale)
-        return replace(problem, cache_seqlens=cache_seqlens, scale=factor)
+        object.__setattr__(problem, "scale", factor)
+        return problem
 
     @property
     def B(self) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from tokenselect.contract import (
     CONFIG_NAMES,
@@ -85,7 +86,17 @@ def attention(
     state: CacheState | None = None,
     theta: float | None = None,
 ) -> Step:
-    """Run a whole step on the backend of that name; with the Selection Cache's state, update it."""
+    """Run a whole step on the backend of that name; with the Selection Cache's state, update it.
+
+    As an operator where somebody has to see one; elsewhere that would be a fifth of a short call.
+    """
+    if not _is_watched(problem):
+        if validate:
+            check_values(problem)
+        found = load(backend)
+        reuse = None if state is None else reuse_of(found)
+        with without_autocast(problem.q.device.type):
+            return run_step(problem, found, reuse, state, theta)
     flat = flattened(problem)
     if state is None:
         done = torch.ops.tokenselect.attention(*flat, backend, validate)
@@ -93,6 +104,23 @@ def attention(
     return Step(
         *torch.ops.tokenselect.attention_with_cache(
             *flat, *state.tensors(), theta, backend, validate
+        )
+    )
+
+
+def _is_watched(p: Problem) -> bool:
+    """Whether a compiler, trace, mode, profiler or subclass of Tensor looks at operators."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch._C._autograd._profiler_enabled()
+        or not all(
+            type(x) in (Tensor, Parameter)
+            for x in (p.q, p.k_cache, p.v_cache, p.cache_seqlens, p.block_table, p.sink_logits)
+            if x is not None
         )
     )
 

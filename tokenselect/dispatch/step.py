@@ -62,7 +62,7 @@ def run_step(
     if state is None:
         fused = getattr(stages, "attend_fresh", None)
         if fused is not None:
-            with section("attend_fresh"):
+            with section("step"):
                 attended, selection, dense_lse = fused(problem)
             positions, counts = selection
             return Step(attended.out, attended.lse, positions, counts, dense_lse, None)
@@ -70,7 +70,7 @@ def run_step(
     else:
         cached = getattr(stages, "attend_cached", None)
         if cached is not None:
-            with section("attend_cached"):
+            with section("step"):
                 attended, (positions, counts), dense_lse, reused = cached(problem, state, theta)
             return Step(attended.out, attended.lse, positions, counts, dense_lse, reused)
         assert reuse is not None

@@ -262,6 +262,7 @@ class Plan:
         memory = SelectionCache().state(problem)
         with self._order.turn(), torch.no_grad(), without_autocast(like.q.device.type):
             self._step(problem, memory, 0.9, None)
+            self._step(problem, None, None, None)
         self._scratch.seal()
         self._written = sorted(
             (block.data_ptr(), block.data_ptr() + block.numel()) for block in self._scratch.blocks()

@@ -91,7 +91,6 @@ TABLE = {
         mean_stages=1,
         pairs=32,
         queries=8,
-        vote_voters=16,
         dependent_launch=True,
     ),
     # A load under its own mask takes two scalar registers: few places per thread, no pipelining.

@@ -116,12 +116,12 @@ def launches(
     arch: str,
     fills: bool = True,
     source: Source = SOURCE,
-    histograms: Tensor | None = None,
+    cleared: Tensor | None = None,
 ) -> tuple[Scores, list[Launch]]:
     """Return the scores, yet to be filled, and the kernels that fill them.
 
-    fills       fill blocks without candidates too
-    histograms  those of a `select` that follows: cleared here and, where `counts_digits`, begun
+    fills    fill blocks without candidates too
+    cleared  int32 that `normalize` sets to zero, for kernels after it
     """
     p, config = problem, TABLE[arch]
     sizes = _sizes(p, config)
@@ -174,19 +174,14 @@ def launches(
         _logits_launch(p, config, sizes, tables, queries, parts, needs_voters, stored | sums)
     )
     normalized = sums | {"norm_ptr": norm, "lse_ptr": lse}
-    todo.append(_normalize_launch(p, config, sizes, normalized, histograms))
+    todo.append(_normalize_launch(p, config, sizes, normalized, cleared))
     pool = min(p.config.pool, 2 * p.Lk - 1)
     unpooled = votes if pool == 1 else empty(p.B, p.R, p.S, p.Lk)
     tensors = stored | {"norm_ptr": norm, "votes_ptr": unpooled}
-    todo.append(_vote_launch(p, config, sizes, tensors, fills, histograms))
+    todo.append(_vote_launch(p, config, sizes, tensors, fills))
     if pool > 1:
         todo.append(_pool_launch(p, config, pool, unpooled, votes, fills))
     return Scores(votes, lse), todo
-
-
-def counts_digits(problem: Problem) -> bool:
-    """Whether `vote` can do the work of the first kernel of `select`: its votes are final."""
-    return problem.R == 1 and problem.config.pool == 1
 
 
 def _tables(problem: Problem, source: Source) -> Tables:
@@ -372,7 +367,6 @@ def _vote_launch(
     sizes: _Sizes,
     tensors: dict[str, Tensor],
     fills: bool,
-    histograms: Tensor | None,
 ) -> Launch:
     p, rows = problem, problem.B * problem.R * problem.S
     n_programs = math.ceil(config.multiprocessors * config.vote_programs / rows)
@@ -388,7 +382,6 @@ def _vote_launch(
             n_voting=sizes.n_voting,
             n_tiles=sizes.n_tiles,
             n_programs=n_programs,
-            histogram_ptr=p.cache_seqlens if histograms is None else histograms,
             **_region_arguments(p),
             **tensors,
         ),
@@ -398,7 +391,6 @@ def _vote_launch(
             TILE=sizes.tile,
             VOTERS=min(config.vote_voters, triton.next_power_of_2(voters)),
             FILLS=fills,
-            COUNTS_DIGITS=histograms is not None and counts_digits(p),
         ),
         4,
         1,

@@ -5,12 +5,6 @@ import triton.language as tl
 
 from tokenselect.kernels.triton.device import COUNTS, LN2, length, regions, wait_for_previous
 from tokenselect.kernels.triton.score_logits import NONE, RUN
-from tokenselect.kernels.triton.select_kernels import (
-    add_first_digits,
-    first_digits,
-    histogram_of,
-    key_of,
-)
 
 
 @triton.jit(do_not_specialize=[*COUNTS, "Lk"])
@@ -88,7 +82,6 @@ def vote(
     step_ptr,
     norm_ptr,
     votes_ptr,
-    histogram_ptr,
     seqlens_ptr,
     Hkv,
     Lq,
@@ -104,13 +97,12 @@ def vote(
     TILE: tl.constexpr,
     VOTERS: tl.constexpr,
     FILLS: tl.constexpr,
-    COUNTS_DIGITS: tl.constexpr,
     PDL: tl.constexpr = False,
 ):
     """Store the votes (B, R, S, Lk) of every n_programs-th tile of one row of (B, R, S).
 
     Votes are the softmax weights of all voters, added KV head by KV head; -inf off the candidates.
-    FILLS: fill tiles without candidates too. COUNTS_DIGITS: do the work of `select_kernels.count`.
+    FILLS: fill tiles without candidates too.
     """
     wait_for_previous(PDL)
     pid = tl.program_id(0)
@@ -148,9 +140,6 @@ def vote(
             votes += tl.sum(tl.reshape(weight, VOTERS, TILE), 0)
         votes = tl.where(is_candidate, votes, float("-inf"))
         tl.store(votes_ptr + row.to(tl.int64) * Lk + position, votes, mask=position < Lk)
-        if COUNTS_DIGITS:
-            counts = first_digits(key_of(votes), is_candidate)
-            add_first_digits(histogram_of(histogram_ptr, row), counts)
 
 
 @triton.jit(do_not_specialize=COUNTS)

@@ -38,12 +38,10 @@ def launches(
     arch: str,
     source: Source = SOURCE,
     histograms: Tensor | None = None,
-    is_counted: bool = False,
 ) -> tuple[Selection, list[Launch]]:
     """Return the selection, yet to be filled, and the kernels that fill it.
 
-    histograms  `histograms_of` the problem that are cleared already; is_counted: and have the first
-                digits
+    histograms  `histograms_of` the problem that are cleared already
     """
     p, block = problem, TABLE[arch].select_block
     n_rows, n_blocks = p.B * p.S, math.ceil(p.Lk / block)
@@ -95,12 +93,11 @@ def launches(
         listed = bounds | shortlists
         size = {"BLOCK": block}
         ranks = size | {"TAKEN": ballot > 0}
+        untakes = {"UNTAKES": ballot == 0 and not is_last}
         shortlisted = counted | shortlists | {"positions_ptr": places}
         collected = listed | tallies | results
-        if not is_counted:
-            counts = ranks | {"UNTAKES": ballot == 0 and not is_last}
-            todo.append(Launch(select_kernels.count, (n_blocks * n_rows,), counted, counts, 8, 1))
         for kernel, args, constants, warps in (
+            (select_kernels.count, counted, ranks | untakes, 8),
             (select_kernels.shortlist, shortlisted, ranks, 8),
             (select_kernels.narrow, listed | histogram, size, 8),
             (select_kernels.tally, listed | histogram | tallies, size, 4),

@@ -68,7 +68,12 @@ def count(
     votes_ptr += first_vote
     votes_ptr += (row // S).to(tl.int64) * stride_b + (row % S).to(tl.int64) * stride_s
     key = _load_keys(votes_ptr, taken_ptr, row, position, is_candidate, Lk, stride_j, TAKEN)
-    add_first_digits(histogram_of(histogram_ptr, first_row + row), first_digits(key, is_candidate))
+    _add_counts(
+        histogram_ptr + (first_row + row).to(tl.int64) * ALL_BINS,
+        key >> 22,
+        is_candidate,
+        FIRST_BINS,
+    )
     if UNTAKES:
         at = taken_ptr + row.to(tl.int64) * Lk + position
         tl.store(at, tl.zeros([BLOCK], tl.int8), mask=is_candidate)
@@ -115,7 +120,7 @@ def shortlist(
     )
     if block * BLOCK >= local_start:
         return
-    histogram_ptr = histogram_of(histogram_ptr, first_row + row)
+    histogram_ptr += (first_row + row).to(tl.int64) * ALL_BINS
     first, need = _threshold(histogram_ptr, need, FIRST_BINS)
     _store_found(found_ptr + row * FOUND, block, first, need)
     position = block * BLOCK + tl.arange(0, BLOCK)
@@ -163,7 +168,7 @@ def narrow(
     )
     if block * BLOCK >= local_start:
         return
-    histogram_ptr = histogram_of(histogram_ptr, first_row + row)
+    histogram_ptr += (first_row + row).to(tl.int64) * ALL_BINS
     found_ptr += row * FOUND
     first, need = _load_found(found_ptr)
     second, need = _threshold(histogram_ptr + FIRST_BINS, need, BINS)
@@ -208,7 +213,7 @@ def tally(
         return
     found_ptr += row * FOUND
     digits, need = _load_found(found_ptr + 2)
-    histogram_ptr = histogram_of(histogram_ptr, first_row + row)
+    histogram_ptr += (first_row + row).to(tl.int64) * ALL_BINS
     third, need = _threshold(histogram_ptr + FIRST_BINS + BINS, need, BINS)
     last = digits << 11 | third
     _store_found(found_ptr + 4, block, last, need)
@@ -314,47 +319,17 @@ def _part(millionths, count):
 def _load_keys(
     votes_ptr, taken_ptr, row, position, is_candidate, Lk, stride_j, TAKEN: tl.constexpr
 ):
-    """Return the keys of votes, those of taken candidates before all others."""
+    """Return unsigned keys that order as votes do: -0.0 as 0.0, NaN as -inf, taken ones first."""
     # Load more than the candidates, so that loads are wide.
     vote = tl.load(votes_ptr + position.to(tl.int64) * stride_j, mask=position < Lk, other=0.0)
-    bits = _ordered(vote)
+    vote = tl.where(vote != vote, float("-inf"), vote)
+    bits = tl.where(vote == 0.0, 0.0, vote).to(tl.int32, bitcast=True)
+    bits = tl.where(bits < 0, ~bits, bits ^ -2147483648)
     if TAKEN:
         at = row.to(tl.int64) * Lk + position
         taken = tl.load(taken_ptr + at, mask=is_candidate, other=0) != 0
         bits = tl.where(taken, -1, bits)
     return bits.to(tl.uint32, bitcast=True)
-
-
-@triton.jit
-def _ordered(vote):
-    """Return bits (int32) that order, unsigned, as votes do: -0.0 as 0.0, NaN as -inf."""
-    vote = tl.where(vote != vote, float("-inf"), vote)
-    bits = tl.where(vote == 0.0, 0.0, vote).to(tl.int32, bitcast=True)
-    return tl.where(bits < 0, ~bits, bits ^ -2147483648)
-
-
-@triton.jit
-def key_of(vote):
-    """Return the keys of votes, where none is taken."""
-    return _ordered(vote).to(tl.uint32, bitcast=True)
-
-
-@triton.jit
-def histogram_of(histogram_ptr, row):
-    """Return where the histograms of a row of (R, rows) begin."""
-    return histogram_ptr + row.to(tl.int64) * ALL_BINS
-
-
-@triton.jit
-def first_digits(key, is_counted):
-    """Return how many of the keys have each first digit (FIRST_BINS,)."""
-    return tl.histogram((key >> 22).to(tl.int32), FIRST_BINS, mask=is_counted)
-
-
-@triton.jit
-def add_first_digits(histogram_ptr, counts):
-    """Add such counts to a row's histogram."""
-    _add(histogram_ptr, counts, FIRST_BINS)
 
 
 @triton.jit
@@ -368,8 +343,9 @@ def _load_shortlist(keys_ptr, sizes_ptr, row, block, n_blocks, BLOCK: tl.constex
 
 
 @triton.jit
-def _add(histogram_ptr, counts, BINS: tl.constexpr):
-    """Add a block's counts to a histogram; the order of integer additions is free."""
+def _add_counts(histogram_ptr, digit, is_counted, BINS: tl.constexpr):
+    """Add a block's digits to a row's histogram; the order of integer additions is free."""
+    counts = tl.histogram(digit.to(tl.int32), BINS, mask=is_counted)
     bins = tl.arange(0, BINS)
     tl.atomic_add(histogram_ptr + bins, counts, mask=counts > 0, sem="relaxed")
 
@@ -378,7 +354,7 @@ def _add(histogram_ptr, counts, BINS: tl.constexpr):
 def _add_few_counts(histogram_ptr, digit, is_counted, BLOCK: tl.constexpr):
     """Add digits that few of a block have to a histogram: one by one, unless many tie."""
     if tl.sum(is_counted.to(tl.int32), 0) > BLOCK // 8:
-        _add(histogram_ptr, tl.histogram(digit.to(tl.int32), BINS, mask=is_counted), BINS)
+        _add_counts(histogram_ptr, digit, is_counted, BINS)
     else:
         one = tl.full(digit.shape, 1, tl.int32)
         tl.atomic_add(histogram_ptr + digit.to(tl.int32), one, mask=is_counted, sem="relaxed")

@@ -1,8 +1,6 @@
 """A whole step, on the host: the launches of all stages as one recording.
 
-What two stages can share is launched once: `normalize` clears the histograms of `select`, and
-`vote`, which has each vote in a register, counts their first digits. So a step has two launches
-less than its stages, and no vote is read again to be counted.
+`normalize` clears what `select` counts in, so a step has a launch less than its stages.
 """
 
 from dataclasses import replace
@@ -83,20 +81,14 @@ def _selection(
     problem: Problem, arch: str, source: Source
 ) -> tuple[Selection, Tensor, list[Launch]]:
     """Return a selection, the lse of `Scores`, and the kernels that fill both."""
-    histograms, is_counted = select.histograms_of(problem, source), score.counts_digits(problem)
+    histograms = select.histograms_of(problem, source)
     scores, scoring = score.launches(problem, arch, False, source, histograms)
-    selection, selecting = select.launches(
-        scores.votes, problem, arch, source, histograms, is_counted
-    )
+    selection, selecting = select.launches(scores.votes, problem, arch, source, histograms)
     return selection, scores.lse, [*scoring, *selecting]
 
 
 def bytes_moved(problem: Problem, arch: str = "sm_90") -> dict[str, int]:
     """Return the bytes that each kernel of a step without a Selection Cache reads and writes."""
     moved = score.bytes_moved(problem, arch) | select.bytes_moved(problem)
-    cleared, counted = moved.pop("clear"), moved["count"]
-    moved["normalize"] += cleared
-    if score.counts_digits(problem):
-        moved["vote"] += counted - 4 * problem.B * problem.S * problem.Lk
-        del moved["count"]
+    moved["normalize"] += moved.pop("clear")
     return moved | attend.bytes_moved(problem, arch)
