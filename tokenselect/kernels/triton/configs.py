@@ -31,6 +31,7 @@ class Config(NamedTuple):
     chunk_stages        tiles whose rows `attend` has in flight for a chunk, in the cache's dtype
     float32             how a matrix unit multiplies float32: "ieee", or "tf32x3": 22 bits
     split, long_split   selected tokens per program of `attend`, for few query rows and for more
+    decide_warps        warps of `decide`
     dependent_launch    whether a kernel may be launched while the previous one runs
     """
 
@@ -59,6 +60,7 @@ class Config(NamedTuple):
     chunk_stages: int = 1
     split: int = 128
     long_split: int = 512
+    decide_warps: int = 16
     dependent_launch: bool = False
     float32: str = "tf32x3"
 
@@ -125,6 +127,7 @@ TABLE = {
         chunk_rows=32,
         split=32,
         long_split=48,
+        decide_warps=4,
         float32="ieee",
     ),
 }
