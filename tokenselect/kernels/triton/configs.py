@@ -23,7 +23,8 @@ class Config(NamedTuple):
     vote_programs       programs of `vote` per multiprocessor
     vote_voters         voters whose weights `vote` adds up at once
     pool_block          candidates per program of `pool`
-    select_block        candidates per program of `select`
+    count_block         candidates per program of `count`, the first of `select`
+    select_block        candidates per program of its others
     gather              selected tokens that `attend` multiplies at once, for 16 query rows
     gather_pairs        pairs of dims that `attend` rotates at once
     query_rows          query rows of a program of `attend` for up to that many; more are a chunk
@@ -52,6 +53,7 @@ class Config(NamedTuple):
     vote_programs: int = 8
     vote_voters: int = 32
     pool_block: int = 256
+    count_block: int = 512
     select_block: int = 2048
     gather: int = 128
     gather_pairs: int = 64
@@ -120,6 +122,7 @@ TABLE = {
         vote_programs=3,
         vote_voters=4,
         pool_block=64,
+        count_block=32,
         select_block=64,
         gather=64,
         gather_pairs=16,
