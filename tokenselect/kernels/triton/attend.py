@@ -226,7 +226,7 @@ def _merge_launch(problem: Problem, sizes: _Sizes, shared: dict[str, Any]) -> La
             SPLITS=min(32, triton.next_power_of_2(sizes.n_splits)),
             BLOCK_DV=padded(p.Dv),
         ),
-        2,
+        2 if p.Dv <= 128 else 4,
         1,
     )
 
