@@ -208,11 +208,29 @@ class Refused(ValueError):
 
 
 def section(reports: Sequence[Json]) -> str:
-    """Return the newest result of each device, the latest first."""
-    in_order = sorted(reports, key=lambda report: report["date"])
-    newest = {report["machine"]["device"]: report for report in in_order}
-    latest_first = sorted(newest.values(), key=lambda report: report["date"], reverse=True)
-    return "\n".join(map(device, latest_first)) or "No GPU figure has been measured yet.\n"
+    """Return the newest result of each device, the latest first, and what only older ones have."""
+    latest_first = sorted(reports, key=lambda report: report["date"], reverse=True)
+    parts: dict[str, list[str]] = {}
+    told: set[tuple[str, str]] = set()
+    for report in latest_first:
+        of = report["machine"]["device"]
+        cells = [case for case in report["cells"] if (of, case["name"]) not in told]
+        told |= {(of, case["name"]) for case in cells}
+        if of not in parts:
+            parts[of] = [device(report)]
+        elif cells:
+            parts[of].append(_older(report, cells))
+    several = [part for of in parts.values() for part in of]
+    return "\n".join(several) or "No GPU figure has been measured yet.\n"
+
+
+def _older(report: Json, cases: list[Json]) -> str:
+    """Return what an older result has of cells that no newer one has."""
+    names = {case["name"] for case in cases}
+    judged = [row for row in report["targets"] if row["cell"] in names]
+    lines = [f"#### On {report['date'][:10]}: cells that no later run measured", ""]
+    lines += [_facts(report), "", *targets(judged), "", *speed_ups(cases), "", *times(cases)]
+    return "\n".join([*lines, "", *planned(cases)]).rstrip("\n") + "\n"
 
 
 def accept(report: Json) -> None:

@@ -23,8 +23,7 @@ class Config(NamedTuple):
     vote_programs       programs of `vote` per multiprocessor
     vote_voters         voters whose weights `vote` adds up at once
     pool_block          candidates per program of `pool`
-    count_block         candidates per program of `count`, the first of `select`
-    select_block        candidates per program of its others
+    select_block        candidates per program of `select`
     gather              selected tokens that `attend` multiplies at once, for 16 query rows
     gather_pairs        pairs of dims that `attend` rotates at once
     query_rows          query rows of a program of `attend` for up to that many; more are a chunk
@@ -32,7 +31,6 @@ class Config(NamedTuple):
     chunk_stages        tiles whose rows `attend` has in flight for a chunk, in the cache's dtype
     float32             how a matrix unit multiplies float32: "ieee", or "tf32x3": 22 bits
     split, long_split   selected tokens per program of `attend`, for few query rows and for more
-    decide_warps        warps of `decide`
     dependent_launch    whether a kernel may be launched while the previous one runs
     """
 
@@ -53,7 +51,6 @@ class Config(NamedTuple):
     vote_programs: int = 8
     vote_voters: int = 32
     pool_block: int = 256
-    count_block: int = 512
     select_block: int = 2048
     gather: int = 128
     gather_pairs: int = 64
@@ -62,7 +59,6 @@ class Config(NamedTuple):
     chunk_stages: int = 1
     split: int = 128
     long_split: int = 512
-    decide_warps: int = 16
     dependent_launch: bool = False
     float32: str = "tf32x3"
 
@@ -122,7 +118,6 @@ TABLE = {
         vote_programs=3,
         vote_voters=4,
         pool_block=64,
-        count_block=32,
         select_block=64,
         gather=64,
         gather_pairs=16,
@@ -130,7 +125,6 @@ TABLE = {
         chunk_rows=32,
         split=32,
         long_split=48,
-        decide_warps=4,
         float32="ieee",
     ),
 }

@@ -17,7 +17,6 @@ import triton
 
 from tokenselect.contract import CacheState, Problem, ReuseDecision, Selection
 from tokenselect.kernels.triton import recording, reuse_kernels
-from tokenselect.kernels.triton.configs import TABLE
 from tokenselect.kernels.triton.launch import SOURCE, Launch, Source, strides
 
 # Columns of the mean query, and places of a selection, per program.
@@ -40,12 +39,11 @@ def decide_launches(
     problem: Problem,
     memory: CacheState,
     theta: float | None,
-    arch: str,
+    arch: str = "",
     source: Source = SOURCE,
 ) -> tuple[ReuseDecision, list[Launch]]:
     """Return the decision, yet to be filled, and the kernels that fill it."""
     p, N, device = problem, problem.Hq * problem.D, problem.q.device
-    config = TABLE[arch]
     reused = source.empty((p.B,), torch.bool, device)
     lengths = source.empty((p.B,), torch.int32, device)
     query = source.empty((p.B, N), torch.float32, device)
@@ -105,10 +103,9 @@ def decide_launches(
                 COPIES=p.Lq == 1,
                 HAS_THETA=theta is not None,
                 CHUNKS=8,
-                WIDTH=min(512, 32 * config.decide_warps),
                 SELECTIONS=triton.next_power_of_2(p.S),
             ),
-            config.decide_warps,
+            16,
             1,
         )
     )

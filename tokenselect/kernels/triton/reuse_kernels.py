@@ -75,7 +75,6 @@ def decide(
     COPIES: tl.constexpr,
     HAS_THETA: tl.constexpr,
     CHUNKS: tl.constexpr,
-    WIDTH: tl.constexpr,
     SELECTIONS: tl.constexpr,
     PDL: tl.constexpr = False,
 ):
@@ -83,7 +82,6 @@ def decide(
 
     The length is 0 where the selection is reused. COPIES: store the one query of a decode too.
     theta_bits are those of theta * |theta|: cos >= theta is compared without root or division.
-    WIDTH: columns of the program's threads, so that each thread adds up its own first.
     """
     wait_for_previous(PDL)
     b = tl.program_id(0).to(tl.int64)
@@ -98,16 +96,14 @@ def decide(
         count = tl.max(tl.load(at, mask=s < S, other=-2147483648), 0)
         is_recent = (seqlen_at_selection > 0) & (appended >= Lq) & (appended <= max_reuse)
         is_reusable = is_recent & (count + appended <= K)
-    ROWS: tl.constexpr = _COLUMNS // WIDTH
-    product = tl.zeros([ROWS, WIDTH], tl.float64)
-    power = tl.zeros([ROWS, WIDTH], tl.float64)
-    stored = tl.zeros([ROWS, WIDTH], tl.float64)
-    within = tl.arange(0, ROWS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    product = tl.zeros([_COLUMNS], tl.float64)
+    power = tl.zeros([_COLUMNS], tl.float64)
+    stored = tl.zeros([_COLUMNS], tl.float64)
     for start in range(0, N if HAS_THETA else 0, CHUNKS * _COLUMNS):
         # Loads of several chunks are in flight at once: nothing is stored between them. Chunks
         # past N add nothing.
         for chunk in tl.static_range(CHUNKS):
-            column = start + chunk * _COLUMNS + within
+            column = start + chunk * _COLUMNS + tl.arange(0, _COLUMNS)
             x = _columns(row_ptr, column, D, N, stride_qh, stride_qd).to(tl.float64)
             y_at = stored_query_ptr + b * stride_stored_query_b
             y_at = y_at + column.to(tl.int64) * stride_stored_query_column
@@ -117,7 +113,7 @@ def decide(
             stored += y * y
     if COPIES:
         for start in range(0, N, _COLUMNS):
-            column = start + within
+            column = start + tl.arange(0, _COLUMNS)
             x = _columns(row_ptr, column, D, N, stride_qh, stride_qd)
             tl.store(query_ptr + b * N + column, x, mask=column < N)
     reused = tl.zeros([], tl.int1)

@@ -43,7 +43,7 @@ def launches(
 
     histograms  `histograms_of` the problem that are cleared already
     """
-    p, block, count_block = problem, TABLE[arch].select_block, TABLE[arch].count_block
+    p, block = problem, TABLE[arch].select_block
     n_rows, n_blocks = p.B * p.S, math.ceil(p.Lk / block)
 
     def empty(*shape: int) -> Tensor:
@@ -93,20 +93,11 @@ def launches(
         listed = bounds | shortlists
         size = {"BLOCK": block}
         ranks = size | {"TAKEN": ballot > 0}
+        untakes = {"UNTAKES": ballot == 0 and not is_last}
         shortlisted = counted | shortlists | {"positions_ptr": places}
         collected = listed | tallies | results
-        counting = math.ceil(p.Lk / count_block)
-        todo.append(
-            Launch(
-                select_kernels.count,
-                (counting * n_rows,),
-                counted | {"n_blocks": counting},
-                {"BLOCK": count_block, "TAKEN": ballot > 0, "UNTAKES": ballot == 0 and not is_last},
-                4,
-                1,
-            )
-        )
         for kernel, args, constants, warps in (
+            (select_kernels.count, counted, ranks | untakes, 8),
             (select_kernels.shortlist, shortlisted, ranks, 8),
             (select_kernels.narrow, listed | histogram, size, 8),
             (select_kernels.tally, listed | histogram | tallies, size, 4),
