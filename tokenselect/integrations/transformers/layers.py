@@ -146,7 +146,7 @@ def attention_forward(
                 sinks=s_aux,
                 **settings,
             ), None
-        out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+        out = _Output(q, v)
         layer, is_dense = getattr(module, "layer_idx", 0), _is_dense(module, mask, options, rope)
         recorder = recorder_of(module.config)
         for span in mask.spans:
@@ -160,7 +160,40 @@ def attention_forward(
                     if selections is not None:
                         more["cache"] = selections.of(layer, part, options, q.dtype)
                     _select(q, k, v, part, options, more, out, layer, recorder)
-        return out, None
+        return out.whole(), None
+
+
+class _Output:
+    """What a call returns, (B, Lq, Hq, Dv): put together of parts, zeros where there is none.
+
+    One part that is everything is returned as it is: a decode step then takes no memory and copies
+    nothing.
+    """
+
+    def __init__(self, query: Tensor, value: Tensor) -> None:
+        self._query = query
+        self._shape = (query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+        self._out: Tensor | None = None
+
+    def put(self, rows: slice, queries: slice | Tensor, part: Tensor) -> None:
+        """Take (rows, queries, Hq, Dv). No part has rows and queries of another."""
+        if part.shape[:2] == self._shape[:2]:
+            self._out = part
+            return
+        if self._out is None:
+            self._out = self._query.new_zeros(self._shape)
+        self._out[rows, queries] = part
+
+    def whole(self) -> Tensor:
+        return self._query.new_zeros(self._shape) if self._out is None else self._out
+
+
+def _cut(x: Tensor, rows: slice, of_dim_2: slice | Tensor) -> Tensor:
+    """Return x[rows, :, of_dim_2], which is x itself where that is everything."""
+    if rows != slice(0, x.shape[0]):
+        x = x[rows]
+    is_all = isinstance(of_dim_2, slice) and of_dim_2 == slice(0, x.shape[2])
+    return x if is_all else x[:, :, of_dim_2]
 
 
 def _is_dense(
@@ -186,9 +219,9 @@ def _attend_densely(
     rope: Rope | None,
     sinks: Tensor | None,
     settings: dict[str, Any],
-    out: Tensor,
+    out: _Output,
 ) -> None:
-    """Fill the span's rows of out (B, Lq, Hq, Dv), densely; shapes as in `attention_forward`."""
+    """Fill the span's part of out, densely; shapes as in `attention_forward`."""
     q, valid = query[span.rows], None
     if isinstance(span.slots, slice):
         slots, queries = span.slots, span.queries
@@ -199,7 +232,7 @@ def _attend_densely(
     k, v = key[span.rows, :, slots], value[span.rows, :, slots]
     if rope is not None:
         q, k = _rotated(q, k, rope, valid)
-    out[span.rows, queries] = attend_densely(q, k, v, valid=valid, sinks=sinks, **settings)
+    out.put(span.rows, queries, attend_densely(q, k, v, valid=valid, sinks=sinks, **settings))
 
 
 def _rotated(q: Tensor, k: Tensor, rope: Rope, valid: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -222,14 +255,14 @@ def _select(
     span: TokenSpan,
     options: Options,
     more: dict[str, Any],
-    out: Tensor,
+    out: _Output,
     layer: int,
     recorder: Recorder | None,
 ) -> None:
-    """Fill the span's rows of out (B, Lq, Hq, Dv): select and attend, chunk by chunk."""
+    """Fill the span's part of out: select and attend, chunk by chunk."""
     select = options.select
     for queries, later in span.chunks(options.chunk):
-        q = query[span.rows][:, :, queries]
+        q = _cut(query, span.rows, queries)
         given = {**_tokens(key, value, span, later), **select, **more, "backend": options.backend}
         info, Lq, lengths = None, q.shape[2], [n - later for n in span.n]
         infos = _recording.infos
@@ -241,7 +274,7 @@ def _select(
             infos.append(info)
         if recorder is not None:
             recorder.add(layer, lengths, Lq, select, "cache" in more, info)
-        out[span.rows, queries] = attended.transpose(1, 2)
+        out.put(span.rows, queries, attended.transpose(1, 2))
         n = max(lengths)
         if n >= select.n_sink + select.budget(n) + select.n_local + Lq:  # else all was selected
             in_progress.together = max(in_progress.together, Lq)
@@ -291,7 +324,10 @@ def _tokens(key: Tensor, value: Tensor, span: TokenSpan, later: int) -> dict[str
     """
     if isinstance(span.slots, slice):
         tokens = slice(span.slots.start, span.slots.stop - later)
-        return {"k_cache": key[span.rows, :, tokens], "v_cache": value[span.rows, :, tokens]}
+        return {
+            name: _cut(x, span.rows, tokens)
+            for name, x in {"k_cache": key, "v_cache": value}.items()
+        }
     keys, steps = _pages(key[span.rows])
     values, value_steps = _pages(value[span.rows])
     if steps != value_steps:  # as without a cache: one table serves both
