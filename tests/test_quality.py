@@ -38,7 +38,7 @@ from tests.models import BOTH_KINDS, SIZES, model_of, tokens
 from tokenselect.contract import Selection
 from tokenselect.errors import InvalidProblem
 from tokenselect.integrations.transformers import TokenSelectCache
-from tokenselect.integrations.transformers.options import parse
+from tokenselect.integrations.options import parse
 
 Patch, Said = pytest.MonkeyPatch, pytest.CaptureFixture[str]
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:n_sink")]

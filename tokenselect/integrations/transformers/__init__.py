@@ -37,7 +37,7 @@ from tokenselect.integrations.transformers.layers import attention_forward, reco
 from tokenselect.integrations.transformers.lossless import Lossless
 from tokenselect.integrations.transformers.masks import token_mask
 from tokenselect.integrations.transformers.named_layers import check_layers
-from tokenselect.integrations.transformers.options import (
+from tokenselect.integrations.options import (
     NAME,
     Options,
     TextConfigOptions,

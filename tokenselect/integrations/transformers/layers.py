@@ -18,7 +18,7 @@ from tokenselect.integrations.transformers.causality import in_progress
 from tokenselect.integrations.transformers.dense import attend_densely
 from tokenselect.integrations.transformers.masks import TokenMask, TokenSpan
 from tokenselect.integrations.transformers.named_layers import layer_options
-from tokenselect.integrations.transformers.options import EVERYTHING, Options, parse
+from tokenselect.integrations.options import EVERYTHING, Options, parse
 from tokenselect.integrations.transformers.refusals import (
     layer_name,
     outside_of_graphs,

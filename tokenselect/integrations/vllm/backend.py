@@ -1,0 +1,283 @@
+"""The attention backend: vLLM's own for the CPU, but that requests that decode select."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.config import get_layers_from_vllm_config
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadata,
+    CPUAttentionMetadataBuilder,
+)
+
+import tokenselect
+from tokenselect.integrations.options import EVERYTHING, NAME, Options
+from tokenselect.integrations.vllm import layout
+from tokenselect.integrations.vllm.metrics import METRICS
+from tokenselect.integrations.vllm.steps import Dense, Rows, Selecting, in_groups, tokens_of
+from tokenselect.integrations.vllm.support import (
+    options_of,
+    refuse,
+    refuse_layer,
+    refuse_spec,
+)
+from tokenselect.selection_cache import SelectionCache
+
+logger = init_logger(f"vllm.{NAME}")
+
+
+@dataclass
+class Metadata(CPUAttentionMetadata):
+    """vLLM's metadata of a step, and what the layers that select do in it."""
+
+    dense: tuple[Dense, ...] = ()
+    selecting: Selecting | None = None
+
+
+class Backend(CPUAttentionBackend):
+    """The class that vLLM takes for `CPU_ATTN` where TOKENSELECT was asked for."""
+
+    @staticmethod
+    def get_impl_cls() -> type["Impl"]:
+        """Return the attention of one layer."""
+        return Impl
+
+    @staticmethod
+    def get_builder_cls() -> type["Builder"]:
+        """Return what reads a step's metadata, once for all layers of a group."""
+        return Builder
+
+
+class Builder(CPUAttentionMetadataBuilder):
+    """Divides the requests of each step into those that attend densely and those that select."""
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: Any):
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        refuse_spec(kv_cache_spec)
+        layers = get_layers_from_vllm_config(vllm_config, Attention)
+        sliding = {
+            extract_layer_index(name)
+            for name, layer in layers.items()
+            if getattr(layer.impl, "sliding_window", -1) >= 0
+        }
+        self._options = options_of(vllm_config, sliding)
+        self._rows = Rows()
+        count = vllm_config.model_config.hf_text_config.num_hidden_layers
+        for name in layer_names:
+            number = extract_layer_index(name)
+            layers[name].impl.settle(None if number in sliding else self._options.of(number, count))
+        dense = sum(
+            self._options.of(extract_layer_index(name), count).select == EVERYTHING
+            for name in layers
+        )
+        backend = self._try()
+        select, theta = self._options.select, self._options.theta
+        logger.info_once(
+            "TOKENSELECT IS ACTIVE: %d of %d layers select while decoding (%d slide, %d dense), "
+            "k=%s, n_sink=%d, n_local=%d, theta=%s, dense_below=%d, backend %s",
+            *(len(layers) - len(sliding) - dense, len(layers), len(sliding), dense),
+            *(select.k, select.n_sink, select.n_local, theta),
+            *(self._options.dense_below, backend),
+        )
+
+    def _try(self) -> str:
+        """Attend once, to compile what has to be compiled, and return the name of the backend."""
+        zeros = torch.zeros(1, self.num_kv_heads, 32, self.head_dim, dtype=self.dtype)
+        q = torch.zeros(1, self.num_heads, 1, self.head_dim, dtype=self.dtype)
+        options = self._options
+        _, info = tokenselect.attention(
+            q, zeros, zeros, **options.select, backend=options.backend, return_info=True
+        )
+        return info.backend
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> Metadata:
+        """Return a step's metadata."""
+        stock = super().build(common_prefix_len, common_attn_metadata, fast_build)
+        if stock.causal is not True:
+            raise refuse("attention that is not causal", "only decoders", "use another backend")
+        starts = common_attn_metadata.query_start_loc_cpu.tolist()
+        lengths = stock.seq_lens.tolist()
+        prefilling = common_attn_metadata.is_prefilling
+        in_prompt = [True] * len(lengths) if prefilling is None else prefilling.tolist()
+        selecting, dense = [], []
+        for i, n in enumerate(lengths):
+            queries = starts[i + 1] - starts[i]
+            decodes = queries == 1 and not in_prompt[i] and n >= self._options.dense_below
+            if queries > 0:
+                (selecting if decodes else dense).append(i)
+        METRICS.step(len(dense), [lengths[i] for i in selecting])
+        return Metadata(
+            **vars(stock),
+            dense=tuple(
+                self._dense(stock, starts, lengths, group) for group in in_groups(dense, lengths)
+            ),
+            selecting=self._selecting(stock, starts, lengths, selecting),
+        )
+
+    def _dense(
+        self, stock: CPUAttentionMetadata, starts: list[int], lengths: list[int], group: list[int]
+    ) -> Dense:
+        """Return what one call of vLLM's kernel does, over packed copies of a group's blocks."""
+        size = self.block_size
+        counts = [-(-lengths[i] // size) for i in group]
+        blocks = [b for i, m in zip(group, counts, strict=True) for b in stock.block_table[i, :m].tolist()]
+        table, queries = torch.zeros(len(group), max(counts), dtype=torch.int32), [0]
+        done = 0
+        for row, (i, m) in enumerate(zip(group, counts, strict=True)):
+            table[row, :m] = torch.arange(done, done + m)
+            queries.append(queries[-1] + starts[i + 1] - starts[i])
+            done += m
+        its = CommonAttentionMetadata(
+            query_start_loc=torch.tensor(queries, dtype=torch.int32),
+            query_start_loc_cpu=torch.tensor(queries, dtype=torch.int32),
+            seq_lens=stock.seq_lens[group],
+            num_reqs=len(group),
+            num_actual_tokens=queries[-1],
+            max_query_len=stock.max_query_len,
+            max_seq_len=stock.max_seq_len,
+            block_table_tensor=table,
+            slot_mapping=stock.slot_mapping,
+        )
+        return Dense(tokens_of(starts, group), blocks, super().build(0, its))
+
+    def _selecting(
+        self, stock: CPUAttentionMetadata, starts: list[int], lengths: list[int], group: list[int]
+    ) -> Selecting | None:
+        """Return what the requests that decode need, and give them their rows."""
+        size, table = self.block_size, stock.block_table
+        if not group:
+            self._rows.step(())
+            return None
+        n = [lengths[i] for i in group]
+        used = table[:, : -(-max(n) // size)]
+        if self._options.theta is None and not self._options.layers:
+            its = slice(group[0], group[-1] + 1) if len(group) == group[-1] - group[0] + 1 else group
+            return Selecting(tokens_of(starts, group), n, stock.seq_lens[its], used[its])
+        blocks = [
+            (int(table[i, max(0, m - 2) // size]), int(table[i, (m - 1) // size]), m)
+            for i, m in zip(group, n, strict=True)
+        ]
+        at, is_new = self._rows.step(blocks)
+        rows = torch.tensor(at)
+        seqlens = torch.zeros(self._rows.capacity, dtype=torch.int32)
+        block_table = torch.zeros(self._rows.capacity, used.shape[1], dtype=torch.int32)
+        seqlens[rows], block_table[rows] = stock.seq_lens[group], used[group]
+        begins = torch.zeros(self._rows.capacity, dtype=torch.bool)
+        begins[rows[torch.tensor(is_new)]] = True
+        return Selecting(
+            tokens_of(starts, group), n, seqlens, block_table, rows, begins if any(is_new) else None
+        )
+
+
+class Impl(CPUAttentionBackendImpl):
+    """The attention of one layer: vLLM's own if it slides or is named as dense."""
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        refuse_layer(self)
+        self._options: Options | None = None
+        self._is_settled = False
+        self._cache: SelectionCache | None = None
+
+    def settle(self, options: Options | None) -> None:
+        """Take the options of this layer; None: it slides."""
+        is_dense = options is None or options.select == EVERYTHING
+        self._options, self._is_settled = None if is_dense else options, True
+
+    def _selects(self) -> bool:
+        if not self._is_settled:
+            raise RuntimeError("a layer attends before tokenselect's metadata builder was made")
+        return self._options is not None
+
+    def do_kv_cache_update(
+        self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+    ) -> None:
+        """Write the keys and values of new tokens to their slots."""
+        if self._selects():
+            layout.write(key, value, kv_cache, slot_mapping)
+        else:
+            super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
+
+    # vLLM's own update, for `layout.pack`.
+    pack_rows = CPUAttentionBackendImpl.do_kv_cache_update
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: Metadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Fill output (tokens, Hq, D), as vLLM's own backend does; query likewise."""
+        given = (layer, query, key, value, kv_cache, attn_metadata, output)
+        if attn_metadata is None or not self._selects():
+            return super().forward(*given, output_scale, output_block_scale)
+        if output_scale is not None or output_block_scale is not None:
+            raise refuse("an output that is quantised with attention", "not built", "leave it out")
+        for part in attn_metadata.dense:
+            packed = layout.pack(self, layer, kv_cache, part.blocks)
+            q = query[part.tokens]
+            out = output[part.tokens] if isinstance(part.tokens, slice) else torch.empty_like(q)
+            super().forward(layer, q, key, value, packed, part.metadata, out)
+            if not isinstance(part.tokens, slice):
+                output[part.tokens] = out
+        if attn_metadata.selecting is not None:
+            self._select(query, kv_cache, attn_metadata.selecting, output)
+        return output
+
+    def _select(self, query: Tensor, kv_cache: Tensor, part: Selecting, output: Tensor) -> None:
+        """Fill the rows of output of the requests that decode."""
+        assert self._options is not None
+        options, q, cache = self._options, query[part.tokens], None
+        if part.at is not None:
+            its = q
+            q = its.new_zeros(len(part.seqlens), *its.shape[1:])
+            q[part.at] = its
+        if options.theta is not None:
+            cache = self._selections(part, options)
+        keys, values = layout.rows(kv_cache)
+        wants = METRICS.wants_info
+        problem = {
+            **options.select,
+            "block_table": part.block_table,
+            "cache_seqlens": part.seqlens,
+            "scale": self.scale,
+            "softcap": self.logits_soft_cap or None,
+            "sink_logits": self.sinks,
+            "backend": options.backend,
+            "cache": cache,
+        }
+        if wants:
+            out, info = tokenselect.attention(
+                q[:, :, None], keys, values, **problem, return_info=True
+            )
+            METRICS.add(info, part.lengths, part.at)
+        else:
+            out = tokenselect.attention(q[:, :, None], keys, values, **problem)
+        output[part.tokens] = out[:, :, 0] if part.at is None else out[part.at, :, 0]
+
+    def _selections(self, part: Selecting, options: Options) -> SelectionCache:
+        """Return the layer's Selection Cache, without what other requests left in their rows."""
+        B = len(part.seqlens)
+        if self._cache is None or self._rows_of_cache != B:
+            self._cache, self._rows_of_cache = options.selection_cache(), B
+        elif part.begins is not None:
+            self._cache.reset(part.begins)
+        return self._cache
