@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.config import get_layers_from_vllm_config
+from vllm.config import get_current_vllm_config, get_layers_from_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
@@ -17,7 +17,8 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-import tokenselect
+from tokenselect.api import attention, run
+from tokenselect.contract import Problem
 from tokenselect.integrations.options import EVERYTHING, NAME, Options
 from tokenselect.integrations.vllm import layout
 from tokenselect.integrations.vllm.metrics import METRICS
@@ -25,6 +26,7 @@ from tokenselect.integrations.vllm.steps import Dense, Rows, Selecting, in_group
 from tokenselect.integrations.vllm.support import (
     options_of,
     refuse,
+    refuse_engine,
     refuse_layer,
     refuse_spec,
 )
@@ -92,7 +94,7 @@ class Builder(CPUAttentionMetadataBuilder):
         zeros = torch.zeros(1, self.num_kv_heads, 32, self.head_dim, dtype=self.dtype)
         q = torch.zeros(1, self.num_heads, 1, self.head_dim, dtype=self.dtype)
         options = self._options
-        _, info = tokenselect.attention(
+        _, info = attention(
             q, zeros, zeros, **options.select, backend=options.backend, return_info=True
         )
         return info.backend
@@ -186,10 +188,11 @@ class Impl(CPUAttentionBackendImpl):
 
     def __init__(self, *args: Any, **more: Any) -> None:
         super().__init__(*args, **more)
+        refuse_engine(get_current_vllm_config())  # vLLM chooses a backend once per process
         refuse_layer(self)
         self._options: Options | None = None
         self._is_settled = False
-        self._cache: SelectionCache | None = None
+        self._cache, self._rows_of_cache = None, 0  # a SelectionCache, and its B
 
     def settle(self, options: Options | None) -> None:
         """Take the options of this layer; None: it slides."""
@@ -253,25 +256,41 @@ class Impl(CPUAttentionBackendImpl):
         if options.theta is not None:
             cache = self._selections(part, options)
         keys, values = layout.rows(kv_cache)
-        wants = METRICS.wants_info
-        problem = {
-            **options.select,
-            "block_table": part.block_table,
-            "cache_seqlens": part.seqlens,
-            "scale": self.scale,
-            "softcap": self.logits_soft_cap or None,
-            "sink_logits": self.sinks,
-            "backend": options.backend,
-            "cache": cache,
-        }
-        if wants:
-            out, info = tokenselect.attention(
-                q[:, :, None], keys, values, **problem, return_info=True
+        problem = self._problem(q[:, :, None], keys, values, part, options)
+        # Its lengths and blocks are those of the layer before.
+        validate = None if problem is part.problem else False
+        if METRICS.wants_info:
+            out, info = run(
+                problem, options.backend, cache=cache, validate=validate, return_info=True
             )
             METRICS.add(info, part.lengths, part.at)
         else:
-            out = tokenselect.attention(q[:, :, None], keys, values, **problem)
+            out = run(problem, options.backend, cache=cache, validate=validate)
         output[part.tokens] = out[:, :, 0] if part.at is None else out[part.at, :, 0]
+
+    def _problem(
+        self, q: Tensor, keys: Tensor, values: Tensor, part: Selecting, options: Options
+    ) -> Problem:
+        """Return the layer's problem; what a step's layers have in common is checked once."""
+        alike = (options, self.scale, self.logits_soft_cap, q.shape, keys.shape)
+        if part.problem is not None and part.alike == alike:
+            return replace(
+                part.problem, q=q, k_cache=keys, v_cache=values, sink_logits=self.sinks
+            )
+        problem = Problem.build(
+            q,
+            keys,
+            values,
+            options.select,
+            cache_seqlens=part.seqlens,
+            block_table=part.block_table,
+            scale=self.scale,
+            softcap=self.logits_soft_cap or None,
+            sink_logits=self.sinks,
+            max_reuse=0 if options.theta is None else options.max_reuse,
+        )
+        part.problem, part.alike = problem, alike
+        return problem
 
     def _selections(self, part: Selecting, options: Options) -> SelectionCache:
         """Return the layer's Selection Cache, without what other requests left in their rows."""

@@ -14,7 +14,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from tokenselect.integrations.options import NAME
 from tokenselect.integrations.vllm import BACKEND
-from tokenselect.integrations.vllm.support import refuse, refuse_engine
+from tokenselect.integrations.vllm.support import refuse
 
 _MINOR = "0.32"
 logger = init_logger(f"vllm.{NAME}")
@@ -39,7 +39,6 @@ def __getattr__(name: str) -> Any:
             f"written for vLLM {_MINOR}: what a backend is and gets changes with each minor version",
             f"install vLLM {_MINOR}, or another version of tokenselect",
         )
-    refuse_engine(config)
     if name in ("CPU_MLA", "AMX_MLA"):
         raise refuse(
             "a model with multi-head latent attention",

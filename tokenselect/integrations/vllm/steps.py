@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenselect.contract import Problem
+
 # The packed copies for one call of vLLM's kernel hold no more tokens than this, or one request.
 _PACKED_TOKENS = 16_384
 
@@ -35,6 +37,8 @@ class Selecting:
     block_table  (B, blocks) int32
     at           with Selection Caches, the row of each request in them; else None
     begins       (B,) bool, rows of `at` that another request had; None if there are none
+    problem      of a layer that has attended in this step, and
+    alike        what it shares with layers like it
     """
 
     tokens: Tensor | slice
@@ -43,6 +47,8 @@ class Selecting:
     block_table: Tensor
     at: Tensor | None = None
     begins: Tensor | None = None
+    problem: Problem | None = None
+    alike: Any = None
 
 
 class Rows:
