@@ -192,7 +192,7 @@ class Impl(CPUAttentionBackendImpl):
         refuse_layer(self)
         self._options: Options | None = None
         self._is_settled = False
-        self._cache, self._rows_of_cache = None, 0  # a SelectionCache, and its B
+        self._cache: SelectionCache | None = None
 
     def settle(self, options: Options | None) -> None:
         """Take the options of this layer; None: it slides."""
@@ -294,9 +294,9 @@ class Impl(CPUAttentionBackendImpl):
 
     def _selections(self, part: Selecting, options: Options) -> SelectionCache:
         """Return the layer's Selection Cache, without what other requests left in their rows."""
-        B = len(part.seqlens)
-        if self._cache is None or self._rows_of_cache != B:
-            self._cache, self._rows_of_cache = options.selection_cache(), B
+        if self._cache is None:
+            self._cache = options.selection_cache()
         elif part.begins is not None:
+            self._cache.resize(len(part.seqlens))
             self._cache.reset(part.begins)
         return self._cache
