@@ -7,8 +7,12 @@ Most engines run in this process, where what each layer computed can be looked a
 import gc
 import importlib.util
 import os
+import socket
+import subprocess
+import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +29,18 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    from transformers import Gemma2Config, LlamaConfig, LlamaForCausalLM, PreTrainedConfig
+    import httpx
+    import openai
+    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoModelForCausalLM as Auto
+    from transformers import (
+        DeepseekV3Config,
+        Gemma2Config,
+        LlamaConfig,
+        LlamaForCausalLM,
+        PreTrainedConfig,
+        PreTrainedTokenizerFast,
+    )
     from vllm import LLM, SamplingParams
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
@@ -34,6 +48,7 @@ with warnings.catch_warnings():
     from tokenselect.integrations.vllm.metrics import METRICS
 
 import tokenselect
+from examples import serve
 from tokenselect import InvalidProblem, UnsupportedProblem
 from tokenselect.integrations.transformers import TokenSelectCache, enable
 
@@ -81,6 +96,19 @@ def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every other layer slides, and all have a softcap."""
     config = Gemma2Config(**SIZES, sliding_window=24, attn_logit_softcapping=20.0)
     return saved(config, tmp_path_factory.mktemp("gemma"))
+
+
+@pytest.fixture(scope="module")
+def mla(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = DeepseekV3Config(
+        **SIZES | {"head_dim": 64}, kv_lora_rank=64, q_lora_rank=None, qk_rope_head_dim=32,
+        qk_nope_head_dim=32, v_head_dim=32, first_k_dense_replace=2, n_routed_experts=4,
+        n_group=1, topk_group=1, num_experts_per_tok=1,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("mla")
+    config.architectures = ["DeepseekV3ForCausalLM"]
+    config.save_pretrained(folder)
+    return folder
 
 
 def prompts(*lengths: int, seed: int = 0) -> list[Prompt]:
@@ -198,7 +226,7 @@ def test_tokens_are_those_of_transformers_where_few_are_selected(
     for i, text in enumerate(texts):
         engine.add(str(i), text)
     told = engine.finish()
-    assert sums["selecting_requests"] == 4 * 11  # the first token is the prompt's
+    assert sums["selecting_tokens"] == 4 * 11  # the first token is the prompt's
     for i, text in enumerate(texts):
         assert told[str(i)] == selected_by_transformers(llama, text, {**SMALL, "theta": theta})
     # The models tell selection from reading all.
@@ -302,9 +330,7 @@ def test_what_a_layer_computes(
         return told
 
     monkeypatch.setattr(backend.Impl, "forward", held)
-    engine = start(
-        request.getfixturevalue(model), SMALL, dtype=dtype, max_num_batched_tokens=40
-    )
+    engine = start(request.getfixturevalue(model), SMALL, dtype=dtype, max_num_batched_tokens=40)
     for i, text in enumerate(prompts(33, 90, 150, 70)):
         engine.add(str(i), text)
         engine.step()
@@ -331,6 +357,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "moved keys": ({"positions": "contiguous"}, {}, "vLLM rotates keys"),
     "backend": ({"backend": "nativ"}, {}, "did you mean 'native'"),
     "quantised": ({}, {"kv_cache_dtype": "fp8"}, "kv_cache_dtype=fp8"),
+    "latents": ({}, {"model": "mla"}, "multi-head latent attention"),
     "drafts": (
         {},
         {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2,
@@ -341,8 +368,103 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_refused(start: Callable[..., Engine], llama: Path, case: str) -> None:
+def test_what_is_refused(
+    start: Callable[..., Engine], case: str, request: pytest.FixtureRequest
+) -> None:
     options, more, told = REFUSED[case]
+    folder = request.getfixturevalue(more.get("model", "llama"))
+    more = {name: value for name, value in more.items() if name != "model"}
     with pytest.raises((InvalidProblem, UnsupportedProblem, tokenselect.UnknownBackend)) as error:
-        start(llama, options, **more)
+        start(folder, options, **more)
     assert told in str(error.value)
+
+
+def test_without_the_plugin_vllm_refuses_to_start(llama: Path) -> None:
+    """Not a test of vLLM: absence must not be silent."""
+    code = f"""
+from vllm import EngineArgs
+EngineArgs(model={str(llama)!r}, attention_backend={BACKEND!r}).create_engine_config()
+"""
+    told = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        env=os.environ | {"VLLM_PLUGINS": ""}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert told.returncode != 0
+    assert f"Unknown attention backend: '{BACKEND}'" in told.stderr
+
+
+# --- the server, and its processes ---------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def client(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
+    """A server on the loopback; its log goes where pytest shows it for a test that fails."""
+    words = {f"w{i}": i for i in range(SIZES["vocab_size"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(llama)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    line = serve.command(llama, port, {**SMALL, "theta": 0.3})
+    line += ["--dtype", "float32", "--max-model-len", "512", "--block-size", str(BLOCK)]
+    line += ["--max-num-seqs", "8", "--max-num-batched-tokens", "64", "--enforce-eager"]
+    log = tmp_path_factory.mktemp("server") / "log"
+    with log.open("wb") as file, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+        line += ["--kv-cache-memory-bytes", str(2**26)]
+        server = serve.started(line, port, stdout=file, stderr=file)
+    assert "TOKENSELECT IS ACTIVE: 2 of 2 layers" in log.read_text()
+    try:
+        yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="-")
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+def test_a_server_and_32_clients(client: openai.OpenAI) -> None:
+    """Streams at the same time, every fourth given up: each has the words that it gets alone."""
+    texts = prompts(*(torch.arange(32) * 11 % 90 + 5).tolist())
+
+    def words(i: int) -> list[str]:
+        stream = client.completions.create(
+            model=serve.NAME, prompt=texts[i], max_tokens=12 + i % 9, temperature=0, stream=True,
+            extra_body={"ignore_eos": True, "skip_special_tokens": False},
+        )  # fmt: skip
+        told = ""
+        for at, part in enumerate(stream):
+            told += part.choices[0].text
+            if i % 4 == 3 and at == 2:
+                stream.close()
+                break
+        return told.split()
+
+    with ThreadPoolExecutor(32) as pool:
+        together = list(pool.map(words, range(32)))
+    for i, told in enumerate(together):
+        alone = words(i)
+        assert told == alone[: len(told)]
+        assert i % 4 == 3 or len(told) == len(alone) == 12 + i % 9
+
+
+def test_prometheus(client: openai.OpenAI) -> None:
+    """What the worker counts shows where the server is asked for it."""
+
+    def counted() -> dict[str, float]:
+        text = httpx.get(str(client.base_url).replace("/v1/", "/metrics")).text
+        lines = [line.split() for line in text.splitlines() if line.startswith("tokenselect_")]
+        return {name: float(value) for name, value in lines}
+
+    before = counted()
+    client.completions.create(
+        model=serve.NAME, prompt=prompts(100)[0], max_tokens=21, temperature=0,
+        extra_body={"ignore_eos": True},
+    )  # fmt: skip
+    added = {name: value - before[name] for name, value in counted().items()}
+    assert added["tokenselect_selecting_tokens_total"] == 20
+    assert added["tokenselect_prompt_steps_total"] == 2  # of 64 tokens
+    calls = added["tokenselect_sampled_calls_total"]
+    assert calls in (2, 4)  # two layers, one step of 16
+    cached = added["tokenselect_sampled_cached_tokens_total"]
+    assert 100 < cached / calls < 121
+    assert 0 < added["tokenselect_sampled_attended_tokens_total"] < cached

@@ -5,9 +5,9 @@ from typing import Any
 
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from tokenselect.integrations.transformers.masks import TokenMask
 from tokenselect.integrations.options import Options, check
 from tokenselect.integrations.options import check_layers as check_named
+from tokenselect.integrations.transformers.masks import TokenMask
 from tokenselect.integrations.transformers.refusals import refuse_layer
 
 

@@ -18,11 +18,11 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from tokenselect.api import attention, run
-from tokenselect.contract import Problem
+from tokenselect.contract import Problem, SelectConfig
 from tokenselect.integrations.options import EVERYTHING, NAME, Options
 from tokenselect.integrations.vllm import layout
 from tokenselect.integrations.vllm.metrics import METRICS
-from tokenselect.integrations.vllm.steps import Dense, Rows, Selecting, in_groups, tokens_of
+from tokenselect.integrations.vllm.steps import Decoding, Prompts, Rows, in_groups, tokens_of
 from tokenselect.integrations.vllm.support import (
     options_of,
     refuse,
@@ -39,8 +39,8 @@ logger = init_logger(f"vllm.{NAME}")
 class Metadata(CPUAttentionMetadata):
     """vLLM's metadata of a step, and what the layers that select do in it."""
 
-    dense: tuple[Dense, ...] = ()
-    selecting: Selecting | None = None
+    prompts: tuple[Prompts, ...] = ()
+    decoding: tuple[Decoding, ...] = ()
 
 
 class Backend(CPUAttentionBackend):
@@ -70,6 +70,8 @@ class Builder(CPUAttentionMetadataBuilder):
             if getattr(layer.impl, "sliding_window", -1) >= 0
         }
         self._options = options_of(vllm_config, sliding)
+        everywhere = self._options, *map(self._options.of, self._options.layers)
+        self._keeps = any(one.theta is not None for one in everywhere)
         self._rows = Rows()
         count = vllm_config.model_config.hf_text_config.num_hidden_layers
         for name in layer_names:
@@ -81,7 +83,7 @@ class Builder(CPUAttentionMetadataBuilder):
         )
         backend = self._try()
         select, theta = self._options.select, self._options.theta
-        logger.info_once(
+        logger.warning_once(
             "TOKENSELECT IS ACTIVE: %d of %d layers select while decoding (%d slide, %d dense), "
             "k=%s, n_sink=%d, n_local=%d, theta=%s, dense_below=%d, backend %s",
             *(len(layers) - len(sliding) - dense, len(layers), len(sliding), dense),
@@ -113,28 +115,38 @@ class Builder(CPUAttentionMetadataBuilder):
         lengths = stock.seq_lens.tolist()
         prefilling = common_attn_metadata.is_prefilling
         in_prompt = [True] * len(lengths) if prefilling is None else prefilling.tolist()
-        selecting, dense = [], []
+        prompts: list[int] = []
+        short: list[int] = []
+        selecting: list[int] = []
         for i, n in enumerate(lengths):
             queries = starts[i + 1] - starts[i]
-            decodes = queries == 1 and not in_prompt[i] and n >= self._options.dense_below
-            if queries > 0:
-                (selecting if decodes else dense).append(i)
-        METRICS.step(len(dense), [lengths[i] for i in selecting])
+            if queries == 1 and not in_prompt[i]:
+                (short if n < self._options.dense_below else selecting).append(i)
+            elif queries > 0:
+                prompts.append(i)
+        METRICS.step(len(prompts), len(short), len(selecting))
+        decoding = (
+            self._decoding(stock, starts, lengths, short, EVERYTHING),
+            self._decoding(stock, starts, lengths, selecting, None),
+        )
         return Metadata(
             **vars(stock),
-            dense=tuple(
-                self._dense(stock, starts, lengths, group) for group in in_groups(dense, lengths)
+            prompts=tuple(
+                self._prompts(stock, starts, lengths, group)
+                for group in in_groups(prompts, lengths)
             ),
-            selecting=self._selecting(stock, starts, lengths, selecting),
+            decoding=tuple(part for part in decoding if part is not None),
         )
 
-    def _dense(
+    def _prompts(
         self, stock: CPUAttentionMetadata, starts: list[int], lengths: list[int], group: list[int]
-    ) -> Dense:
+    ) -> Prompts:
         """Return what one call of vLLM's kernel does, over packed copies of a group's blocks."""
         size = self.block_size
         counts = [-(-lengths[i] // size) for i in group]
-        blocks = [b for i, m in zip(group, counts, strict=True) for b in stock.block_table[i, :m].tolist()]
+        blocks = [
+            b for i, m in zip(group, counts, strict=True) for b in stock.block_table[i, :m].tolist()
+        ]
         table, queries = torch.zeros(len(group), max(counts), dtype=torch.int32), [0]
         done = 0
         for row, (i, m) in enumerate(zip(group, counts, strict=True)):
@@ -152,21 +164,31 @@ class Builder(CPUAttentionMetadataBuilder):
             block_table_tensor=table,
             slot_mapping=stock.slot_mapping,
         )
-        return Dense(tokens_of(starts, group), blocks, super().build(0, its))
+        return Prompts(tokens_of(starts, group), blocks, super().build(0, its))
 
-    def _selecting(
-        self, stock: CPUAttentionMetadata, starts: list[int], lengths: list[int], group: list[int]
-    ) -> Selecting | None:
-        """Return what the requests that decode need, and give them their rows."""
+    def _decoding(
+        self,
+        stock: CPUAttentionMetadata,
+        starts: list[int],
+        lengths: list[int],
+        group: list[int],
+        select: SelectConfig | None,
+    ) -> Decoding | None:
+        """Return what requests that decode need; those that select get their rows."""
         size, table = self.block_size, stock.block_table
+        keeps = select is None and self._keeps
         if not group:
-            self._rows.step(())
+            if keeps:
+                self._rows.step(())
             return None
         n = [lengths[i] for i in group]
         used = table[:, : -(-max(n) // size)]
-        if self._options.theta is None and not self._options.layers:
-            its = slice(group[0], group[-1] + 1) if len(group) == group[-1] - group[0] + 1 else group
-            return Selecting(tokens_of(starts, group), n, stock.seq_lens[its], used[its])
+        tokens = tokens_of(starts, group)
+        if not keeps:
+            its: Any = group
+            if len(group) == group[-1] - group[0] + 1:
+                its = slice(group[0], group[-1] + 1)
+            return Decoding(tokens, n, stock.seq_lens[its], used[its], select)
         blocks = [
             (int(table[i, max(0, m - 2) // size]), int(table[i, (m - 1) // size]), m)
             for i, m in zip(group, n, strict=True)
@@ -178,8 +200,8 @@ class Builder(CPUAttentionMetadataBuilder):
         seqlens[rows], block_table[rows] = stock.seq_lens[group], used[group]
         begins = torch.zeros(self._rows.capacity, dtype=torch.bool)
         begins[rows[torch.tensor(is_new)]] = True
-        return Selecting(
-            tokens_of(starts, group), n, seqlens, block_table, rows, begins if any(is_new) else None
+        return Decoding(
+            tokens, n, seqlens, block_table, select, rows, begins if any(is_new) else None
         )
 
 
@@ -231,24 +253,27 @@ class Impl(CPUAttentionBackendImpl):
         """Fill output (tokens, Hq, D), as vLLM's own backend does; query likewise."""
         given = (layer, query, key, value, kv_cache, attn_metadata, output)
         if attn_metadata is None or not self._selects():
-            return super().forward(*given, output_scale, output_block_scale)
+            stock: Tensor = super().forward(*given, output_scale, output_block_scale)
+            return stock
         if output_scale is not None or output_block_scale is not None:
             raise refuse("an output that is quantised with attention", "not built", "leave it out")
-        for part in attn_metadata.dense:
+        for part in attn_metadata.prompts:
             packed = layout.pack(self, layer, kv_cache, part.blocks)
             q = query[part.tokens]
             out = output[part.tokens] if isinstance(part.tokens, slice) else torch.empty_like(q)
             super().forward(layer, q, key, value, packed, part.metadata, out)
             if not isinstance(part.tokens, slice):
                 output[part.tokens] = out
-        if attn_metadata.selecting is not None:
-            self._select(query, kv_cache, attn_metadata.selecting, output)
+        for decoding in attn_metadata.decoding:
+            self._decode(query, kv_cache, decoding, output)
         return output
 
-    def _select(self, query: Tensor, kv_cache: Tensor, part: Selecting, output: Tensor) -> None:
-        """Fill the rows of output of the requests that decode."""
+    def _decode(self, query: Tensor, kv_cache: Tensor, part: Decoding, output: Tensor) -> None:
+        """Fill the rows of output of some requests that decode."""
         assert self._options is not None
         options, q, cache = self._options, query[part.tokens], None
+        if part.select is not None:
+            options = replace(options, select=part.select, theta=None)
         if part.at is not None:
             its = q
             q = its.new_zeros(len(part.seqlens), *its.shape[1:])
@@ -259,7 +284,7 @@ class Impl(CPUAttentionBackendImpl):
         problem = self._problem(q[:, :, None], keys, values, part, options)
         # Its lengths and blocks are those of the layer before.
         validate = None if problem is part.problem else False
-        if METRICS.wants_info:
+        if METRICS.wants_info and part.select is None:
             out, info = run(
                 problem, options.backend, cache=cache, validate=validate, return_info=True
             )
@@ -269,14 +294,12 @@ class Impl(CPUAttentionBackendImpl):
         output[part.tokens] = out[:, :, 0] if part.at is None else out[part.at, :, 0]
 
     def _problem(
-        self, q: Tensor, keys: Tensor, values: Tensor, part: Selecting, options: Options
+        self, q: Tensor, keys: Tensor, values: Tensor, part: Decoding, options: Options
     ) -> Problem:
         """Return the layer's problem; what a step's layers have in common is checked once."""
         alike = (options, self.scale, self.logits_soft_cap, q.shape, keys.shape)
         if part.problem is not None and part.alike == alike:
-            return replace(
-                part.problem, q=q, k_cache=keys, v_cache=values, sink_logits=self.sinks
-            )
+            return replace(part.problem, q=q, k_cache=keys, v_cache=values, sink_logits=self.sinks)
         problem = Problem.build(
             q,
             keys,
@@ -292,7 +315,7 @@ class Impl(CPUAttentionBackendImpl):
         part.problem, part.alike = problem, alike
         return problem
 
-    def _selections(self, part: Selecting, options: Options) -> SelectionCache:
+    def _selections(self, part: Decoding, options: Options) -> SelectionCache:
         """Return the layer's Selection Cache, without what other requests left in their rows."""
         if self._cache is None:
             self._cache = options.selection_cache()

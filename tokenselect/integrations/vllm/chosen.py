@@ -36,7 +36,7 @@ def __getattr__(name: str) -> Any:
     if vllm.__version__.split("+")[0].rpartition(".")[0] != _MINOR:
         raise refuse(
             f"vLLM {vllm.__version__}",
-            f"written for vLLM {_MINOR}: what a backend is and gets changes with each minor version",
+            f"this is for vLLM {_MINOR}: what a backend is given changes with each minor version",
             f"install vLLM {_MINOR}, or another version of tokenselect",
         )
     if name in ("CPU_MLA", "AMX_MLA"):

@@ -34,16 +34,17 @@ class Metrics:
         self._sums = dict.fromkeys(_NAMES, 0.0)
         self._least = math.inf
 
-    def step(self, dense: int, lengths: list[int]) -> None:
-        """Count a step of the engine: so many requests attend densely, those of lengths select."""
+    def step(self, prompts: int, short: int, selecting: int) -> None:
+        """Count the requests of a step of the engine, and log what was counted now and then."""
         if time.monotonic() - self._since > _SECONDS:
-            if self._sums["selecting_requests"]:
+            if self._sums["selecting_tokens"] or self._sums["dense_tokens"]:
                 logger.info("%s", self)
             self._begin()
         self.wants_info = self._steps % _EVERY == 0
-        self._steps += bool(lengths)
-        self._add("dense_requests", dense)
-        self._add("selecting_requests", len(lengths))
+        self._steps += selecting > 0
+        self._add("prompt_steps", prompts)
+        self._add("dense_tokens", short)
+        self._add("selecting_tokens", selecting)
 
     def add(self, info: AttentionInfo, lengths: list[int], at: Tensor | None) -> None:
         """Count what one layer's call told.
@@ -75,8 +76,8 @@ class Metrics:
 
         least = f"{self._least:.1%}" if self._least < math.inf else "-"
         return (
-            f"tokenselect: {s['selecting_requests']:,.0f} tokens decoded selecting, "
-            f"{s['dense_requests']:,.0f} requests' steps dense; attended to "
+            f"tokenselect: {s['selecting_tokens']:,.0f} tokens decoded selecting, "
+            f"{s['dense_tokens']:,.0f} densely, below dense_below; attended to "
             f"{share('sampled_attended_tokens', 'sampled_cached_tokens')} of the cached tokens, "
             f"reused {share('sampled_reused_calls', 'sampled_calls')} of the selections, retained "
             f"mass {share('sampled_mass', 'sampled_mass_heads')} (least {least})"
@@ -84,8 +85,9 @@ class Metrics:
 
 
 _NAMES = {
-    "dense_requests": "Requests in steps in which they attended densely",
-    "selecting_requests": "Requests in steps in which they selected",
+    "prompt_steps": "Chunks of prompts read, densely",
+    "dense_tokens": "Tokens decoded densely, in requests shorter than dense_below",
+    "selecting_tokens": "Tokens decoded selecting",
     "sampled_calls": f"Requests in layers' calls that selected, in one step of {_EVERY}",
     "sampled_reused_calls": "Of these, those that reused a selection",
     "sampled_cached_tokens": "Tokens that these had cached",

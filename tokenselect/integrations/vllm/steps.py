@@ -2,20 +2,21 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokenselect.contract import Problem
+from tokenselect.contract import Problem, SelectConfig
 
 # The packed copies for one call of vLLM's kernel hold no more tokens than this, or one request.
 _PACKED_TOKENS = 16_384
 
 
 @dataclass
-class Dense:
-    """Requests that attend densely, in one call of vLLM's kernel over packed copies.
+class Prompts:
+    """Requests that read prompts, densely, in one call of vLLM's kernel over packed copies.
 
     tokens    of the step's queries, theirs
     blocks    their blocks, which are copied
@@ -28,13 +29,14 @@ class Dense:
 
 
 @dataclass
-class Selecting:
-    """Requests that decode one token, and select.
+class Decoding:
+    """Requests that decode one token, in one call.
 
     tokens       of the step's queries, theirs
     lengths      of each request, the new token included
     seqlens      (B,) int32, those; zeros between, with `at`
     block_table  (B, blocks) int32
+    select       what they attend to, in place of the layer's own options; None: those
     at           with Selection Caches, the row of each request in them; else None
     begins       (B,) bool, rows of `at` that another request had; None if there are none
     problem      of a layer that has attended in this step, and
@@ -45,6 +47,7 @@ class Selecting:
     lengths: list[int]
     seqlens: Tensor
     block_table: Tensor
+    select: SelectConfig | None
     at: Tensor | None = None
     begins: Tensor | None = None
     problem: Problem | None = None
@@ -83,7 +86,7 @@ class Rows:
 def tokens_of(starts: Sequence[int], requests: Sequence[int]) -> Tensor | slice:
     """Return where the queries of some requests lie: a slice where they follow one another."""
     spans = [range(starts[i], starts[i + 1]) for i in requests]
-    if all(a.stop == b.start for a, b in zip(spans, spans[1:], strict=False)):
+    if all(a.stop == b.start for a, b in pairwise(spans)):
         return slice(spans[0].start, spans[-1].stop)
     return torch.tensor([token for span in spans for token in span])
 

@@ -59,7 +59,9 @@ def refuse_spec(spec: Any) -> None:
     kind = type(spec).__name__
     is_known = kind in ("FullAttentionSpec", "SlidingWindowSpec")
     if not is_known or getattr(spec, "attention_chunk_size", None) is not None:
-        raise refuse(f"layers with a {kind}", "only full and sliding attention", "use another model")
+        raise refuse(
+            f"layers with a {kind}", "only full and sliding attention", "use another model"
+        )
     if getattr(spec, "non_causal", False) or spec.head_size_v != spec.head_size:
         raise refuse(
             f"layers with head dims {spec.head_size} and {spec.head_size_v}, "
