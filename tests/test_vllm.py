@@ -7,10 +7,13 @@ Most engines run in this process, where what each layer computed can be looked a
 import gc
 import importlib.util
 import os
+import random
 import socket
 import subprocess
 import sys
+import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,6 +34,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import httpx
     import openai
+    import psutil
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoModelForCausalLM as Auto
     from transformers import (
@@ -49,7 +53,7 @@ with warnings.catch_warnings():
 
 import tokenselect
 from examples import serve
-from tokenselect import InvalidProblem, UnsupportedProblem
+from tokenselect import InvalidProblem, SelectConfig, UnsupportedProblem
 from tokenselect.integrations.transformers import TokenSelectCache, enable
 
 # vLLM and what it imports warn of their own affairs.
@@ -320,23 +324,38 @@ def test_what_a_layer_computes(
             k, v = (x[blocks].flatten(0, 1)[None, :n].transpose(1, 2) for x in (keys, values))
             is_decoding = at.stop - at.start == 1
             kinds.append("selects" if is_decoding else "dense")
-            settings = {**(SMALL if is_decoding else {"k": n, "n_sink": 0, "n_local": 1})}
+            settings = self._options.select if is_decoding else SelectConfig(k=n)
             right = tokenselect.attention(
                 q[at].transpose(0, 1)[None], k, v, **settings, scale=self.scale,
-                softcap=self.logits_soft_cap or None, backend="reference",
+                softcap=self.logits_soft_cap or None, sink_logits=self.sinks,
+                backend="reference",
             )[0].transpose(0, 1)  # fmt: skip
             near = {"float32": 1e-5, "bfloat16": 2e-2}[dtype] * float(v.abs().max())
             assert (right.float() - output[at].float()).abs().max() <= near, (kinds[-1], n)
         return told
 
     monkeypatch.setattr(backend.Impl, "forward", held)
-    engine = start(request.getfixturevalue(model), SMALL, dtype=dtype, max_num_batched_tokens=40)
+    options = {**SMALL, "layers": {"1": {"k": 20}}} if model == "llama" else SMALL
+    folder = request.getfixturevalue(model)
+    engine = start(folder, options, dtype=dtype, max_num_batched_tokens=40)
+    if model == "llama":
+        for impl in engine.impls():  # attention sinks, as gpt-oss has them
+            impl.sinks = torch.randn(4)
     for i, text in enumerate(prompts(33, 90, 150, 70)):
         engine.add(str(i), text)
         engine.step()
     engine.finish()
     assert kinds.count("selects") > 40
     assert kinds.count("dense") > 10
+
+
+def test_a_slot_that_is_none_takes_nothing() -> None:
+    cache = torch.zeros(2, 1, 4, 16)
+    layout.write(torch.ones(3, 1, 8), 2 * torch.ones(3, 1, 8), cache, torch.tensor([5, -1, 0]))
+    keys, values = layout.rows(cache)
+    assert [x.sum(dim=(1, 2, 3)).tolist() for x in (keys, values)] == [[8, 8], [16, 16]]
+    assert keys[1, 1, 0, 0] == 1
+    assert values[0, 0, 0, 0] == 2
 
 
 def test_layers_and_requests_that_stay_dense(start: Callable[..., Engine], llama: Path) -> None:
@@ -422,29 +441,73 @@ def client(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[op
         server.wait(60)
 
 
+def words(client: openai.OpenAI, text: Prompt, n: int, stop_after: int | None = None) -> list[str]:
+    """What is streamed, until the client gives up if it is to."""
+    stream = client.completions.create(
+        model=serve.NAME, prompt=text, max_tokens=n, temperature=0, stream=True,
+        extra_body={"ignore_eos": True, "skip_special_tokens": False},
+    )  # fmt: skip
+    told = ""
+    for at, part in enumerate(stream):
+        told += part.choices[0].text
+        if at == stop_after:
+            stream.close()
+            break
+    return told.split()
+
+
 def test_a_server_and_32_clients(client: openai.OpenAI) -> None:
     """Streams at the same time, every fourth given up: each has the words that it gets alone."""
     texts = prompts(*(torch.arange(32) * 11 % 90 + 5).tolist())
 
-    def words(i: int) -> list[str]:
-        stream = client.completions.create(
-            model=serve.NAME, prompt=texts[i], max_tokens=12 + i % 9, temperature=0, stream=True,
-            extra_body={"ignore_eos": True, "skip_special_tokens": False},
-        )  # fmt: skip
-        told = ""
-        for at, part in enumerate(stream):
-            told += part.choices[0].text
-            if i % 4 == 3 and at == 2:
-                stream.close()
-                break
-        return told.split()
+    def told(i: int) -> list[str]:
+        return words(client, texts[i], 12 + i % 9, 2 if i % 4 == 3 else None)
 
     with ThreadPoolExecutor(32) as pool:
-        together = list(pool.map(words, range(32)))
-    for i, told in enumerate(together):
-        alone = words(i)
-        assert told == alone[: len(told)]
-        assert i % 4 == 3 or len(told) == len(alone) == 12 + i % 9
+        together = list(pool.map(told, range(32)))
+    for i, text in enumerate(texts):
+        alone = words(client, text, 12 + i % 9)
+        assert together[i] == alone[: len(together[i])]
+        assert i % 4 == 3 or len(together[i]) == len(alone) == 12 + i % 9
+
+
+@pytest.mark.slow
+def test_random_traffic(client: openai.OpenAI, capsys: pytest.CaptureFixture[str]) -> None:
+    """Twelve clients that come, go and give up as they like, for TRAFFIC_SECONDS."""
+    seconds = float(os.environ.get("TRAFFIC_SECONDS", "30"))
+    texts = prompts(*(torch.arange(40) * 29 % 300 + 3).tolist(), seed=1)
+    alone = [words(client, text, 60) for text in texts]
+    end, counts, sizes = time.monotonic() + seconds, Counter[str](), []
+
+    def memory() -> float:
+        """GB of the server's processes."""
+        family = psutil.Process().children(recursive=True)
+        return sum(one.memory_info().rss for one in family) / 1e9
+
+    def visit(seed: int) -> None:
+        rng = random.Random(seed)
+        while time.monotonic() < end:
+            i, n = rng.randrange(len(texts)), rng.randrange(1, 61)
+            stop = rng.randrange(n) if rng.random() < 0.2 else None
+            told = words(client, texts[i], n, stop)
+            counts["wrong"] += told != alone[i][: len(told)]
+            counts["short"] += stop is None and len(told) != n
+            counts["given up" if stop is not None else "finished"] += 1
+            counts["tokens"] += len(told)
+            time.sleep(rng.random() * 0.2)
+
+    with ThreadPoolExecutor(12) as pool:
+        visits = [pool.submit(visit, seed) for seed in range(12)]
+        while time.monotonic() < end:
+            time.sleep(seconds / 10)
+            sizes.append(memory())
+        for one in visits:
+            one.result(60)
+    with capsys.disabled():
+        print(f"\n{seconds:.0f} s: {dict(counts)}; GB: {', '.join(f'{x:.3f}' for x in sizes)}")
+    assert counts["finished"] > seconds
+    assert counts["wrong"] == counts["short"] == 0
+    assert sizes[-1] < 1.05 * sizes[1]
 
 
 def test_prometheus(client: openai.OpenAI) -> None:

@@ -27,7 +27,8 @@ def __getattr__(name: str) -> Any:
     attention = config.attention_config
     ours = AttentionBackendEnum[BACKEND]
     if ours not in (attention.backend, *attention.backend_per_kind.values()):
-        if getattr(config.model_config.hf_config, NAME, None) is not None:
+        model = config.model_config
+        if model is not None and getattr(model.hf_config, NAME, None) is not None:
             logger.warning_once(
                 "config.%s is set, and attention is vLLM's own: say --attention-backend %s",
                 *(NAME, BACKEND),
