@@ -329,6 +329,14 @@ def test_resize_keeps_the_first_rows() -> None:
     assert (int(cache.hits), int(cache.misses)) == (2, 1)
 
 
+def test_resize_moves_nothing_that_a_plan_uses() -> None:
+    cache = SelectionCache()
+    asked = problem(max_reuse=cache.max_reuse)
+    cache.state(asked, stays=True)
+    with pytest.raises(InvalidProblem, match="resize"):
+        cache.resize(asked.B + 1)
+
+
 def test_reorder_doubles_a_beam() -> None:
     cache = SelectionCache()
     first = step(cache, query(1, 2), 30, 40)
