@@ -433,8 +433,8 @@ def client(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[op
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
         line += ["--kv-cache-memory-bytes", str(2**26)]
         server = serve.started(line, port, stdout=file, stderr=file)
-    assert "TOKENSELECT IS ACTIVE: 2 of 2 layers" in log.read_text()
     try:
+        assert "TOKENSELECT IS ACTIVE: 2 of 2 layers" in log.read_text()
         yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="-")
     finally:
         server.terminate()
