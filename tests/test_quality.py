@@ -37,8 +37,8 @@ from tests import fresh
 from tests.models import BOTH_KINDS, SIZES, model_of, tokens
 from tokenselect.contract import Selection
 from tokenselect.errors import InvalidProblem
+from tokenselect.integrations.options import parse
 from tokenselect.integrations.transformers import TokenSelectCache
-from tokenselect.integrations.transformers.options import parse
 
 Patch, Said = pytest.MonkeyPatch, pytest.CaptureFixture[str]
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:n_sink")]

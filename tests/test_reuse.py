@@ -316,6 +316,27 @@ def test_reorder_moves_rows() -> None:
     assert positions(second, 1) == [*positions(first, 0), 30]
 
 
+def test_resize_keeps_the_first_rows() -> None:
+    cache = SelectionCache(theta=-1.0)
+    first = step(cache, query(1, 2), 30, 40)
+    cache.resize(3)
+    wider = {"k_cache": K_CACHE[[0, 1, 1]], "v_cache": V_CACHE[[0, 1, 1]]}
+    second = step(cache, query(1, 2, 3), 31, 41, 41, **wider)
+    assert second.reused.tolist() == [True, True, False]
+    assert positions(second, 1) == [*positions(first, 1), 40]
+    cache.resize(1)
+    assert reused(step(cache, query(1), 32)) == [True]
+    assert (int(cache.hits), int(cache.misses)) == (2, 1)
+
+
+def test_resize_moves_nothing_that_a_plan_uses() -> None:
+    cache = SelectionCache()
+    asked = problem(max_reuse=cache.max_reuse)
+    cache.state(asked, stays=True)
+    with pytest.raises(InvalidProblem, match="resize"):
+        cache.resize(asked.B + 1)
+
+
 def test_reorder_doubles_a_beam() -> None:
     cache = SelectionCache()
     first = step(cache, query(1, 2), 30, 40)

@@ -62,7 +62,8 @@ from tests.models import (
     tokens,
 )
 from tokenselect.errors import InvalidProblem, UnknownBackend, UnsupportedProblem
-from tokenselect.integrations.transformers import TokenSelectCache, enable, options, recorded
+from tokenselect.integrations import options
+from tokenselect.integrations.transformers import TokenSelectCache, enable, recorded
 from tokenselect.integrations.transformers.cache import RawKeys
 from tokenselect.integrations.transformers.masks import TokenMask, token_mask
 

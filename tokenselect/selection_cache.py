@@ -112,7 +112,9 @@ class SelectionCache:
         } | {name: getattr(problem.config, name) for name in CONFIG_NAMES}
         if self._geometry is None or self._memory is None:
             _refuse_in_a_capture(problem, stays)
-            self._geometry, self._memory = geometry, _nothing_stored(problem)
+            positions = problem.q.new_empty((0, problem.S, problem.K), dtype=torch.int32)
+            self._memory = _nothing_stored(positions, problem.B, problem.Hq * problem.D)
+            self._geometry = geometry
         for name, value in geometry.items():
             if self._geometry[name] != value:
                 fix = "make one cache per layer, or cache.reset() before another use"
@@ -191,6 +193,22 @@ class SelectionCache:
                 ) from None
             for tensor, rows in zip(tensors, picked, strict=True):
                 tensor.copy_(rows)
+
+    def resize(self, B: int) -> None:
+        """Serve batches of B requests from here on: the first B stay, more have nothing stored."""
+        if self._memory is None or self._geometry is None:
+            return
+        if self._stays or is_tried():
+            raise InvalidProblem(
+                f"resize({B}) of a cache that a plan or a graph uses",
+                "what a plan or a graph uses must not move",
+                "make another SelectionCache",
+            )
+        before = self._memory
+        self._memory = _nothing_stored(before.positions, B, before.query.shape[1])
+        for to, held in zip(self._memory.tensors(), before.tensors(), strict=True):
+            to[: len(held)] = held[:B]
+        self._geometry["B"] = B
 
     def _is_used(self, memory: CacheState) -> None:
         """Note that a step reads or writes the state: what is captured meanwhile holds on to it."""
@@ -271,18 +289,22 @@ def _is_captured(x: Tensor) -> bool:
     return x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _nothing_stored(problem: Problem) -> CacheState:
-    """Return the empty state for problems like this one."""
+def _nothing_stored(like: Tensor, B: int, width: int) -> CacheState:
+    """Return the empty state of B requests.
+
+    like   positions (any number, S, K) int32, on the device
+    width  Hq * D
+    """
 
     def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        return _kept_in_place(torch.zeros(shape, dtype=dtype, device=problem.q.device))
+        return _kept_in_place(torch.zeros(shape, dtype=dtype, device=like.device))
 
-    B, S = problem.B, problem.S
+    S, K = like.shape[1:]
     # State made in inference mode could not be updated outside of it.
     with torch.inference_mode(False):
         return CacheState(
-            query=zeros(B, problem.Hq * problem.D, dtype=torch.float32),
-            positions=zeros(B, S, problem.K).fill_(-1),
+            query=zeros(B, width, dtype=torch.float32),
+            positions=zeros(B, S, K).fill_(-1),
             count=zeros(B, S),
             seqlen_at_selection=zeros(B),
             hits=zeros(B, dtype=torch.int64),

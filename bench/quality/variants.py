@@ -9,8 +9,8 @@ from typing import Any
 
 from tokenselect.contract import SelectConfig
 from tokenselect.errors import InvalidProblem
+from tokenselect.integrations.options import check, parse, preset_options
 from tokenselect.integrations.transformers import Options, enable
-from tokenselect.integrations.transformers.options import check, parse, preset_options
 
 Given = Mapping[str, Mapping[str, Any]]
 

@@ -30,14 +30,7 @@ from transformers import (
 
 from tokenselect.api import AttentionInfo
 from tokenselect.errors import InvalidProblem
-from tokenselect.integrations.transformers.cache import TokenSelectCache
-from tokenselect.integrations.transformers.causality import unwatch_logits, watch_logits
-from tokenselect.integrations.transformers.interface import refuse_own_attention, text_part, watch
-from tokenselect.integrations.transformers.layers import attention_forward, recorded
-from tokenselect.integrations.transformers.lossless import Lossless
-from tokenselect.integrations.transformers.masks import token_mask
-from tokenselect.integrations.transformers.named_layers import check_layers
-from tokenselect.integrations.transformers.options import (
+from tokenselect.integrations.options import (
     NAME,
     Options,
     TextConfigOptions,
@@ -46,6 +39,13 @@ from tokenselect.integrations.transformers.options import (
     parse,
     preset_options,
 )
+from tokenselect.integrations.transformers.cache import TokenSelectCache
+from tokenselect.integrations.transformers.causality import unwatch_logits, watch_logits
+from tokenselect.integrations.transformers.interface import refuse_own_attention, text_part, watch
+from tokenselect.integrations.transformers.layers import attention_forward, recorded
+from tokenselect.integrations.transformers.lossless import Lossless
+from tokenselect.integrations.transformers.masks import token_mask
+from tokenselect.integrations.transformers.named_layers import check_layers
 from tokenselect.integrations.transformers.refusals import refuse_mla, warn
 from tokenselect.integrations.transformers.report import Recorder, Report, record_with
 from tokenselect.integrations.transformers.rotation import RawLayers, is_raw, trained_length

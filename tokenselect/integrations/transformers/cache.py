@@ -10,8 +10,8 @@ from transformers import cache_utils
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from tokenselect.errors import InvalidProblem
+from tokenselect.integrations.options import Options
 from tokenselect.integrations.transformers.masks import TokenSpan
-from tokenselect.integrations.transformers.options import Options
 from tokenselect.scalars import is_integer, plain
 from tokenselect.selection_cache import SelectionCache
 

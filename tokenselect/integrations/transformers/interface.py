@@ -12,9 +12,9 @@ from typing import Any
 from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from tokenselect.integrations.options import NAME
 from tokenselect.integrations.transformers.cache import slides_everywhere
 from tokenselect.integrations.transformers.causality import unwatch_logits, watch_logits
-from tokenselect.integrations.transformers.options import NAME
 from tokenselect.integrations.transformers.refusals import Refusal, warn
 
 # The attribute that marks stand-ins of functions of transformers.

@@ -19,9 +19,9 @@ from transformers.cache_utils import DynamicLayer
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMixin, GenerationMode
 
 from tokenselect.errors import InvalidProblem
+from tokenselect.integrations.options import NAME, Options, parse
 from tokenselect.integrations.transformers.cache import GrowableLayer
 from tokenselect.integrations.transformers.layers import all_dense
-from tokenselect.integrations.transformers.options import NAME, Options, parse
 from tokenselect.scalars import is_integer, is_number, plain
 
 _GENERATE = inspect.unwrap(GenerationMixin.generate).__code__

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from tokenselect.errors import TokenSelectError
+from tokenselect.integrations.options import NAME
 from tokenselect.integrations.transformers.cache import RawKeys, expect_raw_keys
 from tokenselect.integrations.transformers.masks import TokenMask
-from tokenselect.integrations.transformers.options import NAME
 from tokenselect.integrations.transformers.refusals import Refusal, refuse_layer
 from tokenselect.rope import Rope
 

@@ -1,4 +1,4 @@
-"""The options that `config.tokenselect` and `enable` take."""
+"""The options that `config.tokenselect` takes, and `enable` of the integration of transformers."""
 
 import difflib
 from dataclasses import dataclass, field, replace
@@ -206,6 +206,34 @@ def _check_values(options: Options) -> None:
     options.selection_cache()
     token = torch.zeros(1, 1, 1, 2, device="cpu")
     Problem.build(token, token, token, options.select, rope=Rope(token.new_zeros(1)))
+
+
+def check_layers(options: Options, model_type: str, count: int, others: dict[int, str]) -> None:
+    """Raise InvalidProblem if a named layer does not exist, or does not attend to all tokens.
+
+    others  layers, of `count`, that do not attend to all tokens, with what they do
+    """
+    for name in options.layers:
+        layer = name if name >= 0 else name + count
+        if not 0 <= layer < count:
+            raise InvalidProblem(
+                f"layers names layer {name}",
+                f"this {model_type} model has {count} layers, 0 to {count - 1}; -1 is the last",
+                "name one of them",
+            )
+        if layer != name and layer in options.layers:
+            raise InvalidProblem(
+                f"layers names layer {layer} twice, as {layer} and as {name}",
+                "a layer is named once",
+                "leave one of the two out",
+            )
+        if layer in others:
+            full = ", ".join(str(i) for i in range(count) if i not in others)
+            raise InvalidProblem(
+                f"layers names layer {name}, which {others[layer]}",
+                "only a layer that attends to all cached tokens can select, or be dense instead",
+                f"leave it out; such layers are {full or 'none here'}",
+            )
 
 
 def preset_options(preset: str | None) -> dict[str, Any]:

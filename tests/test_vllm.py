@@ -1,0 +1,533 @@
+"""vLLM's engine with tokenselect in it, on small random models: every stream gets its own tokens.
+
+Tokens are greedy and compared exactly: the models are float32, and their logits far enough apart.
+Most engines run in this process, where what each layer computed can be looked at.
+"""
+
+import gc
+import importlib.util
+import os
+import random
+import socket
+import subprocess
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+if importlib.util.find_spec("vllm") is None:
+    pytest.skip("NOT TESTED: vllm is not installed; make test-vllm", allow_module_level=True)
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ["VLLM_LOGGING_LEVEL"] = "WARNING"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import httpx
+    import openai
+    import psutil
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoModelForCausalLM as Auto
+    from transformers import (
+        DeepseekV3Config,
+        Gemma2Config,
+        LlamaConfig,
+        LlamaForCausalLM,
+        PreTrainedConfig,
+        PreTrainedTokenizerFast,
+    )
+    from vllm import LLM, SamplingParams
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+
+    from tokenselect.integrations.vllm import BACKEND, backend, layout, metrics
+    from tokenselect.integrations.vllm.metrics import METRICS
+
+import tokenselect
+from examples import serve
+from tokenselect import InvalidProblem, SelectConfig, UnsupportedProblem
+from tokenselect.integrations.transformers import TokenSelectCache, enable
+
+# vLLM and what it imports warn of their own affairs.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+BLOCK = 32
+SIZES: dict[str, Any] = {
+    "vocab_size": 211,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.4,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+SMALL: dict[str, Any] = {"k": 8, "n_sink": 2, "n_local": 4}
+EVERYTHING: dict[str, Any] = {"k": 512}
+Prompt = list[int]
+
+
+def saved(config: PreTrainedConfig, folder: Path) -> Path:
+    """Save a random model in which attention counts, and is spread over many tokens."""
+    torch.manual_seed(0)
+    model = Auto.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight *= {"q_proj": 0.3, "o_proj": 8.0}.get(name.split(".")[-2], 1.0)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved(LlamaConfig(**SIZES), tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every other layer slides, and all have a softcap."""
+    config = Gemma2Config(**SIZES, sliding_window=24, attn_logit_softcapping=20.0)
+    return saved(config, tmp_path_factory.mktemp("gemma"))
+
+
+@pytest.fixture(scope="module")
+def mla(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = DeepseekV3Config(
+        **SIZES | {"head_dim": 64}, kv_lora_rank=64, q_lora_rank=None, qk_rope_head_dim=32,
+        qk_nope_head_dim=32, v_head_dim=32, first_k_dense_replace=2, n_routed_experts=4,
+        n_group=1, topk_group=1, num_experts_per_tok=1,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("mla")
+    config.architectures = ["DeepseekV3ForCausalLM"]
+    config.save_pretrained(folder)
+    return folder
+
+
+def prompts(*lengths: int, seed: int = 0) -> list[Prompt]:
+    torch.manual_seed(seed)
+    return [torch.randint(2, SIZES["vocab_size"], (n,)).tolist() for n in lengths]
+
+
+class Engine:
+    """An engine that is stepped by hand. options: those of tokenselect; None: stock vLLM."""
+
+    def __init__(self, folder: Path, options: dict[str, Any] | None = None, **more: Any) -> None:
+        if options is not None:
+            more |= {"attention_backend": BACKEND, "hf_overrides": {"tokenselect": options}}
+        given = {
+            "dtype": "float32", "max_model_len": 512, "max_num_seqs": 8, "block_size": BLOCK,
+            "enforce_eager": True, "skip_tokenizer_init": True, "enable_prefix_caching": False,
+            "kv_cache_memory_bytes": 2**26,
+        }  # fmt: skip
+        self.llm = LLM(str(folder), **given | more)
+        self.engine = self.llm.llm_engine
+        self.tokens: dict[str, list[int]] = {}
+
+    def add(self, name: str, prompt: Prompt, n: int = 12) -> None:
+        params = SamplingParams(temperature=0, max_tokens=n, ignore_eos=True, detokenize=False)
+        self.engine.add_request(name, {"prompt_token_ids": prompt}, params)
+
+    def step(self) -> None:
+        for out in self.engine.step():
+            self.tokens[out.request_id] = list(out.outputs[0].token_ids)
+
+    def finish(self) -> dict[str, list[int]]:
+        for _ in range(2000):
+            if not self.engine.has_unfinished_requests():
+                return self.tokens
+            self.step()
+        raise AssertionError("requests are stuck")
+
+    def alone(self, prompt: Prompt, n: int = 12) -> list[int]:
+        self.add("alone", prompt, n)
+        return self.finish().pop("alone")
+
+    def close(self) -> None:
+        """End it: of two engines in one process, the end of one ends what both share."""
+        self.engine.engine_core.shutdown()
+        del self.llm, self.engine
+        gc.collect()
+
+    def impls(self) -> list[Any]:
+        executor = self.engine.engine_core.engine_core.model_executor
+        context = executor.driver_worker.model_runner.compilation_config.static_forward_context
+        return [layer.impl for layer in context.values()]
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Engine]]:
+    """Makes engines, each of which ends the one before."""
+    made: list[Engine] = []
+
+    def close() -> None:
+        for engine in made:
+            engine.close()
+        made.clear()
+
+    def make(*args: Any, **more: Any) -> Engine:
+        close()
+        made.append(Engine(*args, **more))
+        return made[-1]
+
+    yield make
+    close()
+
+
+def selected_by_transformers(
+    folder: Path, prompt: Prompt, options: dict[str, Any], n: int = 12
+) -> list[int]:
+    model = LlamaForCausalLM.from_pretrained(folder).eval()
+    ids = torch.tensor([prompt])
+    with enable(model, **options):
+        out = model.generate(
+            ids, past_key_values=TokenSelectCache(model), max_new_tokens=n, do_sample=False
+        )
+    return out[0, len(prompt) :].tolist()
+
+
+def test_without_being_asked_for_nothing_changes(start: Callable[..., Engine], llama: Path) -> None:
+    assert {type(impl) for impl in start(llama).impls()} == {CPUAttentionBackendImpl}
+
+
+@pytest.mark.parametrize("model", ["llama", "gemma"])
+@pytest.mark.parametrize(
+    "options", [EVERYTHING, {**SMALL, "dense_below": 512}, {**EVERYTHING, "theta": 0.9}]
+)
+def test_tokens_are_those_of_stock_vllm_where_everything_is_read(
+    start: Callable[..., Engine],
+    model: str,
+    options: dict[str, Any],
+    request: pytest.FixtureRequest,
+) -> None:
+    folder, texts = request.getfixturevalue(model), prompts(3, 40, 100, 200)
+    told = []
+    for given in (None, options):
+        engine = start(folder, given, max_num_batched_tokens=64)  # chunks, beside what decodes
+        for i, text in enumerate(texts):
+            engine.add(str(i), text)
+        told.append(engine.finish())
+    assert told[0] == told[1]
+
+
+@pytest.mark.parametrize("theta", [None, 0.3])
+def test_tokens_are_those_of_transformers_where_few_are_selected(
+    start: Callable[..., Engine], llama: Path, theta: float | None, sums: dict[str, float]
+) -> None:
+    texts = prompts(129, 10, 60, 90)  # a prompt's last chunk is one token
+    engine = start(llama, {**SMALL, "theta": theta}, max_num_batched_tokens=64)
+    for i, text in enumerate(texts):
+        engine.add(str(i), text)
+    told = engine.finish()
+    assert sums["selecting_tokens"] == 4 * 11  # the first token is the prompt's
+    for i, text in enumerate(texts):
+        assert told[str(i)] == selected_by_transformers(llama, text, {**SMALL, "theta": theta})
+    # The models tell selection from reading all.
+    assert told["0"] != start(llama).alone(texts[0])
+
+
+@pytest.fixture
+def sums(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """What is counted from here on, with all calls looked at."""
+    monkeypatch.setattr(metrics, "_EVERY", 1)
+    METRICS._begin()
+    return METRICS._sums
+
+
+@pytest.mark.parametrize("theta", [None, -1.0])  # -1: reused whenever there is something to reuse
+def test_streams_do_not_disturb_one_another(
+    start: Callable[..., Engine], llama: Path, theta: float | None, sums: dict[str, float]
+) -> None:
+    """34 streams, 6 at a time, that come while others decode, some of them aborted."""
+    options = {**SMALL, "theta": theta, "max_reuse": 7}
+    texts = prompts(*(torch.arange(32) * 7 % 23 + 50).tolist(), 3, 150)
+    for i in range(8, 32, 4):  # prefixes that others have, in whole blocks and not
+        texts[i] = texts[7][: BLOCK + i] + texts[i][:9]
+    engine = start(
+        llama, options, max_num_seqs=6, max_num_batched_tokens=48, enable_prefix_caching=True
+    )
+    waiting = [(str(i), text) for i, text in enumerate(texts)]
+    lengths = {name: 6 + 7 * int(name) % 23 for name, _ in waiting}
+    aborted = {str(i) for i in range(3, 32, 5)}
+    while waiting or engine.engine.has_unfinished_requests():
+        for name, text in waiting[:2]:
+            engine.add(name, text, lengths[name])
+        del waiting[:2]
+        engine.step()
+        for name in aborted & engine.tokens.keys():
+            if len(engine.tokens[name]) == 3:
+                engine.engine.abort_request([name])
+    assert len(engine.tokens) == 34
+    assert (sums["sampled_reused_calls"] > 500) == (theta is not None)
+    apart = start(llama, options)
+    for i, text in enumerate(texts):
+        name = str(i)
+        told = engine.tokens[name]
+        assert len(told) == (3 if name in aborted else lengths[name])
+        assert told == apart.alone(text, lengths[name])[: len(told)], name
+
+
+def test_requests_that_are_preempted_go_on(start: Callable[..., Engine], llama: Path) -> None:
+    """The cache holds 16 blocks, and five streams grow beyond it."""
+    texts = prompts(90, 80, 70, 60, 50)
+    engine = start(llama, {**EVERYTHING, "theta": 0.5}, num_gpu_blocks_override=17)
+    scheduler = engine.engine.engine_core.engine_core.scheduler
+    preempted = []
+    before = scheduler._preempt_request
+    scheduler._preempt_request = lambda request, *more, **named: (
+        preempted.append(request.request_id),
+        before(request, *more, **named),
+    )
+    for i, text in enumerate(texts):
+        engine.add(str(i), text, 60)
+    told = engine.finish()
+    assert preempted
+    apart = start(llama, EVERYTHING)
+    for i, text in enumerate(texts):
+        assert told[str(i)] == apart.alone(text, 60)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("model", ["llama", "gemma"])
+def test_what_a_layer_computes(
+    start: Callable[..., Engine],
+    dtype: str,
+    model: str,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
+    """Each request's part of each call, beside the definition over its keys and values in order."""
+    kinds: list[str] = []
+    forward = backend.Impl.forward
+
+    def held(self: Any, *args: Any, **named: Any) -> Tensor:
+        _, q, _, _, kv_cache, metadata = args[:6]
+        told = output = forward(self, *args, **named)
+        if metadata is None or self._options is None:
+            return told
+        keys, values = layout.rows(kv_cache)
+        starts = metadata.query_start_loc.tolist()
+        for i, n in enumerate(metadata.seq_lens.tolist()):
+            at = slice(starts[i], starts[i + 1])
+            blocks = metadata.block_table[i, : -(-n // BLOCK)]
+            k, v = (x[blocks].flatten(0, 1)[None, :n].transpose(1, 2) for x in (keys, values))
+            is_decoding = at.stop - at.start == 1
+            kinds.append("selects" if is_decoding else "dense")
+            settings = self._options.select if is_decoding else SelectConfig(k=n)
+            right = tokenselect.attention(
+                q[at].transpose(0, 1)[None], k, v, **settings, scale=self.scale,
+                softcap=self.logits_soft_cap or None, sink_logits=self.sinks,
+                backend="reference",
+            )[0].transpose(0, 1)  # fmt: skip
+            near = {"float32": 1e-5, "bfloat16": 2e-2}[dtype] * float(v.abs().max())
+            assert (right.float() - output[at].float()).abs().max() <= near, (kinds[-1], n)
+        return told
+
+    monkeypatch.setattr(backend.Impl, "forward", held)
+    options = {**SMALL, "layers": {"1": {"k": 20}}} if model == "llama" else SMALL
+    folder = request.getfixturevalue(model)
+    engine = start(folder, options, dtype=dtype, max_num_batched_tokens=40)
+    if model == "llama":
+        for impl in engine.impls():  # attention sinks, as gpt-oss has them
+            impl.sinks = torch.randn(4)
+    for i, text in enumerate(prompts(33, 90, 150, 70)):
+        engine.add(str(i), text)
+        engine.step()
+    engine.finish()
+    assert kinds.count("selects") > 40
+    assert kinds.count("dense") > 10
+
+
+def test_a_slot_that_is_none_takes_nothing() -> None:
+    cache = torch.zeros(2, 1, 4, 16)
+    layout.write(torch.ones(3, 1, 8), 2 * torch.ones(3, 1, 8), cache, torch.tensor([5, -1, 0]))
+    keys, values = layout.rows(cache)
+    assert [x.sum(dim=(1, 2, 3)).tolist() for x in (keys, values)] == [[8, 8], [16, 16]]
+    assert keys[1, 1, 0, 0] == 1
+    assert values[0, 0, 0, 0] == 2
+
+
+def test_layers_and_requests_that_stay_dense(start: Callable[..., Engine], llama: Path) -> None:
+    text = prompts(55)[0]
+    dense = start(llama).alone(text)
+    engine = start(llama, {**SMALL, "dense_below": 60, "layers": {"0": "dense"}})
+    first, second = engine.impls()
+    assert (first._options, second._options.select.k) == (None, 8)
+    told = engine.alone(text)
+    assert told[:5] == dense[:5]  # the first 5 are made of 55 to 59 tokens
+    assert told != dense
+
+
+REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "option": ({"budget": 3}, {}, "option 'budget'"),
+    "layer": ({"layers": {"2": "dense"}}, {}, "layers names layer 2"),
+    "prompts": ({"prefill": "selected"}, {}, "prompts are read densely"),
+    "moved keys": ({"positions": "contiguous"}, {}, "vLLM rotates keys"),
+    "backend": ({"backend": "nativ"}, {}, "did you mean 'native'"),
+    "quantised": ({}, {"kv_cache_dtype": "fp8"}, "kv_cache_dtype=fp8"),
+    "latents": ({}, {"model": "mla"}, "multi-head latent attention"),
+    "drafts": (
+        {},
+        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2,
+                                "prompt_lookup_max": 2}},
+        "speculative decoding",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused(
+    start: Callable[..., Engine], case: str, request: pytest.FixtureRequest
+) -> None:
+    options, more, told = REFUSED[case]
+    folder = request.getfixturevalue(more.get("model", "llama"))
+    more = {name: value for name, value in more.items() if name != "model"}
+    with pytest.raises((InvalidProblem, UnsupportedProblem, tokenselect.UnknownBackend)) as error:
+        start(folder, options, **more)
+    assert told in str(error.value)
+
+
+def test_without_the_plugin_vllm_refuses_to_start(llama: Path) -> None:
+    """Not a test of vLLM: absence must not be silent."""
+    code = f"""
+from vllm import EngineArgs
+EngineArgs(model={str(llama)!r}, attention_backend={BACKEND!r}).create_engine_config()
+"""
+    told = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        env=os.environ | {"VLLM_PLUGINS": ""}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert told.returncode != 0
+    assert f"Unknown attention backend: '{BACKEND}'" in told.stderr
+
+
+# --- the server, and its processes ---------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def client(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
+    """A server on the loopback; its log goes where pytest shows it for a test that fails."""
+    words = {f"w{i}": i for i in range(SIZES["vocab_size"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(llama)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    line = serve.command(llama, port, {**SMALL, "theta": 0.3})
+    line += ["--dtype", "float32", "--max-model-len", "512", "--block-size", str(BLOCK)]
+    line += ["--max-num-seqs", "8", "--max-num-batched-tokens", "64", "--enforce-eager"]
+    log = tmp_path_factory.mktemp("server") / "log"
+    with log.open("wb") as file, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+        line += ["--kv-cache-memory-bytes", str(2**26)]
+        server = serve.started(line, port, stdout=file, stderr=file)
+    try:
+        assert "TOKENSELECT IS ACTIVE: 2 of 2 layers" in log.read_text()
+        yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="-")
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+def words(client: openai.OpenAI, text: Prompt, n: int, stop_after: int | None = None) -> list[str]:
+    """What is streamed, until the client gives up if it is to."""
+    stream = client.completions.create(
+        model=serve.NAME, prompt=text, max_tokens=n, temperature=0, stream=True,
+        extra_body={"ignore_eos": True, "skip_special_tokens": False},
+    )  # fmt: skip
+    told = ""
+    for at, part in enumerate(stream):
+        told += part.choices[0].text
+        if at == stop_after:
+            stream.close()
+            break
+    return told.split()
+
+
+def test_a_server_and_32_clients(client: openai.OpenAI) -> None:
+    """Streams at the same time, every fourth given up: each has the words that it gets alone."""
+    texts = prompts(*(torch.arange(32) * 11 % 90 + 5).tolist())
+
+    def told(i: int) -> list[str]:
+        return words(client, texts[i], 12 + i % 9, 2 if i % 4 == 3 else None)
+
+    with ThreadPoolExecutor(32) as pool:
+        together = list(pool.map(told, range(32)))
+    for i, text in enumerate(texts):
+        alone = words(client, text, 12 + i % 9)
+        assert together[i] == alone[: len(together[i])]
+        assert i % 4 == 3 or len(together[i]) == len(alone) == 12 + i % 9
+
+
+@pytest.mark.slow
+def test_random_traffic(client: openai.OpenAI, capsys: pytest.CaptureFixture[str]) -> None:
+    """Twelve clients that come, go and give up as they like, for TRAFFIC_SECONDS."""
+    seconds = float(os.environ.get("TRAFFIC_SECONDS", "30"))
+    texts = prompts(*(torch.arange(40) * 29 % 300 + 3).tolist(), seed=1)
+    alone = [words(client, text, 60) for text in texts]
+    end, counts, sizes = time.monotonic() + seconds, Counter[str](), []
+
+    def memory() -> float:
+        """GB of the server's processes."""
+        family = psutil.Process().children(recursive=True)
+        return sum(one.memory_info().rss for one in family) / 1e9
+
+    def visit(seed: int) -> None:
+        rng = random.Random(seed)
+        while time.monotonic() < end:
+            i, n = rng.randrange(len(texts)), rng.randrange(1, 61)
+            stop = rng.randrange(n) if rng.random() < 0.2 else None
+            told = words(client, texts[i], n, stop)
+            counts["wrong"] += told != alone[i][: len(told)]
+            counts["short"] += stop is None and len(told) != n
+            counts["given up" if stop is not None else "finished"] += 1
+            counts["tokens"] += len(told)
+            time.sleep(rng.random() * 0.2)
+
+    with ThreadPoolExecutor(12) as pool:
+        visits = [pool.submit(visit, seed) for seed in range(12)]
+        while time.monotonic() < end:
+            time.sleep(seconds / 10)
+            sizes.append(memory())
+        for one in visits:
+            one.result(60)
+    with capsys.disabled():
+        print(f"\n{seconds:.0f} s: {dict(counts)}; GB: {', '.join(f'{x:.3f}' for x in sizes)}")
+    assert counts["finished"] > seconds
+    assert counts["wrong"] == counts["short"] == 0
+    assert sizes[-1] < 1.05 * sizes[1]
+
+
+def test_prometheus(client: openai.OpenAI) -> None:
+    """What the worker counts shows where the server is asked for it."""
+
+    def counted() -> dict[str, float]:
+        text = httpx.get(str(client.base_url).replace("/v1/", "/metrics")).text
+        lines = [line.split() for line in text.splitlines() if line.startswith("tokenselect_")]
+        return {name: float(value) for name, value in lines}
+
+    before = counted()
+    client.completions.create(
+        model=serve.NAME, prompt=prompts(100)[0], max_tokens=21, temperature=0,
+        extra_body={"ignore_eos": True},
+    )  # fmt: skip
+    added = {name: value - before[name] for name, value in counted().items()}
+    assert added["tokenselect_selecting_tokens_total"] == 20
+    assert added["tokenselect_prompt_steps_total"] == 2  # of 64 tokens
+    calls = added["tokenselect_sampled_calls_total"]
+    assert calls in (2, 4)  # two layers, one step of 16
+    cached = added["tokenselect_sampled_cached_tokens_total"]
+    assert 100 < cached / calls < 121
+    assert 0 < added["tokenselect_sampled_attended_tokens_total"] < cached

@@ -1,0 +1,98 @@
+"""What of vLLM's options, models and layers is refused, and the options of config.tokenselect."""
+
+from typing import Any
+
+from vllm.v1.attention.backend import AttentionType
+
+from tokenselect.errors import InvalidProblem, UnsupportedProblem
+from tokenselect.integrations.options import NAME, Options, check, check_layers, parse
+
+
+def refuse(what: str, why: str, fix: str) -> UnsupportedProblem:
+    """Return the error for what cannot be computed rightly."""
+    return UnsupportedProblem(what, {"tokenselect.integrations.vllm": [why]}, fix)
+
+
+def refuse_engine(config: Any) -> None:
+    """Raise UnsupportedProblem for an engine (a VllmConfig) that would not be served rightly."""
+    parallel = config.parallel_config
+    for name, why in (
+        ("tensor_parallel_size", "each rank would select for its own heads"),
+        ("pipeline_parallel_size", "nobody has tried it"),
+        ("prefill_context_parallel_size", "each rank sees a part of the cache"),
+        ("decode_context_parallel_size", "each rank sees a part of the cache"),
+    ):
+        if getattr(parallel, name) > 1:
+            raise refuse(f"{name}={getattr(parallel, name)}", why, "leave it at 1")
+    if config.speculative_config is not None:
+        raise refuse(
+            "speculative decoding",
+            "drafts are verified several tokens at a time, which would attend densely",
+            "leave --speculative-config out",
+        )
+    if config.kv_transfer_config is not None:
+        raise refuse(
+            "a KV connector",
+            "the cache holds keys in rows, not as vLLM's own backend packs them",
+            "leave --kv-transfer-config out",
+        )
+    if config.model_config.rswa_window is not None:
+        raise refuse("a model with R-SWA", "its later tokens see a window", "use another backend")
+
+
+def refuse_layer(impl: Any) -> None:
+    """Raise UnsupportedProblem for a layer (vLLM's implementation of it) that cannot select."""
+    whys = {
+        f"attn_type={impl.attn_type}: only decoders have a cache to select from": impl.attn_type
+        != AttentionType.DECODER,
+        "ALiBi: selected keys get no bias": impl.alibi_slopes is not None,
+        f"kv_cache_dtype={impl.kv_cache_dtype}: quantised keys are not read": impl.is_fp8_kv_cache,
+        "it shares the cache of another layer": impl.kv_sharing_target_layer_name is not None,
+    }
+    for why, holds in whys.items():
+        if holds:
+            raise refuse("a layer of this model", why, "use another backend, or another model")
+
+
+def refuse_spec(spec: Any) -> None:
+    """Raise UnsupportedProblem for a kind of cache whose metadata says something else."""
+    kind = type(spec).__name__
+    is_known = kind in ("FullAttentionSpec", "SlidingWindowSpec")
+    if not is_known or getattr(spec, "attention_chunk_size", None) is not None:
+        raise refuse(
+            f"layers with a {kind}", "only full and sliding attention", "use another model"
+        )
+    if getattr(spec, "non_causal", False) or spec.head_size_v != spec.head_size:
+        raise refuse(
+            f"layers with head dims {spec.head_size} and {spec.head_size_v}, "
+            f"non_causal={getattr(spec, 'non_causal', False)}",
+            "keys and values have one head dim, and attention is causal",
+            "use another model",
+        )
+
+
+def options_of(config: Any, sliding: set[int]) -> Options:
+    """Return the options in a VllmConfig's model config, all checked.
+
+    sliding  the numbers of the layers that slide
+    """
+    model = config.model_config
+    given = getattr(model.hf_config, NAME, None) or getattr(model.hf_text_config, NAME, None)
+    options = parse(given)
+    check(options)
+    count = model.hf_text_config.num_hidden_layers
+    check_layers(options, model.hf_text_config.model_type, count, dict.fromkeys(sliding, "slides"))
+    if options.needs_raw_keys:
+        raise refuse(
+            "positions='contiguous', or another score_at than 'true'",
+            "vLLM rotates keys before they are cached, and moving them takes keys that are not",
+            "leave both out, or use tokenselect.integrations.transformers",
+        )
+    if options.prefill != "dense":
+        raise InvalidProblem(
+            f"prefill={options.prefill!r}",
+            "in vLLM prompts are read densely: its chunks depend on what else is being served, and "
+            "so would every answer",
+            "leave prefill out",
+        )
+    return options
