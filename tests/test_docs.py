@@ -6,13 +6,18 @@ between them, is what the example prints; "..." in it stands for what differs be
 """
 
 import doctest
+import json
 import re
 from pathlib import Path
 
 import pytest
 
+import tokenselect
+from docs.diagrams import DIAGRAMS, IMAGES
+from docs.links import broken
 from tests import fresh
 
+LESSON = fresh.ROOT / "docs" / "lesson.ipynb"
 PAGES = [fresh.ROOT / "README.md", *sorted((fresh.ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^ *```", re.MULTILINE)
 BLOCK = re.compile(r"^( *)```(.*)\n((?:.*\n)*?)\1```$", re.MULTILINE)
@@ -133,3 +138,72 @@ def test_the_short_backend_passes_the_way_its_page_says(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     for law in laws:
         assert re.search(rf"{law} +passed  [1-9]", done.stdout), done.stdout
+
+
+# --- the site: `make docs` builds it, with warnings as errors ---
+
+
+@pytest.mark.parametrize("name", DIAGRAMS)
+def test_a_diagram_is_what_its_code_draws(name: str) -> None:
+    assert (IMAGES / f"{name}.svg").read_text("utf-8") == DIAGRAMS[name](), (
+        "run: python -m docs.diagrams"
+    )
+
+
+def test_pictures_have_texts_in_their_place() -> None:
+    shown = set()
+    for page in [*PAGES, fresh.ROOT / "CONTRIBUTING.md"]:
+        for text, picture in re.findall(r"!\[(.*?)\]\((.*?)\)", page.read_text("utf-8")):
+            assert len(text.split()) > 5, f"{page}: {picture}"
+            assert (page.parent / picture).is_file()
+            shown.add(Path(picture).stem)
+    assert shown >= set(DIAGRAMS)
+
+
+def test_the_api_page_has_every_public_name() -> None:
+    from tokenselect.integrations import transformers
+
+    page = (fresh.ROOT / "docs" / "api.md").read_text("utf-8")
+    named = re.findall(r"^\.\. auto\w+:: (\w+)$", page, re.MULTILINE)
+    assert sorted(named) == sorted({*tokenselect.__all__, *transformers.__all__} - {"NAME"})
+
+
+def test_a_link_that_leads_nowhere_is_found(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "one.html").write_text("<p id=here><a href='../two.html#x'>")
+    right = "<i id=x><a href='a/one.html#here'></a><a href=https://other.site/none></a>"
+    (tmp_path / "two.html").write_text(right)
+    assert broken(tmp_path) == []
+    (tmp_path / "two.html").write_text(right + "<a href='#y'></a><img src=none.png>")
+    assert broken(tmp_path) == ["two.html: #y", "two.html: none.png"]
+
+
+def test_the_lesson_is_small_and_its_pictures_have_texts() -> None:
+    cells = json.loads(LESSON.read_text("utf-8"))["cells"]
+    codes = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert not any(cell["outputs"] or cell["execution_count"] for cell in codes)
+    assert all("image" in cell["metadata"].get("mystnb", {}) for cell in codes
+               if "plt.show()" in cell["source"])  # fmt: skip
+    readme = (fresh.ROOT / "README.md").read_text("utf-8")
+    (twelve,) = re.findall(r"(def tokenselect_step.*?)\n\n\n", readme, re.DOTALL)
+    assert any(twelve in "".join(cell["source"]) for cell in codes)
+    names = re.findall(r"^\|[^|]*\|([^|]*)\| `(tokenselect/.*?)` \|$", "".join(
+        line for cell in cells for line in cell["source"]), re.MULTILINE)  # fmt: skip
+    assert len(names) > 5
+    for named, path in names:
+        source = (fresh.ROOT / path).read_text("utf-8")
+        for name in re.findall(r"\w+(?=\W*`)", named):
+            assert name in source, f"{name} is not in {path}"
+
+
+@pytest.mark.slow
+def test_the_lesson_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    monkeypatch.setenv("PYTHONPATH", str(fresh.ROOT))
+    lesson = nbformat.read(LESSON, as_version=4)
+    folder = {"metadata": {"path": str(LESSON.parent)}}
+    nbclient.NotebookClient(lesson, timeout=280, resources=folder).execute()
+    printed = "".join(
+        out.get("text", "") for cell in lesson.cells for out in cell.get("outputs", ())
+    )
+    assert "FAILED" in printed  # the planted mistake was found

@@ -14,15 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma3TextConfig,
-    GPT2Config,
-    LlamaConfig,
-    MistralConfig,
-    PreTrainedTokenizerFast,
-)
+from transformers import Gemma3TextConfig, GPT2Config, LlamaConfig, MistralConfig
 
 import tokenselect
 from bench.quality import figures, needles, page, results, speed, tasks, texts
@@ -34,7 +26,7 @@ from bench.quality.speed import Speed
 from bench.quality.tasks import Decode, Mass, Reuse, Settings, Sparse
 from bench.quality.variants import DENSE, resolve
 from tests import fresh
-from tests.models import BOTH_KINDS, SIZES, model_of, tokens
+from tests.models import BOTH_KINDS, SIZES, model_of, put, tokens
 from tokenselect.contract import Selection
 from tokenselect.errors import InvalidProblem
 from tokenselect.integrations.options import parse
@@ -72,19 +64,6 @@ CONFIGS: dict[str, Any] = {
         vocab_size=256, n_embd=32, n_layer=2, n_head=4, bos_token_id=None, eos_token_id=None
     ),
 }
-
-
-def put(target: Path, config: Any, has_tokenizer: bool = True) -> Path:
-    """Put a random model of a config, with a tokenizer of bytes, into a folder."""
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(target)
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    if has_tokenizer:
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(target)
-    return target
 
 
 @dataclass(frozen=True)
