@@ -27,6 +27,9 @@ _TASKS = {
     "mass": "As decoding, {continuation} tokens. *Mass* is the share of a head's dense softmax "
     "that falls on its selection. *Overlap* is Jaccard's, of the tokens chosen by vote: between "
     "neighbouring steps, and between neighbouring layers.",
+    "lossless": "After a context that was read densely, {new_tokens} tokens are generated greedily, "
+    "{turns} time(s): stock attention, and `Lossless` with a variant that drafts, in turns from equal "
+    "caches. *Drafted* and *accepted* are of a round, and *same* is beside the first.",
     "speed": "The contenders alternate token by token in one process, over caches of noise.",
 }
 
@@ -108,6 +111,11 @@ _TIMES = (
     *(("cached", "{context:,}"), ("", "{name}"), ("ms a token", "{median:.1f}")),
     ("least to largest", "{least:.1f} to {largest:.1f}"),
 )
+_DRAFTS = (
+    *(("cached", "{context:,}"), ("", "{name}"), ("ms a token", "{ms:.1f}")),
+    *(("drafted a round", "{drafted:.1f}"), ("accepted", "{accepted:.1f}")),
+    ("same tokens", "{same} of {texts} texts"),
+)
 _MEMORY = (
     *(("new", "{new:,}"), ("cached", "{cached:,}"), *_BY),
     *(("peak, MiB", "{peak_mib:.0f}"), ("cache, MiB", "{cache_mib:.0f}")),
@@ -148,6 +156,9 @@ def _tables(kind: str, entry: dict[str, Any]) -> list[str]:
         above = ["", _SAYS_OF_MEMORY, ""] if memory else []
         times = (*_TIMES, *((base, f"{{{base}:.3f}}") for base in bases))
         return of_columns(timed, times) + above + memory
+    if kind == "lossless":
+        bases = [name for name in (rows or [{}])[0] if name.startswith("of ")]
+        return of_columns(rows, (*_DRAFTS, *((base, f"{{{base}:.3f}}") for base in bases)))
     rows = [
         {**r, **dict.fromkeys(("loss_95", "kl_95") if r["variant"] == "dense" else ())}
         for r in rows

@@ -8,6 +8,7 @@ bfloat16, which takes a third of the time. Your own are another entry of SETTING
 from collections.abc import Iterator
 from typing import Any
 
+from bench.quality.lossless import Drafts
 from bench.quality.needles import Needles
 from bench.quality.speed import Speed
 from bench.quality.tasks import Decode, Mass, Reuse, Settings, Sparse
@@ -51,6 +52,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "group-means-16": _with(scope="group", n_query_means=16),
     "chunk-64-local-512": _with(512, chunk=64),
     "chunk-128-local-512": _with(512, chunk=128, n_query_means=4),
+    # what drafts, where dense attention has the last word
+    "drafting": _with(theta=0.5),
     # past the trained length
     "extrapolate": _with(preset="extrapolate"),
     "contiguous": _with(positions="contiguous"),
@@ -131,6 +134,14 @@ def _settings() -> Iterator[Settings]:
             variants=("faithful", "window", "window-contiguous", "contiguous", "extrapolate"),
             documents=1, **_FAR,
         ),
+    })  # fmt: skip
+    yield Settings(name="report-lossless", split="report", variants=VARIANTS, tasks={
+        "lossless": Drafts(variants=("drafting",), contexts=(8000, 16000), documents=2,
+                           turns=4, budgets=(0.1,)),
+        "lossless-32k": Drafts(variants=("drafting",), contexts=(32000,), documents=1, turns=4,
+                               budgets=(0.1,)),
+        "lossless-prompts": Drafts(variants=("drafting",), contexts=(4096, 6144, 8000),
+                                   documents=7, new_tokens=24, budgets=(0.1,)),
     })  # fmt: skip
 
 
