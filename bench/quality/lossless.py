@@ -1,4 +1,4 @@
-"""Lossless decoding beside stock decoding: whether the tokens are the same, and how long they take."""
+"""Lossless decoding beside stock decoding: are the tokens the same, and what does each take."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -84,7 +84,9 @@ class Drafts(Task):
                     f"of {base}": median(a / b for a, b in zip(seconds, those, strict=True))
                     for base, those in of_stock.items()
                 }
-                per_round: dict[str, float | None] = dict.fromkeys(("drafted", "accepted", "tokens"))
+                per_round: dict[str, float | None] = dict.fromkeys(
+                    ("drafted", "accepted", "tokens")
+                )
                 if own[0]["rounds"] is not None:
                     rounds = sum(c["rounds"] for c in own)
                     per_round = {what: sum(c[what] for c in own) / rounds for what in per_round}

@@ -28,8 +28,9 @@ _TASKS = {
     "that falls on its selection. *Overlap* is Jaccard's, of the tokens chosen by vote: between "
     "neighbouring steps, and between neighbouring layers.",
     "lossless": "After a context that was read densely, {new_tokens} tokens are generated greedily, "
-    "{turns} time(s): stock attention, and `Lossless` with a variant that drafts, in turns from equal "
-    "caches. *Drafted* and *accepted* are of a round, and *same* is beside the first.",
+    "by stock attention, and by `Lossless` from a variant's drafts, in turns from equal caches; "
+    "{turns} times in all, each after that many more tokens of the text. *Drafted* and *accepted* "
+    "are of a round; *same tokens* as the first way's.",
     "speed": "The contenders alternate token by token in one process, over caches of noise.",
 }
 
