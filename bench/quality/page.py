@@ -27,7 +27,7 @@ _TASKS = {
     "mass": "As decoding, {continuation} tokens. *Mass* is the share of a head's dense softmax "
     "that falls on its selection. *Overlap* is Jaccard's, of the tokens chosen by vote: between "
     "neighbouring steps, and between neighbouring layers.",
-    "lossless": "After a context that was read densely, {new_tokens} tokens are generated greedily, "
+    "lossless": "After a context that was read densely, {new_tokens} tokens are written greedily, "
     "by stock attention, and by `Lossless` from a variant's drafts, in turns from equal caches; "
     "{turns} times in all, each after that many more tokens of the text. *Drafted* and *accepted* "
     "are of a round; *same tokens* as the first way's.",
