@@ -1,7 +1,8 @@
 """Lossless decoding beside stock decoding: are the tokens the same, and what does each take."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -19,6 +20,7 @@ from bench.quality.variants import DENSE, Variant
 from examples.demo.model import named
 from tokenselect.errors import InvalidProblem
 from tokenselect.integrations.transformers import Lossless, TokenSelectCache, enable
+from tokenselect.integrations.transformers.cache import GrowableLayer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,25 +107,27 @@ def generated(
     The ways take turns from equal caches, and another one begins each time. The text is read
     densely, as `enable` has it unless told otherwise.
     """
-    model, n = session.model, len(ids) - turns * new
-    cache, stock = TokenSelectCache(model, max_length=len(ids)), DynamicCache(config=model.config)
-    ways: list[tuple[str, Any, Variant, Lossless | None]] = [
-        ("sdpa, DynamicCache", stock, DENSE, None),
-        ("sdpa, TokenSelectCache", cache, DENSE, None),
+    model, n, cache = session.model, len(ids) - turns * new, TokenSelectCache(session.model)
+    ways: list[tuple[str, Callable[[Any], Any], Variant, Lossless | None]] = [
+        ("sdpa, DynamicCache", _stock, DENSE, None),
+        ("sdpa, TokenSelectCache", deepcopy, DENSE, None),
     ]
-    ways += [(f"lossless, {v.name} {v.budget}".strip(), cache, v, Lossless()) for v in variants]
+    ways += [(f"lossless, {v.name} {v.budget}".strip(), deepcopy, v, Lossless()) for v in variants]
     found: dict[str, dict[str, Any]] = {
         name: {"name": name, "seconds": [], "same": 0}
         | dict.fromkeys(("rounds", "drafted", "accepted", "tokens"), 0 if lossless else None)
         for name, _, _, lossless in ways
     }
     for at in range(n, len(ids), new):
-        _read_on(session, cache, stock, ids[: at - 1])
+        with enable(model):
+            for start in range(cache.get_seq_length(), at - 1, 512):
+                feed(model, cache, tuple(ids[start : min(start + 512, at - 1)]))
         prompt, written = torch.tensor([ids[:at]]), {}
         first = (at - n) // new % len(ways)
-        for name, its_cache, variant, lossless in (*ways[first:], *ways[:first]):
+        for name, copied, variant, lossless in (*ways[first:], *ways[:first]):
+            its_cache = copied(cache)
             with variant.applied(model):
-                start = time.perf_counter()
+                begin = time.perf_counter()
                 text = model.generate(
                     prompt,
                     attention_mask=torch.ones_like(prompt),
@@ -134,8 +138,7 @@ def generated(
                     pad_token_id=0,
                     custom_generate=lossless,
                 )
-                found[name]["seconds"].append((time.perf_counter() - start) / new)
-            its_cache.crop(at - 1 - its_cache.get_seq_length())
+                found[name]["seconds"].append((time.perf_counter() - begin) / new)
             written[name] = text[0, at:].tolist()
             if lossless is not None and lossless.stats is not None:
                 for what, count in lossless.stats._asdict().items():
@@ -145,11 +148,12 @@ def generated(
     return list(found.values())
 
 
-def _read_on(session: Session, cache: TokenSelectCache, stock: Any, ids: Sequence[int]) -> None:
-    """Let both caches hold these tokens: read densely, 512 at a time."""
-    begin, model = cache.get_seq_length(), session.model
-    with enable(model):
-        for at in range(begin, len(ids), 512):
-            feed(model, cache, tuple(ids[at : at + 512]))
+def _stock(cache: TokenSelectCache) -> DynamicCache:
+    """Return transformers' own cache of the same tokens."""
+    stock = DynamicCache()
     for i, layer in enumerate(cache.layers):
-        stock.update(layer.keys[:, :, begin:], layer.values[:, :, begin:], i)
+        if isinstance(layer, GrowableLayer):
+            stock.update(layer.keys, layer.values, i)
+        else:
+            stock.layers.append(deepcopy(layer))
+    return stock

@@ -53,7 +53,9 @@ def section(report: dict[str, Any]) -> str:
     model, settings, name = report["model"], report["settings"], report["name"]
     texts = ", ".join(f"{text} {facts['sha']}" for text, facts in report["texts"].items())
     length = model["trained_length"]
-    trained = "a length not said" if length is None else f"{length:,} tokens"
+    yarn = model.get("yarn") or 1
+    trained = "a length not said" if length is None else f"{length / yarn:,.0f} tokens"
+    trained += f", made to read {yarn:g} times as many by YaRN" if yarn != 1 else ""
     ran = (
         f"{r['cases']} cases on {r['date']}, on {r['cpu']}, {r['threads']} thread(s), with "
         f"{', '.join(f'{package} {version}' for package, version in r['versions'].items())} and "
