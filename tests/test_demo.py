@@ -348,11 +348,10 @@ def test_the_second_act_is_told_to_the_end() -> None:
     from examples.demo.errors import UnsupportedModel
     from examples.demo.story import check
 
-    model, options = make_model(400), parse(["--new-tokens", "3", "--beyond", "150"])
+    model, options = make_model(4000), parse(["--new-tokens", "3", "--beyond", "150"])
     model.config.max_position_embeddings = 100
     check(options, "small", model)
-    sentences = SENTENCES.replace("Here", "There", 1)
-    second = Beyond(options, 150, model, WordTokenizer(), "a text", sentences)
+    second = Beyond(options, 150, model, WordTokenizer())
     with Progress(disable=True) as bars:
         second.live(bars)
     console = Console(record=True, width=100)

@@ -21,7 +21,7 @@ from transformers import DynamicCache
 from examples.demo import measure, pace
 from examples.demo.bars import stage
 from examples.demo.beyond import Beyond
-from examples.demo.errors import UnsupportedModel, UnusableText
+from examples.demo.errors import UnsupportedModel
 from examples.demo.measure import Branch, Written
 from examples.demo.model import default_model, find_gguf, load
 from examples.demo.picture import Scene, Side, draw
@@ -60,15 +60,12 @@ def tell(options: argparse.Namespace) -> None:
         options.context, options.beyond = fit
         story = Story(options, name, model, tokenizer, title, text)
         story.live(bars)
-        second = None
+        acts: list[Story | Beyond] = [story]
         if options.beyond:
-            try:
-                second = Beyond(options, options.beyond, model, tokenizer, title, text)
-                second.live(bars)
-            except UnusableText as error:
-                bars.console.print(f"  no second act: {error}")
-    for act in (story, second):
-        for part in act.report() if act is not None else ():
+            acts.append(second := Beyond(options, options.beyond, model, tokenizer))
+            second.live(bars)
+    for act in acts:
+        for part in act.report():
             console.print(part)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "index.html"
