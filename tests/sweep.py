@@ -4,7 +4,8 @@
 
 The logits of a prompt, padded or not, and of tokens decoded after it with a TokenSelectCache are
 compared with stock eager attention where everything is selected. Where little is selected they have
-to differ, or the model would attend densely without a word. Prints the types by what came of them.
+to differ, or the model would attend densely without a word. `Lossless` has to write the tokens of
+dense attention, or to refuse the model's cache. Prints the types by what came of them.
 Exit code 1 if a type is neither right nor refused with an error of ours, is refused without
 standing in REFUSED for that reason and in the docs, or cannot be built and does not stand in
 NOT_BUILT.
@@ -25,9 +26,20 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from tests.models import CACHE, EVERYTHING, SIZES, SPARSE, WINDOW, L, mask_of, tokens
-from tokenselect.errors import TokenSelectError
-from tokenselect.integrations.transformers import TokenSelectCache, enable
+from tests.models import (
+    CACHE,
+    EVERYTHING,
+    SIZES,
+    SMALL,
+    SPARSE,
+    WINDOW,
+    L,
+    generated,
+    mask_of,
+    tokens,
+)
+from tokenselect.errors import InvalidProblem, TokenSelectError
+from tokenselect.integrations.transformers import Lossless, TokenSelectCache, enable
 from tokenselect.integrations.transformers.cache import slides_everywhere
 
 # Why types are refused: what the error says, and which they are.
@@ -221,7 +233,21 @@ def fault_of(model: Any) -> str:
     with enable(model, **SPARSE, chunk=1):
         if not error_of(model(tokens(2)).logits, expected[0]) > 1e-3:
             return "dense where little is to be selected"
+    if not is_lossless(model):
+        return "Lossless writes what dense attention would not"
     return ""
+
+
+def is_lossless(model: Any) -> bool:
+    """Return whether `Lossless` writes what dense attention does; True if it refuses the cache."""
+    expected = generated(model, tokens(2))
+    try:
+        with enable(model, **SMALL):
+            return generated(model, tokens(2), custom_generate=Lossless(4)).equal(expected)
+    except InvalidProblem as error:
+        if "Lossless with" not in str(error) or "cache" not in str(error):
+            raise
+        return True
 
 
 def try_type(kind: str) -> tuple[str, str]:

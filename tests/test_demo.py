@@ -1,3 +1,4 @@
+import functools
 import importlib.util
 import math
 import re
@@ -178,9 +179,7 @@ def test_reading_on_is_teacher_forcing_for_each_branch() -> None:
 
     model, held_back = make_model(61), [5, 9, 33, 2, 17, 40]
     branches = make_branches(model)
-    attend = measure.ALL_ATTENTION_FUNCTIONS["sdpa"]
     measure.read_on(model, branches, held_back, lambda _: None)
-    assert measure.ALL_ATTENTION_FUNCTIONS["sdpa"] is attend
     assert model.config._attn_implementation == "sdpa"
     logits = model(input_ids=torch.tensor([[*range(30), *held_back]])).logits[0, 30:35]
     expected = torch.nn.functional.cross_entropy(
@@ -203,7 +202,7 @@ def test_reading_on_is_teacher_forcing_for_each_branch() -> None:
     assert all(0 < mass < 1 for mass in measure.mass_by_layer(few.infos, 3))
     for branch in branches:
         assert branch.cache.get_seq_length() == 30
-        assert all(0 < step.attention_seconds < step.seconds for step in branch.steps)
+        assert all(step.seconds > 0 for step in branch.steps)
 
 
 @torch.inference_mode()
@@ -222,7 +221,86 @@ def test_an_answer_is_greedy_and_stops() -> None:
         assert branch.cache.get_seq_length() == 30
     # The last branch wrote what the likeliest tokens of its own steps are.
     ids = [3, 4, *written]
-    assert [int(branch.step(model, i).logits.argmax()) for i in ids][1:-1] == written
+    with branch.applied(model):
+        assert [int(branch.step(model, i).logits.argmax()) for i in ids][1:-1] == written
+
+
+@torch.inference_mode()
+def test_lossless_is_stock_and_leaves_the_cache_as_it_was() -> None:
+    from examples.demo import measure
+
+    model, ids = make_model(61), [*range(30), 3, 4]
+    dense, _, few = make_branches(model)
+    stock = measure.write(model, dense.cache, ids, 8, least=8)
+    ours = measure.write(model, dense.cache, ids, 8, least=8, drafts=few.options)
+    assert stock.tokens == ours.tokens
+    assert len(stock.tokens) == 8
+    assert min(stock.seconds, ours.seconds) > 0
+    assert ours.lossless is not None
+    assert ours.lossless.stats.drafted > 0
+    assert dense.cache.get_seq_length() == 30
+
+
+@torch.inference_mode()
+def test_times_at_other_lengths_are_of_these_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that says that a token takes 10 if it selects, and else as many as are cached."""
+    from examples.demo import measure
+
+    model, clock = make_model(61), [0.0]
+    cache = make_branches(model)[0].cache
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def timed(*given: Any, **more: Any) -> Any:
+        selects = model.config._attn_implementation == "tokenselect"
+        clock[0] += 10 if selects else cache.get_seq_length()
+        return forward(*given, **more)
+
+    monkeypatch.setattr(model, "forward", timed)
+    monkeypatch.setattr(measure, "perf_counter", lambda: clock[0])
+    few = {"k": 3, "n_sink": 1, "n_local": 2}
+    assert measure.by_length(model, cache, few, lambda _: None) == [
+        (n, pytest.approx(10 / n)) for n in (3, 7, 15, 30)
+    ]
+
+
+def test_a_slow_machine_reads_shorter_texts() -> None:
+    pytest.importorskip("rich")
+    from examples.demo.pace import Pace
+    from examples.demo.story import fitted, shortened
+
+    options = parse([])
+    model = make_model(61)
+    model.config.max_position_embeddings = 8192
+    for slow, fit, said in (
+        (0.5, (8000, 16384), ""),
+        (
+            1,
+            (8000, 14336),
+            "16,384 tokens take too long here for --seconds 270: the second text has",
+        ),
+        (2, (7500, 0), "there is no second text"),
+        (1000, (1000, 0), "8,000 tokens take too long here for --seconds 270: the text has 1,000"),
+    ):
+        pace = Pace((0.7 * slow, 1.7e-4 * slow), (0.05 * slow, 7e-6 * slow))
+        assert fitted(options, pace, 260, model) == fit
+        told = "\n".join(shortened(options, fit))
+        assert said in told
+        assert bool(told) == bool(said)
+
+
+@torch.inference_mode()
+def test_the_pace_is_measured_and_adds_up() -> None:
+    from examples.demo.pace import CHUNK, Pace, longest, measured
+
+    found = measured(make_model(61))
+    assert all(first > 0 <= more for first, more in (found.chunk, found.token))
+    pace = Pace((1.0, 0.01), (0.1, 0.001))
+    by_hand = sum(1 + 0.01 * i * CHUNK for i in range(10)) + 3 * (0.1 + 0.001 * 10 * CHUNK)
+    assert pace.within(10 * CHUNK, 3) == pytest.approx(by_hand, rel=0.1)
+    assert pace.beyond(10 * CHUNK, 3) == pytest.approx(pace.within(10 * CHUNK, 3) + 13)
+    assert longest(float, 5, (9, 5, 1)) == 5
+    assert longest(float, 5, (9, 8)) == 0
 
 
 def test_the_story_is_told_to_the_end() -> None:
@@ -247,6 +325,9 @@ def test_the_story_is_told_to_the_end() -> None:
     assert re.search(r"attended +│ +\d+ of \d+ │ +32 of \d+ │ +32 of \d+", said)
     assert re.search(r"with DynamicCache +│ +\d+\.\d │ +– │ +–", said)
     assert re.search(r"takes \d+\.\d\d of the time of dense, and\s+\d+\.\d\d of that", said)
+    told = " ".join(said.split())
+    assert re.search(r"its answer is that of dense.*writes the same 48 tokens", told)
+    assert re.search(r"of the time of dense: \d\.\d\d at 1\d, .* at 9\d", told)
     assert story.stock.nll == pytest.approx(story.branches[0].nll, abs=1e-5)
     assert re.search(r"^ +0 █*░* +\d+\.\d%", said, re.MULTILINE)
     scene = story.scene()
@@ -255,3 +336,33 @@ def test_the_story_is_told_to_the_end() -> None:
     model.config.max_position_embeddings = 100
     with pytest.raises(UnsupportedModel, match="was trained to 100"):
         Story(options, "small", model, tokenizer, "a text", SENTENCES)
+
+
+@pytest.mark.filterwarnings("ignore:n_sink")
+def test_the_second_act_is_told_to_the_end() -> None:
+    pytest.importorskip("rich")
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from examples.demo.beyond import Beyond
+    from examples.demo.errors import UnsupportedModel
+    from examples.demo.story import check
+
+    model, options = make_model(4000), parse(["--new-tokens", "3", "--beyond", "150"])
+    model.config.max_position_embeddings = 100
+    check(options, "small", model)
+    second = Beyond(options, 150, model, WordTokenizer())
+    with Progress(disable=True) as bars:
+        second.live(bars)
+    console = Console(record=True, width=100)
+    for part in second.report():
+        console.print(part)
+    said = console.export_text()
+    assert "Beyond the trained length of 100 tokens" in said
+    assert re.search(r"number found +│ +no │ +no", said)
+    dense, far = second.branches
+    assert (len(dense.infos), len(far.infos)) == (0, 3 * 16)
+    assert model.config._attn_implementation == "sdpa"
+    model.config.max_position_embeddings = 150
+    with pytest.raises(UnsupportedModel, match="--beyond 150: small was trained to 150"):
+        check(options, "small", model)

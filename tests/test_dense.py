@@ -119,6 +119,20 @@ class TestAttendDensely:
             torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=2e-6)
             assert out.is_contiguous()  # as some models need it
 
+    @pytest.mark.parametrize("more", MORE)
+    @pytest.mark.parametrize("window", [None, 4])
+    @pytest.mark.parametrize("m", [1, 11])
+    def test_padding_may_be_nan(self, more: str, window: int | None, m: int) -> None:
+        torch.manual_seed(0)
+        q, k, v = torch.randn(3, m, 4, 8).transpose(1, 2), *torch.randn(2, 3, 2, 11, 8)
+        given = {"scale": 0.6, "valid": HOLES & PADDED, "window": window, **MORE[more]}
+        expected = attend_densely(q, k, v, **given)
+        padding = ~given["valid"]
+        for x in (k, v):
+            x.masked_fill_(padding[:, None, :, None], torch.nan)
+        q.masked_fill_(padding[:, None, 11 - m :, None], torch.nan)
+        assert attend_densely(q, k, v, **given).equal(expected)
+
     def test_vectors_that_are_not_in_one_piece(self) -> None:
         torch.manual_seed(0)
         q, k, v = torch.randn(3, 1, 2, 8, 11).mT

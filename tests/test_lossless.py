@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import (
     StaticCache,
+    SynthIDTextWatermarkingConfig,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
 )
@@ -29,6 +30,7 @@ from tests.models import (
     shared,
     tokens,
 )
+from tests.sweep import build
 from tokenselect.errors import InvalidProblem
 from tokenselect.integrations.transformers import Lossless, TokenSelectCache, enable, lossless
 from tokenselect.integrations.transformers.lossless import speculative_rule
@@ -146,6 +148,17 @@ class TestGreedy:
         assert actual.equal(expected)
         assert 0 < stats.accepted < stats.drafted
 
+    def test_a_batch_whose_requests_stop_without_an_end(self, llama: Any) -> None:
+        """Those that a criterion finishes write on, until the last one does."""
+
+        def stops(text: Tensor, scores: Any, **_: Any) -> Tensor:
+            return torch.tensor([True, text.shape[1] > L + 9]) & (text.shape[1] > L + 2)
+
+        ids, how = tokens(2), {"stopping_criteria": [stops]}
+        expected = densely(llama, ids, **how)
+        assert expected.shape[1] == L + 10
+        assert losslessly(llama, ids, **how)[0].equal(expected)
+
     @pytest.mark.parametrize(
         "cache", [None, pytest.param("static", marks=lacking("static caches that can be cropped"))]
     )
@@ -215,8 +228,37 @@ class TestEnds:
             assert len(actual[name]) == NEW
             assert_close(torch.stack(actual[name]), torch.stack(expected[name]))
 
+    @pytest.mark.parametrize("at", range(2, 6))
+    def test_a_streamer_that_raises(self, llama: Any, at: int) -> None:
+        """What it was told is in the cache, but for the newest, and no draft is."""
+
+        class Streamer:
+            def __init__(self) -> None:
+                self.told = 0
+
+            def put(self, value: Tensor) -> None:
+                self.told += 1
+                if self.told > at:  # the prompt is told first
+                    raise RuntimeError("enough")
+
+        cache = TokenSelectCache(llama)
+        with pytest.raises(RuntimeError, match="enough"):
+            losslessly(llama, tokens(1), streamer=Streamer(), **{CACHE: cache})
+        assert cache.get_seq_length() == L + at - 1
+
 
 class TestCache:
+    def test_it_holds_the_padding_of_finished_requests(self, llama: Any) -> None:
+        ids, stock, ours = tokens(3), TokenSelectCache(llama), TokenSelectCache(llama)
+        end = densely(llama, ids)[0, L + 9].item()  # within a draft
+        answer = densely(llama, ids, eos_token_id=end, **{CACHE: stock})
+        assert answer[0, -3:].tolist() == [0, 0, 0]
+        actual, stats = losslessly(llama, ids, eos_token_id=end, **{CACHE: ours})
+        assert actual.equal(answer)
+        assert stats.accepted > 0
+        for a, b in zip(ours.layers, stock.layers, strict=True):
+            assert_close(a.keys, b.keys)
+
     @pytest.mark.parametrize("theta", [None, 0.5])
     @pytest.mark.parametrize("family", ["llama", pytest.param("gemma3", marks=SLIDING)])
     def test_it_holds_what_dense_attention_made(self, family: str, theta: float | None) -> None:
@@ -445,6 +487,22 @@ class TestRefused:
     def test_what_generate_may_ask(self, llama: Any, how: dict[str, Any], named: str) -> None:
         with pytest.raises(InvalidProblem, match=named):
             losslessly(llama, tokens(1), **how)
+
+    def test_a_processor_that_counts(self, llama: Any) -> None:
+        how = {"watermarking_config": SynthIDTextWatermarkingConfig(ngram_len=3, keys=[1, 2])}
+        with pytest.raises(InvalidProblem, match="SynthIDTextWatermarkLogitsProcessor"):
+            losslessly(llama, tokens(1), do_sample=True, **how)
+
+    def test_a_model_without_a_cache(self) -> None:
+        model = build("recurrent_gemma")
+        decode = Lossless()
+        decode.stats = lossless.LosslessStats(1, 1, 1, 1)
+        with (
+            enable(model, **DRAFTING),
+            pytest.raises(InvalidProblem, match="returns no cache"),
+        ):
+            generated(model, tokens(1), custom_generate=decode)
+        assert decode.stats is None  # not that of another answer
 
     def test_a_draft_model(self, llama: Any) -> None:
         with pytest.raises(InvalidProblem, match="assisted_generation"):

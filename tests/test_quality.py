@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Gemma3TextConfig, GPT2Config, LlamaConfig, MistralConfig
+from transformers import DynamicCache, Gemma3TextConfig, GPT2Config, LlamaConfig, MistralConfig
 
 import tokenselect
-from bench.quality import figures, needles, page, results, speed, tasks, texts
+from bench.quality import figures, lossless, needles, page, results, speed, tasks, texts
 from bench.quality.__main__ import main
+from bench.quality.lossless import Drafts
 from bench.quality.needles import Needles
 from bench.quality.session import Session, feed
 from bench.quality.settings import SETTINGS, VARIANTS
@@ -26,7 +27,7 @@ from bench.quality.speed import Speed
 from bench.quality.tasks import Decode, Mass, Reuse, Settings, Sparse
 from bench.quality.variants import DENSE, resolve
 from tests import fresh
-from tests.models import BOTH_KINDS, SIZES, model_of, put, tokens
+from tests.models import BOTH_KINDS, CACHE, SIZES, model_of, put, tokens
 from tokenselect.contract import Selection
 from tokenselect.errors import InvalidProblem
 from tokenselect.integrations.options import parse
@@ -38,6 +39,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:n_sink")]
 OURS: dict[str, Any] = {
     "window": {"attend": "window", "n_sink": 2, "n_local": 8},
     "few": {"n_sink": 2, "n_local": 8},
+    "reused": {"n_sink": 2, "n_local": 2, "theta": 0.5},
     "moved": {"preset": "extrapolate", "n_sink": 2, "n_local": 8},
     "all": {"k": 1000},
     "all-moved": {"preset": "extrapolate", "k": 1000},
@@ -55,6 +57,8 @@ TASKS: dict[str, Any] = {
     "reuse": Reuse(variants=FEW, documents=1, continuation=6, thetas=(-1.0, 1.0), **AT),
     "mass": Mass(variants=FEW, documents=1, continuation=4, **AT),
     "all-mass": Mass(variants=("all",), continuation=4, **ALL | {"documents": 1}),
+    "lossless": Drafts(variants=("reused",), contexts=(64,), documents=2, turns=3, new_tokens=8,
+                       budgets=AT["budgets"]),
     "speed": Speed(variants=("few", "moved"), contexts=(64,), rounds=3, budgets=AT["budgets"]),
 }  # fmt: skip
 CONFIGS: dict[str, Any] = {
@@ -537,6 +541,46 @@ def test_ratios_are_of_a_contender_to_the_baseline(tiny: Tiny, monkeypatch: Patc
     assert it == {"name": "it", "median": 4, "least": 3, "largest": 9, "of stock": 3}
 
 
+def test_drafts_are_judged_beside_stock_attention(tiny: Tiny, monkeypatch: Patch) -> None:
+    """By a clock that says how long each way took; one text of three is made another."""
+    model, clock = tiny.session.model, [0]
+    case, _ = tiny.cases(tiny.only("lossless")).values()
+    generate, ids = model.generate, case.given[0]
+
+    def timed(prompt: torch.Tensor, custom_generate: Any, **how: Any) -> torch.Tensor:
+        assert prompt[0].tolist() == list(ids[: prompt.shape[1]])
+        text = generate(prompt, custom_generate=custom_generate, **how)
+        is_stock = type(how.pop(CACHE)) is DynamicCache
+        with DENSE.applied(model):
+            assert text.equal(generate(prompt, **how))  # reading the prompt itself
+        clock[0] += 8 * (3 if is_stock else 1 if custom_generate else 2)
+        text[0, -1] += bool(custom_generate) and prompt.shape[1] == 72
+        return text
+
+    monkeypatch.setattr(model, "generate", timed)
+    monkeypatch.setattr(lossless, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    ((_, value),) = Drafts.run([case], tiny.session)
+    rows = Drafts.summary([case.row | value, case.row | value])
+    assert [r["name"] for r in rows] == [
+        *("sdpa, DynamicCache", "sdpa, TokenSelectCache", "lossless, reused 25 %")
+    ]
+    assert [(r["ms"], r["same"], r["texts"]) for r in rows] == [
+        (3e3, 6, 6),
+        (2e3, 6, 6),
+        (1e3, 4, 6),
+    ]
+    assert [r["of sdpa, DynamicCache"] for r in rows] == [
+        1,
+        pytest.approx(2 / 3),
+        pytest.approx(1 / 3),
+    ]
+    assert rows[2]["of sdpa, TokenSelectCache"] == 0.5
+    it = value["contenders"][2]
+    assert it["tokens"] == 24 == 3 + it["rounds"] + it["accepted"]
+    assert rows[2]["accepted"] == it["accepted"] / it["rounds"] > 0
+    assert rows[0]["accepted"] is None
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells peak memory")
 @pytest.mark.parametrize(
     ("name", "family", "n"),
@@ -595,6 +639,15 @@ def test_models_of_other_kinds_go_all_the_way(tiny: Tiny, tmp_path: Path, family
     assert found["model"]["kv_heads"] == (4 if family == "gpt2" else 2)
     rows = found["entries"]["same"]["rows"]
     assert all(row["kl_max"] < bound for row in rows if row["variant"] in ("dense", "all"))
+
+
+def test_yarn_stretches_a_model(tiny: Tiny) -> None:
+    other = Session(tiny.session.path, yarn=2.0)
+    assert (other.trained, other.config.rope_parameters["factor"]) == (1024, 2.0)
+    assert other.config.rope_parameters["original_max_position_embeddings"] == 512
+    assert other.key == tiny.session.key | {"yarn": 2.0}
+    shown = page.section(tiny.result | {"model": other.describe()})
+    assert "trained for 512 tokens, made to read 2 times as many by YaRN" in shown
 
 
 def test_models_that_cannot_be_measured_are_refused(tmp_path: Path, capsys: Said) -> None:

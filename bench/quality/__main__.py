@@ -84,7 +84,7 @@ def measure(asked: argparse.Namespace, command: str) -> None:
     if asked.only:
         tasks = {n: settings.tasks[one_of("--only", n, settings.tasks)] for n in asked.only}
         settings = replace(settings, tasks=tasks)
-    session = Session(asked.model, asked.gguf_file, settings.dtype)
+    session = Session(asked.model, asked.gguf_file, settings.dtype, settings.yarn)
     out = asked.out or Path("quality-output") / settings.name
     print(f"→ {settings.name}: documents and seeds of the split {settings.split!r}", flush=True)
     cases = results.planned(settings, session)

@@ -14,14 +14,11 @@ from bench.quality.session import Session
 from bench.quality.tasks import Asked, Case, Settings, Task, Values
 from bench.quality.variants import one_of
 from examples.demo.model import named
-from examples.demo.text import NEEDLE, QUESTION, frame
+from examples.demo.text import FILLER, NEEDLE, QUESTION, frame
 from tokenselect.errors import InvalidProblem
 from tokenselect.integrations.transformers import TokenSelectCache
 
 KINDS = ("filler", "natural")
-FILLER = (
-    "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
-)
 
 
 @dataclass(frozen=True, kw_only=True)

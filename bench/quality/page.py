@@ -27,6 +27,10 @@ _TASKS = {
     "mass": "As decoding, {continuation} tokens. *Mass* is the share of a head's dense softmax "
     "that falls on its selection. *Overlap* is Jaccard's, of the tokens chosen by vote: between "
     "neighbouring steps, and between neighbouring layers.",
+    "lossless": "After a context that was read densely, {new_tokens} tokens are written greedily, "
+    "by stock attention, and by `Lossless` from a variant's drafts, in turns from equal caches; "
+    "{turns} times in all, each after that many more tokens of the text. *Drafted* and *accepted* "
+    "are of a round; *same tokens* as the first way's.",
     "speed": "The contenders alternate token by token in one process, over caches of noise.",
 }
 
@@ -49,7 +53,9 @@ def section(report: dict[str, Any]) -> str:
     model, settings, name = report["model"], report["settings"], report["name"]
     texts = ", ".join(f"{text} {facts['sha']}" for text, facts in report["texts"].items())
     length = model["trained_length"]
-    trained = "a length not said" if length is None else f"{length:,} tokens"
+    yarn = model.get("yarn") or 1
+    trained = "a length not said" if length is None else f"{length / yarn:,.0f} tokens"
+    trained += f", made to read {yarn:g} times as many by YaRN" if yarn != 1 else ""
     ran = (
         f"{r['cases']} cases on {r['date']}, on {r['cpu']}, {r['threads']} thread(s), with "
         f"{', '.join(f'{package} {version}' for package, version in r['versions'].items())} and "
@@ -108,6 +114,11 @@ _TIMES = (
     *(("cached", "{context:,}"), ("", "{name}"), ("ms a token", "{median:.1f}")),
     ("least to largest", "{least:.1f} to {largest:.1f}"),
 )
+_DRAFTS = (
+    *(("cached", "{context:,}"), ("", "{name}"), ("ms a token", "{ms:.1f}")),
+    *(("drafted a round", "{drafted:.1f}"), ("accepted", "{accepted:.1f}")),
+    ("same tokens", "{same} of {texts} texts"),
+)
 _MEMORY = (
     *(("new", "{new:,}"), ("cached", "{cached:,}"), *_BY),
     *(("peak, MiB", "{peak_mib:.0f}"), ("cache, MiB", "{cache_mib:.0f}")),
@@ -148,6 +159,9 @@ def _tables(kind: str, entry: dict[str, Any]) -> list[str]:
         above = ["", _SAYS_OF_MEMORY, ""] if memory else []
         times = (*_TIMES, *((base, f"{{{base}:.3f}}") for base in bases))
         return of_columns(timed, times) + above + memory
+    if kind == "lossless":
+        bases = [name for name in (rows or [{}])[0] if name.startswith("of ")]
+        return of_columns(rows, (*_DRAFTS, *((base, f"{{{base}:.3f}}") for base in bases)))
     rows = [
         {**r, **dict.fromkeys(("loss_95", "kl_95") if r["variant"] == "dense" else ())}
         for r in rows

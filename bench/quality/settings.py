@@ -8,6 +8,7 @@ bfloat16, which takes a third of the time. Your own are another entry of SETTING
 from collections.abc import Iterator
 from typing import Any
 
+from bench.quality.lossless import Drafts
 from bench.quality.needles import Needles
 from bench.quality.speed import Speed
 from bench.quality.tasks import Decode, Mass, Reuse, Settings, Sparse
@@ -51,6 +52,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "group-means-16": _with(scope="group", n_query_means=16),
     "chunk-64-local-512": _with(512, chunk=64),
     "chunk-128-local-512": _with(512, chunk=128, n_query_means=4),
+    # what drafts, where dense attention has the last word
+    "drafting": _with(theta=0.5),
     # past the trained length
     "extrapolate": _with(preset="extrapolate"),
     "contiguous": _with(positions="contiguous"),
@@ -131,6 +134,15 @@ def _settings() -> Iterator[Settings]:
             variants=("faithful", "window", "window-contiguous", "contiguous", "extrapolate"),
             documents=1, **_FAR,
         ),
+    })  # fmt: skip
+    drafts: Any = {"variants": ("drafting",), "budgets": (0.1,)}
+    yield Settings(name="report-lossless", split="report", variants=VARIANTS, tasks={
+        "time": Drafts(contexts=(8000,), documents=2, turns=4, **drafts),
+        "prompts": Drafts(contexts=(4096, 6144, 8000), documents=7, new_tokens=24, **drafts),
+    })  # fmt: skip
+    # Beyond the trained length dense attention writes noise, which no draft foresees.
+    yield Settings(name="report-lossless-yarn", split="report", variants=VARIANTS, yarn=4.0, tasks={
+        "time": Drafts(contexts=(16000, 32000), documents=1, turns=4, **drafts),
     })  # fmt: skip
 
 

@@ -43,21 +43,18 @@ class Speed(Task):
     prefills: tuple[tuple[int, int], ...] = ()
 
     def cases(self, settings: Settings, session: Session) -> Iterator[Case]:
-        files = sorted(Path(tokenselect.__file__).parent.rglob("*.py"))
-        source = texts.sha("".join(path.read_text(encoding="utf-8") for path in files))
-        more = session.key | {"source": source}  # faster code is another case
-        here = {"threads": torch.get_num_threads(), "cpu": cpu()}
+        more = session.key | {"source": source()}  # faster code is another case
         for n in self.contexts:
             several = [Contender("sdpa, DynamicCache", DENSE, True)]
             several.append(Contender("sdpa, TokenSelectCache", DENSE))
             for variant in self.selecting(settings, n):
                 several.append(Contender(f"{variant.name} {variant.budget}".strip(), variant))
-            label = {"context": n, "rounds": self.rounds, **here}
+            label = {"context": n, "rounds": self.rounds, **here()}
             keys = [[c.name, c.stock_cache, c.variant.key] for c in several]
             yield Case(self.computes, self.run, DENSE, label, more | {"contenders": keys}, several)
         names, budgets = ("dense", *self.variants), self.budgets[:1]
         for new, cached in self.prefills:
-            label = {"new": new, "cached": cached, **here}
+            label = {"new": new, "cached": cached, **here()}
             for variant in resolve_all(names, settings.variants, budgets, new + cached):
                 yield Case(self.computes, self.run, variant, label, more)
 
@@ -76,6 +73,17 @@ class Speed(Task):
     @staticmethod
     def summary(rows: Sequence[Row]) -> list[Row]:
         return list(rows)
+
+
+def source() -> str:
+    """Return a sha of the package's source."""
+    files = sorted(Path(tokenselect.__file__).parent.rglob("*.py"))
+    return texts.sha("".join(path.read_text(encoding="utf-8") for path in files))
+
+
+def here() -> dict[str, Any]:
+    """Return what times depend on besides."""
+    return {"threads": torch.get_num_threads(), "cpu": cpu()}
 
 
 @torch.inference_mode()

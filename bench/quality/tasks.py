@@ -77,6 +77,7 @@ class Settings:
     variants  by name, what `variants.resolve` takes
     texts     kjv, pydoc, source, or paths of text files
     dtype     of the model's weights and of its cache
+    yarn      reads texts up to that many times the trained length; None: the model is as it comes
     """
 
     name: str
@@ -85,6 +86,7 @@ class Settings:
     variants: Mapping[str, Mapping[str, Any]]
     texts: tuple[str, ...] = ("kjv", "pydoc", "source")
     dtype: Literal["float32", "bfloat16"] = "float32"
+    yarn: float | None = None
 
     def __post_init__(self) -> None:
         one_of("split", self.split, texts.SPLITS)

@@ -25,7 +25,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m examples.demo",
         description="A small model reads a long text with a sentence hidden in it, then reads on "
         "and answers a question: with dense attention, with tokenselect, and with a window of the "
-        "same size.",
+        "same size. Then it does so with a text longer than it was trained for.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
@@ -33,6 +33,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--gguf-file", help="GGUF file in that folder; else the only one there")
     add("--text", default="kjv", help="kjv, pydoc, or a path to a text file")
     add("--context", type=int, default=8000, help="tokens of text in the cache")
+    add("--beyond", type=int, default=16384, help="tokens of a second, longer text; 0: none")
+    add("--seconds", type=int, default=270, help="shorten the texts if it would take longer")
     add("--held-back", type=int, default=128, help="tokens of text to predict after them")
     add("--depth", type=float, default=0.4, help="where the needle is, 0 to 1")
     add("--k", type=int, default=656, help="tokens selected by vote")
@@ -44,7 +46,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=2411, help="of the secret number")
     add("--out", type=Path, default=Path("demo-output"), help="folder for the picture")
     options = parser.parse_args(arguments)
-    for name, least in (("context", 64), ("held_back", 1), ("new_tokens", 1), ("threads", 1)):
+    least_of = {"context": 64, "beyond": 0, "seconds": 1, "held_back": 1}
+    for name, least in (least_of | {"new_tokens": 1, "threads": 1}).items():
         value = getattr(options, name)
         if value is not None and value < least:
             parser.error(f"--{name.replace('_', '-')} {value}: {least} or more")

@@ -2,22 +2,22 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import mean, median
 from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
 from transformers.cache_utils import Cache
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from examples.demo.model import named
+from examples.demo.pace import CHUNK
 from tokenselect import AttentionInfo
-from tokenselect.integrations.transformers import TokenSelectCache, enable, recorded
+from tokenselect.integrations.transformers import Lossless, TokenSelectCache, enable, recorded
 
 Tick = Callable[[int], None]
 
@@ -25,13 +25,12 @@ Tick = Callable[[int], None]
 class Step(NamedTuple):
     """What came of one token: the next one's logits, and per layer what was selected.
 
-    seconds  wall time of the forward pass; attention_seconds: of its attention calls alone
+    seconds  wall time of the forward pass
     """
 
     logits: Tensor  # (vocabulary,)
     infos: list[AttentionInfo]  # none for dense attention
     seconds: float
-    attention_seconds: float
 
 
 @dataclass
@@ -76,46 +75,30 @@ class Branch:
         return mean([mass(info) for info in self.infos] or [math.nan])
 
     @property
-    def median_ms(self) -> tuple[float, float]:
-        """Milliseconds per token, and of them in attention."""
-        attention = median(step.attention_seconds for step in self.steps)
-        return 1e3 * median(step.seconds for step in self.steps), 1e3 * attention
+    def median_ms(self) -> float:
+        """Milliseconds per token."""
+        return 1e3 * median(step.seconds for step in self.steps)
 
     def agreement(self, other: "Branch") -> float:
         """Return the share of the held-back tokens with the same likeliest next token."""
         pairs = zip(self.steps, other.steps, strict=True)
         return mean(int(a.logits.argmax()) == int(b.logits.argmax()) for a, b in pairs)
 
+    def applied(self, model: Any) -> AbstractContextManager[Any]:
+        """Let the model attend like this inside the block."""
+        return nullcontext() if self.options is None else enable(model, **self.options)
+
     def step(self, model: Any, token: int) -> Step:
-        """Feed one token."""
+        """Feed one token, within `applied`."""
         ids = torch.tensor([[token]], device=model.device)
-        way = nullcontext() if self.options is None else enable(model, **self.options)
-        with way, timed(model.config._attn_implementation) as seconds, recorded() as infos:
+        with recorded() as infos:
             start = perf_counter()
             out = model(input_ids=ids, **named(model, self.cache), use_cache=True)
-            return Step(out.logits[0, -1], infos, perf_counter() - start, sum(seconds))
+            return Step(out.logits[0, -1], infos, perf_counter() - start)
 
     def rewind(self, n: int) -> None:
         """Forget every token but the first n."""
         self.cache.crop(n - self.cache.get_seq_length())
-
-
-@contextmanager
-def timed(name: str) -> Iterator[list[float]]:
-    """Append the seconds of every call of one attention of transformers."""
-    attend, seconds = ALL_ATTENTION_FUNCTIONS[name], []
-
-    def attend_timed(*arguments: Any, **options: Any) -> Any:
-        start = perf_counter()
-        result = attend(*arguments, **options)
-        seconds.append(perf_counter() - start)
-        return result
-
-    AttentionInterface.register(name, attend_timed)
-    try:
-        yield seconds
-    finally:
-        AttentionInterface.register(name, attend)
 
 
 def positions(info: AttentionInfo) -> list[int]:
@@ -135,12 +118,19 @@ def mass_by_layer(infos: Sequence[AttentionInfo], n_layers: int) -> list[float]:
 
 
 @torch.inference_mode()
-def prefill(model: Any, cache: TokenSelectCache, tokens: Sequence[int], tick: Tick) -> None:
-    """Fill the cache densely, chunk by chunk."""
-    for start in range(0, len(tokens), 512):
-        chunk = torch.tensor([tokens[start : start + 512]], device=model.device)
-        model(input_ids=chunk, **named(model, cache), use_cache=True, logits_to_keep=1)
-        tick(chunk.shape[1])
+def prefill(
+    model: Any,
+    cache: TokenSelectCache,
+    tokens: Sequence[int],
+    tick: Tick,
+    options: dict[str, Any] | None = None,
+) -> None:
+    """Fill the cache chunk by chunk, as `enable` with these options reads prompts: densely."""
+    with enable(model, **options or {}):
+        for start in range(0, len(tokens), CHUNK):
+            chunk = torch.tensor([tokens[start : start + CHUNK]], device=model.device)
+            model(input_ids=chunk, **named(model, cache), use_cache=True, logits_to_keep=1)
+            tick(chunk.shape[1])
 
 
 @torch.inference_mode()
@@ -154,7 +144,8 @@ def read_on(model: Any, branches: Sequence[Branch], tokens: Sequence[int], tick:
     for i, (token, following) in enumerate(itertools.pairwise(tokens)):
         first = i % len(branches)
         for branch in (*branches[first:], *branches[:first]):
-            step = branch.step(model, token)
+            with branch.applied(model):
+                step = branch.step(model, token)
             branch.steps.append(step)
             branch.nll.append(-float(step.logits.log_softmax(-1)[following]))
         tick(1)
@@ -168,15 +159,87 @@ def answer(
 ) -> None:
     """Feed the question token by token, then write up to `n_new` tokens greedily."""
     n = branch.cache.get_seq_length()
-    for token in question:
-        step = branch.step(model, token)
-        tick(1)
-    while True:
-        branch.queries.append(step.infos)
-        token = int(step.logits.argmax())
-        if len(branch.written) == n_new or token in stop:
-            break
-        branch.written.append(token)
-        step = branch.step(model, token)
-        tick(1)
+    with branch.applied(model):
+        for token in question:
+            step = branch.step(model, token)
+            tick(1)
+        while True:
+            branch.queries.append(step.infos)
+            token = int(step.logits.argmax())
+            if len(branch.written) == n_new or token in stop:
+                break
+            branch.written.append(token)
+            step = branch.step(model, token)
+            tick(1)
     branch.rewind(n)
+
+
+def ends(model: Any, tokenizer: Any) -> set[int]:
+    """Return the tokens that end an answer."""
+    found = model.generation_config.eos_token_id
+    return {tokenizer.eos_token_id, *(found if isinstance(found, list) else [found])} - {None}
+
+
+class Written(NamedTuple):
+    """What `generate` wrote, the seconds of a token, and what a `Lossless` says of its drafts."""
+
+    tokens: list[int]
+    seconds: float
+    lossless: Lossless | None
+
+
+@torch.inference_mode()
+def write(
+    model: Any, cache: Cache, ids: Sequence[int], n_new: int, least: int = 0, drafts: Any = None
+) -> Written:
+    """Let `generate` write at most n_new tokens after ids, greedily; the cache holds the first.
+
+    least   write at least so many
+    drafts  options of `enable` to draft with, for lossless decoding; None: stock decoding
+    """
+    n, prompt = cache.get_seq_length(), torch.tensor([ids], device=model.device)
+    lossless = None if drafts is None else Lossless()
+    with nullcontext() if drafts is None else enable(model, **drafts):
+        start = perf_counter()
+        text = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            **named(model, cache),
+            max_new_tokens=n_new,
+            min_new_tokens=least,
+            do_sample=False,
+            custom_generate=lossless,
+        )
+        seconds = perf_counter() - start
+    cache.crop(n - cache.get_seq_length())
+    tokens = text[0, len(ids) :].tolist()
+    return Written(tokens, seconds / len(tokens), lossless)
+
+
+@torch.inference_mode()
+def by_length(
+    model: Any, cache: TokenSelectCache, options: dict[str, Any], tick: Tick
+) -> list[tuple[int, float]]:
+    """Return, for an eighth, a quarter, half and all of the cached tokens: how many those are, and
+
+    the time of a token that selects, over that of a dense one. Medians of a few, in turns. Leaves
+    the cache shorter.
+    """
+    found = []
+    n = cache.get_seq_length()
+    for length in (n, n // 2, n // 4, n // 8):
+        cache.crop(length - cache.get_seq_length())
+        ratios = []
+        for token in range(7):
+            seconds = []
+            for way in (nullcontext, partial(enable, model, **options)):
+                with way():
+                    start = perf_counter()
+                    ids = torch.tensor([[token]], device=model.device)
+                    model(input_ids=ids, **named(model, cache), use_cache=True)
+                    seconds.append(perf_counter() - start)
+                cache.crop(-1)
+            ratios.append(seconds[1] / seconds[0])
+        found.append((length, median(ratios[1:])))
+        tick(1)
+    return found[::-1]

@@ -13,6 +13,9 @@ from examples.demo.errors import UnusableText
 TEXTS = ("kjv", "pydoc")
 NEEDLE = "The secret number is {number}. Remember it."
 QUESTION = "Question: What is the secret number?"
+FILLER = (
+    "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+)
 
 _PLACE = "\N{OBJECT REPLACEMENT CHARACTER}"
 

@@ -56,13 +56,15 @@ def attend_densely(
 
     q (B, Hq, m, D); k (B, Hkv, n, D) and v (B, Hkv, n, Dv), of any strides
     valid   (B, n) bool, which of the n are tokens and not padding; None: all. A query of padding
-            gets zeros
+            gets zeros, and keys and values of padding have no influence, NaN or not
     window  how many of the n a query sees at most, its own included; None: all
     sinks   (Hq,), one more logit per head in the softmax
     """
     m, Hkv, n = q.shape[2], k.shape[1], k.shape[2]
     q = q.unflatten(1, (Hkv, -1))
     settings = _Settings(scale, softcap, sinks)
+    if valid is not None:  # a weight of zero does not take NaN away
+        k, v = (x.masked_fill(~valid[:, None, :, None], 0.0) for x in (k, v))
     kernel = _kernel(q, v, settings)
     if window is not None and window >= n:
         window = None

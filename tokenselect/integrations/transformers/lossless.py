@@ -16,7 +16,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
-from transformers.generation import GenerateDecoderOnlyOutput, GenerationMixin, GenerationMode
+from transformers.generation import (
+    GenerateDecoderOnlyOutput,
+    GenerationMixin,
+    GenerationMode,
+    SynthIDTextWatermarkLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
 
 from tokenselect.errors import InvalidProblem
 from tokenselect.integrations.options import NAME, Options, parse
@@ -26,6 +32,8 @@ from tokenselect.scalars import is_integer, is_number, plain
 
 _GENERATE = inspect.unwrap(GenerationMixin.generate).__code__
 _MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+# Processors that keep what they were called with: drafts, here.
+_COUNTING = (SynthIDTextWatermarkLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
 _CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__annotations__ else "past_key_values"
 
 
@@ -93,8 +101,9 @@ class Lossless:
         Raises InvalidProblem for a model that does not attend with tokenselect, for a cache that
         cannot be cropped, for beams, and for other settings that are not met here.
         """
+        self.stats = None
         given = _arguments_of_generate()
-        _refuse(model, generation_config, model_kwargs, given)
+        _refuse(model, generation_config, logits_processor, model_kwargs, given)
         config = model.config.get_text_config(decoder=True)
         reader = _Reader(model, logits_processor, generation_config.do_sample)
         answer = _Answer(input_ids, stopping_criteria, generation_config, given.get("streamer"))
@@ -104,16 +113,20 @@ class Lossless:
 
         with all_dense(config):
             outputs = model._prefill(input_ids, generation_config, model_kwargs)
-        cache = outputs[_CACHE]
+        cache = outputs.get(_CACHE)
         _refuse_uncroppable(cache)
         text, q = input_ids, None  # the answer and m drafts, and what these were drawn from
         with _recording_past(cache):
             while True:
                 logits, scores = reader.scores(outputs, text, m + 1)
                 tokens, agreed = reader.judge(text[:, text.shape[1] - m :], scores, q)
-                n_agreed = int(agreed[answer.goes_on].min())
-                kept = answer.add(tokens[:, : n_agreed + 1], scores, logits)
-                _crop(cache, m + 1 - kept)
+                n_agreed = int(agreed[answer.writes].min())
+                before = answer.ids.shape[1]
+                try:
+                    answer.add(tokens[:, : n_agreed + 1], scores, logits)
+                finally:
+                    kept = answer.ids.shape[1] - before
+                    _crop(cache, m + 1 - kept)
                 accepted += min(kept, n_agreed)
                 if not answer.goes_on.any():
                     break
@@ -124,7 +137,7 @@ class Lossless:
                 m = min(depth.best(), longest - answer.ids.shape[1] - 1)
                 if _selects_all(options, int(cache.get_seq_length()) + 1):
                     m = 0
-                text, q, its_kwargs = reader.draft(answer.ids, m, model_kwargs)
+                text, q, its_kwargs = reader.draft(answer, m, model_kwargs)
                 _rewind(cache, m)
                 with all_dense(config):
                     outputs = reader.read(text, m + 1, its_kwargs)
@@ -155,17 +168,17 @@ class _Reader:
         return logits, torch.stack(scores, 1)
 
     def draft(
-        self, text: Tensor, m: int, kwargs: dict[str, Any]
+        self, answer: "_Answer", m: int, kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
-        """Append m tokens to text; return it, their scores (B, m, V), and kwargs to read them."""
-        kwargs, rows = dict(kwargs), []
+        """Return the text with m more tokens, their scores (B, m, V), and kwargs to read them."""
+        text, kwargs, rows = answer.ids, dict(kwargs), []
         for _ in range(m):
             outputs = self.read(text, 1, kwargs)
             kwargs = self._model._update_model_kwargs_for_generation(outputs, kwargs)
             _, row = self.scores(outputs, text, 1)
             rows.append(row)
             token = _drawn(row[:, 0].softmax(-1)) if self._is_sampled else row.argmax(-1)
-            text = torch.cat((text, token), 1)
+            text = torch.cat((text, answer.padded(token)), 1)
         return text, torch.cat(rows, 1) if rows else None, kwargs
 
     def judge(self, drafts: Tensor, scores: Tensor, q: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -264,26 +277,33 @@ class _Answer:
         has_end = any(hasattr(one, "eos_token_id") for one in stopping_criteria)
         self._pad = generation_config._pad_token_tensor.to(ids.device) if has_end else None
 
-    def add(self, tokens: Tensor, scores: Tensor, logits: Tensor) -> int:
+    @property
+    def writes(self) -> Tensor:
+        """(B,) bool, of which requests tokens still count: finished ones write padding."""
+        return self.goes_on if self._pad is not None else torch.ones_like(self.goes_on)
+
+    def padded(self, tokens: Tensor) -> Tensor:
+        """Return tokens (B, 1), padding in place of those of finished requests."""
+        return tokens if self._pad is None else tokens.where(self.goes_on[:, None], self._pad)
+
+    def add(self, tokens: Tensor, scores: Tensor, logits: Tensor) -> None:
         """Append tokens (B, new), with scores and logits (B, new or more, V), one after another.
 
-        Returns how many, which are fewer if all requests are finished before.
+        No more once a request is finished: after its end padding is read, and no draft.
         """
         for i in range(tokens.shape[1]):
-            token = tokens[:, i]
-            if self._pad is not None:
-                token = token.where(self.goes_on, self._pad)
-            self.ids = torch.cat((self.ids, token[:, None]), 1)
+            token = self.padded(tokens[:, i : i + 1])
+            self.ids = torch.cat((self.ids, token), 1)
             if self._scores is not None:
                 self._scores += (scores[:, i],)
             if self._logits is not None:
                 self._logits += (logits[:, i],)
             if self._streamer is not None:
-                self._streamer.put(token.cpu())
-            self.goes_on = self.goes_on & ~self._stopping_criteria(self.ids, self._scores)
-            if not self.goes_on.any():
-                return i + 1
-        return tokens.shape[1]
+                self._streamer.put(token[:, 0].cpu())
+            ends = self.goes_on & self._stopping_criteria(self.ids, self._scores)
+            self.goes_on = self.goes_on & ~ends
+            if ends.any():
+                break
 
     def end(self, cache: Any) -> Any:
         """Return what `generate` returns."""
@@ -339,7 +359,11 @@ def _arguments_of_generate() -> dict[str, Any]:
 
 
 def _refuse(
-    model: Any, generation_config: Any, model_kwargs: dict[str, Any], given: dict[str, Any]
+    model: Any,
+    generation_config: Any,
+    logits_processor: Any,
+    model_kwargs: dict[str, Any],
+    given: dict[str, Any],
 ) -> None:
     """Raise InvalidProblem for what is not done here."""
     config = model.config.get_text_config(decoder=True)
@@ -358,18 +382,25 @@ def _refuse(
         "output_attentions": generation_config.output_attentions,
         "output_hidden_states": generation_config.output_hidden_states,
         "synced_gpus": given.get("synced_gpus"),
-    }
+    } | {type(one).__name__: isinstance(one, _COUNTING) for one in logits_processor}
     for name, is_asked in asked.items():
         if is_asked:
             raise InvalidProblem(
                 f"Lossless with {name}",
-                "it decodes greedily or samples, with a cache, and returns scores and logits only",
+                "it decodes greedily or samples, with a cache and with processors that depend on "
+                "the text alone, and returns scores and logits only",
                 "leave that out, or custom_generate",
             )
 
 
 def _refuse_uncroppable(cache: Any) -> None:
-    """Raise InvalidProblem for a cache that drafts cannot be taken out of."""
+    """Raise InvalidProblem for a cache that drafts cannot be taken out of, or for none."""
+    if cache is None:
+        raise InvalidProblem(
+            "Lossless with a model that returns no cache",
+            "drafts are taken out of the cache again",
+            "leave custom_generate out",
+        )
     if hasattr(cache, "is_croppable"):
         layers = [layer for layer in cache.layers if not layer.is_croppable]
     else:  # as in transformers 5.4
