@@ -44,7 +44,7 @@ def test_a_dry_run_goes_through_everything(dry_run: DryRun) -> None:
     assert found["green"]
     checked = {check["name"]: check["status"] for check in found["checks"]}
     assert checked == {
-        **dict.fromkeys(("tokenselect.check", "determinism", "graphs"), "passed"),
+        **dict.fromkeys(("tokenselect.check", "determinism", "graphs", "models"), "passed"),
         **dict.fromkeys(("memcheck", "racecheck", "properties"), "skipped"),
     }
     assert "properties: SKIPPED: left out by --quick" in said

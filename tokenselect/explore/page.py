@@ -73,12 +73,12 @@ def _pack(trace: Trace, tick: Callable[[int], object]) -> dict[str, Any]:
     one = next(iter(trace.layers.values()))
     L, T, N = len(trace.layers), trace.steps, len(trace.ids)
     heads, kv_heads = one.queries[0].shape[1], one.keys.shape[1]
-    votes = torch.zeros(L, T, N)
-    codes = torch.zeros(L, T, heads, N, dtype=torch.uint8)
-    ranges, errors = torch.zeros(2, L, T, heads)
-    products = torch.zeros(L, T, T, dtype=torch.float64)
-    largest = torch.zeros(L, T, kv_heads)
-    selected = torch.zeros(L, T, -(-N // 8) * 8, dtype=torch.uint8)
+    votes = torch.zeros(L, T, N, device="cpu")
+    codes = torch.zeros(L, T, heads, N, dtype=torch.uint8, device="cpu")
+    ranges, errors = torch.zeros(2, L, T, heads, device="cpu")
+    products = torch.zeros(L, T, T, dtype=torch.float64, device="cpu")
+    largest = torch.zeros(L, T, kv_heads, device="cpu")
+    selected = torch.zeros(L, T, -(-N // 8) * 8, dtype=torch.uint8, device="cpu")
     mass_error = 0.0
     for i, layer in enumerate(trace.layers.values()):
         for t, query in enumerate(layer.queries):
@@ -102,7 +102,7 @@ def _pack(trace: Trace, tick: Callable[[int], object]) -> dict[str, Any]:
             mass_error = max(mass_error, float(off.max()))
         products[i] = _products(layer)
         tick(1)
-    bits = selected.view(L, T, -1, 8) << torch.arange(8, dtype=torch.uint8)
+    bits = selected.view(L, T, -1, 8) << torch.arange(8, dtype=torch.uint8, device="cpu")
     arrays = {
         "votes": votes,
         "codes": codes,

@@ -32,8 +32,8 @@ class Layer:
     queries: list[Tensor] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
     infos: list[AttentionInfo] = field(default_factory=list)
-    keys: Tensor = field(default_factory=lambda: torch.empty(0))
-    values: Tensor = field(default_factory=lambda: torch.empty(0))
+    keys: Tensor = field(default_factory=lambda: torch.empty(0, device="cpu"))
+    values: Tensor = field(default_factory=lambda: torch.empty(0, device="cpu"))
     options: dict[str, Any] = field(default_factory=dict)
 
 

@@ -93,8 +93,8 @@ class Builder(CPUAttentionMetadataBuilder):
 
     def _try(self) -> str:
         """Attend once, to compile what has to be compiled, and return the name of the backend."""
-        zeros = torch.zeros(1, self.num_kv_heads, 32, self.head_dim, dtype=self.dtype)
-        q = torch.zeros(1, self.num_heads, 1, self.head_dim, dtype=self.dtype)
+        zeros = torch.zeros(1, self.num_kv_heads, 32, self.head_dim, dtype=self.dtype, device="cpu")
+        q = torch.zeros(1, self.num_heads, 1, self.head_dim, dtype=self.dtype, device="cpu")
         options = self._options
         _, info = attention(
             q, zeros, zeros, **options.select, backend=options.backend, return_info=True
@@ -147,15 +147,15 @@ class Builder(CPUAttentionMetadataBuilder):
         blocks = [
             b for i, m in zip(group, counts, strict=True) for b in stock.block_table[i, :m].tolist()
         ]
-        table, queries = torch.zeros(len(group), max(counts), dtype=torch.int32), [0]
+        table, queries = torch.zeros(len(group), max(counts), dtype=torch.int32, device="cpu"), [0]
         done = 0
         for row, (i, m) in enumerate(zip(group, counts, strict=True)):
-            table[row, :m] = torch.arange(done, done + m)
+            table[row, :m] = torch.arange(done, done + m, device="cpu")
             queries.append(queries[-1] + starts[i + 1] - starts[i])
             done += m
         its = CommonAttentionMetadata(
-            query_start_loc=torch.tensor(queries, dtype=torch.int32),
-            query_start_loc_cpu=torch.tensor(queries, dtype=torch.int32),
+            query_start_loc=torch.tensor(queries, dtype=torch.int32, device="cpu"),
+            query_start_loc_cpu=torch.tensor(queries, dtype=torch.int32, device="cpu"),
             seq_lens=stock.seq_lens[group],
             num_reqs=len(group),
             num_actual_tokens=queries[-1],
@@ -194,12 +194,14 @@ class Builder(CPUAttentionMetadataBuilder):
             for i, m in zip(group, n, strict=True)
         ]
         at, is_new = self._rows.step(blocks)
-        rows = torch.tensor(at)
-        seqlens = torch.zeros(self._rows.capacity, dtype=torch.int32)
-        block_table = torch.zeros(self._rows.capacity, used.shape[1], dtype=torch.int32)
+        rows = torch.tensor(at, device="cpu")
+        seqlens = torch.zeros(self._rows.capacity, dtype=torch.int32, device="cpu")
+        block_table = torch.zeros(
+            self._rows.capacity, used.shape[1], dtype=torch.int32, device="cpu"
+        )
         seqlens[rows], block_table[rows] = stock.seq_lens[group], used[group]
-        begins = torch.zeros(self._rows.capacity, dtype=torch.bool)
-        begins[rows[torch.tensor(is_new)]] = True
+        begins = torch.zeros(self._rows.capacity, dtype=torch.bool, device="cpu")
+        begins[rows[torch.tensor(is_new, device="cpu")]] = True
         return Decoding(
             tokens, n, seqlens, block_table, select, rows, begins if any(is_new) else None
         )

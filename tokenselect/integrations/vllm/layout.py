@@ -39,7 +39,7 @@ def pack(impl: Any, layer: Any, kv_cache: Tensor, blocks: list[int]) -> Tensor:
     size = kv_cache.shape[2]
     packed = kv_cache.new_empty((len(blocks), *kv_cache.shape[1:]))
     keys, values = rows(kv_cache)
-    slots = torch.arange(len(blocks) * size)
+    slots = torch.arange(len(blocks) * size, device="cpu")
     for at, block in enumerate(blocks):
         mine = slots[at * size : (at + 1) * size]
         impl.pack_rows(layer, keys[block], values[block], packed, mine)

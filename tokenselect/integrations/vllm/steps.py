@@ -88,7 +88,7 @@ def tokens_of(starts: Sequence[int], requests: Sequence[int]) -> Tensor | slice:
     spans = [range(starts[i], starts[i + 1]) for i in requests]
     if all(a.stop == b.start for a, b in pairwise(spans)):
         return slice(spans[0].start, spans[-1].stop)
-    return torch.tensor([token for span in spans for token in span])
+    return torch.tensor([token for span in spans for token in span], device="cpu")
 
 
 def in_groups(requests: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
