@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -12,10 +13,12 @@ from tests import fresh
 from tests.problems import problem
 from tokenselect import (
     InvalidProblem,
+    Problem,
     SelectConfig,
     SelectionCache,
     attention,
     explain,
+    plan,
     register,
     run,
 )
@@ -140,6 +143,35 @@ def test_whoever_looks_at_operators_sees_one_and_all_get_the_same_bits(cached: b
         traced = make_fx(lambda q: call(q))(Q)
         assert name.replace("::", ".") in traced.code
         assert torch.equal(traced(Q), expected)
+
+
+@pytest.mark.parametrize("backend", ["native", "cpu", "reference"])
+@pytest.mark.parametrize("name", ["q", "k_cache", "v_cache"])
+def test_views_that_are_to_be_negated_are_read_so(name: str, backend: str) -> None:
+    if load(backend).unavailable is not None:
+        pytest.skip(str(load(backend).unavailable))
+    given = {"q": Q, "k_cache": K, "v_cache": V}
+    expected = attention(**given | {name: -given[name]}, k=5, n_local=4, backend=backend)
+    negated = torch.complex(given[name], given[name]).conj().imag
+    assert negated.is_neg()
+    out = attention(**given | {name: negated}, k=5, n_local=4, backend=backend)
+    assert torch.equal(out, expected)
+    if backend == "native":
+        p = Problem.build(Q, K, V, SelectConfig(k=5, n_local=4))
+        call = plan(p, backend)
+        call(Q, K, V, p.cache_seqlens)
+        with pytest.raises(InvalidProblem, match=f"{name} is a view that is to be negated"):
+            call(**given | {name: negated}, cache_seqlens=p.cache_seqlens)
+
+
+def test_a_cache_of_another_kind_of_tensor_is_no_memory_to_read() -> None:
+    cache = SelectionCache()
+    with FakeTensorMode() as mode:
+        attention(*map(mode.from_tensor, (Q, K, V)), k=5, cache=cache)
+    with pytest.raises(AssertionError, match="Fake"):
+        attention(Q, K, V, k=5, cache=cache)
+    on_meta = [x.to("meta") for x in (Q, K, V)]
+    assert attention(*on_meta, k=5, backend="reference").is_meta
 
 
 def test_what_explain_says_is_of_the_call_that_runs() -> None:

@@ -63,7 +63,7 @@ from tests.models import (
 )
 from tokenselect.errors import InvalidProblem, UnknownBackend, UnsupportedProblem
 from tokenselect.integrations import options
-from tokenselect.integrations.transformers import TokenSelectCache, enable, recorded
+from tokenselect.integrations.transformers import TokenSelectCache, enable, layers, recorded
 from tokenselect.integrations.transformers.cache import RawKeys
 from tokenselect.integrations.transformers.masks import TokenMask, token_mask
 
@@ -1772,3 +1772,16 @@ def test_a_cache_can_be_saved(kind: str, preset: str) -> None:
     if preset == "extrapolate":
         with pytest.raises(InvalidProblem, match="rotated keys"), torch.no_grad():
             model(ids[:, :1], past_key_values=again)
+
+
+def test_what_a_layer_returns_is_contiguous() -> None:
+    """Some models take views of it."""
+    query, value = torch.zeros(2, 4, 3, 8), torch.zeros(2, 2, 5, 6)
+    whole, part = (torch.randn(rows, 4, 3, 6).transpose(1, 2) for rows in (2, 1))
+    for rows, given in ((slice(0, 2), whole), (slice(1, 2), part)):
+        out = layers._Output(query, value)
+        out.put(rows, slice(0, 3), given)
+        assert out.whole().is_contiguous()
+        assert torch.equal(out.whole()[rows], given)
+        assert out.whole().shape == (2, 3, 4, 6)
+    assert torch.equal(layers._Output(query, value).whole(), torch.zeros(2, 3, 4, 6))

@@ -196,6 +196,10 @@ class SelectionCache:
 
     def resize(self, B: int) -> None:
         """Serve batches of B requests from here on: the first B stay, more have nothing stored."""
+        if not is_integer(B) or B < 1:
+            raise InvalidProblem(
+                f"resize({B!r})", "a batch has one request or more", "pass an int of 1 or more"
+            )
         if self._memory is None or self._geometry is None:
             return
         if self._stays or is_tried():

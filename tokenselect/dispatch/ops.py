@@ -38,6 +38,7 @@ _SCHEMA = (
 # What every operator takes last: the backend, and whether to check lengths and block table.
 _CALL = "str backend, bool validate"
 _library = torch.library.Library("tokenselect", "DEF")
+_PLAIN = (Tensor, Parameter)
 _implementations: dict[str, Callable[..., Any]] = {}
 
 
@@ -90,7 +91,7 @@ def attention(
 
     As an operator where somebody has to see one; elsewhere that would be a fifth of a short call.
     """
-    if not _is_watched(problem):
+    if not _is_watched(problem, state):
         if validate:
             check_values(problem)
         found = load(backend)
@@ -108,20 +109,28 @@ def attention(
     )
 
 
-def _is_watched(p: Problem) -> bool:
-    """Whether a compiler, trace, mode, profiler or subclass of Tensor looks at operators."""
-    return (
+def _is_watched(p: Problem, state: CacheState | None) -> bool:
+    """Whether a compiler, trace, mode or profiler looks at operators, or a tensor needs one.
+
+    Such are subclasses, meta tensors, and views with the negative bit, which no kernel looks at.
+    """
+    if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
         or torch._C._autograd._profiler_enabled()
-        or not all(
-            type(x) in (Tensor, Parameter)
-            for x in (p.q, p.k_cache, p.v_cache, p.cache_seqlens, p.block_table, p.sink_logits)
-            if x is not None
-        )
+    ):
+        return True
+    given = [p.q, p.k_cache, p.v_cache, p.cache_seqlens, p.block_table, p.sink_logits]
+    if p.rope is not None:
+        given.append(p.rope.inv_freq)
+    if state is not None:
+        given += state.tensors()
+    return any(
+        x is not None and (type(x) not in _PLAIN or x.is_neg() or x._is_zerotensor() or x.is_meta)
+        for x in given
     )
 
 

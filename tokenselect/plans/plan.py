@@ -290,7 +290,10 @@ class Plan:
         kind: Any = tuple(
             None
             if x is None
-            else (x.shape, x.stride(), x.dtype, x.device, x.requires_grad, x.is_inference())
+            else (
+                *(x.shape, x.stride(), x.dtype, x.device, x.requires_grad, x.is_inference()),
+                x.is_neg(),
+            )
             for x in given
             if x is None or isinstance(x, Tensor)
         )
@@ -340,6 +343,13 @@ class Plan:
             max_reuse=like.max_reuse,
         )
         self._check_sizes(problem)
+        for name, x in zip(_INPUTS, given, strict=False):
+            if x is not None and x.is_neg():
+                raise InvalidProblem(
+                    f"{name} is a view that is to be negated when it is read",
+                    "a plan's kernels read memory as it is",
+                    f"pass {name}.resolve_neg()",
+                )
         if cache is not None:
             self._check_cache(problem.B, cache)
         if out is not None:

@@ -166,8 +166,7 @@ def attention_forward(
 class _Output:
     """What a call returns, (B, Lq, Hq, Dv): put together of parts, zeros where there is none.
 
-    One part that is everything is returned as it is: a decode step then takes no memory and copies
-    nothing.
+    One part that is everything is returned as it is: a decode step takes no memory for it.
     """
 
     def __init__(self, query: Tensor, value: Tensor) -> None:
@@ -178,7 +177,7 @@ class _Output:
     def put(self, rows: slice, queries: slice | Tensor, part: Tensor) -> None:
         """Take (rows, queries, Hq, Dv). No part has rows and queries of another."""
         if part.shape[:2] == self._shape[:2]:
-            self._out = part
+            self._out = part.contiguous()  # as it is for one query; models take views of it
             return
         if self._out is None:
             self._out = self._query.new_zeros(self._shape)

@@ -114,7 +114,13 @@ class Builder(CPUAttentionMetadataBuilder):
         starts = common_attn_metadata.query_start_loc_cpu.tolist()
         lengths = stock.seq_lens.tolist()
         prefilling = common_attn_metadata.is_prefilling
-        in_prompt = [True] * len(lengths) if prefilling is None else prefilling.tolist()
+        if prefilling is None:
+            raise refuse(
+                "a step that does not say which requests are prompts",
+                "those attend densely, the others select",
+                "use vLLM 0.32's own model runner",
+            )
+        in_prompt = prefilling.tolist()
         prompts: list[int] = []
         short: list[int] = []
         selecting: list[int] = []
