@@ -202,7 +202,7 @@ def test_the_lesson_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(fresh.ROOT))
     lesson = nbformat.read(LESSON, as_version=4)
     folder = {"metadata": {"path": str(LESSON.parent)}}
-    nbclient.NotebookClient(lesson, timeout=280, resources=folder).execute()
+    nbclient.NotebookClient(lesson, timeout=fresh.HANG, resources=folder).execute()
     printed = "".join(
         out.get("text", "") for cell in lesson.cells for out in cell.get("outputs", ())
     )

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import tokenselect
+from tests import fresh
 from tests.models import SIZES, THE_OLD_NAME, model_of, put, tokens
 from tokenselect import SelectConfig, SelectionCache
 from tokenselect.explore.__main__ import main
@@ -86,7 +87,7 @@ def in_browser(page: str, tmp_path: Path) -> dict[str, Any]:
         [chromium, *options, "--dump-dom", path.as_uri()],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=fresh.HANG,
         check=True,
     )
     shown = re.search(r"<pre>(.*)</pre>", done.stdout)
