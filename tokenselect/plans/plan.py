@@ -344,7 +344,8 @@ class Plan:
         )
         self._check_sizes(problem)
         for name, x in zip(_INPUTS, given, strict=False):
-            if x is not None and x.is_neg():
+            # torch.compile traces no is_neg, and inductor reads such views as they lie in any code.
+            if x is not None and not torch.compiler.is_compiling() and x.is_neg():
                 raise InvalidProblem(
                     f"{name} is a view that is to be negated when it is read",
                     "a plan's kernels read memory as it is",
