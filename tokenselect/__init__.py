@@ -7,6 +7,7 @@ what this machine can do and whether it is right.
 """
 
 from tokenselect.api import AttentionInfo, attend, attention, explain, run, score, select
+from tokenselect.context_parallel import context_parallel_attention
 from tokenselect.contract import (
     AttentionOutput,
     Backend,
@@ -22,6 +23,7 @@ from tokenselect.dispatch.registry import Explanation, backends, register
 from tokenselect.errors import (
     InvalidProblem,
     NotCapturable,
+    RankFailed,
     TokenSelectError,
     UnknownBackend,
     UnsupportedProblem,
@@ -44,6 +46,7 @@ __all__ = [
     "NotCapturable",
     "Plan",
     "Problem",
+    "RankFailed",
     "Rope",
     "Scores",
     "SelectConfig",
@@ -58,6 +61,7 @@ __all__ = [
     "backends",
     "capture",
     "check_capturable",
+    "context_parallel_attention",
     "cuda_graph",
     "explain",
     "plan",

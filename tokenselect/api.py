@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from typing import Any, Literal, NamedTuple, TypedDict, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -22,11 +22,15 @@ from tokenselect.contract import (
 )
 from tokenselect.contract.rules import check_out, check_selection, refuse_grad
 from tokenselect.dispatch import ops, registry
+from tokenselect.dispatch.ranks import sharing_heads, with_heads_of_all
 from tokenselect.dispatch.step import Step
 from tokenselect.errors import InvalidProblem
 from tokenselect.rope import Rope
 from tokenselect.scalars import plain
 from tokenselect.selection_cache import SelectionCache
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class AttentionInfo(NamedTuple):
@@ -81,6 +85,7 @@ def attention(
     sink_logits: Tensor | None = None,
     rope: Rope | None = None,
     cache: SelectionCache | None = None,
+    process_group: "ProcessGroup | None" = None,
     backend: str = "auto",
     validate: bool | None = None,
     out: Tensor | None = None,
@@ -108,6 +113,7 @@ def attention(
     sink_logits: Tensor | None = None,
     rope: Rope | None = None,
     cache: SelectionCache | None = None,
+    process_group: "ProcessGroup | None" = None,
     backend: str = "auto",
     validate: bool | None = None,
     out: Tensor | None = None,
@@ -134,6 +140,7 @@ def attention(
     sink_logits: Tensor | None = None,
     rope: Rope | None = None,
     cache: SelectionCache | None = None,
+    process_group: "ProcessGroup | None" = None,
     backend: str = "auto",
     validate: bool | None = None,
     out: Tensor | None = None,
@@ -158,6 +165,7 @@ def attention(
     sink_logits  (Hq,): one more logit per head in the softmax's denominator
     rope         how q and keys are rotated; needed to move them, or if they arrive raw
     cache        a SelectionCache, to reuse selections; one per layer
+    process_group ranks that hold other heads of the layer, as many each: all heads vote together
     backend      a registered name, which never falls back, or "auto": see `explain`
     validate     check lengths and block table, which reads them: None, on the CPU only
     out          (B, Hq, Lq, Dv) contiguous, in q's dtype: written to and returned
@@ -182,16 +190,24 @@ def attention(
         q,
         k_cache,
         v_cache,
-        _config(config, named, settings),
+        config_of(config, named, settings),
         cache_seqlens=cache_seqlens,
         block_table=block_table,
         scale=scale,
         softcap=softcap,
         sink_logits=sink_logits,
         rope=rope,
-        max_reuse=_max_reuse(cache),
+        max_reuse=max_reuse_of(cache),
     )
-    return run(problem, backend, cache=cache, validate=validate, out=out, return_info=return_info)
+    return run(
+        problem,
+        backend,
+        cache=cache,
+        process_group=process_group,
+        validate=validate,
+        out=out,
+        return_info=return_info,
+    )
 
 
 @overload
@@ -200,6 +216,7 @@ def run(
     backend: str = "auto",
     *,
     cache: SelectionCache | None = None,
+    process_group: "ProcessGroup | None" = None,
     validate: bool | None = None,
     out: Tensor | None = None,
     return_info: Literal[False] = False,
@@ -212,6 +229,7 @@ def run(
     backend: str = "auto",
     *,
     cache: SelectionCache | None = None,
+    process_group: "ProcessGroup | None" = None,
     validate: bool | None = None,
     out: Tensor | None = None,
     return_info: Literal[True],
@@ -224,6 +242,7 @@ def run(
     backend: str = "auto",
     *,
     cache: SelectionCache | None = None,
+    process_group: "ProcessGroup | None" = None,
     validate: bool | None = None,
     out: Tensor | None = None,
     return_info: bool,
@@ -235,13 +254,15 @@ def run(
     backend: str = "auto",
     *,
     cache: SelectionCache | None = None,
+    process_group: "ProcessGroup | None" = None,
     validate: bool | None = None,
     out: Tensor | None = None,
     return_info: bool = False,
 ) -> Tensor | tuple[Tensor, AttentionInfo]:
     """Do what `attention` does, for a Problem that is built already.
 
-    cache  a SelectionCache with the problem's max_reuse
+    cache          a SelectionCache with the problem's max_reuse
+    process_group  the ranks that hold the other heads
 
     Returns and raises what `attention` does.
     """
@@ -249,15 +270,19 @@ def run(
     if out is not None:
         check_out(problem, out)
     state, theta = None, None
-    if cache is not None and _max_reuse(cache) != problem.max_reuse:
+    if cache is not None and max_reuse_of(cache) != problem.max_reuse:
         raise InvalidProblem(
-            f"problem.max_reuse={problem.max_reuse}, the cache's is {_max_reuse(cache)}",
+            f"problem.max_reuse={problem.max_reuse}, the cache's is {max_reuse_of(cache)}",
             "a problem has room for as many appended tokens as its SelectionCache allows",
             "say Problem.build(..., max_reuse=cache.max_reuse), as attention does",
         )
+    group, whole = None, problem
+    if process_group is not None:
+        group = sharing_heads(problem, process_group)
+        whole = with_heads_of_all(problem, process_group.size())
     if cache is not None:
-        state, theta = cache.state(problem), cache.theta
-    step = ops.attention(name, problem, reads, state, theta)
+        state, theta = cache.state(whole), cache.theta
+    step = ops.attention(name, problem, reads, state, theta, group)
     result = step.out if out is None else out.copy_(step.out)
     return (result, info_of(problem, step, name)) if return_info else result
 
@@ -271,7 +296,9 @@ def info_of(problem: Problem, step: Step, backend: str) -> AttentionInfo:
     return AttentionInfo(step.lse, Selection(step.positions, step.counts), mass, reused, backend)
 
 
-def _config(config: SelectConfig | None, named: dict[str, Any], rare: RareSettings) -> SelectConfig:
+def config_of(
+    config: SelectConfig | None, named: dict[str, Any], rare: RareSettings
+) -> SelectConfig:
     """Return the settings of a call, given whole, by name, or both ways if they agree."""
     given = {name: value for name, value in named.items() if value is not None} | dict(rare)
     for name in rare:
@@ -359,12 +386,12 @@ def explain(
 
     Runs nothing and reads no tensor. Print the result, or read .chosen and .passed_over.
     """
-    for name in ("validate", "out", "return_info"):
+    for name in ("process_group", "validate", "out", "return_info"):
         arguments.pop(name, None)
     tensors = {name: arguments.pop(name) for name in _PROBLEM_ARGUMENTS if name in arguments}
     named = {"k": k} | {name: arguments.pop(name, None) for name in _NAMED}
-    settings = _config(config, named, arguments)  # type: ignore[arg-type]  # checked there
-    problem = Problem.build(q, k_cache, v_cache, settings, max_reuse=_max_reuse(cache), **tensors)
+    settings = config_of(config, named, arguments)  # type: ignore[arg-type]  # checked there
+    problem = Problem.build(q, k_cache, v_cache, settings, max_reuse=max_reuse_of(cache), **tensors)
     return registry.explain(backend, problem)
 
 
@@ -372,7 +399,7 @@ _NAMED = "n_sink", "n_local", "positions", "score_at"
 _PROBLEM_ARGUMENTS = "cache_seqlens", "block_table", "scale", "softcap", "sink_logits", "rope"
 
 
-def _max_reuse(cache: SelectionCache | None) -> int:
+def max_reuse_of(cache: SelectionCache | None) -> int:
     """Return the cache's max_reuse, 0 without one; raise InvalidProblem for anything else."""
     if cache is None:
         return 0

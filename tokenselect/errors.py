@@ -48,6 +48,21 @@ class NotCapturable(TokenSelectError):
         return f"{operation} cannot be captured in a CUDA graph\n  rule: {rule}\n  do:   {fix}"
 
 
+class RankFailed(TokenSelectError):
+    """Ranks that share a call could not exchange what they had to: one failed, or left."""
+
+    def __init__(self, rank: int, size: int, cause: str) -> None:
+        super().__init__(rank, size, cause)
+
+    def __str__(self) -> str:
+        rank, size, cause = self.args
+        return (
+            f"rank {rank} of {size} got no answer from the others: {cause}\n"
+            "  rule: all ranks of a process group make the same calls, or none can go on\n"
+            "  do:   look for the first error of another rank; then start all of them again"
+        )
+
+
 class UnknownBackend(TokenSelectError):
     """No backend of that name is registered."""
 

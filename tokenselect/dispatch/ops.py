@@ -23,6 +23,7 @@ from tokenselect.contract import (
     Selection,
     check_values,
 )
+from tokenselect.dispatch.ranks import Ranks
 from tokenselect.dispatch.registry import load, reuse_of
 from tokenselect.dispatch.step import Step, run_step, without_autocast
 from tokenselect.rope import Rope
@@ -86,27 +87,45 @@ def attention(
     validate: bool,
     state: CacheState | None = None,
     theta: float | None = None,
+    group: str | None = None,
 ) -> Step:
     """Run a whole step on the backend of that name; with the Selection Cache's state, update it.
+
+    group  the name of the process group whose ranks hold the other heads
 
     As an operator where somebody has to see one; elsewhere that would be a fifth of a short call.
     """
     if not _is_watched(problem, state):
-        if validate:
-            check_values(problem)
-        found = load(backend)
-        reuse = None if state is None else reuse_of(found)
         with without_autocast(problem.q.device.type):
-            return run_step(problem, found, reuse, state, theta)
+            return _run(problem, state, theta, group, backend, validate)
     flat = flattened(problem)
     if state is None:
-        done = torch.ops.tokenselect.attention(*flat, backend, validate)
+        done = torch.ops.tokenselect.attention(*flat, group, backend, validate)
         return Step._make((*done, None))
     return Step(
         *torch.ops.tokenselect.attention_with_cache(
-            *flat, *state.tensors(), theta, backend, validate
+            *flat, *state.tensors(), theta, group, backend, validate
         )
     )
+
+
+def _run(
+    problem: Problem,
+    state: CacheState | None,
+    theta: float | None,
+    group: str | None,
+    name: str,
+    validate: bool,
+) -> Step:
+    """Check values if they are to be, and run the step."""
+    ranks = None if group is None else Ranks(group)
+    if validate:
+        check_values(problem)
+        if ranks:
+            ranks.check(problem, theta)
+    backend = load(name)
+    reuse = None if state is None else reuse_of(backend)
+    return run_step(problem, backend, reuse, state, theta, ranks=ranks)
 
 
 def _is_watched(p: Problem, state: CacheState | None) -> bool:
@@ -161,15 +180,14 @@ def _opened(args: tuple[Any, ...]) -> tuple[Problem, Backend]:
 
 
 def _attention(*args: Any) -> tuple[Tensor, ...]:
-    problem, backend = _opened(args)
-    return run_step(problem, backend)[:-1]
+    *flat, group, name, validate = args
+    return _run(rebuilt(*flat), None, None, group, name, validate)[:-1]
 
 
 def _attention_with_cache(*args: Any) -> tuple[Tensor, ...]:
-    *flat, query, positions, count, seqlen, hits, misses, theta, name, validate = args
-    problem, backend = _opened((*flat, name, validate))
+    *flat, query, positions, count, seqlen, hits, misses, theta, group, name, validate = args
     state = CacheState(query, positions, count, seqlen, hits, misses)
-    return run_step(problem, backend, reuse_of(backend), state, theta)  # type: ignore[return-value]
+    return _run(rebuilt(*flat), state, theta, group, name, validate)  # type: ignore[return-value]
 
 
 def _score(*args: Any) -> Scores:
@@ -212,7 +230,7 @@ def _fake_scores(p: Problem) -> Scores:
 
 
 def _fake_attention_with_cache(*args: Any) -> tuple[Tensor, ...]:
-    p = rebuilt(*args[:-9])  # less six tensors of state, theta and what _CALL names
+    p = rebuilt(*args[:-10])  # less six tensors of state, theta, group and what _CALL names
     return (*fake_step(p), p.q.new_empty((p.B,), dtype=torch.bool))
 
 
@@ -240,13 +258,13 @@ _STATE = ", ".join(
 )
 define(
     "attention",
-    f"{_SCHEMA}, {_CALL}) -> ({_STEP})",
+    f"{_SCHEMA}, str? group, {_CALL}) -> ({_STEP})",
     _attention,
-    lambda *args: fake_step(rebuilt(*args[:-2])),
+    lambda *args: fake_step(rebuilt(*args[:-3])),
 )
 define(
     "attention_with_cache",
-    f"{_SCHEMA}, {_STATE}, float? theta, {_CALL}) -> ({_STEP}, Tensor)",
+    f"{_SCHEMA}, {_STATE}, float? theta, str? group, {_CALL}) -> ({_STEP}, Tensor)",
     _attention_with_cache,
     _fake_attention_with_cache,
 )

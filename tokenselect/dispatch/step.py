@@ -20,6 +20,7 @@ from tokenselect.contract import (
     Scores,
     Selection,
 )
+from tokenselect.dispatch.ranks import Ranks
 
 
 class Step(NamedTuple):
@@ -51,6 +52,7 @@ def run_step(
     state: CacheState | None = None,
     theta: float | None = None,
     section: Callable[[str], AbstractContextManager[None]] = lambda name: _NOTHING,
+    ranks: Ranks | None = None,
 ) -> Step:
     """Run score, select and attend of `stages`, around them decide_reuse and update if `state`.
 
@@ -58,9 +60,12 @@ def run_step(
              does the work of all three where there is no Selection Cache, and `attend_cached`
              where there is one
     section  entered around each part by its name: a plan lends each part its own memory
+    ranks    processes with the other heads of the layer, which vote and decide together; then the
+             stages run in turn, since votes are exchanged between them
     """
+    shared = problem  # as all ranks together see it
     if state is None:
-        fused = getattr(stages, "attend_fresh", None)
+        fused = None if ranks else getattr(stages, "attend_fresh", None)
         if fused is not None:
             with section("step"):
                 attended, selection, dense_lse = fused(problem)
@@ -68,22 +73,31 @@ def run_step(
             return Step(attended.out, attended.lse, positions, counts, dense_lse, None)
         recomputed, decision = problem, None
     else:
-        cached = getattr(stages, "attend_cached", None)
+        cached = None if ranks else getattr(stages, "attend_cached", None)
         if cached is not None:
             with section("step"):
                 attended, (positions, counts), dense_lse, reused = cached(problem, state, theta)
             return Step(attended.out, attended.lse, positions, counts, dense_lse, reused)
         assert reuse is not None
         with section("decide_reuse"):
-            decision = ReuseDecision(*reuse.decide_reuse(problem, state, theta))
+            if ranks:
+                shared = ranks.whole(problem)
+            decision = ReuseDecision(*reuse.decide_reuse(shared, state, theta))
         recomputed = replace(problem, cache_seqlens=decision.cache_seqlens)
+    own = recomputed
+    if ranks:  # pooled is what all of them gave
+        own = replace(recomputed, config=replace(recomputed.config, pool=1))
     with section("score"):
-        scores = Scores(*stages.score(recomputed))
+        scores = Scores(*stages.score(own))
+    votes = scores.votes
+    if ranks:
+        with section("exchange"):
+            votes = ranks.votes(votes, recomputed)
     with section("select"):
-        selection = Selection(*stages.select(scores.votes, recomputed))
+        selection = Selection(*stages.select(votes, recomputed))
     if state is not None and reuse is not None and decision is not None:
         with section("update"):
-            reuse.update(problem, state, decision, selection)
+            reuse.update(shared, state, decision, selection)
     with section("attend"):
         attended = AttentionOutput(*stages.attend(problem, selection))
     reused = None if decision is None else decision.reused

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from tokenselect.api import AttentionInfo, info_of
 from tokenselect.contract import CacheState, Problem
 from tokenselect.contract.rules import check_out, refuse_grad
 from tokenselect.dispatch import registry
+from tokenselect.dispatch.ranks import Ranks, sharing_heads, with_heads_of_all
 from tokenselect.dispatch.step import Step, run_step, without_autocast
 from tokenselect.errors import InvalidProblem
 from tokenselect.plans.cuda_graph import address, setting
@@ -23,17 +24,28 @@ from tokenselect.plans.stream_order import StreamSerializer
 from tokenselect.scratch import Scratch, empty
 from tokenselect.selection_cache import SelectionCache, used
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 # What every call has in common with the problem that was planned.
 _EQUAL = ("Lq", "Hq", "Hkv", "D", "Dv")
 
 
-def plan(problem: Problem, backend: str = "auto") -> "Plan":
+def plan(
+    problem: Problem,
+    backend: str = "auto",
+    *,
+    process_group: "ProcessGroup | None" = None,
+) -> "Plan":
     """Plan attention for problems like this one, and smaller: see `Plan`.
 
     problem  gives the settings, the capacity (its B requests and its Lk tokens), and dtypes, layout
              and device. No value in its tensors matters. With a SelectionCache, say the cache's
              max_reuse in Problem.build.
     backend  a registered name, which never falls back, or "auto"; chosen here, once
+    process_group
+             ranks that hold other heads of the layer, as many each: every rank makes the same
+             plans in the same order, and calls them so
 
     >>> from tokenselect import SelectConfig
     >>> q, cached = torch.ones(1, 8, 1, 64), torch.ones(1, 2, 99, 64)
@@ -52,7 +64,8 @@ def plan(problem: Problem, backend: str = "auto") -> "Plan":
             "make one with Problem.build(q, k_cache, v_cache, SelectConfig(...))",
         )
     refuse_grad(problem)
-    return Plan(problem, registry.resolve(backend, problem, static=True))
+    group = None if process_group is None else sharing_heads(problem, process_group)
+    return Plan(problem, registry.resolve(backend, problem, static=True), group)
 
 
 class Plan:
@@ -66,7 +79,7 @@ class Plan:
     bytes    of the memory that it holds
     """
 
-    def __init__(self, problem: Problem, backend: str) -> None:
+    def __init__(self, problem: Problem, backend: str, group: str | None = None) -> None:
         chosen = registry.load(backend)
         assert chosen.static is not None  # resolve saw to it
         rope = problem.rope
@@ -78,6 +91,8 @@ class Plan:
         self.backend = backend
         self._stages = chosen.static
         self._reuse = registry.reuse_of(chosen)
+        self._group = group
+        self._ranks = None if group is None else Ranks(group)
         self._like = replace(problem, rope=rope)
         self._scratch = Scratch()
         self._nobody = torch.zeros((problem.B,), dtype=torch.bool, device=problem.q.device)
@@ -99,7 +114,7 @@ class Plan:
 
     def __deepcopy__(self, memo: Any) -> "Plan":
         """Return a plan for the same with its own memory: models that hold plans can be copied."""
-        return Plan(self._like, self.backend)
+        return Plan(self._like, self.backend, self._group)
 
     def prepare(self, *caches: SelectionCache) -> None:
         """Make the state of SelectionCaches, which then stays where it is, with room for this plan.
@@ -109,7 +124,15 @@ class Plan:
         """
         for cache in caches:
             self._check_cache(self._like.B, cache)
-            cache.state(self._like, stays=True)
+            self._state(cache)
+
+    def _state(self, cache: SelectionCache) -> CacheState:
+        """Return the state of a cache, which the plan then holds on to."""
+        return cache.state(self._of_all(self._like), stays=True)
+
+    def _of_all(self, problem: Problem) -> Problem:
+        """Return the problem, with as many heads as its ranks have together."""
+        return problem if self._ranks is None else with_heads_of_all(problem, self._ranks.size)
 
     @overload
     def __call__(
@@ -176,7 +199,7 @@ class Plan:
         like = self._like
         problem = with_tensors(like, *given[:-1])
         # Of the plan's K, so that it never moves.
-        state = None if cache is None else cache.state(like, stays=True)
+        state = None if cache is None else self._state(cache)
         theta = None if cache is None else cache.theta
         if torch.compiler.is_compiling():
             result, *info = torch.ops.tokenselect.plan_step(
@@ -251,7 +274,7 @@ class Plan:
         for name in ("attend", "attend_fresh", "attend_cached"):
             stage = getattr(stages, name)
             setattr(stages, name, stage and partial(_into, stage, out))
-        *done, reused = run_step(problem, stages, self._reuse, state, theta, section)
+        *done, reused = run_step(problem, stages, self._reuse, state, theta, section, self._ranks)
         return (*done, self._nobody[: problem.B] if reused is None else reused)
 
     def _warm_up(self) -> None:
@@ -259,7 +282,9 @@ class Plan:
         like = self._like
         nobody = torch.zeros((like.B,), dtype=torch.int32, device=like.q.device)
         problem = replace(like, cache_seqlens=nobody)
-        memory = SelectionCache().state(problem)
+        if self._ranks is not None:
+            self._ranks.check(problem, None)
+        memory = SelectionCache().state(self._of_all(problem))
         with self._order.turn(), torch.no_grad(), without_autocast(like.q.device.type):
             self._step(problem, memory, 0.9, None)
             self._step(problem, None, None, None)
