@@ -118,7 +118,8 @@ def context_parallel_attention(
     refuse_grad(own)
     _check_positions(own, token_positions)
     ranks = Alone() if process_group is None else Ranks(name_of(process_group))
-    return across(ranks, whole, own, token_positions, cache, backend, validate, return_info)
+    step = across(ranks, whole, own, token_positions, cache, backend, validate)
+    return (step.out, api.info_of(whole, step, "context_parallel")) if return_info else step.out
 
 
 def across(
@@ -129,9 +130,8 @@ def across(
     cache: SelectionCache | None,
     backend: str,
     validate: bool | None,
-    return_info: bool,
-) -> Tensor | tuple[Tensor, api.AttentionInfo]:
-    """Run `context_parallel_attention` with whatever carries what the ranks send each other.
+) -> Step:
+    """Run the step with whatever carries what the ranks send each other.
 
     whole, own  the problem of all ranks together, whose caches have shapes and no content; and
                 with this rank's caches
@@ -151,8 +151,7 @@ def across(
             ranks.check(whole, theta, q=f"of SHA-256 {digest}")
             check_values(replace(whole, block_table=None))
             _check_held(whole, shards, ranks)
-        step = _step(whole, own, shards, ranks, cache, backend)
-    return (step.out, api.info_of(whole, step, "context_parallel")) if return_info else step.out
+        return _step(whole, own, shards, ranks, cache, backend)
 
 
 def _whole(
