@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from properties.backends import is_here
 from properties.laws import LAWS
 from properties.test_planted import SEARCH
 from tokenselect import (
@@ -140,13 +141,20 @@ def test_law(backend: Backend, law: Any) -> None:
     assert RAN[backend.name, law.name] or law.name == "what_fits_is_not_moved"
 
 
+@pytest.mark.parametrize("name", ["cpu", "native", "reference"])
+@example(Case(lengths=(150, 90), D=64, content="few keys"), "turns", 3, 0)
+@example(Case(lengths=(900,), D=24, G=4, dtype=torch.bfloat16, content="few keys"), "random", 4, 0)
+@example(Case(lengths=(300,), D=80, Lq=5, content="few keys", softcap=2.0), "blocks", 5, 0)
 @given(cases(), st.sampled_from(HOWS), st.integers(2, 5), st.integers(0, 99))
 def test_a_selection_has_the_same_bits_for_any_sharding(
-    case: Case, how: str, size: int, seed: int
+    name: str, case: Case, how: str, size: int, seed: int
 ) -> None:
+    """By torch's operators, and by score stages of backends that declare `equal_keys`."""
+    if not is_here(name):
+        pytest.skip(f"{name} cannot run here")
     problem = fitted(case, BACKEND).problem()
-    alone = sharded(problem, "one", 1)
-    step = sharded(problem, how, size, seed)
+    alone = sharded(problem, "one", 1, backend=name)
+    step = sharded(problem, how, size, seed, backend=name)
     assert torch.equal(step.positions, alone.positions)
     assert torch.equal(step.counts, alone.counts)
     assert bits(step.dense_lse, alone.dense_lse)

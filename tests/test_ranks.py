@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bench import parallel
 from tests.problems import lengths, paged, problem, rope, tensors
 from tests.ranks import run_ranks
 from tokenselect import (
@@ -256,3 +257,17 @@ def test_where_a_rank_is_killed_the_others_say_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_tokens_on_ranks_are_attended_to_as_in_one_process(size: int, tmp_path: Path) -> None:
     assert run_ranks(size, tmp_path, tokens_on_ranks) == [3] * size
+
+
+def test_the_costs_in_the_docs_are_those_computed() -> None:
+    page = (Path(parallel.__file__).parents[1] / "docs" / "scale.md").read_text()
+    assert all(line in page for line in parallel.tables().splitlines())
+
+
+def test_what_is_sent_is_what_is_computed(capfd: pytest.CaptureFixture[str]) -> None:
+    """The measurement itself compares each count."""
+    parallel.main(["--measure", "2", "--tokens", "3000"])
+    rows = [line.split("|") for line in capfd.readouterr().out.splitlines()]
+    found = {row[1].strip(): row[3].strip() for row in rows if len(row) > 5 and "3,000" in row[2]}
+    due = parallel.sent(2, 3000 + parallel.ROOM)
+    assert found == {name.split(":")[0]: f"{size:,}" for name, size in due.items()}

@@ -98,7 +98,8 @@ def context_parallel_attention(
     max_seqlen    the largest n that a SelectionCache is to have room for; this call's if absent
     cache         a SelectionCache per rank; they stay equal
     process_group the ranks; absent: this process holds every token
-    backend       what attends to the selected tokens. Scores are computed by torch's operators
+    backend       what attends to the selected tokens; it also scores, if it declares `equal_keys`,
+                  as native does; else torch's operators do
     validate      check lengths, and that each token is held once: None, on the CPU only
 
     Returns out, or (out, `AttentionInfo`) with positions of the whole request, on every rank.
@@ -260,8 +261,10 @@ def _step(
         state, reuse = cache.state(whole), registry.reuse_of(registry.load("cpu"))
         decision = reuse.decide_reuse(whole, state, cache.theta)
         lengths, reused = decision.cache_seqlens, decision.reused
-    ballots, dense_lse = _score(own, shards, lengths.tolist(), ranks)
-    selection = _select(whole, lengths.tolist(), ballots, ranks)
+    recomputed = lengths.tolist()
+    voting = ranks if any(recomputed) else Alone()
+    ballots, dense_lse = _score(own, shards, recomputed, voting, backend)
+    selection = _select(whole, recomputed, ballots, voting)
     if cache is not None:
         reuse.update(whole, state, decision, selection)
     attended = _attend(own, shards, selection, ranks, backend)
@@ -276,18 +279,21 @@ class _Ballots(NamedTuple):
 
 
 def _score(
-    own: Problem, shards: list[_Shard], lengths: list[int], ranks: "Alone | Ranks"
+    own: Problem,
+    shards: list[_Shard],
+    lengths: list[int],
+    ranks: "Alone | Ranks",
+    backend: str,
 ) -> tuple[list[_Ballots], Tensor]:
     """Return the votes for this rank's candidates of each request, and the lse of `Scores`.
 
-    A softmax is taken of each row of logits, over the tokens of all ranks: one row for each run of
-    queries and ballot, and, last, that of the lse.
+    A softmax is taken of each row of logits, over the tokens of all ranks.
     """
     p, c, device = own, own.config, own.q.device
     rows, candidates, slices = [], [], []
     for b, (n, shard) in enumerate(zip(lengths, shards, strict=True)):
         held = shard if n else _Shard(shard.at[:0], shard.slots[:0])
-        rows.append(_logits(p, b, n, held))  # (V, Hq, m)
+        rows.append(_logits(p, b, n, held, backend))  # (V, Hq, m)
         start, stop = torch.searchsorted(held.at, held.at.new_tensor(c.regions(n, p.Lq))).tolist()
         candidates.append(slice(start, stop))
         inside = candidates[b] if c.normalize == "candidates" else slice(None)
@@ -298,73 +304,127 @@ def _score(
         for v, s in enumerate(found):
             if s[:, slices[b][v]].shape[1] > 0:
                 largest[b, v] = s[:, slices[b][v]].amax(1)
-    largest = ranks.gather(largest).amax(0).double()
+    largest = ranks.gather(largest).amax(0)
     largest = largest.where(largest.isfinite(), 0.0)
 
     # exp(logit - largest) <= 1, as integers of which n fit into 63 bits.
     units = [2.0 ** (62 - n.bit_length()) for n in lengths]
     sums = torch.zeros(shape, dtype=torch.int64, device=device)
-    weights = [(found.double() - largest[b, ..., None]).exp() for b, found in enumerate(rows)]
+    weights = [(found - largest[b, ..., None]).exp_() for b, found in enumerate(rows)]
     for b, found in enumerate(weights):
         for v, w in enumerate(found):
-            sums[b, v] = (w[:, slices[b][v]] * units[b]).round().long().sum(1)
+            sums[b, v] = w[:, slices[b][v]].double().mul_(units[b]).round_().long().sum(1)
     of_all = ranks.gather(sums).sum(0)
-    total = torch.stack([of / unit for of, unit in zip(of_all, units, strict=True)])
+    total = torch.stack([of.double() / unit for of, unit in zip(of_all, units, strict=True)])
+    factor = (1 / total).where(total > 0, 0.0).float()
 
     ballots = []
     runs = min(c.n_query_means, p.Lq)
     for b, inside in enumerate(candidates):
-        given = rows[b][..., inside].double()
+        given = rows[b][..., inside]
         if c.vote == "soft":
-            given = (weights[b][..., inside] / total[b, ..., None]).nan_to_num(0.0)
+            given = weights[b][..., inside] * factor[b, ..., None]
         votes = []
         for r in range(p.R):
             heads = added(given[r * runs : (r + 1) * runs].clone())
-            votes.append(torch.stack([added(voters) for voters in heads.chunk(p.S)]).float())
+            votes.append(torch.stack([added(voters) for voters in heads.chunk(p.S)]))
         at = shards[b].at[inside] if lengths[b] else shards[b].at[:0]
         ballots.append(_Ballots(at, torch.stack(votes)))
     return ballots, (largest[:, -1] + total[:, -1].log()).float()
 
 
-def _logits(own: Problem, b: int, n: int, held: _Shard) -> Tensor:
+def _logits(own: Problem, b: int, n: int, held: _Shard, backend: str) -> Tensor:
     """Return logits (V, Hq, m) float32 of this rank's m tokens of request b; -inf if not finite.
 
-    V rows: each ballot's runs of queries, in turn, and the mean of all queries on the last ballot.
+    V rows: each ballot's runs of queries, in turn, and last, if that is another, the row of the
+    lse: the mean of all queries on the last ballot, over all tokens.
     """
     p, c, device = own, own.config, own.q.device
-    stored = read(p, p.k_cache, b, held.slots)
+    if len(held.at) == 0:
+        return p.q.new_empty((_rows_of(c, p.Lq), p.Hq, 0), dtype=torch.float32)
+    stored = _keys(p, b, held.slots)
     newest = torch.arange(n - p.Lq, n, device=device)
     rows = []
     for score_at in c.ballots:
-        at, query_at = held.at, newest
-        if score_at == "fixed":
-            at, query_at = torch.zeros_like(at), torch.full_like(newest, c.n_local)
-        queries, keys = p.q[b].to(p.compute_dtype), stored
+        queries, keys = p.q[b], stored
         if p.rope is not None and p.needs_rotation(score_at):
-            queries = p.rope.reposition(queries, newest, query_at)
-            keys = p.rope.reposition(keys, held.at, at)
-        runs = queries.tensor_split(min(c.n_query_means, p.Lq), 1)
-        means = [run.mean(1) for run in runs]
-        if score_at == c.ballots[-1]:
-            means.append(queries.mean(1))
-        rows.append(_products(torch.stack(means), keys))
-    s = p.select_scale * torch.cat(rows)
+            at, query_at = held.at, newest
+            if score_at == "fixed":
+                at, query_at = torch.zeros_like(at), torch.full_like(newest, c.n_local)
+            at, here = (F.pad(x, (0, 1)) for x in (at, held.at))
+            queries = p.rope.reposition(queries.to(p.compute_dtype), newest, query_at)
+            keys = p.rope.reposition(keys.to(p.compute_dtype), here, at)
+        means = [queries]
+        if p.Lq > 1:
+            queries = queries.to(p.compute_dtype)
+            runs = queries.tensor_split(min(c.n_query_means, p.Lq), 1)
+            means = [run.mean(1, keepdim=True) for run in runs]
+            if score_at == c.ballots[-1] and _rows_of(c, p.Lq) > len(c.ballots) * len(runs):
+                means.append(queries.mean(1, keepdim=True))
+        elif score_at == c.ballots[-1] and _rows_of(c, p.Lq) > len(c.ballots):
+            means.append(queries)
+        rows.append(_scored(p, torch.cat(means, 1).transpose(0, 1), keys, backend))
+    return torch.cat(rows)
+
+
+def _rows_of(c: SelectConfig, Lq: int) -> int:
+    """Return how many rows of logits a request has, V: see `_logits`."""
+    runs = min(c.n_query_means, Lq)
+    return len(c.ballots) * runs + (runs > 1 or c.normalize == "candidates")
+
+
+def _keys(own: Problem, b: int, slots: Tensor) -> Tensor:
+    """Return the keys (Hkv, m + 1, D) in those slots of request b, and one more, of any content."""
+    p, m = own, len(slots)
+    if p.block_table is None:
+        if p.Lk > m and torch.equal(slots, torch.arange(m, device=slots.device)):
+            return p.k_cache[b][:, : m + 1]
+        return p.k_cache[b][:, F.pad(slots, (0, 1))]
+    slots = F.pad(slots, (0, 1))
+    page = p.block_table[b][slots // p.page_size].long()
+    return p.k_cache[page, slots % p.page_size].transpose(0, 1)
+
+
+def _scored(own: Problem, queries: Tensor, keys: Tensor, backend: str) -> Tensor:
+    """Return the logits (X, Hq, m) of queries (X, Hq, D) and keys (Hkv, m + 1, D), less the last.
+
+    By a backend's score stage, where it gives a key the same logit wherever it lies: each head has
+    a selection of its own, each KV head is a request, and all but the newest token are candidates.
+    """
+    p, (X, Hq, D), (Hkv, tokens, _) = own, queries.shape, keys.shape
+    heads = X * Hq // Hkv
+    by_group = queries.to(keys.dtype).view(X, Hkv, Hq // Hkv, D).transpose(0, 1)
+    one_each = keys[:, None].expand(Hkv, heads, tokens, D)
+    problem = Problem.build(
+        by_group.reshape(Hkv, heads, 1, D),
+        one_each,
+        one_each,
+        SelectConfig(k=0, n_sink=0, n_local=1, vote="logit", scope="group"),
+        scale=p.select_scale,
+        softcap=p.softcap,
+    )
+    found = registry.load(registry.resolve(backend, problem))
+    if found.capability.equal_keys and found.capability.deterministic:
+        votes = api.score(problem, found.name, validate=False).votes[:, 0, :, :-1]
+    else:
+        votes = _dots(problem)
+    m = tokens - 1
+    return votes.reshape(Hkv, X, Hq // Hkv, m).transpose(0, 1).reshape(X, Hq, m)
+
+
+def _dots(problem: Problem) -> Tensor:
+    """Do what a score stage does there, with torch's operators, each sum in the same order."""
+    p = problem
+    out = p.q.new_empty((p.B, p.Hq, p.Lk - 1), dtype=torch.float32)
+    factors = p.q[:, :, 0].to(p.compute_dtype).permute(2, 0, 1)[..., None]
+    step = max(64, _PRODUCTS // p.q.numel())
+    for start in range(0, p.Lk - 1, step):
+        keys = p.k_cache[:, :1, start : min(start + step, p.Lk - 1)].to(p.compute_dtype)
+        out[:, :, start : start + step] = added(keys.permute(3, 0, 1, 2) * factors)
+    s = p.scale * out
     if p.softcap is not None:
         return (p.softcap * torch.tanh(s / p.softcap)).where(s.isfinite(), -math.inf)
     return s.where(s.isfinite(), -math.inf)
-
-
-def _products(queries: Tensor, keys: Tensor) -> Tensor:
-    """Return queries (X, Hq, D) . keys (Hkv, m, D): (X, Hq, m), each summed in the same order."""
-    (X, Hq, D), (Hkv, m, _) = queries.shape, keys.shape
-    out = queries.new_empty((X, Hq, m))
-    by_dim = keys.permute(2, 0, 1).contiguous()[:, None, :, None]  # (D, 1, Hkv, 1, m)
-    factors = queries.view(X, Hkv, Hq // Hkv, D).permute(3, 0, 1, 2)[..., None]
-    step = max(64, _PRODUCTS // queries.numel())
-    for start in range(0, m, step):
-        part = added(by_dim[..., start : start + step] * factors)
-        out[:, :, start : start + step] = part.flatten(1, 2)
-    return out
 
 
 def _select(
@@ -375,7 +435,7 @@ def _select(
     none = torch.empty(0, dtype=torch.int32, device=device)
     chosen = [[none] * p.S for _ in lengths]
     for r in range(p.R):
-        shares = [c.shares(n)[r] for n in lengths]
+        shares = [c.shares(n)[r] if n else 0 for n in lengths]
         offered = torch.full((p.B, p.S, min(max(shares), p.Lk), 2), -1, dtype=torch.int32)
         offered = offered.to(device)
         for b, (at, votes) in enumerate(ballots):
@@ -421,11 +481,12 @@ def _attend(
         chosen = [_chosen(p, b, s, shards[b], selection, newest) for s in range(p.S)]
         width = max(keys.shape[1] for _, keys, _, _ in chosen)
         if width > 0:
-            queries, *_ = chosen[0]
-            keys, values = (
-                torch.cat([F.pad(x[i], (0, 0, 0, width - x[i].shape[1])) for x in chosen])
-                for i in (1, 2)
-            )
+            queries, keys, values, seen = chosen[0]
+            if p.S > 1:
+                keys, values = (
+                    torch.cat([F.pad(x[i], (0, 0, 0, width - x[i].shape[1])) for x in chosen])
+                    for i in (1, 2)
+                )
             seen = torch.stack([x[3] for x in chosen], 1)
             found = api.attend(*_gathered(p, queries, keys, values, seen), backend, validate=False)
             out[b], lse[b] = found.out[:, :, 0].transpose(0, 1), found.lse[:, :, 0].T
@@ -489,7 +550,6 @@ def _merged(own: Problem, outs: Tensor, lses: Tensor) -> AttentionOutput:
     weights = (lses - total).exp()[..., None]
     # A part without any weight counts for nothing, be it NaN, where another one has some.
     has_none = (lses == -math.inf) & ((lse > -math.inf) | (sink is not None))
-    weights = weights.masked_fill(has_none[..., None], 0.0)
     outs = outs.masked_fill(has_none[..., None], 0.0)
     sees_nothing = lses.isneginf().all(0) & ~outs.isnan().any(-1).any(0)
     out = torch.zeros_like(outs[0])

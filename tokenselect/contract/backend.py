@@ -64,7 +64,9 @@ class Capability:
 
     None means any value that the contract allows. `softcaps`, `sink_logits` and `fractions` (a k
     that is one) hold False and True: without and with; `ropes` holds "none", "rotated" and "raw";
-    `query_lengths` is of Lq.
+    `query_lengths` is of Lq. Two are promises: `deterministic`, the same call gives the same bits;
+    `equal_keys`, of a head and without repositioning, equal keys have equal logits wherever they
+    lie.
     """
 
     devices: Container[str] | None = None
@@ -86,6 +88,7 @@ class Capability:
     positions: Container[str] | None = None
     score_ats: Container[str] | None = None
     deterministic: bool = True
+    equal_keys: bool = False
 
 
 @dataclass(frozen=True)

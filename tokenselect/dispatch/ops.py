@@ -118,7 +118,7 @@ def _run(
     validate: bool,
 ) -> Step:
     """Check values if they are to be, and run the step."""
-    ranks = None if group is None else Ranks(group)
+    ranks = None if group is None else Ranks(group, looks=problem.q.device.type == "cpu")
     if validate:
         check_values(problem)
         if ranks:

@@ -21,20 +21,20 @@ class Ranks:
     """The ranks of a process group, by the group's name: torch.compile hands on that alone.
 
     rank, size  this process's number among them, and how many there are
-    sent        bytes that this rank has sent so far, to each receiver anew
+    looks       whether a step may look at lengths, not to send votes where nobody votes: on a CPU,
+                where that waits for nothing, and outside of a plan
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, looks: bool = False) -> None:
+        self._looks = looks
         self._group = dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type, attr-defined]
         self.rank, self.size = self._group.rank(), self._group.size()
-        self.sent = 0
 
     def gather(self, x: Tensor) -> Tensor:
         """Return every rank's x, one below the other: (size, *x.shape)."""
         mine = _contiguous(x)
         out = empty((self.size, *x.shape), x.dtype, x.device)
         self._run(_all_gather, out.view(-1), mine.view(-1))
-        self.sent += (self.size - 1) * mine.nbytes
         return out
 
     def sum(self, x: Tensor) -> Tensor:
@@ -51,7 +51,6 @@ class Ranks:
         for row in theirs[1:]:
             theirs[0].add_(row)
         self._run(_all_gather, mine.view(-1), theirs[0])
-        self.sent += 2 * (self.size - 1) * theirs[0].nbytes
         return mine.view(-1)[: x.numel()].view(x.shape)
 
     def whole(self, problem: Problem) -> Problem:
@@ -70,6 +69,8 @@ class Ranks:
 
         votes  (B, R, 1, Lk) float32, of this rank's heads, not pooled
         """
+        if self._looks and not problem.cache_seqlens.any():
+            return votes  # all reuse a selection
         total = self.sum(votes)
         return total if problem.config.pool == 1 else _pooled(total, problem)
 

@@ -11,5 +11,10 @@ from tokenselect.reference.score import score
 from tokenselect.reference.select import select
 
 BACKEND = Backend(
-    "reference", Capability(), score, select, attend, reuse=Reuse(decide_reuse, update)
+    "reference",
+    Capability(equal_keys=True),
+    score,
+    select,
+    attend,
+    reuse=Reuse(decide_reuse, update),
 )

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tokenselect.conformance.devices import back, device_of, on
+from tokenselect.conformance.laws.fitting import CannotRun
 from tokenselect.conformance.laws.law import law
 from tokenselect.conformance.laws.strategies import cases
 from tokenselect.conformance.problems import FAR, Case
@@ -48,6 +49,36 @@ def votes_and_lse_are_within_tolerance(backend: Backend, case: Case) -> None:
     assert not scores.votes.isnan().any(), "votes are never NaN"
     finding = score_tolerance(problem).compare(scores)
     assert finding.holds, finding
+
+
+_OF_ONE_HEAD = {"vote": "logit", "scope": "group", "pool": 1, "n_query_means": 1}
+
+
+@law(
+    cases(config=_OF_ONE_HEAD, content="few keys", G=1, rope=None),
+    *(
+        Case(
+            lengths=(150, 129),
+            G=1,
+            D=D,
+            content="few keys",
+            softcap=softcap,
+            config=SelectConfig(5, 0, 1, vote="logit", scope="group"),
+        )
+        for D, softcap in ((8, None), (80, 2.0))
+    ),
+)
+def equal_keys_have_equal_logits_where_that_is_declared(backend: Backend, case: Case) -> None:
+    """Of a head, for keys that are scored as they lie; what a sharded cache's bits rest on."""
+    if not load(backend.name).capability.equal_keys:
+        raise CannotRun("equal_keys")
+    problem = case.problem()
+    votes = backend.score(problem).votes
+    for b, n in enumerate(problem.cache_seqlens.tolist()):
+        start, stop = problem.config.regions(n, problem.Lq)
+        for kind in range(7):
+            logits = votes[b, :, :, start:stop][..., (kind - start) % 7 :: 7]
+            assert (logits == logits[..., :1]).all(), f"request {b}, keys {kind}: {logits}"
 
 
 @law(

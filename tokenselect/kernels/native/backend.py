@@ -12,6 +12,7 @@ _TAKES = Capability(
     dtypes=tuple(DTYPES),
     head_dims=range(1, 257),
     group_sizes=range(1, 33),
+    equal_keys=True,
 )
 
 
