@@ -26,7 +26,8 @@ from torch import Tensor
 
 from bench.dense import DENSE, Request
 from bench.machine import describe
-from tokenselect import SelectConfig, attention, context_parallel_attention
+from tokenselect import SelectConfig, attention
+from tokenselect.context_parallel import context_parallel_attention
 from tokenselect.dispatch import ranks
 
 SHAPE = {"Hq": 64, "Hkv": 8, "D": 128}

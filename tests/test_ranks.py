@@ -20,10 +20,10 @@ from tokenselect import (
     SelectConfig,
     SelectionCache,
     attention,
-    context_parallel_attention,
     plan,
     run,
 )
+from tokenselect.context_parallel import context_parallel_attention
 from tokenselect.dispatch.ranks import Ranks
 
 SHAPE = {"Hq": 8, "Hkv": 4, "Lk": 200, "D": 16}

@@ -7,7 +7,6 @@ what this machine can do and whether it is right.
 """
 
 from tokenselect.api import AttentionInfo, attend, attention, explain, run, score, select
-from tokenselect.context_parallel import context_parallel_attention
 from tokenselect.contract import (
     AttentionOutput,
     Backend,
@@ -61,7 +60,6 @@ __all__ = [
     "backends",
     "capture",
     "check_capturable",
-    "context_parallel_attention",
     "cuda_graph",
     "explain",
     "plan",

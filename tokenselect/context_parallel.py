@@ -436,8 +436,8 @@ def _select(
     chosen = [[none] * p.S for _ in lengths]
     for r in range(p.R):
         shares = [c.shares(n)[r] if n else 0 for n in lengths]
-        offered = torch.full((p.B, p.S, min(max(shares), p.Lk), 2), -1, dtype=torch.int32)
-        offered = offered.to(device)
+        shape = (p.B, p.S, min(max(shares), p.Lk), 2)
+        offered = torch.full(shape, -1, dtype=torch.int32, device=device)
         for b, (at, votes) in enumerate(ballots):
             for s in range(p.S):
                 free = torch.isin(at, chosen[b][s], invert=True).nonzero()[:, 0]
