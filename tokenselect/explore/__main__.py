@@ -40,7 +40,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--n-local", type=int, default=32, help="newest tokens, always selected")
     add("--theta", type=float, help="reuse a selection while queries are that alike")
     add("--max-reuse", type=int, default=64, help="for at most so many tokens")
-    add("--layers", type=int, nargs="+", metavar="N", help="layers to keep; else all that select")
+    add(
+        "--layers",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="layers to keep, from 0 on or -1 back; else all that select",
+    )
     return parser.parse_args(arguments)
 
 
