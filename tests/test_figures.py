@@ -122,7 +122,7 @@ def test_the_readme_says_what_was_measured_on_a_gpu() -> None:
         if (t["cell"], t["of"], t["what"]) == (short, "hit", "speed-up")
     )
     was = before[short], was_hit, before["prefill 32/8/128 n 128K B 1 Lq 512"]
-    assert "at 131,072 tokens the first had {:.2f}x, {:.1f}x and {:.1f}x.".format(*was) in text
+    assert "at 131,072 tokens the older run had {:.2f}x, {:.1f}x and {:.1f}x.".format(*was) in text
     of_28 = [graph[f"decode 28/4/128 n {n} B 1"] for n in ("128K", "512K")]
     assert "28/4/128 is at {:.2f}x at 131,072 tokens and {:.2f}x at 524,288;".format(*of_28) in text
     assert f"28/4/128 heads before {from_where('28/4/128')} tokens" in page("docs/speed.md")
