@@ -219,7 +219,11 @@ docs: $(VENV)/.stamp-docs build/explorer/explorer-page.html
 	@$(PY) docs/links.py build/site
 	@echo "  build/site/index.html"
 
-build/explorer/explorer-page.html: $(VENV)/.stamp-docs $(wildcard tokenselect/explore/*.*) docs/explorer_page.py
+# It is made by the library, of the demo's model and text.
+OF_THE_PAGE := docs/explorer_page.py \
+	$(shell find tokenselect examples/demo -type f -not -path '*/__pycache__/*')
+
+build/explorer/explorer-page.html: $(VENV)/.stamp-docs $(OF_THE_PAGE)
 	@echo "→ making the explorer's page (a minute)"
 	@OMP_WAIT_POLICY=passive $(PY) -m docs.explorer_page $@
 

@@ -1,5 +1,6 @@
 """Sphinx, as `make docs` runs it: docs/ to build/site, with the extra `docs` installed."""
 
+import html
 import re
 from typing import Any
 
@@ -27,7 +28,7 @@ SCROLL = """addEventListener("DOMContentLoaded", () => document.querySelectorAll
     "pre, .table-wrapper").forEach((box) => (box.tabIndex = 0)))"""
 
 # Where tables are made by a benchmark and longer than so many rows, they fold.
-GENERATED, LONGEST = {"benchmarks"}, 8
+GENERATED, LONGEST = {"benchmarks", "quality"}, 8
 
 
 def as_written(
@@ -53,9 +54,14 @@ def as_written(
 def fold(app: Any, doctree: nodes.document, page: str) -> None:
     """Let long tables of figures be opened by who wants them."""
     for table in list(doctree.findall(nodes.table)) if page in GENERATED else ():
-        n_rows = sum(1 for _ in table.findall(nodes.row)) - 1
-        if n_rows > LONGEST:
-            start = f"<details><summary>A table of {n_rows} rows</summary>"
+        head, *rows = table.findall(nodes.row)
+        if len(rows) > LONGEST:
+            section = table.parent
+            while not isinstance(section, nodes.section):
+                section = section.parent
+            columns = [column for entry in head if (column := entry.astext())]
+            named = f"{section[0].astext()}: {len(rows)} rows of {' · '.join(columns[:4])} …"
+            start = f"<details><summary>{html.escape(named)}</summary>"
             at = table.parent.index(table)
             table.parent.insert(at + 1, nodes.raw("", "</details>", format="html"))
             table.parent.insert(at, nodes.raw("", start, format="html"))

@@ -1,4 +1,7 @@
-"""Check every link within a built site: `python docs/links.py build/site`."""
+"""Check every link within a built site: `python docs/links.py build/site`.
+
+Where myst does not know what a link is to, it leaves a span without a link.
+"""
 
 import sys
 from html.parser import HTMLParser
@@ -16,14 +19,29 @@ class Page(HTMLParser):
         super().__init__()
         self.links: list[str] = []
         self.names: set[str] = set()
+        self.unresolved: list[str] = []
+        self.is_in_a_link = self.is_in_a_span = False
         self.feed(path.read_text("utf-8"))
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         given = dict(attrs)
+        if tag == "a":
+            self.is_in_a_link = "href" in given
+        if given.get("class") == "xref myst" and not self.is_in_a_link:
+            self.is_in_a_span = True
         self.names |= {name for name in (given.get("id"), given.get("name")) if name}
         for one in ("href", "src"):
             if given.get(one) and tag in ("a", "img", "script", "link", "object"):
                 self.links.append(str(given[one]))
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "a":
+            self.is_in_a_link = False
+
+    def handle_data(self, data: str) -> None:
+        if self.is_in_a_span:
+            self.unresolved.append(data)
+            self.is_in_a_span = False
 
 
 def broken(site: Path) -> list[str]:
@@ -31,14 +49,16 @@ def broken(site: Path) -> list[str]:
     pages = {path.resolve(): Page(path) for path in site.rglob("*.html")}
     found = []
     for path, page in pages.items():
+        name = path.relative_to(site.resolve())
+        found += [f"{name}: {text!r} is linked to nothing known" for text in page.unresolved]
         for link in page.links:
             parts = urlsplit(link)
             if parts.scheme or parts.netloc:
                 continue
             target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
-            name = unquote(parts.fragment) if target.name not in OWN else ""
-            if not target.exists() or (name and name not in pages[target].names):
-                found.append(f"{path.relative_to(site.resolve())}: {link}")
+            anchor = unquote(parts.fragment) if target.name not in OWN else ""
+            if not target.exists() or (anchor and anchor not in pages[target].names):
+                found.append(f"{name}: {link}")
     return found
 
 

@@ -4,6 +4,7 @@ import math
 import re
 from copy import deepcopy
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -94,6 +95,20 @@ def test_a_bad_flag_is_refused(arguments: list[str], capsys: pytest.CaptureFixtu
     assert " ".join(arguments) in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--backend", "nope"], "backend='nope' is not registered\n  rule: backend is one of"),
+        (["--k", "-5"], "k=-5\n  rule: k is an integer"),
+    ],
+)
+def test_a_bad_option_is_refused_before_anything_is_loaded(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*arguments, "--model", "none"]) == 2
+    assert said in capsys.readouterr().err
+
+
 class WordTokenizer:
     """A token is a word with the space before it; its id is its number in the vocabulary."""
 
@@ -139,13 +154,18 @@ def test_the_needle_lies_where_it_is_said_to_and_the_text_goes_on(depth: float) 
     assert said.endswith("Question: What is the secret number?\nAnswer:")
 
 
-def test_a_text_that_does_not_fit_is_refused_and_the_standard_library_has_a_long_one() -> None:
+def test_a_text_that_does_not_fit_is_refused_and_the_standard_library_has_a_long_one(
+    tmp_path: Path,
+) -> None:
     with pytest.raises(UnusableText, match="240 tokens, and --context 500 with 7 held back"):
         lay_out(WordTokenizer(), "t", SENTENCES, number="1", n_context=500, n_held=7, depth=0.5)
     with pytest.raises(UnusableText, match="smaller --depth"):
         lay_out(WordTokenizer(), "t", SENTENCES, number="1", n_context=100, n_held=7, depth=1.0)
     with pytest.raises(UnusableText, match="neither kjv nor pydoc nor a file"):
         read_text("no-such-text")
+    (tmp_path / "text").write_bytes("café".encode("latin-1"))
+    with pytest.raises(UnusableText, match="a text is UTF-8"):
+        read_text(str(tmp_path / "text"))
     assert len(read_text("pydoc")[1]) > 300_000
 
 

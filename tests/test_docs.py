@@ -8,7 +8,9 @@ between them, is what the example prints; "..." in it stands for what differs be
 import doctest
 import json
 import re
+import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -176,6 +178,9 @@ def test_a_link_that_leads_nowhere_is_found(tmp_path: Path) -> None:
     assert broken(tmp_path) == []
     (tmp_path / "two.html").write_text(right + "<a href='#y'></a><img src=none.png>")
     assert broken(tmp_path) == ["two.html: #y", "two.html: none.png"]
+    unknown = "<span class='xref myst'>What</span>"
+    (tmp_path / "two.html").write_text(f"{right}<a href='#x'>{unknown}</a>{unknown}")
+    assert broken(tmp_path) == ["two.html: 'What' is linked to nothing known"]
 
 
 def test_the_lesson_is_small_and_its_pictures_have_texts() -> None:
@@ -187,13 +192,26 @@ def test_the_lesson_is_small_and_its_pictures_have_texts() -> None:
     readme = (fresh.ROOT / "README.md").read_text("utf-8")
     (twelve,) = re.findall(r"(def tokenselect_step.*?)\n\n\n", readme, re.DOTALL)
     assert any(twelve in "".join(cell["source"]) for cell in codes)
-    names = re.findall(r"^\|[^|]*\|([^|]*)\| `(tokenselect/.*?)` \|$", "".join(
-        line for cell in cells for line in cell["source"]), re.MULTILINE)  # fmt: skip
-    assert len(names) > 5
-    for named, path in names:
-        source = (fresh.ROOT / path).read_text("utf-8")
-        for name in re.findall(r"\w+(?=\W*`)", named):
-            assert name in source, f"{name} is not in {path}"
+
+
+def test_the_table_of_the_lesson_names_lines() -> None:
+    pytest.importorskip("IPython")
+    cells = json.loads(LESSON.read_text("utf-8"))["cells"]
+    (source,) = ("".join(cell["source"]) for cell in cells if cell["id"] == "code-table")
+    names: dict[str, Any] = {}
+    exec(source, names)
+    for in_paper, in_code, place in names["rows"]:
+        path, line = re.findall(r"`(.*)`, (\d+)", place)[0]
+        text = (fresh.ROOT / path).read_text("utf-8").splitlines()[int(line) - 1]
+        words = re.findall(r"\w+", in_paper + in_code)
+        assert set(words) & set(re.findall(r"\w+", text)), (in_paper, text)
+
+
+def test_the_lesson_installs_what_its_cells_import() -> None:
+    extras = tomllib.loads((fresh.ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    needed = {"tokenselect[conformance]", "tokenselect[demo-tools]", "ipykernel", "matplotlib"}
+    assert needed < set(extras["optional-dependencies"]["lesson"])
+    assert "tokenselect[lesson]" in extras["optional-dependencies"]["docs"]
 
 
 @pytest.mark.slow

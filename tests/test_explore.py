@@ -13,7 +13,7 @@ import torch
 import tokenselect
 from tests import fresh
 from tests.models import SIZES, THE_OLD_NAME, model_of, put, tokens
-from tokenselect import SelectConfig, SelectionCache
+from tokenselect import InvalidProblem, SelectConfig, SelectionCache
 from tokenselect.explore.__main__ import main
 from tokenselect.explore.page import draw, quantised, read_back
 from tokenselect.explore.record import Trace, record
@@ -186,12 +186,7 @@ def test_a_command_makes_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
     for asked, said in (
         ({}, "620 tokens\n  rule: context and steps take 640 + 4 tokens of the text"),
-        ({"--context": "9"}, "the last 4 of them decoded, n_sink + k + n_local = 100"),
         ({"--context": "200000"}, "a page takes up to 8 MB"),
-        (
-            {"--context": "96", "--k": "9", "--layers": "2"},
-            "layers 2\n  rule: a layer to keep is one of",
-        ),
         ({"--model": str(tmp_path / "none")}, "a model is a folder"),
         ({"--model": str(tmp_path)}, "no config.json and 0 GGUF files"),
         ({"--text": str(tmp_path / "none")}, "No such file"),
@@ -201,3 +196,49 @@ def test_a_command_makes_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[st
         given = [x for pair in asked.items() for x in pair]
         assert main([*arguments, *given]) == 2
         assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ("--k -5", "k=-5\n  rule: k is an integer"),
+        ("--n-local 0", "n_local=0\n  rule: n_local is an integer"),
+        ("--theta 2", "theta=2.0\n  rule: theta is"),
+        ("--max-reuse -1", "max_reuse=-1\n  rule: max_reuse is"),
+        ("--steps 0", "steps=0\n  rule: at least one token"),
+        ("--context 0", "0 tokens before the first step, n_sink + k + n_local = 100"),
+        ("--out .", "--out .\n  rule: the page is a file"),
+        ("--out none/page.html", "--out none/page.html\n  rule: the page is a file"),
+    ],
+)
+def test_a_bad_option_is_refused_before_anything_is_read(
+    asked: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--model", "none", "--text", "none", *asked.split()]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_text_that_is_not_utf8_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_bytes("café".encode("latin-1"))
+    assert main(["--model", "none", "--text", str(text)]) == 2
+    assert "rule: a text is UTF-8" in capsys.readouterr().err
+
+
+def test_a_folder_that_transformers_does_not_load_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert main(["--model", str(tmp_path), "--text", str(tmp_path / "config.json")]) == 2
+    assert "Should have a `model_type` key" in capsys.readouterr().err
+
+
+def test_layers_are_numbered_from_either_end_and_looked_at_before_the_text_is_read() -> None:
+    model, ids, read = model_of("gemma2"), tokens(1, 60)[0].tolist(), []  # its first layer slides
+    assert list(record(model, ids, STEPS, CONFIG, layers=[-1]).layers) == [1]
+    for layer, said in ((0, "which slides"), (2, "has 2 layers")):
+        with pytest.raises(InvalidProblem, match=said):
+            record(model, ids, STEPS, CONFIG, layers=[layer], tick=read.append)
+    assert not read

@@ -1,9 +1,10 @@
-"""Figures of time in README.md and docs/native.md are those of bench/results, rounded once.
+"""Figures of time in README.md and docs/ are those of bench/results, rounded once.
 
 What a model's answers change by is looked at in tests/test_quality.py.
 """
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -26,15 +27,15 @@ def load(name: str) -> dict[str, Any]:
     return result
 
 
-def readme() -> str:
-    return " ".join((fresh.ROOT / "README.md").read_text("utf-8").split())
+def page(name: str) -> str:
+    return " ".join((fresh.ROOT / name).read_text("utf-8").split())
 
 
 def row(machine: str) -> list[str]:
-    """The cells of the table of speed: selected, reused, chunk."""
+    """The cells of the table of speed: from where it pays, selected, reused, chunk."""
     (line,) = (x for x in (fresh.ROOT / "README.md").read_text("utf-8").splitlines()
                if x.startswith(f"| {machine}"))  # fmt: skip
-    return [cell.strip() for cell in line.strip("|").split("|")[2:]]
+    return [cell.strip() for cell in line.strip("|").split("|")[1:]]
 
 
 def times(ratio: float) -> str:
@@ -51,13 +52,28 @@ def ratio(result: dict[str, Any], workload: str, of: str) -> float | None:
     return None
 
 
+def shortest(result: dict[str, Any], of: str) -> str:
+    """The fewest tokens measured at which a decode step is faster than dense attention."""
+    lengths = {"decode-32k": 32_768, "decode-128k": 131_072, "decode-1m": 1_048_576}
+    found = {n: ratio(result, name, of) for name, n in lengths.items()}
+    return f"{min(n for n, over in found.items() if over is not None and over < 1):,}"
+
+
 @pytest.mark.parametrize("machine", CPUS)
 def test_the_readme_says_what_was_measured_on_a_cpu(machine: str) -> None:
     result = load(CPUS[machine])
     first, last = {"AMD Zen 5": ("decode-128k", "decode-1m")}.get(
         machine, ("decode-32k", "decode-128k")
     )
-    selected, reused, chunk = row(machine)
+    pays, selected, reused, chunk = row(machine)
+    assert pays.startswith(f"{shortest(result, 'fresh')} tokens")
+    if machine == "AMD Zen 5":
+        assert pays.endswith(f"; reused, {shortest(result, 'reused')}")
+    else:
+        small = ratio(result, "smollm2-8k-tenth", "fresh")
+        assert small is not None
+        assert small < 1
+        assert pays.endswith("; 8,192 with 9/3/64, float32, a tenth selected")
     for cell, of in ((selected, "fresh"), (reused, "reused")):
         for workload, said in zip((first, last), cell.split("; "), strict=True):
             found = ratio(result, workload, of)
@@ -73,16 +89,50 @@ def test_the_readme_says_what_was_measured_on_a_cpu(machine: str) -> None:
 
 def test_the_readme_says_what_was_measured_on_a_gpu() -> None:
     older, result = map(load, H100)
-    text = readme()
+    text = page("README.md")
     found = {
         (t["cell"], t["of"]): t["graph"]
         for t in (*older["targets"], *result["targets"])
         if t["what"] == "speed-up" and t["graph"] is not None
     }
-    selected, reused, chunk = row("H100")
+    pays, selected, reused, chunk = row("H100")
     short, long = "decode 32/8/128 n 128K B 1", "decode 32/8/128 n 1M B 1"
     said = f"{found[short, 'fresh']:.2f}x; {found[long, 'fresh']:.2f}x at 1,048,576"
     assert selected == said
+    graph, before = (
+        {
+            cell["name"]: one["median"]
+            for cell in run["cells"]
+            for one in cell["ratios"]
+            if (one["of"], one["mode"], one["role"]) == ("fresh", "graph", "dense")
+        }
+        for run in (result, older)
+    )
+    lengths = {"32K": 32_768, "128K": 131_072, "512K": 524_288}
+
+    def from_where(heads: str) -> str:
+        gains = (n for k, n in lengths.items() if graph[f"decode {heads} n {k} B 1"] > 1)
+        return f"{min(gains):,}"
+
+    assert pays == f"{from_where('32/8/128')} tokens"
+    assert long not in graph
+    (was_hit,) = (
+        t["graph"]
+        for t in older["targets"]
+        if (t["cell"], t["of"], t["what"]) == (short, "hit", "speed-up")
+    )
+    was = before[short], was_hit, before["prefill 32/8/128 n 128K B 1 Lq 512"]
+    assert "at 131,072 tokens the older run had {:.2f}x, {:.1f}x and {:.1f}x.".format(*was) in text
+    of_28 = [graph[f"decode 28/4/128 n {n} B 1"] for n in ("128K", "512K")]
+    assert "28/4/128 is at {:.2f}x at 131,072 tokens and {:.2f}x at 524,288;".format(*of_28) in text
+    assert f"28/4/128 heads before {from_where('28/4/128')} tokens" in page("docs/speed.md")
+    of_9 = {name: over for name, over in graph.items() if " 9/3/64 " in name}
+    best = max(of_9, key=lambda name: of_9[name])
+    assert best.endswith(" B 8")
+    said = (
+        f"at {of_9['decode 9/3/64 n 1M B 1']:.2f}x at 1,048,576, and at {of_9[best]:.2f}x at best"
+    )
+    assert said in text
     assert reused == f"{times(found[short, 'hit'])}; {times(found[long, 'hit'])}"
     chunks = [found[f"prefill 32/8/128 n {n} B 1 Lq 512", "fresh"] for n in ("128K", "1M")]
     assert chunk == f"{chunks[0]:.1f}x; {times(chunks[1])}"
@@ -126,3 +176,42 @@ def test_the_page_of_native_says_what_was_measured() -> None:
             else:
                 assert not cell
     assert seen > 20
+
+
+def test_what_is_said_of_loops_of_our_own() -> None:
+    (cell,) = (w for w in load(CPUS["Intel Xeon"])["workloads"] if w["name"] == "decode-128k")
+    ms = {one["name"]: one["median_ms"] for one in cell["contenders"]}
+    (dense,) = {r["to"] for r in cell["ratios"] if r["role"] == "best dense"}
+    ours = ms["everything"]
+    said = f"take {ours / ms[dense]:.1f} of its time on the Xeon, and selecting takes"
+    assert f"{said} {ms['fresh'] / ours:.2f} of theirs at 131,072 tokens" in page("README.md")
+
+
+def test_the_readme_says_how_often_selections_are_reused() -> None:
+    reuse = load("quality-report")["entries"]["reuse"]["summary"]
+    (hits,) = (row["hit_rate"] for row in reuse if row["theta"] == 0.9)
+    assert round(1 / hits) == 8
+    assert "SmolLM2 reuses one selection in eight" in page("README.md")
+
+
+def test_the_readme_has_the_figures_of_peers_that_the_page_of_native_has() -> None:
+    text = (fresh.ROOT / "docs" / "native.md").read_text("utf-8")
+    ms = dict(re.findall(r"^\| (.*?) \| ([\d.]+) \(", text, re.MULTILINE))
+    names = "a tenth selected", "sdpa, `DynamicCache`", "sdpa, `TokenSelectCache`"
+    tenth, stock, uncopied = (round(float(ms[f"transformers, {name}"])) for name in names)
+    assert (
+        f"{tenth} ms with a tenth of them selected, {stock} with stock `sdpa`, {uncopied} with"
+        in page("README.md")
+    )
+    assert f"takes {round(float(ms['llama.cpp']))}." in page("README.md")
+    command = "`make bench-peers ARGS='--contexts 8192 --rounds 9'`"
+    assert command in page("README.md")
+    assert command in text
+
+
+def test_the_page_of_serving_says_what_a_call_takes() -> None:
+    (cell,) = (w for w in load(CPUS["Intel Xeon"])["workloads"] if w["name"] == "decode-32k")
+    ms = {one["name"]: one["median_ms"] for one in cell["contenders"]}
+    (dense,) = {r["to"] for r in cell["ratios"] if r["role"] == "best dense"}
+    said = f"the call itself takes {ms['fresh']:.1f} ms on one thread, and the fastest of torch's"
+    assert f"{said} dense attention {ms[dense]:.1f}" in page("docs/serving.md")

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from examples.demo.errors import DemoError, MissingPackage
+from tokenselect.contract import SelectConfig
 from tokenselect.errors import TokenSelectError
+from tokenselect.integrations.options import Options, check
 
 PACKAGES = {
     "rich": "rich",
@@ -76,6 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo; return the exit code: 0, or 2 with a message on stderr."""
     options = parse(arguments)
     try:
+        config = SelectConfig(k=options.k, n_sink=options.n_sink, n_local=options.n_local)
+        check(Options(config, backend=options.backend))
         require_packages(options)
         # transformers reads it when it is imported: models come from folders, never from a hub.
         os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -45,6 +45,7 @@ def tell(options: argparse.Namespace) -> None:
     gguf_file = find_gguf(folder, options.gguf_file)
     name = folder.resolve().name if gguf_file is None else Path(gguf_file).stem
     title, text = read_text(options.text)
+    options.out.mkdir(parents=True, exist_ok=True)
     console = Console(highlight=False)
     console.print(f"tokenselect demo: {name}\n")
     columns = TextColumn("  {task.description:<24}"), BarColumn(bar_width=30)
@@ -67,7 +68,6 @@ def tell(options: argparse.Namespace) -> None:
     for act in acts:
         for part in act.report():
             console.print(part)
-    options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "index.html"
     path.write_text(draw(story.scene()), encoding="utf-8")
     console.print(f"\nThe picture: {path}  ({perf_counter() - begun:.0f} s in all)")

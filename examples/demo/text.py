@@ -56,7 +56,10 @@ def read_text(source: str) -> tuple[str, str]:
     path = Path(source)
     if not path.is_file():
         raise UnusableText(f"--text {source}: neither {' nor '.join(TEXTS)} nor a file")
-    return path.name, path.read_text(encoding="utf-8")
+    try:
+        return path.name, path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UnusableText(f"--text {source}: {error}; a text is UTF-8: convert it") from error
 
 
 def lay_out(

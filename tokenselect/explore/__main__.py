@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import textwrap
 import warnings
 from collections.abc import Sequence
 from contextlib import redirect_stderr
@@ -12,6 +13,7 @@ from typing import Any
 
 from tokenselect.contract import SelectConfig
 from tokenselect.errors import InvalidProblem, TokenSelectError
+from tokenselect.integrations.options import Options, check
 
 LARGEST = 8_000_000
 
@@ -38,7 +40,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--n-local", type=int, default=32, help="newest tokens, always selected")
     add("--theta", type=float, help="reuse a selection while queries are that alike")
     add("--max-reuse", type=int, default=64, help="for at most so many tokens")
-    add("--layers", type=int, nargs="+", metavar="N", help="layers to keep; else all that select")
+    add(
+        "--layers",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="layers to keep, from 0 on or -1 back; else all that select",
+    )
     return parser.parse_args(arguments)
 
 
@@ -59,13 +67,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def make(options: argparse.Namespace) -> str:
     """Return the page of a command line."""
+    config = SelectConfig(k=options.k, n_sink=options.n_sink, n_local=options.n_local)
+    check(Options(config, options.theta, options.max_reuse))
+    if options.out.is_dir() or not options.out.parent.is_dir():
+        raise InvalidProblem(
+            f"--out {options.out}",
+            "the page is a file, in a folder that is there",
+            "name a file, and make its folder first",
+        )
     from tqdm import tqdm
 
     from tokenselect.explore.page import draw, size
-    from tokenselect.explore.record import record
+    from tokenselect.explore.record import check_lengths, record
 
-    config = SelectConfig(k=options.k, n_sink=options.n_sink, n_local=options.n_local)
-    text = options.text.read_text("utf-8")
+    check_lengths(options.context, options.steps, config)
+    try:
+        text = options.text.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidProblem(
+            f"--text {options.text}: {error}", "a text is UTF-8", "convert the file"
+        ) from error
     model, tokenizer = load(options.model, options.gguf_file)
     ids = tokenizer(text)["input_ids"]
     n = options.context + options.steps
@@ -126,10 +147,17 @@ def load(folder: Path, gguf_file: str | None) -> tuple[Any, Any]:
         gguf_file = names[0]
     logging.disable_progress_bar()
     given = {} if gguf_file is None else {"gguf_file": gguf_file}
-    with redirect_stderr(StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        tokenizer = AutoTokenizer.from_pretrained(folder, **given)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", **given)
+    try:
+        with redirect_stderr(StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", **given)
+            tokenizer = AutoTokenizer.from_pretrained(folder, **given)
+    except Exception as error:  # transformers raises anything, by what is wrong in the folder
+        raise InvalidProblem(
+            f"--model {folder}: {type(error).__name__}: {textwrap.shorten(str(error), 300)}",
+            "transformers loads a causal language model and its tokenizer from the folder",
+            "give the folder of such a model, complete",
+        ) from error
     return model.eval(), tokenizer
 
 

@@ -14,7 +14,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from tokenselect.api import AttentionInfo
 from tokenselect.contract import SelectConfig
 from tokenselect.errors import InvalidProblem
+from tokenselect.integrations.options import Options
 from tokenselect.integrations.transformers import NAME, TokenSelectCache, enable, recorded
+from tokenselect.integrations.transformers.named_layers import check_layers
 
 BACKEND = "reference"
 CHUNK = 512
@@ -76,19 +78,17 @@ def record(
 
     ids     the text; all but its last `steps` tokens are read densely
     config  a number k of tokens, n_sink and n_local; the rest as by default
-    layers  those to keep; None: all that select
+    layers  those to keep, from 0 on or from -1 back; None: all that select
     tick    called with a number of tokens whenever so many were read; 3 * len(ids) in all
 
     The text is read three times: densely, through the first and newest tokens alone, and selecting.
     """
-    context, size = len(ids) - steps, config.n_sink + config.k + config.n_local
-    if not 1 <= steps < len(ids) or context < size:
-        raise InvalidProblem(
-            f"{len(ids)} tokens, the last {steps} of them decoded, n_sink + k + n_local = {size}",
-            "at least as many tokens are read before the first step as a selection holds, so that "
-            "there is something to leave out",
-            "give a longer text, or a smaller k",
-        )
+    context = len(ids) - steps
+    check_lengths(context, steps, config)
+    if layers is not None:
+        shape = model.config.get_text_config(decoder=True)
+        check_layers(Options(layers={number: {} for number in layers}), shape)
+        layers = [number % shape.num_hidden_layers for number in layers]
     window = {"k": 0, "n_sink": config.n_sink, "n_local": int(config.k) + config.n_local}
     chosen = {"k": config.k, "n_sink": config.n_sink, "n_local": config.n_local}
     chosen |= {"theta": theta, "max_reuse": max_reuse} if theta is not None else {}
@@ -107,16 +107,24 @@ def record(
                 guesses[way].append(_likeliest(_read(model, cache, [token])))
                 tick(1)
         kept = seen
-    kept = {number: kept[number] for number in sorted(kept)}
-    if layers is not None:
-        if unknown := [str(number) for number in layers if number not in kept]:
-            raise InvalidProblem(
-                f"layers {', '.join(unknown)}",
-                "a layer to keep is one of those that select: " + ", ".join(map(str, kept)),
-                "name some of these",
-            )
-        kept = {number: kept[number] for number in layers}
+    kept = {number: kept[number] for number in (sorted(kept) if layers is None else layers)}
     return Trace(list(ids), context, config, theta, max_reuse, kept, guesses)
+
+
+def check_lengths(context: int, steps: int, config: SelectConfig) -> None:
+    """Raise InvalidProblem if there is no step, or nothing to leave out before the first."""
+    if steps < 1:
+        raise InvalidProblem(
+            f"steps={steps}", "at least one token is decoded with selection", "give 1 or more steps"
+        )
+    size = config.n_sink + config.k + config.n_local
+    if context < size:
+        raise InvalidProblem(
+            f"{context} tokens before the first step, n_sink + k + n_local = {size}",
+            "at least as many tokens are read before the first step as a selection holds, so that "
+            "there is something to leave out",
+            "read more tokens before it, or give a smaller k",
+        )
 
 
 def _read(model: Any, cache: TokenSelectCache, ids: Sequence[int]) -> Tensor:
