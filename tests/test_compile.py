@@ -327,8 +327,8 @@ def arguments(operator: str, p: Problem) -> tuple[Any, ...]:
     memory = SelectionCache(max_reuse=p.max_reuse).state(p)
     planned = plan(p, "cpu")
     return {
-        "attention": (*flat, "cpu", True),
-        "attention_with_cache": (*flat, *memory.tensors(), 0.9, "cpu", True),
+        "attention": (*flat, None, "cpu", True),
+        "attention_with_cache": (*flat, *memory.tensors(), 0.9, None, "cpu", True),
         "plan_step": (
             p.q, p.k_cache, p.v_cache, p.cache_seqlens, p.block_table, p.sink_logits,
             list(memory.tensors()), 0.9, True, kept_alive(planned)._handle,

@@ -1,6 +1,7 @@
 """The arithmetic of the contract: regions, ballots, capacity, presets, and what Problem derives."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -389,3 +390,40 @@ def test_lengths_of_any_stride_become_contiguous() -> None:
         built = problem(cache_seqlens=given).cache_seqlens
         assert built.is_contiguous()
         assert torch.equal(built, given)
+
+
+def test_what_kept_the_rules_once_lets_nothing_else_pass() -> None:
+    """Problems of a kind are checked once: a kind is all that the rules look at."""
+    q, k, v = tensors()
+    same = {"n_sink": 1, "n_local": 4}
+
+    def holds(*inputs: Any, **settings: Any) -> bool:
+        try:
+            attention(*(inputs or (q, k, v)), **{"k": 1} | same | settings)
+        except InvalidProblem:
+            return False
+        return True
+
+    for _ in range(2):
+        assert holds()
+        assert holds(scale=1)
+        assert holds(scale=1.0)
+        assert holds(sink_logits=torch.zeros(4))
+        assert holds(rope=rope(), score_at="fixed")
+        for wrong in (
+            {"k": True},
+            {"k": 1.0},
+            {"n_sink": True},
+            {"scale": True},
+            {"scale": math.nan},
+            {"softcap": 0},
+            {"score_at": "fixed"},
+            {"score_at": "fixed", "rope": rope(16)},
+            {"sink_logits": torch.zeros(4, dtype=torch.int64)},
+            {"sink_logits": torch.zeros(3)},
+            {"cache_seqlens": lengths(9)},
+            {"cache_seqlens": lengths(9, 9).long()},
+        ):
+            assert not holds(**wrong), wrong
+        for inputs in ((q, k, v.half()), (q.double(), k, v), (q[:, :3], k, v), (q, k[:, :, :9], v)):
+            assert not holds(*inputs)

@@ -20,6 +20,7 @@ from tokenselect.contract import (
     Selection,
     Vote,
 )
+from tokenselect.contract.config import made
 from tokenselect.contract.rules import check_out, check_selection, refuse_grad
 from tokenselect.dispatch import ops, registry
 from tokenselect.dispatch.ranks import sharing_heads, with_heads_of_all
@@ -307,7 +308,7 @@ def config_of(
             hint = f"; did you mean {close[0]}?" if close else ""
             raise TypeError(f"attention() got an unexpected keyword argument {name!r}{hint}")
     if config is None:
-        return SelectConfig(**given)
+        return made(given)
     if not isinstance(config, SelectConfig):
         raise InvalidProblem(
             f"config is a {type(config).__name__}",

@@ -50,6 +50,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "local-384-means-16": _with(384, n_query_means=16),
     "candidates-means-16": _with(normalize="candidates", n_query_means=16),
     "group-means-16": _with(scope="group", n_query_means=16),
+    "chunk-1": _with(chunk=1),
+    "chunk-16": _with(chunk=16),
+    "chunk-64": _with(chunk=64),
+    "chunk-64-local-352": _with(352, chunk=64),
     "chunk-64-local-512": _with(512, chunk=64),
     "chunk-128-local-512": _with(512, chunk=128, n_query_means=4),
     # what drafts, where dense attention has the last word
@@ -107,6 +111,11 @@ def _settings() -> Iterator[Settings]:
         "needles-natural": Needles(variants=("split-25", "split-25-one", "split-50"),
                                    depths=(0.1, 0.5, 0.9), seeds=1, kinds=("natural",), **_FAR),
     })  # fmt: skip
+    # one query per selection is the best that reading with selection can do
+    several = ("means-1", "chunk-1", "chunk-16", "chunk-64", "chunk-64-local-352")
+    yield Settings(name="choose-chunks", split="choose", variants=VARIANTS, dtype="bfloat16",
+        tasks={"sparse": Sparse(variants=several, contexts=(8192,), documents=3, budgets=(0.1,))},
+    )  # fmt: skip
     three = {"budgets": (0.05, 0.1, 0.2)}
     yield Settings(name="report", split="report", variants=VARIANTS, tasks={
         "decode": Decode(variants=both, documents=8, **_NEAR | three),

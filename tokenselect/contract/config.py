@@ -147,3 +147,20 @@ _NUMBERS = (
     *("k", "n_sink", "n_local", "select_scale", "pool", "n_query_means", "fixed_share"),
     *("k_min", "k_max"),
 )
+
+_MADE: dict[tuple[Any, ...], SelectConfig] = {}
+_KINDS = 1024
+
+
+def made(settings: dict[str, Any]) -> SelectConfig:
+    """Return SelectConfig(**settings): of settings that came before, the same one."""
+    # 1, 1.0 and True are equal, and no equal settings.
+    key = tuple((name, type(value), value) for name, value in settings.items())
+    if torch.compiler.is_compiling() or not {kind for _, kind, _ in key} <= {int, float, str}:
+        return SelectConfig(**settings)
+    config = _MADE.get(key)
+    if config is None:
+        if len(_MADE) >= _KINDS:
+            _MADE.clear()
+        config = _MADE[key] = SelectConfig(**settings)
+    return config

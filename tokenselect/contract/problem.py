@@ -1,10 +1,12 @@
 """Problem: the tensors and settings of one call."""
 
 from dataclasses import dataclass
-from typing import Self
+from types import NoneType
+from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from tokenselect.contract.config import SelectConfig
 from tokenselect.contract.rules import RULES
@@ -70,10 +72,16 @@ class Problem:
             max_reuse=plain(max_reuse),
             config=config,
         )
-        for rule in RULES:
-            came = rule.broken(problem)
-            if came is not None:
-                raise InvalidProblem(came, rule.rule, rule.fix)
+        kind = _kind(problem)
+        if kind is None or kind not in _KEPT:
+            for rule in RULES:
+                came = rule.broken(problem)
+                if came is not None:
+                    raise InvalidProblem(came, rule.rule, rule.fix)
+            if kind is not None:
+                if len(_KEPT) >= _KINDS:
+                    _KEPT.clear()
+                _KEPT[kind] = config, rope
         if cache_seqlens is None:
             cache_seqlens = torch.full((problem.B,), problem.Lk, dtype=torch.int32, device=q.device)
         # Kernels read them one after the other.
@@ -179,3 +187,27 @@ class Problem:
             f"Dv={self.Dv} {self.q.dtype} on {self.q.device} ({layout})"
             + "".join(f" {name}={value!r}" for name, value in changed.items())
         )
+
+
+# Kinds of problems that keep all rules, and what each names by its id, which so stays its own.
+_KEPT: dict[tuple[Any, ...], tuple[SelectConfig, Rope | None]] = {}
+_KINDS = 1024
+
+
+def _kind(p: Problem) -> tuple[Any, ...] | None:
+    """Return all that the rules look at; None where some of it is no plain value or tensor."""
+    if torch.compiler.is_compiling():
+        return None
+    found: list[Any] = [id(p.config), None if p.rope is None else id(p.rope)]
+    for number in (p.scale, p.softcap, p.max_reuse):
+        if type(number) not in (int, float, NoneType):
+            return None
+        found += [type(number), number]
+    for x in (p.q, p.k_cache, p.v_cache, p.cache_seqlens, p.block_table, p.sink_logits):
+        if x is None:
+            found.append(None)
+        elif type(x) is Tensor or type(x) is Parameter:
+            found += [x.shape, x.dtype, x.device]
+        else:
+            return None
+    return tuple(found)
