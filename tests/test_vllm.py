@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -47,10 +48,11 @@ with warnings.catch_warnings():
         PreTrainedConfig,
         PreTrainedTokenizerFast,
     )
-    from vllm import LLM, SamplingParams
+    from vllm import LLM, SamplingParams, envs
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
-    from tokenselect.integrations.vllm import BACKEND, backend, layout, metrics
+    from tokenselect.integrations.options import Options
+    from tokenselect.integrations.vllm import BACKEND, backend, layout, metrics, support
     from tokenselect.integrations.vllm.metrics import METRICS
 
 import tokenselect
@@ -237,6 +239,65 @@ def test_tokens_are_those_of_transformers_where_few_are_selected(
         assert told[str(i)] == selected_by_transformers(llama, text, {**SMALL, "theta": theta})
     # The models tell selection from reading all.
     assert told["0"] != start(llama).alone(texts[0])
+
+
+def look_at_all_calls(worker: Any) -> None:
+    """Have a worker, in a process of its own, do what `sums` does here."""
+    metrics._EVERY = 1
+
+
+def counted(worker: Any) -> dict[str, float]:
+    """What a worker has counted."""
+    return METRICS._sums
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("heads", "more"), [(2, {}), (2, {"theta": 0.3}), (1, {"theta": 0.3}), (2, {"scope": "group"})]
+)
+def test_two_processes_that_share_a_model(
+    start: Callable[..., Engine],
+    heads: int,
+    more: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each has two query heads, and one of two KV heads or a copy of the only one."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # vLLM wants a NUMA node for each
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    envs.disable_envs_cache()
+    folder = saved(LlamaConfig(**SIZES | {"num_key_value_heads": heads}), tmp_path)
+    options, texts = SMALL | more, prompts(129, 10, 60, 90)
+    engine = start(folder, options, max_num_batched_tokens=64, tensor_parallel_size=2)
+    engine.llm.collective_rpc(look_at_all_calls)
+    for i, text in enumerate(texts):
+        engine.add(str(i), text)
+    told = engine.finish()
+    first, second = engine.llm.collective_rpc(counted)
+    assert (first["selecting_tokens"], second["selecting_tokens"]) == (4 * 11, 0)
+    assert (first["sampled_reused_calls"] > 0) == ("theta" in more)
+    apart = start(folder, options)
+    for i, text in enumerate(texts):
+        assert told[str(i)] == apart.alone(text)
+    assert told["0"] != start(folder).alone(texts[0])
+
+
+@pytest.mark.parametrize(("heads", "theta", "told"), [
+    (4, None, None), (2, None, "2 KV heads are fewer"), (4, 0.9, "reuse is decided over all heads"),
+])  # fmt: skip
+def test_kv_heads_that_select_alone_have_all_they_need_on_their_rank(
+    heads: int, theta: float | None, told: str | None
+) -> None:
+    config = SimpleNamespace(
+        parallel_config=SimpleNamespace(tensor_parallel_size=4),
+        model_config=SimpleNamespace(model_arch_config=[SimpleNamespace(total_num_kv_heads=heads)]),
+    )
+    options = Options(SelectConfig(scope="group"), theta)
+    if told is None:
+        assert support.group_of(config, 0, options) is None
+    else:
+        with pytest.raises(UnsupportedProblem, match=told):
+            support.group_of(config, 0, options)
 
 
 @pytest.fixture

@@ -5,7 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from vllm.config import get_current_vllm_config, get_layers_from_vllm_config
+from vllm.distributed.parallel_state import get_tp_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
@@ -24,6 +26,7 @@ from tokenselect.integrations.vllm import layout
 from tokenselect.integrations.vllm.metrics import METRICS
 from tokenselect.integrations.vllm.steps import Decoding, Prompts, Rows, in_groups, tokens_of
 from tokenselect.integrations.vllm.support import (
+    group_of,
     options_of,
     refuse,
     refuse_engine,
@@ -73,10 +76,13 @@ class Builder(CPUAttentionMetadataBuilder):
         everywhere = self._options, *map(self._options.of, self._options.layers)
         self._keeps = any(one.theta is not None for one in everywhere)
         self._rows = Rows()
+        self._counts = get_tp_group().is_first_rank
         count = vllm_config.model_config.hf_text_config.num_hidden_layers
         for name in layer_names:
             number = extract_layer_index(name)
-            layers[name].impl.settle(None if number in sliding else self._options.of(number, count))
+            own = None if number in sliding else self._options.of(number, count)
+            group = None if own is None else group_of(vllm_config, number, own)
+            layers[name].impl.settle(own, group)
         dense = sum(
             self._options.of(extract_layer_index(name), count).select == EVERYTHING
             for name in layers
@@ -130,7 +136,8 @@ class Builder(CPUAttentionMetadataBuilder):
                 (short if n < self._options.dense_below else selecting).append(i)
             elif queries > 0:
                 prompts.append(i)
-        METRICS.step(len(prompts), len(short), len(selecting))
+        if self._counts:
+            METRICS.step(len(prompts), len(short), len(selecting))
         decoding = (
             self._decoding(stock, starts, lengths, short, EVERYTHING),
             self._decoding(stock, starts, lengths, selecting, None),
@@ -221,13 +228,15 @@ class Impl(CPUAttentionBackendImpl):
         refuse_engine(get_current_vllm_config())  # vLLM chooses a backend once per process
         refuse_layer(self)
         self._options: Options | None = None
+        self._group: ProcessGroup | None = None
         self._is_settled = False
         self._cache: SelectionCache | None = None
 
-    def settle(self, options: Options | None) -> None:
-        """Take the options of this layer; None: it slides."""
+    def settle(self, options: Options | None, group: ProcessGroup | None) -> None:
+        """Take the options of this layer, None if it slides, and the ranks it selects with."""
         is_dense = options is None or options.select == EVERYTHING
         self._options, self._is_settled = None if is_dense else options, True
+        self._group = group
 
     def _selects(self) -> bool:
         if not self._is_settled:
@@ -279,9 +288,9 @@ class Impl(CPUAttentionBackendImpl):
     def _decode(self, query: Tensor, kv_cache: Tensor, part: Decoding, output: Tensor) -> None:
         """Fill the rows of output of some requests that decode."""
         assert self._options is not None
-        options, q, cache = self._options, query[part.tokens], None
-        if part.select is not None:
-            options = replace(options, select=part.select, theta=None)
+        options, q, cache, group = self._options, query[part.tokens], None, self._group
+        if part.select is not None:  # everything, for which nobody votes
+            options, group = replace(options, select=part.select, theta=None), None
         if part.at is not None:
             its = q
             q = its.new_zeros(len(part.seqlens), *its.shape[1:])
@@ -294,11 +303,16 @@ class Impl(CPUAttentionBackendImpl):
         validate = None if problem is part.problem else False
         if METRICS.wants_info and part.select is None:
             out, info = run(
-                problem, options.backend, cache=cache, validate=validate, return_info=True
+                problem,
+                options.backend,
+                cache=cache,
+                process_group=group,
+                validate=validate,
+                return_info=True,
             )
             METRICS.add(info, part.lengths, part.at)
         else:
-            out = run(problem, options.backend, cache=cache, validate=validate)
+            out = run(problem, options.backend, cache=cache, process_group=group, validate=validate)
         output[part.tokens] = out[:, :, 0] if part.at is None else out[part.at, :, 0]
 
     def _problem(

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from torch.distributed import ProcessGroup
+from vllm.distributed.parallel_state import get_tp_group
 from vllm.v1.attention.backend import AttentionType
 
 from tokenselect.errors import InvalidProblem, UnsupportedProblem
@@ -17,7 +19,6 @@ def refuse_engine(config: Any) -> None:
     """Raise UnsupportedProblem for an engine (a VllmConfig) that would not be served rightly."""
     parallel = config.parallel_config
     for name, why in (
-        ("tensor_parallel_size", "each rank would select for its own heads"),
         ("pipeline_parallel_size", "nobody has tried it"),
         ("prefill_context_parallel_size", "each rank sees a part of the cache"),
         ("decode_context_parallel_size", "each rank sees a part of the cache"),
@@ -69,6 +70,34 @@ def refuse_spec(spec: Any) -> None:
             "keys and values have one head dim, and attention is causal",
             "use another model",
         )
+
+
+def group_of(config: Any, number: int, options: Options) -> ProcessGroup | None:
+    """Return the ranks that one layer's heads select together on; None: this rank needs no other.
+
+    config  a VllmConfig
+    number  of the layer, from 0 on
+    """
+    size = config.parallel_config.tensor_parallel_size
+    if size == 1:
+        return None
+    if options.select.scope == "layer":
+        group: ProcessGroup = get_tp_group().device_group
+        return group
+    heads = config.model_config.model_arch_config[number].total_num_kv_heads
+    whys = {
+        f"{heads} KV heads are fewer than the ranks: the query heads that vote for one are on "
+        "several": heads < size,
+        f"theta={options.theta}: reuse is decided over all heads": options.theta is not None,
+    }
+    for why, holds in whys.items():
+        if holds:
+            raise refuse(
+                f"scope='group' in layer {number} with tensor_parallel_size={size}",
+                why,
+                "say scope='layer', or leave tensor_parallel_size at 1",
+            )
+    return None
 
 
 def options_of(config: Any, sliding: set[int]) -> Options:
