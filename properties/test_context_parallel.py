@@ -22,16 +22,20 @@ from tokenselect import (
     AttentionOutput,
     Backend,
     Capability,
+    InvalidProblem,
     Problem,
+    SelectConfig,
     Selection,
     SelectionCache,
+    UnsupportedProblem,
     run,
 )
 from tokenselect.conformance.laws.fitting import fitted
 from tokenselect.conformance.laws.law import RAN
 from tokenselect.conformance.laws.strategies import cases
 from tokenselect.conformance.problems import Case
-from tokenselect.context_parallel import Alone, across
+from tokenselect.conformance.tolerances import choice_finding, score_tolerance
+from tokenselect.context_parallel import Alone, across, context_parallel_attention
 from tokenselect.dispatch import registry
 
 CAPABILITY = Capability(
@@ -158,6 +162,93 @@ def test_a_selection_has_the_same_bits_for_any_sharding(
     assert torch.equal(step.positions, alone.positions)
     assert torch.equal(step.counts, alone.counts)
     assert bits(step.dense_lse, alone.dense_lse)
+
+
+@pytest.mark.parametrize("name", ["cpu", "native"])
+@pytest.mark.parametrize("Lq", [1, 4])
+def test_a_chunk_votes_by_a_mean_of_float32(backend: Backend, name: str, Lq: int) -> None:
+    """What is cached in 16 bits is not what a mean is rounded to."""
+    if not is_here(name):
+        pytest.skip(f"{name} cannot run here")
+    for seed in range(6):
+        case = Case(
+            lengths=(1500,), G=4, Lq=Lq, D=64, dtype=torch.bfloat16, seed=seed,
+            config=SelectConfig(k=300, n_sink=2, n_local=4),
+        )  # fmt: skip
+        problem = case.problem()
+        step = sharded(problem, "turns", 2, backend=name)
+        selection = Selection(step.positions, step.counts)
+        finding = choice_finding(problem, selection, score_tolerance(problem).votes)
+        assert finding.holds, finding
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("n_without", [90, 30])
+def test_where_no_logit_of_a_rank_is_finite(n_without: int, sinks: bool) -> None:
+    problem = Case(lengths=(90,), has_sink_logits=sinks, seed=1).problem()
+    problem.k_cache[:, :, :n_without] = -torch.inf
+    problem.q.abs_()
+    problem.v_cache[:, :, 0] = torch.nan if n_without == 30 else 1.0
+    expected, info = run(problem, "reference", return_info=True)
+    step = sharded(problem, "blocks", 3)
+    assert torch.equal(step.positions, info.selection.positions)
+    torch.testing.assert_close(step.out, expected, equal_nan=True)
+    torch.testing.assert_close(step.lse, info.lse)
+
+
+def test_bad_input_is_refused() -> None:
+    q, k, v = (x for x in (torch.randn(2, 4, 1, 8), *torch.randn(2, 2, 2, 40, 8)))
+    at, n = torch.arange(40), torch.tensor([40, 30], dtype=torch.int32)
+    pages = torch.randn(20, 4, 2, 8)
+    table = torch.arange(20, dtype=torch.int32).view(2, 10)
+    paged = {"k_cache": pages, "v_cache": pages, "block_table": table}
+    good = {"q": q, "k_cache": k, "v_cache": v, "token_positions": at, "cache_seqlens": n, "k": 8}
+    context_parallel_attention(**good)
+    context_parallel_attention(**good | paged)
+    unused = table.clone()
+    unused[1, 8:] = 999
+    context_parallel_attention(**good | paged | {"block_table": unused})
+    far = table.clone()
+    far[1, 7] = 20
+    for wrong in (
+        {"q": None},
+        {"q": [1.0]},
+        {"q": q[:, :, 0]},
+        {"k_cache": k[:1], "v_cache": v[:1]},
+        {"k_cache": torch.cat((k, k)), "v_cache": torch.cat((v, v))},
+        {"v_cache": v[:, :, :39]},
+        {"v_cache": v.half()},
+        {"cache_seqlens": [40, 30]},
+        {"cache_seqlens": n.long()},
+        {"cache_seqlens": n + 1},
+        {"max_seqlen": 20},
+        {"max_seqlen": 0},
+        {"max_seqlen": "100"},
+        {"max_seqlen": 40.5},
+        {"token_positions": at[:39]},
+        {"token_positions": at.float()},
+        {"token_positions": at.roll(1) + (at == 3)},
+        paged | {"block_table": table.long()},
+        paged | {"block_table": table[0]},
+        paged | {"block_table": torch.cat((table, table))},
+        paged | {"block_table": far},
+        paged | {"block_table": -table},
+        {"process_group": "WORLD"},
+        {"cache": "none"},
+    ):
+        with pytest.raises(InvalidProblem):
+            context_parallel_attention(**good | wrong)
+    negated = torch.complex(torch.zeros_like(q), -q).conj().imag
+    assert torch.equal(
+        context_parallel_attention(**good | {"q": negated}), context_parallel_attention(**good)
+    )
+    for unsupported in (
+        {"vote": "hard"},
+        {"pool": 3},
+        {"q": q.double(), "k_cache": k.double(), "v_cache": v.double()},
+    ):
+        with pytest.raises(UnsupportedProblem):
+            context_parallel_attention(**good | unsupported)
 
 
 @given(st.integers(0, 99), st.sampled_from(HOWS), st.integers(1, 4))

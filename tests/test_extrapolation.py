@@ -236,6 +236,7 @@ class TestSelection:
                     v[row, :, first : start + 5],
                     **SMALL,
                     **moving,
+                    n_query_means=5,
                     rope=rope,
                     scale=more["scaling"],
                     softcap=more.get("softcap"),

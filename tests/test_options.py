@@ -25,6 +25,7 @@ from tests.models import (
     tokens,
 )
 from tokenselect import InvalidProblem
+from tokenselect.integrations.options import parse
 from tokenselect.integrations.transformers import TokenSelectCache, enable, recorded
 
 pytestmark = [pytest.mark.filterwarnings(THE_OLD_NAME), pytest.mark.usefixtures("no_grad")]
@@ -239,3 +240,24 @@ def test_layers_that_share_keys() -> None:
         cache = TokenSelectCache(model)
         generated(model, tokens(1), past_key_values=cache)
     assert (cache.hits, cache.misses) == (2 * 6, 2)
+
+
+def test_each_query_of_a_chunk_votes_unless_told_otherwise(llama: Any) -> None:
+    """Where prompts are read selecting; the paper's mean is the preset's own."""
+
+    def voters(*preset: str, **options: Any) -> int:
+        with enable(llama, *preset, **options):
+            return parse(llama.config.tokenselect).select.n_query_means
+
+    assert voters() == voters(chunk=7) == 1
+    assert voters(prefill="selected") == 512
+    assert voters("faithful", prefill="selected", chunk=7) == 7
+    assert voters(prefill="selected", n_query_means=2) == 2
+    assert voters("paper") == voters("extrapolate", k=16, chunk=7) == 1
+    assert voters("extrapolate", k=16, n_query_means=3) == 3
+    ids = tokens(1)
+    with enable(llama, **SMALL, prefill="selected", chunk=5):
+        each = llama(ids).logits
+    with enable(llama, **SMALL, prefill="selected", chunk=5, n_query_means=1):
+        mean = llama(ids).logits
+    assert (each - mean).abs().max() > 1e-3

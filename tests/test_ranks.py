@@ -143,11 +143,20 @@ def wrong_calls(rank: int) -> list[str]:
     """What ranks are told that do not agree, and where a group is not what is needed."""
     group = dist.group.WORLD
     q, k, v = tensors(**SHAPE)
+    reset = SelectionCache(0.8)
+    for _ in range(2):
+        attention(q, k, v, k=20, cache=reset, process_group=group)
+    if rank == 0:
+        reset.reset(1)
     told = []
-    different = lengths(180, 90 + rank)
     for more in (
-        {"cache_seqlens": different},
+        {"cache_seqlens": lengths(180, 90 + rank)},
         {"k": 20 + rank},
+        {"softcap": 30 + rank},
+        {"rope": rope(16, scaling=1.0 + rank), "score_at": "fixed"},
+        {"cache": SelectionCache(0.8 + 0.1 * rank)},
+        {"cache": SelectionCache(None, max_reuse=0) if rank else None},
+        {"cache": reset},
         {"scope": "group"},
         {"process_group": "WORLD"},
     ):
@@ -155,28 +164,59 @@ def wrong_calls(rank: int) -> list[str]:
         with pytest.raises(InvalidProblem) as error:
             attention(q, k, v, **arguments)
         told.append(str(error.value))
-    at = torch.arange(200).where(torch.arange(200) % 2 == rank, -1)
-    at[4] = 4  # both have it
-    for positions, turned in (
-        (at, q),
-        (at.where(torch.arange(200) != 4, -1 if rank else 4), q + rank),
+    attention(q, k, v, k=20, process_group=group, softcap=30.0 if rank else 30)
+    every = torch.arange(200)
+    mine = every.where(every % 2 == rank, -1)
+    both = mine.clone()
+    both[4] = 4
+    for more in (
+        {"token_positions": both},
+        {"q": q + rank},
+        {"sink_logits": torch.zeros(8) + rank},
+        {"v_cache": v[..., : 8 + rank]},
     ):
+        arguments = {
+            "q": q,
+            "k_cache": k,
+            "v_cache": v,
+            "token_positions": mine,
+            "cache_seqlens": lengths(180, 90),
+        } | more
         with pytest.raises(InvalidProblem) as error:
-            context_parallel_attention(
-                turned, k, v, positions, lengths(180, 90), k=20, process_group=group
-            )
+            context_parallel_attention(**arguments, k=20, process_group=group)
         told.append(str(error.value))
     return told
 
 
-def killed(rank: int) -> str:
+def sums(rank: int) -> None:
+    """Ranks add in their order: what is added in another has other bits."""
+    group, size = dist.group.WORLD, dist.get_world_size()
+    ranks = Ranks(group.group_name)
+    for numel in (1, 2, 3, 1000):
+        generator = torch.Generator().manual_seed(numel)
+        of_all = [torch.randn(1, numel, generator=generator) for _ in range(size)]
+        expected = of_all[0]
+        for x in of_all[1:]:
+            expected = expected + x
+        assert torch.equal(ranks.sum(of_all[rank]), expected)
+
+
+def killed(rank: int, of_tokens: bool) -> str:
     """The last rank goes away between two steps."""
     group = dist.group.WORLD
     q, k, v = tensors(**SHAPE)
-    attention(q, k, v, k=20, process_group=group)
+
+    def step() -> None:
+        if of_tokens:
+            at = torch.arange(200).where(torch.arange(200) % 2 == rank, -1)
+            context_parallel_attention(q, k, v, at, lengths(180, 90), k=20, process_group=group)
+        else:
+            attention(q, k, v, k=20, process_group=group)
+
+    step()
     if rank == dist.get_world_size() - 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    attention(q, k, v, k=20, process_group=group)
+    step()
     return "went on"
 
 
@@ -239,17 +279,32 @@ def test_ranks_decide_on_reuse_together(tmp_path: Path) -> None:
 def test_ranks_that_were_told_different_things_all_say_so(tmp_path: Path) -> None:
     one, other = run_ranks(2, tmp_path, wrong_calls)
     assert one == other
-    seqlens, k, scope, group, held, q = one
-    assert seqlens.startswith("cache_seqlens is [180, 90] on rank 0 and [180, 91] on rank 1")
-    assert k.startswith("k is 20 on rank 0 and 21 on rank 1")
-    assert scope.startswith("scope='group' with a process_group")
-    assert group.startswith("process_group is a str")
-    assert held.startswith("of request 0, with n=180, the ranks hold [90, 91] tokens")
-    assert q.startswith("q is of SHA-256")
+    expected = (
+        "cache_seqlens is [180, 90] on rank 0 and [180, 91] on rank 1",
+        "k is 20 on rank 0 and 21 on rank 1",
+        "softcap is 30.0 on rank 0 and 31.0 on rank 1",
+        "rope is (False, 'rotated', 1.0) on rank 0 and (False, 'rotated', 2.0) on rank 1",
+        "theta is 0.8 on rank 0 and 0.9 on rank 1",
+        "a cache is False on rank 0 and True on rank 1",
+        "cache.seqlen_at_selection is (2,) torch.int32 of SHA-256",
+        "scope='group' with a process_group",
+        "process_group is a str",
+        "of request 0, with n=180, the ranks hold [90, 91] tokens",
+        "q is (2, 8, 1, 16) torch.float32 of SHA-256",
+        "sink_logits is (8,) torch.float32 of SHA-256",
+        "Dv is 8 on rank 0 and 9 on rank 1",
+    )
+    for said, start in zip(one, expected, strict=True):
+        assert said.startswith(start), said
 
 
-def test_where_a_rank_is_killed_the_others_say_so(tmp_path: Path) -> None:
-    told, killed_by = run_ranks(2, tmp_path, killed)
+def test_ranks_add_in_their_order(tmp_path: Path) -> None:
+    assert run_ranks(3, tmp_path, sums) == [None] * 3
+
+
+@pytest.mark.parametrize("of_tokens", [False, True], ids=["heads", "tokens"])
+def test_where_a_rank_is_killed_the_others_say_so(of_tokens: bool, tmp_path: Path) -> None:
+    told, killed_by = run_ranks(2, tmp_path, killed, of_tokens)
     assert killed_by == -signal.SIGKILL
     assert told.startswith("RankFailed: rank 0 of 2 got no answer from the others"), told
 

@@ -302,6 +302,7 @@ class TestSelection:
                     k[:, :, :n],
                     v[:, :, :n],
                     **OTHERWISE,
+                    n_query_means=6,
                     scale=more["scaling"],
                     softcap=more.get("softcap"),
                     sink_logits=more.get("s_aux"),
@@ -330,6 +331,7 @@ class TestSelection:
                     alone[0][:, :, start:stop],
                     *(x[:, :, :stop] for x in alone[1:]),
                     **SMALL,
+                    n_query_means=4,
                     scale=more["scaling"],
                 )
                 actual = out[b : b + 1, real][:, start:stop]
@@ -366,7 +368,7 @@ class TestSelection:
             row = (slice(b, b + 1), slice(None))
             tokens_of = (*row, slice(first, stop))
             _, expected = tokenselect.attention(
-                q[*row, start:stop], k[tokens_of], v[tokens_of], **SMALL, **alike
+                q[*row, start:stop], k[tokens_of], v[tokens_of], **SMALL, n_query_means=8, **alike
             )
             assert torch.equal(info.selection.positions, expected.selection.positions)
             assert torch.equal(info.lse, expected.lse)

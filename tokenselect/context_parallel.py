@@ -12,7 +12,6 @@ The selection has the same bits however the tokens are sharded: what makes a tok
 up in one order wherever the token is, and a denominator is a sum of integers, which has no order.
 """
 
-import hashlib
 import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -32,6 +31,7 @@ from tokenselect.reference.rows import read
 from tokenselect.reference.score import added
 from tokenselect.reference.select import best
 from tokenselect.rope import Rope
+from tokenselect.scalars import is_integer
 from tokenselect.selection_cache import SelectionCache
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Alone:
         """Return x, in a row of its own."""
         return x[None]
 
-    def check(self, problem: Problem, theta: float | None, **more: object) -> None:
+    def check(self, *given: object, **more: object) -> None:
         """Agree."""
 
 
@@ -146,11 +146,11 @@ def across(
         registry.resolve(backend, _gathered(own, queries, tokens[0], tokens[1], seen)[0])
         shards = _shards(own, token_positions)
         if reads:
-            content = whole.q.contiguous().view(torch.uint8).cpu().numpy().tobytes()
-            digest = hashlib.sha256(content).hexdigest()[:12]
+            _check_pages(own, shards)
+            state = None if cache is None else cache.state(whole)
             theta = None if cache is None else cache.theta
-            ranks.check(whole, theta, q=f"of SHA-256 {digest}")
-            check_values(replace(whole, block_table=None))
+            ranks.check(whole, state, theta, q=whole.q, sink_logits=whole.sink_logits)
+            check_values(whole)
             _check_held(whole, shards, ranks)
         return _step(whole, own, shards, ranks, cache, backend)
 
@@ -165,26 +165,34 @@ def _whole(
     block_table: Tensor | None,
     inputs: dict[str, Any],
 ) -> Problem:
-    """Return the problem of all ranks together: its caches have shapes, and nothing in them."""
-    for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if not isinstance(x, Tensor) or x.dim() != 4 or k_cache.shape[:3] != x.shape[:3]:
-            came = f"is a {type(x).__name__}" if not isinstance(x, Tensor) else f"{tuple(x.shape)}"
-            raise InvalidProblem(
-                f"{name} {came}",
-                "k_cache and v_cache are (B, Hkv, slots, D) and (B, Hkv, slots, Dv), or pages",
-                "pass this rank's part of the cache; without any token, slots may be 0",
-            )
-    if not isinstance(cache_seqlens, Tensor) or cache_seqlens.dtype != torch.int32:
-        came = getattr(cache_seqlens, "dtype", type(cache_seqlens).__name__)
+    """Return the problem of all ranks together: its caches have shapes, and nothing in them.
+
+    All rules are kept by it, and by one query over this rank's caches.
+    """
+    query, keys, values = q, k_cache, v_cache
+    if all(isinstance(x, Tensor) and x.dim() == 4 for x in (q, k_cache, v_cache)):
+        query = q[:, :, :1]
+        if block_table is None and keys.shape[2] == values.shape[2] == 0:
+            keys, values = (_stand_in(x, (*x.shape[:2], 1, x.shape[3])) for x in (keys, values))
+    its = Problem.build(query, keys, values, config, block_table=block_table, **inputs)
+    if max_seqlen is None:
+        is_row = isinstance(cache_seqlens, Tensor) and cache_seqlens.numel() > 0
+        Lk = max(q.shape[2], int(cache_seqlens.max()) if is_row else 1)
+    else:
+        Lk = max_seqlen
+    if not is_integer(Lk) or not q.shape[2] <= Lk < 2**31:
         raise InvalidProblem(
-            f"cache_seqlens is {came}",
+            f"max_seqlen={Lk!r}, with Lq={q.shape[2]}",
+            "max_seqlen is an integer, the largest n: Lq <= max_seqlen < 2**31",
+            "pass as many tokens as a request may have on all ranks together, or leave it out",
+        )
+    if not isinstance(cache_seqlens, Tensor):
+        raise InvalidProblem(
+            f"cache_seqlens is a {type(cache_seqlens).__name__}",
             "cache_seqlens is (B,) int32: how many tokens each request has on all ranks together",
             "pass torch.tensor(lengths, dtype=torch.int32)",
         )
-    longest = int(cache_seqlens.max()) if cache_seqlens.numel() else 0
-    Lk = max(longest, q.shape[2] if q.dim() == 4 else 1) if max_seqlen is None else max_seqlen
-    Hkv = k_cache.shape[1 if block_table is None else 2]
-    keys, values = (x.new_zeros(()).expand(len(q), Hkv, Lk, x.shape[3]) for x in (k_cache, v_cache))
+    keys, values = (_stand_in(x, (its.B, its.Hkv, Lk, x.shape[3])) for x in (k_cache, v_cache))
     whole = Problem.build(q, keys, values, config, cache_seqlens=cache_seqlens, **inputs)
     whys = []
     if config.vote == "hard":
@@ -198,6 +206,11 @@ def _whole(
             whole.describe(), {"context_parallel": whys}, "change the problem, or gather the cache"
         )
     return whole
+
+
+def _stand_in(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return a tensor of that shape, x's dtype and device, that takes no memory."""
+    return x.new_zeros(()).expand(shape)
 
 
 def _check_positions(own: Problem, positions: Tensor) -> None:
@@ -244,6 +257,23 @@ def _check_held(whole: Problem, shards: list[_Shard], ranks: "Alone | Ranks") ->
                 f"of request {b}, with n={n}, the ranks hold {held[:, b, 0].tolist()} tokens",
                 "each of the positions 0 to n - 1 is held once, by one rank",
                 "say in token_positions which token is in each slot, and -1 where there is none",
+            )
+
+
+def _check_pages(own: Problem, shards: list[_Shard]) -> None:
+    """Raise InvalidProblem for a token of this rank in a page outside of the pool."""
+    if own.block_table is None:
+        return
+    for b, shard in enumerate(shards):
+        pages = own.block_table[b][shard.slots // own.page_size]
+        outside = (pages < 0) | (pages >= own.k_cache.shape[0])
+        if outside.any():
+            at = int(outside.nonzero()[0, 0])
+            raise InvalidProblem(
+                f"token {int(shard.at[at])} of request {b} is in page {int(pages[at])}, with "
+                f"n_pages={own.k_cache.shape[0]}",
+                "every page in use is in the pool: 0 <= page < n_pages",
+                "check block_table, and that token_positions is -1 where no token is",
             )
 
 
@@ -379,8 +409,8 @@ def _keys(own: Problem, b: int, slots: Tensor) -> Tensor:
     if p.block_table is None:
         if p.Lk > m and torch.equal(slots, torch.arange(m, device=slots.device)):
             return p.k_cache[b][:, : m + 1]
-        return p.k_cache[b][:, F.pad(slots, (0, 1))]
-    slots = F.pad(slots, (0, 1))
+        return p.k_cache[b][:, torch.cat((slots, slots[-1:]))]
+    slots = torch.cat((slots, slots[-1:]))
     page = p.block_table[b][slots // p.page_size].long()
     return p.k_cache[page, slots % p.page_size].transpose(0, 1)
 
@@ -393,8 +423,8 @@ def _scored(own: Problem, queries: Tensor, keys: Tensor, backend: str) -> Tensor
     """
     p, (X, Hq, D), (Hkv, tokens, _) = own, queries.shape, keys.shape
     heads = X * Hq // Hkv
-    by_group = queries.to(keys.dtype).view(X, Hkv, Hq // Hkv, D).transpose(0, 1)
-    one_each = keys[:, None].expand(Hkv, heads, tokens, D)
+    by_group = queries.view(X, Hkv, Hq // Hkv, D).transpose(0, 1)
+    one_each = keys.to(queries.dtype)[:, None].expand(Hkv, heads, tokens, D)
     problem = Problem.build(
         by_group.reshape(Hkv, heads, 1, D),
         one_each,
@@ -490,8 +520,21 @@ def _attend(
             seen = torch.stack([x[3] for x in chosen], 1)
             found = api.attend(*_gathered(p, queries, keys, values, seen), backend, validate=False)
             out[b], lse[b] = found.out[:, :, 0].transpose(0, 1), found.lse[:, :, 0].T
+            for i in lse[b].isneginf().any(0).nonzero()[:, 0].tolist():
+                _weigh_nothing(out[b, :, i], lse[b, :, i], values, seen[i])
     of_all = ranks.gather(torch.cat((out, lse[..., None]), -1))
     return _merged(p, of_all[..., :-1], of_all[..., -1])
+
+
+def _weigh_nothing(out: Tensor, lse: Tensor, values: Tensor, seen: Tensor) -> None:
+    """Put 0 times the values into out (Hq, Dv) where no logit is finite: NaN if a value is not.
+
+    Tokens of other ranks may have all of the weight.
+    """
+    tokens = torch.arange(values.shape[1], device=out.device) < seen.expand(len(values))[:, None]
+    nothing = (0 * values).where(tokens[..., None], 0.0).sum(1)
+    nothing = nothing.repeat_interleave(len(out) // len(values), 0)
+    out.copy_(torch.where(lse.isneginf()[:, None], nothing, out))
 
 
 def _chosen(
@@ -547,13 +590,8 @@ def _merged(own: Problem, outs: Tensor, lses: Tensor) -> AttentionOutput:
     sink, total = own.sink_logits, lse
     if sink is not None:
         total = torch.logaddexp(lse, sink.to(lse.dtype)[:, None])
-    weights = (lses - total).exp()[..., None]
-    # A part without any weight counts for nothing, be it NaN, where another one has some.
-    has_none = (lses == -math.inf) & ((lse > -math.inf) | (sink is not None))
-    outs = outs.masked_fill(has_none[..., None], 0.0)
-    sees_nothing = lses.isneginf().all(0) & ~outs.isnan().any(-1).any(0)
     out = torch.zeros_like(outs[0])
-    for part, weight in zip(outs, weights, strict=True):
-        out += part * weight
-    out = out.masked_fill(sees_nothing[..., None], 0.0)
+    for part, weight in zip(outs, (lses - total).exp(), strict=True):
+        out += part * weight[..., None]
+    out[own.cache_seqlens == 0] = 0.0
     return AttentionOutput(out.to(own.q.dtype), lse)

@@ -47,13 +47,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "means-1": _with(),
     "means-16": _with(n_query_means=16),
     "means-64": _with(n_query_means=64),
+    "every-query": _with(n_query_means=512),
     "local-384-means-16": _with(384, n_query_means=16),
     "candidates-means-16": _with(normalize="candidates", n_query_means=16),
     "group-means-16": _with(scope="group", n_query_means=16),
     "chunk-1": _with(chunk=1),
+    "chunk-2": _with(chunk=2),
+    "chunk-4": _with(chunk=4),
+    "chunk-4-means-4": _with(chunk=4, n_query_means=4),
     "chunk-16": _with(chunk=16),
+    "chunk-16-means-16": _with(chunk=16, n_query_means=16),
     "chunk-64": _with(chunk=64),
-    "chunk-64-local-352": _with(352, chunk=64),
+    "chunk-64-means-64": _with(chunk=64, n_query_means=64),
     "chunk-64-local-512": _with(512, chunk=64),
     "chunk-128-local-512": _with(512, chunk=128, n_query_means=4),
     # what drafts, where dense attention has the last word
@@ -111,9 +116,10 @@ def _settings() -> Iterator[Settings]:
         "needles-natural": Needles(variants=("split-25", "split-25-one", "split-50"),
                                    depths=(0.1, 0.5, 0.9), seeds=1, kinds=("natural",), **_FAR),
     })  # fmt: skip
-    # one query per selection is the best that reading with selection can do
-    several = ("means-1", "chunk-1", "chunk-16", "chunk-64", "chunk-64-local-352")
-    yield Settings(name="choose-chunks", split="choose", variants=VARIANTS, dtype="bfloat16",
+    # how many queries share a selection, and whether their mean votes for it or each of them
+    several = ("means-1", "window", "every-query", "chunk-64-means-64", "chunk-16-means-16")
+    several += ("chunk-4-means-4", "chunk-1", "chunk-2", "chunk-4", "chunk-16", "chunk-64")
+    yield Settings(name="choose-voters", split="choose", variants=VARIANTS, dtype="bfloat16",
         tasks={"sparse": Sparse(variants=several, contexts=(8192,), documents=3, budgets=(0.1,))},
     )  # fmt: skip
     three = {"budgets": (0.05, 0.1, 0.2)}
@@ -144,6 +150,10 @@ def _settings() -> Iterator[Settings]:
             documents=1, **_FAR,
         ),
     })  # fmt: skip
+    several = ("every-query", "window", "means-1")
+    yield Settings(name="report-voters", split="report", variants=VARIANTS, dtype="bfloat16",
+        tasks={"sparse": Sparse(variants=several, contexts=(8192,), documents=8, budgets=(0.1,))},
+    )  # fmt: skip
     drafts: Any = {"variants": ("drafting",), "budgets": (0.1,)}
     yield Settings(name="report-lossless", split="report", variants=VARIANTS, tasks={
         "time": Drafts(contexts=(8000,), documents=2, turns=4, **drafts),

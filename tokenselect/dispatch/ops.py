@@ -122,7 +122,7 @@ def _run(
     if validate:
         check_values(problem)
         if ranks:
-            ranks.check(problem, theta)
+            ranks.check(problem, state, theta)
     backend = load(name)
     reuse = None if state is None else reuse_of(backend)
     return run_step(problem, backend, reuse, state, theta, ranks=ranks)

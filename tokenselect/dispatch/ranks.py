@@ -5,14 +5,16 @@ all: so all hold the same bits, and take the same decisions from them.
 """
 
 import hashlib
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tokenselect.contract import Problem
+from tokenselect.contract import CacheState, Problem
 from tokenselect.errors import InvalidProblem, RankFailed
 from tokenselect.scratch import empty
 
@@ -27,7 +29,11 @@ class Ranks:
 
     def __init__(self, name: str, looks: bool = False) -> None:
         self._looks = looks
-        self._group = dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type, attr-defined]
+        try:
+            resolve = dist.distributed_c10d._resolve_process_group  # type: ignore[attr-defined]
+            self._group = resolve(name)  # type: ignore[arg-type]
+        except RuntimeError as error:
+            raise InvalidProblem(f"a process group that is gone: {error}", *_OF_A_GROUP) from None
         self.rank, self.size = self._group.rank(), self._group.size()
 
     def gather(self, x: Tensor) -> Tensor:
@@ -74,39 +80,52 @@ class Ranks:
         total = self.sum(votes)
         return total if problem.config.pool == 1 else _pooled(total, problem)
 
-    def check(self, problem: Problem, theta: float | None, **more: object) -> None:
+    def check(
+        self,
+        problem: Problem,
+        state: CacheState | None = None,
+        theta: float | None = None,
+        **more: Tensor | None,
+    ) -> None:
         """Raise InvalidProblem, on every rank, unless all were given the same call.
 
-        more  what has to be the same besides shapes, settings and lengths
+        more  tensors that have to be the same, besides those of the Selection Cache and the rope
         """
         p = problem
-        what = {
-            "B": p.B,
-            "Hq": p.Hq,
-            "Lq": p.Lq,
-            "Lk": p.Lk,
-            "D": p.D,
-            "dtype": str(p.q.dtype),
-            "softcap": p.softcap,
-            "scale": p.scale,
-            "max_reuse": p.max_reuse,
-            "theta": theta,
-            **p.config,
-            "cache_seqlens": p.cache_seqlens.tolist(),
-            **more,
-        }
-        digest = hashlib.sha256(repr(what).encode()).digest()[:8]
-        mine = torch.frombuffer(bytearray(digest), dtype=torch.int64).to(p.q.device)
+        tensors = dict(more)
+        what: dict[str, object] = {}
+        if p.rope is not None:
+            tensors["rope.inv_freq"] = p.rope.inv_freq
+            what["rope"] = (p.rope.interleaved, p.rope.cached, float(p.rope.scaling))
+        if state is not None:
+            names = (field.name for field in fields(state))
+            tensors |= zip((f"cache.{name}" for name in names), state.tensors(), strict=True)
+        for name in ("B", "Hq", "Hkv", "Lq", "Lk", "D", "Dv", "softcap", "scale", "max_reuse"):
+            what[name] = getattr(p, name)
+        what |= {"dtype": p.q.dtype, "theta": theta, "a cache": state is not None, **p.config}
+        what["cache_seqlens"] = p.cache_seqlens.tolist()
+        # 30 and 30.0 are one softcap; but a k of 1 is no fraction.
+        told = {name: repr(_as_float(name, value)) for name, value in what.items()}
+        told |= {name: "nothing" if x is None else _digest(x) for name, x in tensors.items()}
+        mine = torch.frombuffer(bytearray(_hash(repr(told).encode())[:8]), dtype=torch.int64)
+        mine = mine.to(p.q.device)
         if bool((self.gather(mine) == mine).all()):
             return
-        told: list[dict[str, Any]] = [{}] * self.size
-        dist.all_gather_object(told, what, group=self._group)
-        raise InvalidProblem(*differing(told))
+        of_all: list[dict[str, str]] = [{}] * self.size
+        with self._answered():
+            dist.all_gather_object(of_all, told, group=self._group)
+        raise InvalidProblem(*differing(of_all))
 
     def _run(self, collective: Any, out: Tensor, given: Tensor) -> None:
         """Run a collective of torch.distributed."""
-        try:
+        with self._answered():
             collective(out, given, group=self._group)
+
+    @contextmanager
+    def _answered(self) -> Iterator[None]:
+        """Raise RankFailed where torch.distributed says that others do not answer."""
+        try:
+            yield
         except RuntimeError as error:  # DistBackendError is one
             raise RankFailed(self.rank, self.size, str(error)) from error
 
@@ -121,16 +140,33 @@ def _contiguous(x: Tensor) -> Tensor:
     return x if x.is_contiguous() else empty(tuple(x.shape), x.dtype, x.device).copy_(x)
 
 
-def differing(told: list[dict[str, Any]]) -> tuple[str, str, str]:
+def differing(told: list[dict[str, str]]) -> tuple[str, str, str]:
     """Return the parts of an error: what came to ranks that were told different things."""
-    name = next(name for name in told[0] if any(of[name] != told[0][name] for of in told))
-    other = next(rank for rank, of in enumerate(told) if of[name] != told[0][name])
+    names = dict.fromkeys(name for of in told for name in of)
+    name = next(name for name in names if len({of.get(name) for of in told}) > 1)
+    first, *others = [of.get(name, "nothing") for of in told]
+    other = next(rank for rank, it in enumerate(others, 1) if it != first)
     return (
-        f"{name} is {told[0][name]} on rank 0 and {told[other][name]} on rank {other}",
+        f"{name} is {first} on rank 0 and {others[other - 1]} on rank {other}",
         "the ranks of a process group make the same calls in the same order, each with its own "
-        "heads or tokens",
-        "give every rank the same lengths and settings",
+        "heads or tokens; what changes a SelectionCache is done on all of them",
+        "give every rank the same lengths, settings and tensors",
     )
+
+
+def _as_float(name: str, value: object) -> object:
+    is_float = name in ("softcap", "scale", "theta", "select_scale", "fixed_share")
+    return float(value) if is_float and value is not None else value  # type: ignore[arg-type]
+
+
+def _digest(x: Tensor) -> str:
+    """Return what a tensor's content is called, whatever its strides."""
+    content = x.detach().resolve_neg().contiguous().view(-1).view(torch.uint8).cpu().numpy()
+    return f"{tuple(x.shape)} {x.dtype} of SHA-256 {_hash(content.tobytes()).hex()[:12]}"
+
+
+def _hash(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()
 
 
 def _pooled(votes: Tensor, problem: Problem) -> Tensor:
@@ -157,12 +193,14 @@ def _pooled(votes: Tensor, problem: Problem) -> Tensor:
 def name_of(group: object) -> str:
     """Return the name of a process group; raise InvalidProblem if it is none of this process's."""
     if not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
-        raise InvalidProblem(
-            f"process_group is a {type(group).__name__}",
-            "process_group is a torch.distributed.ProcessGroup that this process belongs to",
-            "pass torch.distributed.group.WORLD, or what new_group returned on its members",
-        )
+        raise InvalidProblem(f"process_group is a {type(group).__name__}", *_OF_A_GROUP)
     return group.group_name
+
+
+_OF_A_GROUP = (
+    "process_group is a torch.distributed.ProcessGroup that this process belongs to",
+    "pass torch.distributed.group.WORLD, or what new_group returned on its members",
+)
 
 
 def sharing_heads(problem: Problem, group: object) -> str:

@@ -34,7 +34,8 @@ class Options:
     max_reuse  at most that many tokens after it was made
     backend    a backend's name, or "auto"
     chunk      at most that many queries of one request share a selection, >= 1
-    prefill    how calls of several queries per request attend: "dense" or "selected"
+    prefill    how calls of several queries per request attend: "dense" or "selected"; where they
+               select and n_query_means is not given, each query of a chunk votes for itself
     dense_below  requests of fewer tokens attend densely, >= 0
     layers     by number, from 0 on or from -1 back, what differs in a layer: "dense", or fields of
                SelectConfig and theta
@@ -148,6 +149,9 @@ def parse(given: object) -> Options:
             f"prefill is one of {', '.join(map(repr, PREFILLS))}: how prompts are read",
             "leave it out for the preset's own, or for 'dense'",
         )
+    if options.prefill == "selected" and "n_query_means" not in values:
+        # A mean of several queries finds what none of them looks for.
+        options = replace(options, select=replace(options.select, n_query_means=int(chunk)))
     if not is_integer(options.dense_below) or options.dense_below < 0:
         raise InvalidProblem(
             f"dense_below={options.dense_below!r}",
@@ -250,7 +254,9 @@ def preset_options(preset: str | None) -> dict[str, Any]:
         )
     config, plain_config = getattr(SelectConfig, preset)(), SelectConfig()
     changed = {name: config[name] for name in CONFIG_NAMES if config[name] != plain_config[name]}
-    return changed if preset == "faithful" else changed | {"prefill": "selected"}
+    if preset == "faithful":
+        return changed
+    return changed | {"prefill": "selected", "n_query_means": 1}
 
 
 def _unknown(name: object, of: str = "", names: tuple[str, ...] = NAMES) -> InvalidProblem:

@@ -283,7 +283,7 @@ class Plan:
         nobody = torch.zeros((like.B,), dtype=torch.int32, device=like.q.device)
         problem = replace(like, cache_seqlens=nobody)
         if self._ranks is not None:
-            self._ranks.check(problem, None)
+            self._ranks.check(problem)
         memory = SelectionCache().state(self._of_all(problem))
         with self._order.turn(), torch.no_grad(), without_autocast(like.q.device.type):
             self._step(problem, memory, 0.9, None)
