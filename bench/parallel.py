@@ -221,11 +221,16 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--measure", type=int, metavar="RANKS", help="processes, over loopback")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32_768, 131_072])
+    parser.add_argument("--tokens", type=int, nargs="+", help="lengths to measure")
     asked = parser.parse_args(arguments)
     if asked.measure is None:
+        if asked.tokens is not None:
+            parser.error("--tokens goes with --measure; the tables have lengths of their own")
         print(tables())
         return
+    lengths = asked.tokens or [8192, 32_768, 131_072]
+    if min(lengths) < CONFIG.budget(0):
+        parser.error(f"--tokens: at least {CONFIG.budget(0)}, as many as are selected")
     if asked.measure < 2 or SHAPE["Hkv"] % asked.measure:
         parser.error(f"--measure {asked.measure}: 2, 4 or 8 ranks share the 8 KV heads")
     print(describe(1))
@@ -234,7 +239,7 @@ def main(arguments: list[str] | None = None) -> None:
     sys.stdout.flush()
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
-        mp.spawn(measured, (asked.measure, store, asked.tokens), nprocs=asked.measure)
+        mp.spawn(measured, (asked.measure, store, lengths), nprocs=asked.measure)
 
 
 if __name__ == "__main__":

@@ -61,17 +61,22 @@ def started(command: Sequence[str], port: int, **more: object) -> subprocess.Pop
     metrics = os.environ.get("PROMETHEUS_MULTIPROC_DIR") or tempfile.mkdtemp()
     env = os.environ | {"PROMETHEUS_MULTIPROC_DIR": metrics}
     server = subprocess.Popen(command, env=env, **more)  # type: ignore[call-overload]
-    while True:
-        try:
-            server.wait(1)
-            raise RuntimeError(f"the server ended with {server.returncode}: see above")
-        except subprocess.TimeoutExpired:
-            pass
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health"):
-                return server
-        except (urllib.error.URLError, OSError):
-            pass
+    try:
+        while True:
+            try:
+                server.wait(1)
+                raise RuntimeError(f"the server ended with {server.returncode}: see above")
+            except subprocess.TimeoutExpired:
+                pass
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health"):
+                    return server
+            except (urllib.error.URLError, OSError):
+                pass
+    except KeyboardInterrupt:
+        server.terminate()
+        server.wait()
+        raise
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -83,6 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked, rest = parser.parse_known_args(argv)
     line = command(converted(asked.folder), asked.port, asked.options)
     line += ["--dtype", "bfloat16", "--kv-cache-memory-bytes", str(2**30)]
+    # Stopped at any time, it takes the server along.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     server = started([*line, *rest], asked.port)
     body = json.dumps({"model": NAME, "messages": [{"role": "user", "content": "What is a cat?"}]})
     print(
@@ -90,7 +97,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"-H 'Content-Type: application/json' -d '{body}'\n",
         flush=True,
     )
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return server.wait()
     except KeyboardInterrupt:

