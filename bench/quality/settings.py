@@ -52,12 +52,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "candidates-means-16": _with(normalize="candidates", n_query_means=16),
     "group-means-16": _with(scope="group", n_query_means=16),
     "chunk-1": _with(chunk=1),
-    "chunk-2": _with(chunk=2),
-    "chunk-4": _with(chunk=4),
+    "chunk-2-mean": _with(chunk=2, n_query_means=1),
+    "chunk-4-mean": _with(chunk=4, n_query_means=1),
     "chunk-4-means-4": _with(chunk=4, n_query_means=4),
-    "chunk-16": _with(chunk=16),
+    "chunk-16-mean": _with(chunk=16, n_query_means=1),
     "chunk-16-means-16": _with(chunk=16, n_query_means=16),
-    "chunk-64": _with(chunk=64),
+    "chunk-64-mean": _with(chunk=64, n_query_means=1),
     "chunk-64-means-64": _with(chunk=64, n_query_means=64),
     "chunk-64-local-512": _with(512, chunk=64),
     "chunk-128-local-512": _with(512, chunk=128, n_query_means=4),
@@ -118,7 +118,8 @@ def _settings() -> Iterator[Settings]:
     })  # fmt: skip
     # how many queries share a selection, and whether their mean votes for it or each of them
     several = ("means-1", "window", "every-query", "chunk-64-means-64", "chunk-16-means-16")
-    several += ("chunk-4-means-4", "chunk-1", "chunk-2", "chunk-4", "chunk-16", "chunk-64")
+    several += ("chunk-4-means-4", "chunk-1", "chunk-2-mean", "chunk-4-mean", "chunk-16-mean")
+    several += ("chunk-64-mean",)
     yield Settings(name="choose-voters", split="choose", variants=VARIANTS, dtype="bfloat16",
         tasks={"sparse": Sparse(variants=several, contexts=(8192,), documents=3, budgets=(0.1,))},
     )  # fmt: skip
