@@ -73,6 +73,9 @@ BEYOND: dict[str, set[str]] = {
     "bfloat16-by-its-lender": {"keys_may_be_cached_rotated_or_raw"},
 }
 
+# What `cpu` does not promise.
+UNDECLARED = {"equal_keys_have_equal_logits_where_that_is_declared"}
+
 FEW = settings(SEARCH, max_examples=3)
 
 
@@ -105,5 +108,6 @@ def test_laws_hold_within_what_is_declared(name: str, monkeypatch: pytest.Monkey
         law.check(backend, FEW)
     ran, unable = ({law: count for (of, law), count in counter.items() if of == backend.name}
                    for counter in (RAN, UNABLE))  # fmt: skip
-    assert unable.keys() - ran.keys() == BEYOND.get(name, set()), "other laws are all beyond it"
+    beyond = BEYOND.get(name, set()) | UNDECLARED
+    assert unable.keys() - ran.keys() == beyond, "other laws are all beyond it"
     assert not unable.keys() & ran.keys(), "of one law some problems are beyond it, and some ran"
