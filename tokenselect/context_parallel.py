@@ -53,8 +53,6 @@ class _Shard(NamedTuple):
 class Alone:
     """The one rank of a cache that is not sharded: what `Ranks` is for several."""
 
-    rank, size = 0, 1
-
     def gather(self, x: Tensor) -> Tensor:
         """Return x, in a row of its own."""
         return x[None]
@@ -221,9 +219,12 @@ def _check_positions(own: Problem, positions: Tensor) -> None:
         came = (
             f"token_positions is {tuple(positions.shape)} {positions.dtype} on {positions.device}"
         )
-        is_row = tuple(positions.shape) in ((slots,), (own.B, slots))
-        is_integer = positions.dtype in (torch.int32, torch.int64)
-        if is_row and is_integer and positions.device == own.q.device:
+        fits = tuple(positions.shape) in ((slots,), (own.B, slots))
+        if (
+            fits
+            and positions.dtype in (torch.int32, torch.int64)
+            and positions.device == own.q.device
+        ):
             return
     raise InvalidProblem(
         came,
@@ -358,8 +359,7 @@ def _score(
         for r in range(p.R):
             heads = added(given[r * runs : (r + 1) * runs].clone())
             votes.append(torch.stack([added(voters) for voters in heads.chunk(p.S)]))
-        at = shards[b].at[inside] if lengths[b] else shards[b].at[:0]
-        ballots.append(_Ballots(at, torch.stack(votes)))
+        ballots.append(_Ballots(shards[b].at[inside], torch.stack(votes)))
     return ballots, (largest[:, -1] + total[:, -1].log()).float()
 
 
@@ -371,7 +371,8 @@ def _logits(own: Problem, b: int, n: int, held: _Shard, backend: str) -> Tensor:
     """
     p, c, device = own, own.config, own.q.device
     if len(held.at) == 0:
-        return p.q.new_empty((_rows_of(c, p.Lq), p.Hq, 0), dtype=torch.float32)
+        V = len(c.ballots) * min(c.n_query_means, p.Lq) + _lse_is_apart(c, p.Lq)
+        return p.q.new_empty((V, p.Hq, 0), dtype=torch.float32)
     stored = _keys(p, b, held.slots)
     newest = torch.arange(n - p.Lq, n, device=device)
     rows = []
@@ -384,23 +385,19 @@ def _logits(own: Problem, b: int, n: int, held: _Shard, backend: str) -> Tensor:
             at, here = (F.pad(x, (0, 1)) for x in (at, held.at))
             queries = p.rope.reposition(queries.to(p.compute_dtype), newest, query_at)
             keys = p.rope.reposition(keys.to(p.compute_dtype), here, at)
-        means = [queries]
-        if p.Lq > 1:
+        if p.Lq > 1:  # one query is its own mean, in the cache's dtype
             queries = queries.to(p.compute_dtype)
-            runs = queries.tensor_split(min(c.n_query_means, p.Lq), 1)
-            means = [run.mean(1, keepdim=True) for run in runs]
-            if score_at == c.ballots[-1] and _rows_of(c, p.Lq) > len(c.ballots) * len(runs):
-                means.append(queries.mean(1, keepdim=True))
-        elif score_at == c.ballots[-1] and _rows_of(c, p.Lq) > len(c.ballots):
-            means.append(queries)
+        runs = [*queries.tensor_split(min(c.n_query_means, p.Lq), 1)]
+        if score_at == c.ballots[-1] and _lse_is_apart(c, p.Lq):
+            runs.append(queries)
+        means = [run.mean(1, keepdim=True) for run in runs]
         rows.append(_scored(p, torch.cat(means, 1).transpose(0, 1), keys, backend))
     return torch.cat(rows)
 
 
-def _rows_of(c: SelectConfig, Lq: int) -> int:
-    """Return how many rows of logits a request has, V: see `_logits`."""
-    runs = min(c.n_query_means, Lq)
-    return len(c.ballots) * runs + (runs > 1 or c.normalize == "candidates")
+def _lse_is_apart(c: SelectConfig, Lq: int) -> bool:
+    """Say whether no run that votes has the lse: several do, or over the candidates alone."""
+    return min(c.n_query_means, Lq) > 1 or c.normalize == "candidates"
 
 
 def _keys(own: Problem, b: int, slots: Tensor) -> Tensor:
@@ -511,7 +508,7 @@ def _attend(
         chosen = [_chosen(p, b, s, shards[b], selection, newest) for s in range(p.S)]
         width = max(keys.shape[1] for _, keys, _, _ in chosen)
         if width > 0:
-            queries, keys, values, seen = chosen[0]
+            queries, keys, values, _ = chosen[0]
             if p.S > 1:
                 keys, values = (
                     torch.cat([F.pad(x[i], (0, 0, 0, width - x[i].shape[1])) for x in chosen])

@@ -81,7 +81,7 @@ class Problem:
             if kind is not None:
                 if len(_KEPT) >= _KINDS:
                     _KEPT.clear()
-                _KEPT[kind] = config, rope
+                _KEPT[kind] = config
         if cache_seqlens is None:
             cache_seqlens = torch.full((problem.B,), problem.Lk, dtype=torch.int32, device=q.device)
         # Kernels read them one after the other.
@@ -189,8 +189,8 @@ class Problem:
         )
 
 
-# Kinds of problems that keep all rules, and what each names by its id, which so stays its own.
-_KEPT: dict[tuple[Any, ...], tuple[SelectConfig, Rope | None]] = {}
+# Kinds of problems that keep all rules, and the config that each names by its id: it stays its own.
+_KEPT: dict[tuple[Any, ...], SelectConfig] = {}
 _KINDS = 1024
 
 
@@ -198,7 +198,11 @@ def _kind(p: Problem) -> tuple[Any, ...] | None:
     """Return all that the rules look at; None where some of it is no plain value or tensor."""
     if torch.compiler.is_compiling():
         return None
-    found: list[Any] = [id(p.config), None if p.rope is None else id(p.rope)]
+    found: list[Any] = [id(p.config)]
+    if type(p.rope) is Rope:
+        found += [p.rope.inv_freq.shape, p.rope.inv_freq.device]
+    elif p.rope is not None:
+        return None
     for number in (p.scale, p.softcap, p.max_reuse):
         if type(number) not in (int, float, NoneType):
             return None
