@@ -35,7 +35,9 @@ from tokenselect.conformance.laws.law import RAN
 from tokenselect.conformance.laws.strategies import cases
 from tokenselect.conformance.problems import Case
 from tokenselect.conformance.tolerances import choice_finding, score_tolerance
-from tokenselect.context_parallel import Alone, across, context_parallel_attention
+from tokenselect.context_parallel import context_parallel_attention
+from tokenselect.context_parallel.call import across
+from tokenselect.context_parallel.shards import Alone
 from tokenselect.dispatch import registry
 
 CAPABILITY = Capability(
