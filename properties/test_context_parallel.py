@@ -15,6 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from properties import guard
 from properties.backends import is_here
 from properties.laws import LAWS
 from properties.test_planted import SEARCH
@@ -44,6 +45,12 @@ CAPABILITY = Capability(
     dtypes=(torch.float32, torch.bfloat16, torch.float16), votes=("soft", "logit"), pools=(1,)
 )
 HOWS = ("blocks", "turns", "random", "one")
+
+
+@pytest.fixture(autouse=True)
+def _unguarded(_guarded: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guard stands in for a function of a module while a stage runs: for one thread at a time."""
+    guard.take_off(monkeypatch)
 
 
 class Thread(Alone):
