@@ -62,7 +62,7 @@ def _noted(x: Tensor) -> int:
 class Apart:
     """Stands in for a Library: copies what a call names to shared memory, and back."""
 
-    path, number, has_threads = "baseline", 0, True
+    path, number, has_threads, has_tiles = "baseline", 0, True, True
 
     def __init__(self, kind: Kind, where: Path) -> None:
         program, shared = where / "apart", where / "memory"

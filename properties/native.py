@@ -13,8 +13,9 @@ from tokenselect.kernels.native import backend as native
 from tokenselect.kernels.native import build, stages
 from tokenselect.kernels.native.library import Library
 
-# The problems of a law are small: they are to have several blocks, and may take long.
-SMALL = ("-DTS_BLOCK_TILES=2", "-DTS_SPLIT_TILES=2", "-DTS_ALONE=1")
+# The problems of a law are small: they are to have several blocks, and may take long. Loops stand
+# in for tiles, so that what is around them is tried on every processor.
+SMALL = ("-DTS_BLOCK_TILES=2", "-DTS_SPLIT_TILES=2", "-DTS_ALONE=1", "-DTS_TILES_BY_LOOPS")
 QUICK = ("-O0", *SMALL)
 SANITIZED = ("-O0", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", *SMALL)
 
@@ -87,6 +88,16 @@ MUTANTS = (
     Mutant("walks-in-place", "attend.h", "at = c.contiguous ? r : position;", "at = position;",
            "attend"),
     Mutant("merges-unweighed", "attend.h", "float by = (float)shrunk;", "float by = 1;", "attend"),
+    Mutant("multiplies-values-that-are-hidden", "chunk.h",
+           "if (t0 + t + i >= seen_by_all) exponents |= has_special(row[i]);", "", "attend"),
+    Mutant("leaves-the-last-of-an-odd-count", "chunk.h", "t + i < there; ++i",
+           "t + 1 < there; ++i", "attend"),
+    Mutant("lets-a-query-see-what-its-neighbours-see", "chunk.h", "min(KEYS, sees[r] - first));",
+           "min(KEYS, widest - first));", "attend"),
+    Mutant("shrinks-nothing-at-a-new-maximum", "chunk.h", "to[d] = to[d] * old[r] +",
+           "to[d] = to[d] +", "attend"),
+    Mutant("packs-half-of-a-key", "chunk.h", "(size_t)c.D * 2);\n        uint32_t* to",
+           "(size_t)c.D);\n        uint32_t* to", "attend"),
     Mutant("keeps-an-lse-that-is-not-finite", "kernels.cpp", "|| __builtin_isfinite(c.out_lse[at])",
            "|| true", "attend_fresh"),
     Mutant("never-scores-where-all-is-selected", "kernels.cpp", "|| c.softcap > 0) return false",

@@ -25,11 +25,16 @@ pytestmark = pytest.mark.skipif(
     load("native").unavailable is not None, reason=str(load("native").unavailable)
 )
 
-OTHER_PATHS = [
-    path
-    for path in build.paths_here(platform.machine())
+# Those that can run here, but that of `native`, which is held to more; and the ways of a chunk of
+# queries for every number of queries: that of the widest path, and that of tiles, in loops.
+HERE = build.paths_here(platform.machine())
+OTHERS: dict[str, tuple[str, tuple[str, ...], int]] = {
+    f"native-{path}": (path, (), stages._FEW_QUERIES)
+    for path in HERE
     if path != getattr(native.LIBRARY, "path", None)
-]
+}
+OTHERS["native-chunk"] = HERE[-1], (), 0
+OTHERS["native-loops"] = HERE[-1], ("-DTS_TILES_BY_LOOPS",), 0
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
@@ -50,6 +55,8 @@ def test_a_mistake_in_the_source_is_caught(
 ) -> None:
     monkeypatch.setattr(stages, "_LEAST", 0)
     monkeypatch.setattr(stages, "_KEPT", -1)
+    if mutant.file == "chunk.h":
+        monkeypatch.setattr(stages, "_FEW_QUERIES", 0)
     backend = build_mutant(mutant, tmp_path)
     if mutant.stage == "reuse":
         SHARES[backend.name] = 0.5
@@ -63,13 +70,14 @@ def test_a_mistake_in_the_source_is_caught(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", OTHER_PATHS)
-def test_the_laws_hold_on_other_paths(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of those that can run here; `native` takes one, which is held to more."""
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_laws_hold_on_other_paths(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, flags, few_queries = OTHERS[name]
+    monkeypatch.setattr(stages, "_FEW_QUERIES", few_queries)
     monkeypatch.setattr(stages, "_LEAST", 0)
     monkeypatch.setattr(stages, "_KEPT", -1)
-    made = Library(build.library(paths=(path,)), path)
-    backend = watched(native.backend(made, f"native-{path}"), stages)
+    made = Library(build.library(flags=flags, paths=(path,)), path)
+    backend = watched(native.backend(made, name), stages)
     register(backend.name, backend)
     found = [verdict(law, backend, seeded(3)) for law in LAWS]
     assert {one.became for one in found} == {"passed"}, found

@@ -403,6 +403,33 @@ def test_results_do_not_depend_on_the_number_of_threads(name: str) -> None:
             assert torch.equal(one, two)
 
 
+@pytest.mark.slow
+@needs_native
+def test_a_chunk_in_tiles_does_not_depend_on_threads_and_is_the_same_in_a_plan() -> None:
+    """In loops, where there are no tiles; a value that is not finite is hidden from most queries."""
+    problem = Case(
+        lengths=(2000, 0, 700), G=3, Lq=45, D=40, Dv=72, dtype=torch.bfloat16, filler="inf",
+        config=SelectConfig(300, 16, 64),
+    ).problem()  # fmt: skip
+    problem.v_cache[0, 0, 1999, 3] = torch.nan
+    lib = library.Library(build.library(flags=("-DTS_TILES_BY_LOOPS",)))
+    backend, before = native.backend(lib, "native-loops"), torch.get_num_threads()
+    assert isinstance(backend.score, Callable) and backend.static is not None
+    selection = backend.select(backend.score(problem).votes, problem)
+    each = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            each += [backend.attend(problem, selection), backend.static.attend(problem, selection)]
+    finally:
+        torch.set_num_threads(before)
+    finding = attend_tolerance(problem, selection).compare(each[0])
+    assert finding.holds, finding
+    for other in each[1:]:
+        assert torch.equal(other.out.nan_to_num(7), each[0].out.nan_to_num(7))
+        assert torch.equal(other.lse, each[0].lse)
+
+
 THREADS = """
 import os, torch
 from tokenselect import attention
@@ -458,6 +485,9 @@ def test_a_path_that_does_not_run_here_is_a_reason() -> None:
     assert "kernels for" in str(why)
 
 
+AMX = "avx2 fma f16c avx512f avx512bw avx512vl avx512dq amx_tile amx_bf16"
+
+
 @pytest.mark.parametrize(
     ("features", "paths"),
     [
@@ -465,20 +495,29 @@ def test_a_path_that_does_not_run_here_is_a_reason() -> None:
         ("avx2 fma f16c", ["baseline", "avx2"]),
         ("avx2 fma avx512f avx512bw avx512vl avx512dq", ["baseline"]),
         ("avx2 fma f16c avx512f avx512bw avx512vl avx512dq", ["baseline", "avx2", "avx512"]),
+        (AMX, ["baseline", "avx2", "avx512", "amx"]),
+        (AMX.replace("amx_bf16", ""), ["baseline", "avx2", "avx512"]),
     ],
 )
 def test_a_path_needs_each_of_its_features(
     features: str, paths: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(build, "features", lambda: f"flags : fpu {features}")
+    monkeypatch.setattr(build, "_grants_tiles", lambda: True)
     assert build.paths_here("x86_64") == paths
+
+
+def test_tiles_that_linux_refuses_are_no_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "features", lambda: f"flags : fpu {AMX}")
+    monkeypatch.setattr(build, "_grants_tiles", lambda: False)
+    assert build.paths_here("x86_64") == ["baseline", "avx2", "avx512"]
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="x86-64's paths are compiled there")
 @needs_native
 def test_the_widest_path_compiles_everywhere(tmp_path: Path) -> None:
-    build.compile_in(tmp_path, build.find_compiler(), build.SOURCES, FLAGS, ("avx512",))
+    build.compile_in(tmp_path, build.find_compiler(), build.SOURCES, FLAGS, ("amx",))
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ process; a library appears whole, by a rename. Whatever goes wrong is raised as 
 which says why.
 """
 
+import ctypes
 import hashlib
 import logging
 import os
@@ -33,14 +34,17 @@ FLAGS = (
 )
 # Per architecture: the paths of the kernels, from the narrowest to the widest, and what each is
 # compiled for. All have passed the properties; that of Arm in emulation.
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX512 = (
+    *_AVX2,
+    *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"),
+)
 PATHS: dict[str, dict[str, tuple[str, ...]]] = {
     "x86_64": {
         "baseline": (),
-        "avx2": ("-mavx2", "-mfma", "-mf16c"),
-        "avx512": (
-            *("-mavx2", "-mfma", "-mf16c"),
-            *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"),
-        ),
+        "avx2": _AVX2,
+        "avx512": _AVX512,
+        "amx": (*_AVX512, "-mamx-tile", "-mamx-bf16"),
     },
     "aarch64": {"baseline": ()},
 }
@@ -49,6 +53,10 @@ _NEEDS = {
     "baseline": (),
     "avx2": ("avx2", "fma", "f16c"),
     "avx512": ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq"),
+    "amx": (
+        *("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq"),
+        *("amx_tile", "amx_bf16"),
+    ),
 }
 OLDEST = {"g++": 11, "clang++": 14}
 SECONDS = 600  # that a compiler, or another process that compiles, may take
@@ -174,9 +182,18 @@ def features() -> str:
 
 
 def paths_here(machine: str) -> list[str]:
-    """Return the paths of an architecture that this processor has the features of; widest last."""
+    """Return the paths of an architecture that run on this processor and system; widest last."""
     there = set(features().split())
-    return [path for path in PATHS.get(machine, {}) if there.issuperset(_NEEDS[path])]
+    found = [path for path in PATHS.get(machine, {}) if there.issuperset(_NEEDS[path])]
+    if "amx" in found and not _grants_tiles():
+        found.remove("amx")
+    return found
+
+
+def _grants_tiles() -> bool:
+    """Ask Linux for the state of AMX tiles, which a process has to before it uses them."""
+    arch_prctl, req_xcomp_perm, xtiledata = 158, 0x1023, 18
+    return int(ctypes.CDLL(None).syscall(arch_prctl, req_xcomp_perm, xtiledata)) == 0
 
 
 def _prefix(sources: Path, flags: Sequence[str]) -> str:

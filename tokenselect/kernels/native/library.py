@@ -31,6 +31,7 @@ class Library:
             self.fields = tuple(loaded.ts_fields().decode().split())
             self.paths = _paths(loaded)
             self._run = loaded.ts_run
+            loaded.ts_has_tiles.argtypes = [ctypes.c_int64]
         except (OSError, AttributeError) as error:
             raise CannotBuild(f"{file} cannot be loaded: {error}; remove it") from None
         self._run.argtypes, self._run.restype = [ctypes.c_char_p], ctypes.c_int64
@@ -43,6 +44,7 @@ class Library:
             )
         self.path = taken[-1]
         self.number = list(self.paths).index(self.path)
+        self.has_tiles = bool(loaded.ts_has_tiles(self.number))
         self._packed = struct.Struct("".join("d" if x in FACTORS else "q" for x in self.fields))
         region = _torch_region()
         self.has_threads = region is not None

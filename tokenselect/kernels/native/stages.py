@@ -64,7 +64,7 @@ class Stages:
         """Return attention over any selection, within its tolerance, in `out` if there is one."""
         positions, count = (x.contiguous() for x in selection)
         attended = self._attended(problem, out)
-        if problem.Lq > _FEW_QUERIES and not self._is_static:
+        if self._gathers(problem) and not self._is_static:
             chunk.attend(problem, positions, count, *attended, self._gather, self._weigh, empty)
         else:
             out, lse = attended
@@ -95,7 +95,7 @@ class Stages:
         lse = empty((p.B, p.Hq), torch.float32, p.q.device)
         selection, attended = self._selection(p), self._attended(p)
         made |= {"dense_lse": lse, "positions": selection[0], "count": selection[1]}
-        if p.Lq > _FEW_QUERIES:
+        if self._gathers(p):
             self._run(p, stages, made, state, theta)
             chunk.attend(p, *selection, *attended, self._gather, self._weigh, empty)
         else:
@@ -129,6 +129,19 @@ class Stages:
 
     def _weigh(self, problem: Problem, tensors: dict[str, Tensor], **numbers: int) -> None:
         self._run(problem, WEIGH, tensors, numbers=numbers)
+
+    def _gathers(self, p: Problem) -> bool:
+        """Say whether a call is attended by matrix products of torch."""
+        return p.Lq > _FEW_QUERIES and not self._in_tiles(p)
+
+    def _in_tiles(self, p: Problem) -> bool:
+        """Say whether a call is attended in tiles: many queries, of bfloat16 keys as they lie."""
+        return (
+            self._library.has_tiles
+            and p.Lq > _FEW_QUERIES
+            and p.q.dtype is torch.bfloat16
+            and not p.needs_rotation(p.config.positions)
+        )
 
     @staticmethod
     def _selection(p: Problem) -> Selection:
@@ -221,7 +234,7 @@ class Stages:
             n_sink=c.n_sink, n_local=c.n_local, vote=_VOTES[c.vote],
             over_candidates=c.vote == "soft" and c.normalize == "candidates",
             pool=c.pool, runs=c.n_query_means, score_at=_SCORE_AT[c.score_at],
-            contiguous=c.positions == "contiguous",
+            contiguous=c.positions == "contiguous", in_tiles=self._in_tiles(p),
         )  # fmt: skip
         if p.sink_logits is not None:
             sinks = empty((Hq,), torch.float32, q.device).copy_(p.sink_logits)

@@ -19,7 +19,7 @@ struct Attender {
   Attender(const Call& call, Arena& arena) : c(call) {
     G = c.Hq / c.Hkv, S = c.S, splits = ceil_div(c.columns, SPLIT), pitch = padded(c.D);
     width = c.Dv + 2;  // the sum of weighted values, the largest logit, the sum of weights
-    int64_t rows = c.stages & ts::ATTEND ? c.B * c.Hq * c.Lq : 0;
+    int64_t rows = c.stages & ts::ATTEND && !c.in_tiles ? c.B * c.Hq * c.Lq : 0;
     queries = arena.take<float>(rows * pitch);
     parts = arena.take<float>(rows * splits * width);
     rotations = arena.take<float>(moves() ? c.B * S * c.columns * 2 * c.half : 0);
@@ -226,13 +226,6 @@ struct Attender {
   template <class E>
   void merge(int64_t b, int64_t h, int64_t i) const {
     int64_t count = seen(b, selection_of(h / G), i), used = ceil_div(count, SPLIT);
-    int64_t at = (b * c.Hq + h) * c.Lq + i;
-    typename E::raw* out = (typename E::raw*)c.out + at * c.Dv;
-    if (used == 0) {
-      for (int64_t d = 0; d < c.Dv; ++d) out[d] = E::narrow(0.0f);
-      c.out_lse[at] = -INF;
-      return;
-    }
     float largest = -INF;
     for (int64_t k = 0; k < used; ++k) {
       float x = part(b, h, i, k)[c.Dv];
@@ -247,8 +240,22 @@ struct Attender {
       float by = (float)shrunk;
       for (int64_t d = 0; d < c.Dv; ++d) sums[d] += x[d] * by;
     }
-    c.out_lse[at] = total == 0 ? -INF : (float)(above + __builtin_log(total));
+    finish<E>(b, h, i, count, largest, total, sums);
+  }
+
+  // Write what a query that sees `count` keys has: weighted values and weights, added up.
+  template <class E>
+  void finish(int64_t b, int64_t h, int64_t i, int64_t count, float largest, double total,
+              const float* sums) const {
+    int64_t at = (b * c.Hq + h) * c.Lq + i;
+    typename E::raw* out = (typename E::raw*)c.out + at * c.Dv;
+    if (count == 0) {
+      for (int64_t d = 0; d < c.Dv; ++d) out[d] = E::narrow(0.0f);
+      c.out_lse[at] = -INF;
+      return;
+    }
     double by = factor(h, largest, total);
+    c.out_lse[at] = total == 0 ? -INF : (float)(finite_or_zero(largest) + __builtin_log(total));
     for (int64_t d = 0; d < c.Dv; ++d) out[d] = E::narrow((float)(sums[d] * by));
   }
 

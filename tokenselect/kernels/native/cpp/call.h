@@ -30,6 +30,7 @@
   X(float*, key_rows) X(float*, value_rows) X(int64_t, request)                                  \
   X(float*, logits) X(int64_t, logits_pitch) X(float*, factors)                                  \
   X(int64_t, group) X(int64_t, first_query) X(int64_t, n_queries)                                \
+  X(int64_t, in_tiles)                                                                           \
   X(int64_t, has_theta) X(double, theta) X(int64_t, max_reuse)                                   \
   X(float*, stored_query) X(int32_t*, stored) X(int64_t, stored_columns)                         \
   X(int32_t*, stored_count) X(int32_t*, stored_length) X(int64_t*, hits) X(int64_t*, misses)     \

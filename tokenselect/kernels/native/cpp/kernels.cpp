@@ -1,5 +1,5 @@
 // The stages of one path. This file is compiled once per path, TS_PATH being its name.
-#include "attend.h"
+#include "chunk.h"
 #include "reuse.h"
 #include "score.h"
 
@@ -64,13 +64,16 @@ static int64_t run(const Call& c, bool measures) {
   if (c.stages & ts::UPDATE && !measures) reuser.update();
   if (c.stages & (ts::ATTEND | ts::GATHER | ts::WEIGH)) {
     Attender attender(c, arena);
-    if (!measures && c.stages & ts::ATTEND) attender.run<E>();
+    ChunkAttender chunk(attender, arena);
+    if (!measures && c.stages & ts::ATTEND) c.in_tiles ? chunk.run() : attender.run<E>();
     if (!measures && c.stages & ts::GATHER) attender.gather<E>();
     if (!measures && c.stages & ts::WEIGH) attender.weigh_rows();
   }
   if (is_late && (measures || !take_lse(c))) score();
   return arena.used;
 }
+
+bool has_tiles() { return HAS_TILES; }
 
 int64_t run_path(const Call& c, bool measures) {
   if (c.dtype == ts::BFLOAT16) return run<BFloat16>(c, measures);
