@@ -430,6 +430,21 @@ def test_a_chunk_in_tiles_does_not_depend_on_threads_and_is_the_same_in_a_plan()
         assert torch.equal(other.lse, each[0].lse)
 
 
+@needs_native
+def test_subnormal_keys_count_beside_large_queries_in_a_chunk() -> None:
+    """Tiles take them for zeros."""
+    problem = Case(
+        lengths=(300,), Lq=20, G=1, Hkv=1, D=32, dtype=torch.bfloat16,
+        config=SelectConfig(100, 16, 64),
+    ).problem()  # fmt: skip
+    problem.k_cache.copy_(problem.k_cache.float() * 2.0**-128)
+    problem.q.copy_(problem.q.float() * 2.0**127)
+    backend = load("native")
+    attended, selection, _ = backend.attend_fresh(problem)
+    finding = attend_tolerance(problem, selection).compare(attended)
+    assert finding.holds, finding
+
+
 THREADS = """
 import os, torch
 from tokenselect import attention

@@ -79,12 +79,19 @@ struct ChunkAttender {
     return found;
   }
 
-  // A query's row of the cache's type, zeros behind D.
-  void place_query(int64_t b, int64_t h, int64_t i, uint16_t* to) const {
+  // A query's row of the cache's type, zeros behind D. Returns whether all of it is so small that
+  // what tiles take for 0 in a key, a subnormal number, would change no weight.
+  bool place_query(int64_t b, int64_t h, int64_t i, uint16_t* to) const {
     const uint16_t* from =
         (const uint16_t*)c.q + b * c.q_request + h * c.q_head + i * c.q_token;
-    for (int64_t d = 0; d < c.D; ++d) to[d] = from[d * c.q_dim];
+    float largest = 0x1p64f / (float)(c.scale > 1 ? c.scale : 1);
+    uint32_t too_large = 0;
+    for (int64_t d = 0; d < c.D; ++d) {
+      to[d] = from[d * c.q_dim];
+      too_large |= !(BFloat16::widen_one(to[d] & 0x7fff) <= largest);
+    }
     for (int64_t d = c.D; d < depth * DEPTH; ++d) to[d] = 0;
+    return !too_large;
   }
 
   // Weights of `count` keys, rounded to the nearest, and zeros up to `end`. A NaN stays one: those
@@ -120,9 +127,10 @@ struct ChunkAttender {
     float largest[AT_ONCE], old[AT_ONCE], fresh[AT_ONCE];
     double total[AT_ONCE];
     memset(narrow, 0, sizeof narrow);
+    auto multiply_queries = multiply;
     for (int64_t r = 0; r < AT_ONCE; ++r) {
       int64_t row = first_row + min(r, rows - 1), h = g * G + row / c.Lq, i = row % c.Lq;
-      place_query(b, h, i, q + r * depth * DEPTH);
+      if (!place_query(b, h, i, q + r * depth * DEPTH)) multiply_queries = multiply_in_loops;
       sees[r] = of.seen(b, s, i), largest[r] = -INF, total[r] = 0;
       widest = max(widest, sees[r]);
     }
@@ -131,8 +139,8 @@ struct ChunkAttender {
       int64_t first = split * KEYS, at = place(b, g, split);
       int64_t blocks = ceil_div(min(KEYS, widest - first), DEPTH);
       const uint16_t* packed = values + at * values_size();
-      multiply(q, depth * DEPTH, keys + at * keys_size(), BLOCK_SIZE, depth * BLOCK_SIZE, depth,
-               blocks * DEPTH, weights, KEYS);
+      multiply_queries(q, depth * DEPTH, keys + at * keys_size(), BLOCK_SIZE, depth * BLOCK_SIZE,
+                       depth, blocks * DEPTH, weights, KEYS);
       for (int64_t r = 0; r < rows; ++r) {
         int64_t m = max(0, min(KEYS, sees[r] - first));
         float found[2] = {-INF, 0}, *to = weights + r * KEYS;

@@ -11,16 +11,11 @@ constexpr int SIDE = 16, DEPTH = 32, BLOCK_SIZE = SIDE * DEPTH;
 // Rows of the left factor that are multiplied at once; columns of the right one, a multiple of it.
 constexpr int AT_ONCE = 2 * SIDE;
 
-// Tests compile the loops below in place of tiles, for processors that have none.
-#if defined(TS_TILES_BY_LOOPS)
-constexpr bool HAS_TILES = true;
-
-static inline void open_tiles() {}
-static inline void close_tiles() {}
-
-static inline void multiply(const uint16_t* a, int64_t a_pitch, const uint16_t* b, int64_t down,
-                            int64_t right, int64_t blocks, int64_t columns, float* out,
-                            int64_t pitch) {
+// out (AT_ONCE, columns) = a (AT_ONCE, blocks * DEPTH) b (blocks * DEPTH, columns). Elements from
+// one block of b to the next: `down` to the next rows, `right` to the next columns.
+TS_APART static void multiply_in_loops(const uint16_t* a, int64_t a_pitch, const uint16_t* b,
+                                       int64_t down, int64_t right, int64_t blocks,
+                                       int64_t columns, float* out, int64_t pitch) {
   for (int64_t i = 0; i < AT_ONCE; ++i) {
     for (int64_t j = 0; j < columns; ++j) {
       const uint16_t *row = a + i * a_pitch, *column = b + j / SIDE * right + j % SIDE * 2;
@@ -33,6 +28,14 @@ static inline void multiply(const uint16_t* a, int64_t a_pitch, const uint16_t* 
     }
   }
 }
+
+// Tests compile the loops in place of tiles, for processors that have none.
+#if defined(TS_TILES_BY_LOOPS)
+constexpr bool HAS_TILES = true;
+
+static inline void open_tiles() {}
+static inline void close_tiles() {}
+constexpr auto multiply = multiply_in_loops;
 #elif defined(__AMX_BF16__)
 constexpr bool HAS_TILES = true;
 
@@ -47,8 +50,7 @@ static inline void open_tiles() {
 }
 static inline void close_tiles() { _tile_release(); }
 
-// out (AT_ONCE, columns) = a (AT_ONCE, blocks * DEPTH) b (blocks * DEPTH, columns). Elements from
-// one block of b to the next: `down` to the next rows, `right` to the next columns.
+// The same; subnormal numbers count as 0.
 static inline void multiply(const uint16_t* a, int64_t a_pitch, const uint16_t* b, int64_t down,
                             int64_t right, int64_t blocks, int64_t columns, float* out,
                             int64_t pitch) {
@@ -79,8 +81,7 @@ constexpr bool HAS_TILES = false;
 
 static inline void open_tiles() {}
 static inline void close_tiles() {}
-static inline void multiply(const uint16_t*, int64_t, const uint16_t*, int64_t, int64_t, int64_t,
-                            int64_t, float*, int64_t) {}
+constexpr auto multiply = multiply_in_loops;
 #endif
 
 }  // namespace TS_PATH
