@@ -26,7 +26,7 @@ from tokenselect.contract import SelectConfig
 from tokenselect.integrations.transformers import TokenSelectCache, recorded
 
 # What a version of the tasks computes. Raise it when the same case would get another value.
-VERSION = 3
+VERSION = 4
 _CHUNK = 512
 
 
@@ -168,8 +168,11 @@ def passes(
     for case in sorted(cases, key=lambda case: case.variant.moves):
         # What is moved is cached otherwise, and needs a prefill of its own.
         if case.variant.moves not in before:
-            cache = TokenSelectCache(model, max_length=len(ids))
-            with case.variant.selecting_all(len(ids)).applied(model):
+            cache, alike = TokenSelectCache(model, max_length=len(ids)), case.variant
+            if alike.options is None:  # what stands before is read as those that select read it
+                of_same = (c.variant for c in cases if c.variant.options and not c.variant.moves)
+                alike = next(of_same, alike)
+            with alike.reading_densely(len(ids)).applied(model):
                 for at in range(0, start, _CHUNK):
                     feed(model, cache, ids[at : min(at + _CHUNK, start)])
             before = {case.variant.moves: cache}

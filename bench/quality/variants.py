@@ -77,13 +77,15 @@ class Variant:
         assert self.options is not None
         return replace(self, options=replace(self.options, **changes))
 
-    def selecting_all(self, n: int) -> "Variant":
-        """Return dense attention of n tokens that leaves the cache as this variant needs it.
+    def reading_densely(self, n: int) -> "Variant":
+        """Return how n tokens are read densely, so that this variant can go on from the cache.
 
-        A selection of everything is not moved, so it is dense whatever the options.
+        What moves keys selects all, since it may read densely within the trained length only.
         """
-        if self.options is None or not self.moves:
+        if self.options is None:
             return DENSE
+        if not self.moves:
+            return self.with_options(prefill="dense", theta=None)
         return self.with_options(select=replace(self.options.select, k=n), theta=None)
 
     @contextmanager
