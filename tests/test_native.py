@@ -406,21 +406,20 @@ def test_results_do_not_depend_on_the_number_of_threads(name: str) -> None:
 @pytest.mark.slow
 @needs_native
 def test_a_chunk_in_tiles_does_not_depend_on_threads_and_is_the_same_in_a_plan() -> None:
-    """In loops, where there are no tiles; a value that is not finite is hidden from most queries."""
+    """In loops, on any processor; a value that is not finite is hidden from most queries."""
     problem = Case(
         lengths=(2000, 0, 700), G=3, Lq=45, D=40, Dv=72, dtype=torch.bfloat16, filler="inf",
         config=SelectConfig(300, 16, 64),
     ).problem()  # fmt: skip
     problem.v_cache[0, 0, 1999, 3] = torch.nan
     lib = library.Library(build.library(flags=("-DTS_TILES_BY_LOOPS",)))
-    backend, before = native.backend(lib, "native-loops"), torch.get_num_threads()
-    assert isinstance(backend.score, Callable) and backend.static is not None
-    selection = backend.select(backend.score(problem).votes, problem)
+    call, planned = stages.Stages(lib), stages.Stages(lib, is_static=True)
+    selection, before = call.select(call.score(problem).votes, problem), torch.get_num_threads()
     each = []
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            each += [backend.attend(problem, selection), backend.static.attend(problem, selection)]
+            each += [call.attend(problem, selection), planned.attend(problem, selection)]
     finally:
         torch.set_num_threads(before)
     finding = attend_tolerance(problem, selection).compare(each[0])
