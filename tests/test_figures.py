@@ -194,6 +194,22 @@ def test_the_readme_says_how_often_selections_are_reused() -> None:
     assert "SmolLM2 reuses one selection in eight" in page("README.md")
 
 
+def test_the_page_of_transformers_has_the_times_of_lossless_decoding() -> None:
+    said, same = page("docs/tutorials/transformers.md"), {"time": 0, "prompts": 0}
+    for name in ("lossless", "lossless-yarn"):
+        for task, entry in load(f"quality-report-{name}")["entries"].items():
+            for stock, uncopied, ours in zip(*[iter(entry["summary"])] * 3, strict=True):
+                assert ours["same"] == ours["texts"]
+                same[task] += ours["texts"]
+                ms = " | ".join(f"{one['ms']:.0f}" for one in (stock, uncopied, ours))
+                line = (
+                    f"| {ours['context']:,} | {ms} | {ours['of sdpa, DynamicCache']:.2f} | "
+                    f"{ours['drafted']:.1f}, {ours['accepted']:.1f} |"
+                )
+                assert task == "prompts" or line in said
+    assert f"All {same['time']} texts of 48 tokens and all {same['prompts']} of 24" in said
+
+
 def test_the_readme_has_the_figures_of_peers_that_the_page_of_native_has() -> None:
     text = (fresh.ROOT / "docs" / "native.md").read_text("utf-8")
     ms = dict(re.findall(r"^\| (.*?) \| ([\d.]+) \(", text, re.MULTILINE))
