@@ -403,6 +403,20 @@ def test_results_do_not_depend_on_the_number_of_threads(name: str) -> None:
             assert torch.equal(one, two)
 
 
+@needs_native
+def test_problems_that_look_the_same_have_their_own_strides_and_tensors() -> None:
+    q, k, v = (torch.randn(1, heads, 50, 16) for heads in (4, 2, 2))
+    config, seen = SelectConfig(k=9, n_sink=2, n_local=5), []
+    for keys in (k, k.flip(0), k.transpose(1, 2).contiguous().transpose(1, 2)):
+        for query in (q[:, :, :1], q[:, :, 1:2].contiguous()):
+            problem = Problem.build(query, keys, v, config)
+            seen.append(problem.kind)
+            attended, selection, _ = load("native").attend_fresh(problem)  # type: ignore[misc]
+            finding = attend_tolerance(problem, selection).compare(attended)
+            assert finding.holds, finding
+    assert len(set(seen)) == 1
+
+
 @pytest.mark.slow
 @needs_native
 def test_a_chunk_in_tiles_does_not_depend_on_threads_and_is_the_same_in_a_plan() -> None:

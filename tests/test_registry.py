@@ -15,6 +15,8 @@ from tokenselect import (
     Capability,
     Explanation,
     InvalidProblem,
+    Problem,
+    SelectConfig,
     UnknownBackend,
     UnsupportedProblem,
     attention,
@@ -346,3 +348,18 @@ def test_no_environment_variable_changes_the_choice(monkeypatch: pytest.MonkeyPa
     for name in ("TOKENSELECT_BACKEND", "TOKENSELECT", "BACKEND"):
         monkeypatch.setenv(name, "reference")
     assert explain(q, k_cache, v_cache).chosen == chosen
+
+
+def test_a_choice_that_is_noted_is_made_anew_where_a_backend_changes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Problems that look the same share the note."""
+    config = SelectConfig(**SMALL)
+    first, again = (Problem.build(*tensors(), config) for _ in range(2))
+    assert again.kind is first.kind is not None
+    chosen = registry.resolve("auto", first)
+    gone = Backend(chosen, Capability(devices=()), "reference", "reference", "reference")
+    monkeypatch.setitem(registry._loaded, chosen, registry.resolved(gone))
+    assert registry.resolve("auto", again) != chosen
+    with pytest.raises(UnsupportedProblem):
+        registry.resolve(chosen, again)

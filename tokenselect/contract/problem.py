@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from types import NoneType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -13,6 +13,18 @@ from tokenselect.contract.rules import RULES
 from tokenselect.errors import InvalidProblem
 from tokenselect.rope import Rope
 from tokenselect.scalars import plain
+
+
+class Kind:
+    """What is known of all problems of one kind: they keep the rules, and what is noted here.
+
+    Of one kind are problems with one config and numbers, and with tensors of one shape, dtype and
+    device; of a rope, only the size counts.
+    """
+
+    def __init__(self, config: SelectConfig) -> None:
+        self.config = config  # its id is part of how a kind looks: it stays its own
+        self.notes: dict[Any, Any] = {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +50,8 @@ class Problem:
     rope: Rope | None
     max_reuse: int
     config: SelectConfig
+    # Of a problem that was built, not replaced: what is known of all that look the same.
+    kind: ClassVar["Kind | None"] = None
 
     @classmethod
     def build(
@@ -72,16 +86,19 @@ class Problem:
             max_reuse=plain(max_reuse),
             config=config,
         )
-        kind = _kind(problem)
-        if kind is None or kind not in _KEPT:
+        looks = _looks(problem)
+        kind = None if looks is None else _KINDS.get(looks)
+        if kind is None:
             for rule in RULES:
                 came = rule.broken(problem)
                 if came is not None:
                     raise InvalidProblem(came, rule.rule, rule.fix)
-            if kind is not None:
-                if len(_KEPT) >= _KINDS:
-                    _KEPT.clear()
-                _KEPT[kind] = config
+            if looks is not None:
+                if len(_KINDS) >= _MOST_KINDS:
+                    _KINDS.clear()
+                kind = _KINDS[looks] = Kind(config)
+        if kind is not None:
+            object.__setattr__(problem, "kind", kind)
         if cache_seqlens is None:
             cache_seqlens = torch.full((problem.B,), problem.Lk, dtype=torch.int32, device=q.device)
         # Kernels read them one after the other.
@@ -189,12 +206,12 @@ class Problem:
         )
 
 
-# Kinds of problems that keep all rules, and the config that each names by its id: it stays its own.
-_KEPT: dict[tuple[Any, ...], SelectConfig] = {}
-_KINDS = 1024
+# Kinds of problems that keep all rules, by how they look.
+_KINDS: dict[tuple[Any, ...], Kind] = {}
+_MOST_KINDS = 1024
 
 
-def _kind(p: Problem) -> tuple[Any, ...] | None:
+def _looks(p: Problem) -> tuple[Any, ...] | None:
     """Return all that the rules look at; None where some of it is no plain value or tensor."""
     if torch.compiler.is_compiling():
         return None

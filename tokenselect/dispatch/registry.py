@@ -282,6 +282,10 @@ def resolve(name: str, problem: Problem, *, static: bool = False) -> str:
 
     Raises UnknownBackend, or UnsupportedProblem with the reasons of every backend tried.
     """
+    notes = {} if problem.kind is None else problem.kind.notes
+    noted = notes.get(("backend", name, static))
+    if noted is not None and all(_loaded.get(tried) is backend for tried, backend in noted[1]):
+        return noted[0]  # type: ignore[no-any-return]
     chosen, passed_over = _choose(name, problem, static)
     if chosen is None:
         everything = "pass backend='reference', which runs everything, slowly"
@@ -290,6 +294,8 @@ def resolve(name: str, problem: Problem, *, static: bool = False) -> str:
         raise UnsupportedProblem(
             problem.describe(), passed_over, f"change the problem, or {everything}"
         )
+    tried = [(one, _loaded.get(one)) for one in (*passed_over, chosen)]
+    notes["backend", name, static] = chosen, tried
     return chosen
 
 

@@ -200,47 +200,27 @@ class Stages:
 
     def _values(self, p: Problem, stages: int) -> dict[str, Any]:
         """Return the fields of `Call` in cpp/call.h that a problem fills in."""
-        c = p.config
-        q, k, v = p.q, p.k_cache, p.v_cache
-        B, Hq, Lq, D = q.shape
-        values = self._nothing.copy()
-        q_request, q_head, q_token, q_dim = q.stride()
-        table = p.block_table
-        if table is None:
-            Hkv, Lk = k.shape[1], k.shape[2]
-            k_outer, k_head, k_token, k_dim = k.stride()
-            v_outer, v_head, v_token, v_dim = v.stride()
-        else:
-            page_size, Hkv = k.shape[1], k.shape[2]
-            Lk = table.shape[1] * page_size
-            k_outer, k_token, k_head, k_dim = k.stride()
-            v_outer, v_token, v_head, v_dim = v.stride()
-            table_request, table_page = table.stride()
-            values.update(
-                table=table.data_ptr(), table_request=table_request, table_page=table_page,
-                n_pages=k.shape[0], page_size=page_size,
-            )  # fmt: skip
+        q, k, v, table = p.q, p.k_cache, p.v_cache, p.block_table
         threads = 1
-        if self._library.has_threads and 2 * B * Hkv * Lk * D * k.itemsize > _ALONE:
+        if self._library.has_threads and 2 * p.B * p.Hkv * p.Lk * p.D * k.itemsize > _ALONE:
             threads = torch.get_num_threads()
+        strides = q.stride(), k.stride(), v.stride(), None if table is None else table.stride()
+        notes = {} if p.kind is None else p.kind.notes
+        noted = notes.get((self, strides))
+        if noted is None:
+            noted = notes[self, strides] = self._of_kind(p)
+        values: dict[str, Any] = noted.copy()
         values.update(
-            stages=stages, threads=threads, B=B, Hq=Hq, Hkv=Hkv, Lq=Lq, D=D, Dv=v.shape[3], Lk=Lk,
-            S=p.S, K=p.K, columns=p.K, dtype=DTYPES[q.dtype],
-            q=q.data_ptr(), q_request=q_request, q_head=q_head, q_token=q_token, q_dim=q_dim,
-            k=k.data_ptr(), k_outer=k_outer, k_head=k_head, k_token=k_token, k_dim=k_dim,
-            v=v.data_ptr(), v_outer=v_outer, v_head=v_head, v_token=v_token, v_dim=v_dim,
-            lengths=p.cache_seqlens.data_ptr(), select_scale=p.select_scale, scale=p.scale,
-            softcap=p.softcap or 0.0, **c.budget_rule._asdict(),
-            n_sink=c.n_sink, n_local=c.n_local, vote=_VOTES[c.vote],
-            over_candidates=c.vote == "soft" and c.normalize == "candidates",
-            pool=c.pool, runs=c.n_query_means, score_at=_SCORE_AT[c.score_at],
-            contiguous=c.positions == "contiguous", in_tiles=self._in_tiles(p),
+            stages=stages, threads=threads, q=q.data_ptr(), k=k.data_ptr(), v=v.data_ptr(),
+            lengths=p.cache_seqlens.data_ptr(), in_tiles=self._in_tiles(p),
         )  # fmt: skip
+        if table is not None:
+            values["table"] = table.data_ptr()
         if p.sink_logits is not None:
-            sinks = empty((Hq,), torch.float32, q.device).copy_(p.sink_logits)
+            sinks = empty((p.Hq,), torch.float32, q.device).copy_(p.sink_logits)
             values["kept sinks"], values["sinks"] = sinks, sinks.data_ptr()
         if p.rope is not None and (p.rope.cached == "raw" or _moves(p)):
-            made = cos_sin(p.rope.inv_freq, Lk)
+            made = cos_sin(p.rope.inv_freq, p.Lk)
             values["kept cos_sin"] = made
             values.update(
                 cos_sin_table=made.table.data_ptr(), n_high=made.n_high,
@@ -248,6 +228,37 @@ class Stages:
                 interleaved=p.rope.interleaved, is_raw=p.rope.cached == "raw",
                 rope_scaling=p.rope.scaling,
             )  # fmt: skip
+        return values
+
+    def _of_kind(self, p: Problem) -> dict[str, Any]:
+        """Return the fields that are the same for all problems of a kind with the same strides."""
+        c, k, v = p.config, p.k_cache, p.v_cache
+        values = self._nothing.copy()
+        q_request, q_head, q_token, q_dim = p.q.stride()
+        if p.block_table is None:
+            k_outer, k_head, k_token, k_dim = k.stride()
+            v_outer, v_head, v_token, v_dim = v.stride()
+        else:
+            k_outer, k_token, k_head, k_dim = k.stride()
+            v_outer, v_token, v_head, v_dim = v.stride()
+            table_request, table_page = p.block_table.stride()
+            values.update(
+                table_request=table_request, table_page=table_page,
+                n_pages=k.shape[0], page_size=p.page_size,
+            )  # fmt: skip
+        values.update(
+            B=p.B, Hq=p.Hq, Hkv=p.Hkv, Lq=p.Lq, D=p.D, Dv=p.Dv, Lk=p.Lk,
+            S=p.S, K=p.K, columns=p.K, dtype=DTYPES[p.q.dtype],
+            q_request=q_request, q_head=q_head, q_token=q_token, q_dim=q_dim,
+            k_outer=k_outer, k_head=k_head, k_token=k_token, k_dim=k_dim,
+            v_outer=v_outer, v_head=v_head, v_token=v_token, v_dim=v_dim,
+            select_scale=p.select_scale, scale=p.scale,
+            softcap=p.softcap or 0.0, **c.budget_rule._asdict(),
+            n_sink=c.n_sink, n_local=c.n_local, vote=_VOTES[c.vote],
+            over_candidates=c.vote == "soft" and c.normalize == "candidates",
+            pool=c.pool, runs=c.n_query_means, score_at=_SCORE_AT[c.score_at],
+            contiguous=c.positions == "contiguous",
+        )  # fmt: skip
         return values
 
 
