@@ -50,7 +50,7 @@ help:
 	@echo "                   [TRITONS='3.6.0 3.9.0'] [ARGS=...]"
 	@echo "make test-transformers  the integration under the oldest transformers it takes"
 	@echo "                   [TRANSFORMERS='5.4.0'] [ARGS=...]"
-	@echo "make test-vllm   vLLM's engine and server with tokenselect, in .venv-vllm: 4 minutes   [ARGS=...]"
+	@echo "make test-vllm   vLLM's engine and server with tokenselect, in .venv-vllm: 8 minutes   [ARGS=...]"
 	@echo "make serve   SmolLM2 behind vLLM's server, decoding with selection; prints a curl line"
 	@echo "make test-models   all causal language models of transformers, small: right or refused"
 	@echo "                   [ARGS='TYPE ...']"

@@ -6,6 +6,7 @@ Most engines run in this process, where what each layer computed can be looked a
 
 import gc
 import importlib.util
+import json
 import os
 import random
 import socket
@@ -16,10 +17,12 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -38,6 +41,7 @@ with warnings.catch_warnings():
     import httpx
     import openai
     import psutil
+    import vllm.platforms
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoModelForCausalLM as Auto
     from transformers import (
@@ -48,12 +52,31 @@ with warnings.catch_warnings():
         PreTrainedConfig,
         PreTrainedTokenizerFast,
     )
-    from vllm import LLM, SamplingParams, envs
+    from vllm import LLM, EngineArgs, SamplingParams, envs
+    from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode
+    from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8StaticTensorSym
+    from vllm.platforms.interface import DeviceCapability, PlatformEnum
+    from vllm.v1.attention import selector
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+    from vllm.v1.attention.backends import triton_attn
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
     from tokenselect.integrations.options import Options
-    from tokenselect.integrations.vllm import BACKEND, backend, layout, metrics, support
+    from tokenselect.integrations.vllm import (
+        BACKEND,
+        backend,
+        chosen,
+        cpu,
+        cuda,
+        layout,
+        metrics,
+        support,
+    )
     from tokenselect.integrations.vllm.metrics import METRICS
+
+    with pytest.MonkeyPatch.context() as patch:  # what a build for the CPU lacks, and nothing uses
+        patch.setitem(sys.modules, "vllm._C_stable_libtorch", ModuleType("absent"))
+        from vllm.platforms.cuda import CudaPlatformBase
 
 import tokenselect
 from examples import serve
@@ -101,8 +124,12 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every other layer slides, and all have a softcap."""
-    config = Gemma2Config(**SIZES, sliding_window=24, attn_logit_softcapping=20.0)
+    """Every other layer slides, and all have a softcap.
+
+    Its embeddings are small: with large ones it repeats its last token, whatever it attends to.
+    """
+    sizes = SIZES | {"initializer_range": 0.05}
+    config = Gemma2Config(**sizes, sliding_window=24, attn_logit_softcapping=20.0)
     return saved(config, tmp_path_factory.mktemp("gemma"))
 
 
@@ -164,14 +191,66 @@ class Engine:
         del self.llm, self.engine
         gc.collect()
 
+    def runner(self) -> Any:
+        return self.engine.engine_core.engine_core.model_executor.driver_worker.model_runner
+
     def impls(self) -> list[Any]:
-        executor = self.engine.engine_core.engine_core.model_executor
-        context = executor.driver_worker.model_runner.compilation_config.static_forward_context
-        return [layer.impl for layer in context.values()]
+        layers = self.runner().compilation_config.static_forward_context
+        return [layer.impl for layer in layers.values()]
+
+    def builder(self) -> Any:
+        return self.runner().attn_groups[0][0].get_metadata_builder()
+
+
+def reads(
+    *, q: Tensor, k: Tensor, v: Tensor, out: Tensor, cu_seqlens_q: Tensor, seqused_k: Tensor,
+    block_table: Tensor, softmax_scale: float, window_size: tuple[int, int], softcap: float,
+    sinks: Tensor | None, max_seqlen_q: int, **more: Any,
+) -> None:  # fmt: skip
+    """Attend as `unified_attention` of TRITON_ATTN does, whose kernel takes a GPU."""
+    starts, group = cu_seqlens_q.tolist(), q.shape[1] // k.shape[2]
+    assert max(b - a for a, b in pairwise(starts)) == max_seqlen_q
+    for i, n in enumerate(seqused_k.tolist()):
+        at, blocks = slice(starts[i], starts[i + 1]), block_table[i, : -(-n // k.shape[1])]
+        held = (x[blocks].flatten(0, 1)[:n].float().transpose(0, 1) for x in (k, v))
+        keys, values = (x.repeat_interleave(group, 0) for x in held)
+        logits = q[at].transpose(0, 1).float() @ keys.mT * softmax_scale
+        if softcap:
+            logits = softcap * (logits / softcap).tanh()
+        behind = torch.arange(n - (at.stop - at.start), n)[:, None] - torch.arange(n)
+        window = n if window_size[0] < 0 else window_size[0]
+        logits.masked_fill_((behind < 0) | (behind > window), -torch.inf)
+        if sinks is not None:
+            logits = torch.cat((logits, sinks[:, None, None].expand(-1, logits.shape[1], 1)), -1)
+        out[at] = (logits.softmax(-1)[..., :n] @ values).transpose(0, 1)
+
+
+def writes(
+    key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slots: Tensor, *more: Any
+) -> None:
+    """Write as `triton_reshape_and_cache_flash` does."""
+    at = slots.div(keys.shape[1], rounding_mode="floor"), slots % keys.shape[1]
+    keys[at], values[at] = key[: len(slots)], value[: len(slots)]
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[..., Engine]]:
+def end(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Which backend the engine takes. That for CUDA runs on the CPU, but for vLLM's kernels."""
+    which: str = getattr(request, "param", "cpu")
+    selector._cached_get_attn_backend.cache_clear()
+    if which == "cuda":
+        monkeypatch.setattr(cpu, "Backend", cuda.Backend)
+        monkeypatch.setattr(triton_attn, "unified_attention", reads)
+        monkeypatch.setattr(triton_attn, "triton_reshape_and_cache_flash", writes)
+    yield which
+    selector._cached_get_attn_backend.cache_clear()
+
+
+on_both = pytest.mark.parametrize("end", ["cpu", "cuda"], indirect=True)
+
+
+@pytest.fixture
+def start(end: str) -> Iterator[Callable[..., Engine]]:
     """Makes engines, each of which ends the one before."""
     made: list[Engine] = []
 
@@ -205,6 +284,7 @@ def test_without_being_asked_for_nothing_changes(start: Callable[..., Engine], l
     assert {type(impl) for impl in start(llama).impls()} == {CPUAttentionBackendImpl}
 
 
+@on_both
 @pytest.mark.parametrize("model", ["llama", "gemma"])
 @pytest.mark.parametrize(
     "options", [EVERYTHING, {**SMALL, "dense_below": 512}, {**EVERYTHING, "theta": 0.9}]
@@ -225,6 +305,7 @@ def test_tokens_are_those_of_stock_vllm_where_everything_is_read(
     assert told[0] == told[1]
 
 
+@on_both
 @pytest.mark.parametrize("theta", [None, 0.3])
 def test_tokens_are_those_of_transformers_where_few_are_selected(
     start: Callable[..., Engine], llama: Path, theta: float | None, sums: dict[str, float]
@@ -308,6 +389,7 @@ def sums(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     return METRICS._sums
 
 
+@on_both
 @pytest.mark.parametrize("theta", [None, -1.0])  # -1: reused whenever there is something to reuse
 def test_streams_do_not_disturb_one_another(
     start: Callable[..., Engine], llama: Path, theta: float | None, sums: dict[str, float]
@@ -341,6 +423,7 @@ def test_streams_do_not_disturb_one_another(
         assert told == apart.alone(text, lengths[name])[: len(told)], name
 
 
+@on_both
 def test_requests_that_are_preempted_go_on(start: Callable[..., Engine], llama: Path) -> None:
     """The cache holds 16 blocks, and five streams grow beyond it."""
     texts = prompts(90, 80, 70, 60, 50)
@@ -361,6 +444,7 @@ def test_requests_that_are_preempted_go_on(start: Callable[..., Engine], llama: 
         assert told[str(i)] == apart.alone(text, 60)
 
 
+@on_both
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("model", ["llama", "gemma"])
 def test_what_a_layer_computes(
@@ -372,14 +456,14 @@ def test_what_a_layer_computes(
 ) -> None:
     """Each request's part of each call, beside the definition over its keys and values in order."""
     kinds: list[str] = []
-    forward = backend.Impl.forward
+    forward = backend.Selects.forward
 
     def held(self: Any, *args: Any, **named: Any) -> Tensor:
         _, q, _, _, kv_cache, metadata = args[:6]
         told = output = forward(self, *args, **named)
         if metadata is None or self._options is None:
             return told
-        keys, values = layout.rows(kv_cache)
+        keys, values = self.rows(kv_cache)
         starts = metadata.query_start_loc.tolist()
         for i, n in enumerate(metadata.seq_lens.tolist()):
             at = slice(starts[i], starts[i + 1])
@@ -397,7 +481,7 @@ def test_what_a_layer_computes(
             assert (right.float() - output[at].float()).abs().max() <= near, (kinds[-1], n)
         return told
 
-    monkeypatch.setattr(backend.Impl, "forward", held)
+    monkeypatch.setattr(backend.Selects, "forward", held)
     options = {**SMALL, "layers": {"1": {"k": 20}}} if model == "llama" else SMALL
     folder = request.getfixturevalue(model)
     engine = start(folder, options, dtype=dtype, max_num_batched_tokens=40)
@@ -421,15 +505,165 @@ def test_a_slot_that_is_none_takes_nothing() -> None:
     assert values[0, 0, 0, 0] == 2
 
 
+@on_both
 def test_layers_and_requests_that_stay_dense(start: Callable[..., Engine], llama: Path) -> None:
     text = prompts(55)[0]
     dense = start(llama).alone(text)
     engine = start(llama, {**SMALL, "dense_below": 60, "layers": {"0": "dense"}})
     first, second = engine.impls()
     assert (first._options, second._options.select.k) == (None, 8)
+    engine.add("beside", prompts(100, seed=1)[0])  # which selects in the same steps
     told = engine.alone(text)
     assert told[:5] == dense[:5]  # the first 5 are made of 55 to 59 tokens
     assert told != dense
+
+
+# --- what CUDA has of its own ----------------------------------------------------------------
+
+
+def metadata_of(lengths: list[int], queries: list[int], **more: Any) -> CommonAttentionMetadata:
+    """Return what vLLM tells of a step, with tensors on a device that cannot be read."""
+    starts = torch.tensor([0, *queries]).cumsum(0).int()
+    return CommonAttentionMetadata(
+        query_start_loc=starts.to("meta"), query_start_loc_cpu=starts,
+        seq_lens=torch.tensor(lengths, dtype=torch.int32, device="meta"),
+        seq_lens_cpu_upper_bound=torch.tensor(lengths), num_reqs=len(lengths),
+        num_actual_tokens=sum(queries), max_query_len=max(queries), max_seq_len=max(lengths),
+        block_table_tensor=torch.zeros(len(lengths), 16, dtype=torch.int32, device="meta"),
+        slot_mapping=torch.zeros(sum(queries), dtype=torch.int64, device="meta"),
+        is_prefilling=torch.tensor([count > 1 for count in queries]), **more,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("end", ["cuda"], indirect=True)
+def test_no_step_waits_for_the_device(start: Callable[..., Engine], llama: Path) -> None:
+    """Of a step whose requests are numbered nothing is read that lies on the device."""
+    builder = start(llama, {**SMALL, "theta": 0.9, "dense_below": 20}).builder()
+    builder.device = torch.device("meta")
+    step = metadata_of([90, 10, 100, 64], [1, 1, 1, 64], req_idx=np.array([7, 3, 5, 4]))
+    first = builder.build(0, step).tokenselect
+    assert [part.metadata.max_query_len for part in first.dense] == [64]
+    assert [part.lengths for part in first.decoding] == [[90, 100]]
+    # Request 5 went on, and 7 waited; without numbers the block table would have to be read.
+    told = builder.build(0, metadata_of([101, 92], [1, 1], req_idx=np.array([5, 7])))
+    assert told.tokenselect.dense == []
+    with pytest.raises(NotImplementedError, match="meta"):
+        builder.build(0, metadata_of([102, 93], [1, 1]))
+    for name in ("is_prefilling", "seq_lens_cpu_upper_bound"):
+        with pytest.raises(UnsupportedProblem, match="does not say which requests"):
+            builder.build(0, step.replace(**{name: None}))
+
+
+INTERPRETED = """
+import json, sys, torch
+from types import SimpleNamespace
+from triton.backends import backends
+
+# Without a driver vLLM leaves triton alone, and its kernel asks what GPU there is.
+backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True))
+torch.cuda.get_device_capability = lambda device=None: (9, 0)
+import vllm.triton_utils
+del backends["cpu"]
+
+from tests.test_vllm import Engine, cpu, cuda
+cpu.Backend = cuda.Backend
+folder, options, texts = json.loads(sys.argv[1])
+engine = Engine(folder, options, max_num_seqs=3, max_num_batched_tokens=32)
+for i, text in enumerate(texts):
+    engine.add(str(i), text, 4 + i)
+assert {type(impl) for impl in engine.impls()} == {cuda.Impl}
+print(json.dumps(engine.finish()))
+"""
+
+
+@pytest.mark.parametrize("runner", [0, 1])
+def test_all_kernels_interpreted(runner: int, llama: Path) -> None:
+    """Those of TRITON_ATTN and of our triton backend, under both model runners of vLLM."""
+    texts, options = prompts(40, 20, 9, 33), {**SMALL, "theta": -1.0, "max_reuse": 3}
+    told = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", INTERPRETED,
+         json.dumps([str(llama), {**options, "backend": "triton"}, texts])],
+        env=os.environ | {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": str(runner)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert told.returncode == 0, told.stderr
+    tokens = json.loads(told.stdout.splitlines()[-1])
+    for i, text in enumerate(texts):
+        assert tokens[str(i)] == selected_by_transformers(llama, text, options, 4 + i)
+
+
+def test_microbatches_are_refused(llama: Path) -> None:
+    config = EngineArgs(model=str(llama)).create_engine_config()
+    support.refuse_engine(config)
+    config.parallel_config.enable_dbo = True  # vLLM takes it with kernels that are not here
+    with pytest.raises(UnsupportedProblem, match="steps in microbatches"):
+        support.refuse_engine(config)
+
+
+class Gpu(CudaPlatformBase):
+    """A GPU by name, which is all that vLLM's choice of a backend asks for."""
+
+    device_name = "an H100"
+
+    @classmethod
+    def get_device_capability(cls, device_id: int = 0) -> DeviceCapability:
+        return DeviceCapability(9, 0)
+
+
+class Rocm(Gpu):
+    device_name = "another"
+    _enum = PlatformEnum.ROCM
+
+
+@pytest.mark.parametrize("name", ["CUSTOM", BACKEND])
+def test_cuda_takes_its_backend_by_name(
+    name: str, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = EngineArgs(
+        model=str(llama), attention_backend=name, hf_overrides={"tokenselect": SMALL}
+    ).create_engine_config()
+    asked = {"head_size": 32, "dtype": torch.bfloat16, "kv_cache_dtype": "auto"}
+
+    def chosen_on(platform: type, **more: Any) -> Any:
+        monkeypatch.setattr(vllm.platforms, "current_platform", platform(), raising=False)
+        monkeypatch.setattr(chosen, "current_platform", platform())
+        selector._cached_get_attn_backend.cache_clear()
+        with vllm.config.set_current_vllm_config(config):
+            return selector.get_attn_backend(**asked, **more)
+
+    assert chosen_on(Gpu) is cuda.Backend
+    for more in ({"use_mla": True}, {"use_mm_prefix": True}):
+        with pytest.raises(ValueError, match="not supported"):
+            chosen_on(Gpu, **more)
+    with monkeypatch.context() as patch:
+        patch.setenv("VLLM_BATCH_INVARIANT", "1")
+        with pytest.raises(ValueError, match="batch invariance"):
+            chosen_on(Gpu)
+    with pytest.raises(UnsupportedProblem, match="the platform another"):
+        chosen_on(Rocm)
+    config.model_config.hf_config.tokenselect = {"budget": 3}
+    with pytest.raises(InvalidProblem, match="option 'budget'"):
+        chosen_on(Gpu)
+    selector._cached_get_attn_backend.cache_clear()
+
+
+def test_cuda_graphs_and_quantised_outputs_leave_attention_out() -> None:
+    support = cuda.Builder.get_cudagraph_support(None, None)
+    compiling = CompilationConfig(mode=CompilationMode.VLLM_COMPILE, splitting_ops=None)
+    compiling.set_splitting_ops_for_v1(all2all_backend="")
+    compiling.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
+    compiling.resolve_cudagraph_mode_and_sizes(support, "Backend")
+    assert compiling.cudagraph_mode == CUDAGraphMode.PIECEWISE
+    assert not cuda.Impl.fused_output_quant_supported(None, kFp8StaticTensorSym)
+
+
+@pytest.mark.parametrize("end", ["cuda"], indirect=True)
+def test_a_cache_of_another_dtype_is_refused(start: Callable[..., Engine], llama: Path) -> None:
+    with pytest.raises(InvalidProblem, match="dtype"):
+        start(llama, {}, kv_cache_dtype="bfloat16")
+
+
+# --- what is refused: last, since vLLM imports numba for drafts, and then starts no engine ------
 
 
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
@@ -449,7 +683,11 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize(
+    ("end", "case"),
+    [("cuda", "quantised"), *(("cpu", case) for case in REFUSED)],
+    indirect=["end"],
+)
 def test_what_is_refused(
     start: Callable[..., Engine], case: str, request: pytest.FixtureRequest
 ) -> None:

@@ -1,4 +1,4 @@
-"""Let vLLM 0.32 decode with tokenselect on a CPU: `--attention-backend TOKENSELECT`.
+"""Let vLLM 0.32 decode with tokenselect: `--attention-backend TOKENSELECT`.
 
 vLLM finds `register` through the entry point `vllm.general_plugins`, in every process. Without
 the plugin the name is unknown to vLLM, which then refuses to start. Options are those of
@@ -12,7 +12,7 @@ __all__ = ["BACKEND", "register"]
 
 BACKEND = "TOKENSELECT"
 # The class paths by which vLLM chooses attention on a CPU, and their stand-ins in `chosen`.
-_PATHS = ("CPU_ATTN", "CPU_MLA", "AMX_MLA")
+PATHS = ("CPU_ATTN", "CPU_MLA", "AMX_MLA")
 
 
 def register() -> Any:
@@ -28,7 +28,10 @@ def register() -> Any:
         # vLLM sends its config to processes that have not loaded plugins yet: what is sent there
         # has to bring the plugin along.
         AttentionBackendEnum[BACKEND].__reduce_ex__ = lambda protocol: (register, ())
-        for name in _PATHS:
+        for name in PATHS:
             if name in AttentionBackendEnum.__members__:
                 register_backend(AttentionBackendEnum[name], f"{here}.{name}")
+        # vLLM's own name for a backend from outside, which only one plugin can have.
+        if not AttentionBackendEnum.CUSTOM.is_overridden():
+            register_backend(AttentionBackendEnum.CUSTOM, f"{here}.{BACKEND}")
     return AttentionBackendEnum[BACKEND]

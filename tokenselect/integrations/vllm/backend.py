@@ -1,6 +1,10 @@
-"""The attention backend: vLLM's own for the CPU, but that requests that decode select."""
+"""What the backends share: how a step's requests are divided, and how a layer selects.
 
-from dataclasses import dataclass, replace
+`Divides` and `Selects` come before vLLM's own classes among the bases of a builder and of a layer's
+implementation: `cpu` and `cuda` have these.
+"""
+
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,20 +15,18 @@ from vllm.distributed.parallel_state import get_tp_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.v1.attention.backend import CommonAttentionMetadata
-from vllm.v1.attention.backends.cpu_attn import (
-    CPUAttentionBackend,
-    CPUAttentionBackendImpl,
-    CPUAttentionMetadata,
-    CPUAttentionMetadataBuilder,
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.attention.backend import (
+    AttentionImpl,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
 )
 
 from tokenselect.api import attention, run
 from tokenselect.contract import Problem, SelectConfig
 from tokenselect.integrations.options import EVERYTHING, NAME, Options
-from tokenselect.integrations.vllm import layout
 from tokenselect.integrations.vllm.metrics import METRICS
-from tokenselect.integrations.vllm.steps import Decoding, Prompts, Rows, in_groups, tokens_of
+from tokenselect.integrations.vllm.steps import Batch, Decoding, Dense, Division, Rows, joined
 from tokenselect.integrations.vllm.support import (
     group_of,
     options_of,
@@ -38,30 +40,12 @@ from tokenselect.selection_cache import SelectionCache
 logger = init_logger(f"vllm.{NAME}")
 
 
-@dataclass
-class Metadata(CPUAttentionMetadata):
-    """vLLM's metadata of a step, and what the layers that select do in it."""
+class Divides(AttentionMetadataBuilder):
+    """Divides the requests of each step into those that attend densely and those that select.
 
-    prompts: tuple[Prompts, ...] = ()
-    decoding: tuple[Decoding, ...] = ()
-
-
-class Backend(CPUAttentionBackend):
-    """The class that vLLM takes for `CPU_ATTN` where TOKENSELECT was asked for."""
-
-    @staticmethod
-    def get_impl_cls() -> type["Impl"]:
-        """Return the attention of one layer."""
-        return Impl
-
-    @staticmethod
-    def get_builder_cls() -> type["Builder"]:
-        """Return what reads a step's metadata, once for all layers of a group."""
-        return Builder
-
-
-class Builder(CPUAttentionMetadataBuilder):
-    """Divides the requests of each step into those that attend densely and those that select."""
+    It reads what vLLM keeps on the host. For Selection Caches it waits for the device once a step,
+    where vLLM's model runner does not number the requests.
+    """
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: Any):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
@@ -70,7 +54,7 @@ class Builder(CPUAttentionMetadataBuilder):
         sliding = {
             extract_layer_index(name)
             for name, layer in layers.items()
-            if getattr(layer.impl, "sliding_window", -1) >= 0
+            if layer.sliding_window is not None
         }
         self._options = options_of(vllm_config, sliding)
         everywhere = self._options, *map(self._options.of, self._options.layers)
@@ -87,7 +71,7 @@ class Builder(CPUAttentionMetadataBuilder):
             self._options.of(extract_layer_index(name), count).select == EVERYTHING
             for name in layers
         )
-        backend = self._try()
+        backend = self._try(layers[layer_names[0]].num_heads)
         select, theta = self._options.select, self._options.theta
         logger.warning_once(
             "TOKENSELECT IS ACTIVE: %d of %d layers select while decoding (%d slide, %d dense), "
@@ -97,13 +81,19 @@ class Builder(CPUAttentionMetadataBuilder):
             *(self._options.dense_below, backend),
         )
 
-    def _try(self) -> str:
+    def _try(self, heads: int) -> str:
         """Attend once, to compile what has to be compiled, and return the name of the backend."""
-        zeros = torch.zeros(1, self.num_kv_heads, 32, self.head_dim, dtype=self.dtype, device="cpu")
-        q = torch.zeros(1, self.num_heads, 1, self.head_dim, dtype=self.dtype, device="cpu")
-        options = self._options
+        spec, dtype = self.kv_cache_spec, self.vllm_config.model_config.dtype
+        shape = 1, spec.block_size, spec.num_kv_heads, spec.head_size
+        zeros = torch.zeros(shape, dtype=spec.dtype, device=self.device)
+        q = torch.zeros(1, heads, 1, spec.head_size, dtype=dtype, device=self.device)
         _, info = attention(
-            q, zeros, zeros, **options.select, backend=options.backend, return_info=True
+            *(q, zeros, zeros),
+            **self._options.select,
+            cache_seqlens=torch.ones(1, dtype=torch.int32, device=self.device),
+            block_table=torch.zeros(1, 1, dtype=torch.int32, device=self.device),
+            backend=self._options.backend,
+            return_info=True,
         )
         return info.backend
 
@@ -112,115 +102,121 @@ class Builder(CPUAttentionMetadataBuilder):
         common_prefix_len: int,
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
-    ) -> Metadata:
-        """Return a step's metadata."""
-        stock = super().build(common_prefix_len, common_attn_metadata, fast_build)
-        if stock.causal is not True:
+    ) -> Any:
+        """Return vLLM's metadata of a step, and its `Division` as `tokenselect` of it."""
+        common = common_attn_metadata
+        if common.causal is not True:
             raise refuse("attention that is not causal", "only decoders", "use another backend")
-        starts = common_attn_metadata.query_start_loc_cpu.tolist()
-        lengths = stock.seq_lens.tolist()
-        prefilling = common_attn_metadata.is_prefilling
-        if prefilling is None:
+        if common.is_prefilling is None or common.seq_lens_cpu_upper_bound is None:
             raise refuse(
-                "a step that does not say which requests are prompts",
+                "a step that does not say which requests are prompts, or how long they are",
                 "those attend densely, the others select",
                 "use vLLM 0.32's own model runner",
             )
-        in_prompt = prefilling.tolist()
-        prompts: list[int] = []
-        short: list[int] = []
-        selecting: list[int] = []
+        stock = super().build(common_prefix_len, common, fast_build)
+        # The bound is the length itself, but for drafts, which are refused.
+        lengths = common.seq_lens_cpu_upper_bound[: common.num_reqs].tolist()
+        in_prompt = common.is_prefilling.tolist()
+        batch = Batch(common, common.query_start_loc_cpu.tolist(), lengths, [], [], [])
         for i, n in enumerate(lengths):
-            queries = starts[i + 1] - starts[i]
+            queries = batch.starts[i + 1] - batch.starts[i]
             if queries == 1 and not in_prompt[i]:
-                (short if n < self._options.dense_below else selecting).append(i)
+                (batch.short if n < self._options.dense_below else batch.selecting).append(i)
             elif queries > 0:
-                prompts.append(i)
+                batch.prompts.append(i)
         if self._counts:
-            METRICS.step(len(prompts), len(short), len(selecting))
-        decoding = (
-            self._decoding(stock, starts, lengths, short, EVERYTHING),
-            self._decoding(stock, starts, lengths, selecting, None),
-        )
-        return Metadata(
-            **vars(stock),
-            prompts=tuple(
-                self._prompts(stock, starts, lengths, group)
-                for group in in_groups(prompts, lengths)
-            ),
-            decoding=tuple(part for part in decoding if part is not None),
-        )
+            METRICS.step(len(batch.prompts), len(batch.short), len(batch.selecting))
+        dense, decoding = self.dense(batch)
+        selecting = self.decoding(batch, batch.selecting, None)
+        if selecting is not None:
+            decoding.append(selecting)
+        stock.tokenselect = Division(dense, decoding)
+        return stock
 
-    def _prompts(
-        self, stock: CPUAttentionMetadata, starts: list[int], lengths: list[int], group: list[int]
-    ) -> Prompts:
-        """Return what one call of vLLM's kernel does, over packed copies of a group's blocks."""
-        size = self.block_size
-        counts = [-(-lengths[i] // size) for i in group]
-        blocks = [
-            b for i, m in zip(group, counts, strict=True) for b in stock.block_table[i, :m].tolist()
-        ]
-        table, queries = torch.zeros(len(group), max(counts), dtype=torch.int32, device="cpu"), [0]
-        done = 0
-        for row, (i, m) in enumerate(zip(group, counts, strict=True)):
-            table[row, :m] = torch.arange(done, done + m, device="cpu")
-            queries.append(queries[-1] + starts[i + 1] - starts[i])
-            done += m
+    def dense(self, batch: Batch) -> tuple[list[Dense], list[Decoding]]:
+        """Return how requests attend that do not select."""
+        raise NotImplementedError
+
+    def own(
+        self, batch: Batch, group: list[int], table: Tensor, blocks: list[int] | None = None
+    ) -> Dense:
+        """Return what one call of vLLM's kernel does for some requests.
+
+        table, blocks  of these; blocks if they are copied
+        """
+        common, counts = batch.common, [batch.starts[i + 1] - batch.starts[i] for i in group]
+        starts = torch.tensor([0, *counts], dtype=torch.int32, device="cpu").cumsum(0).int()
         its = CommonAttentionMetadata(
-            query_start_loc=torch.tensor(queries, dtype=torch.int32, device="cpu"),
-            query_start_loc_cpu=torch.tensor(queries, dtype=torch.int32, device="cpu"),
-            seq_lens=stock.seq_lens[group],
+            query_start_loc=async_tensor_h2d(starts, self.device),
+            query_start_loc_cpu=starts,
+            seq_lens=common.seq_lens[self.index(group)],
             num_reqs=len(group),
-            num_actual_tokens=queries[-1],
-            max_query_len=stock.max_query_len,
-            max_seq_len=stock.max_seq_len,
+            num_actual_tokens=sum(counts),
+            max_query_len=max(counts),
+            max_seq_len=max(batch.lengths[i] for i in group),
             block_table_tensor=table,
-            slot_mapping=stock.slot_mapping,
+            slot_mapping=common.slot_mapping,
         )
-        return Prompts(tokens_of(starts, group), blocks, super().build(0, its))
+        return Dense(self.queries(batch, group), super().build(0, its), blocks or [])
 
-    def _decoding(
-        self,
-        stock: CPUAttentionMetadata,
-        starts: list[int],
-        lengths: list[int],
-        group: list[int],
-        select: SelectConfig | None,
+    def index(self, group: list[int]) -> Tensor | slice:
+        """Return what takes some requests out of a tensor of all of them."""
+        return self._sent(joined([range(i, i + 1) for i in group]))
+
+    def queries(self, batch: Batch, group: list[int]) -> Tensor | slice:
+        """Return what takes the queries of some requests out of the step's."""
+        return self._sent(joined([range(batch.starts[i], batch.starts[i + 1]) for i in group]))
+
+    def _sent(self, numbers: list[int] | slice) -> Tensor | slice:
+        if isinstance(numbers, slice):
+            return numbers
+        sent: Tensor = async_tensor_h2d(numbers, self.device)
+        return sent
+
+    def decoding(
+        self, batch: Batch, group: list[int], select: SelectConfig | None
     ) -> Decoding | None:
         """Return what requests that decode need; those that select get their rows."""
-        size, table = self.block_size, stock.block_table
         keeps = select is None and self._keeps
         if not group:
             if keeps:
                 self._rows.step(())
             return None
-        n = [lengths[i] for i in group]
-        used = table[:, : -(-max(n) // size)]
-        tokens = tokens_of(starts, group)
+        common, n = batch.common, [batch.lengths[i] for i in group]
+        where, its = self.queries(batch, group), self.index(group)
+        used = common.block_table_tensor[its, : -(-max(n) // self.kv_cache_spec.block_size)]
         if not keeps:
-            its: Any = group
-            if len(group) == group[-1] - group[0] + 1:
-                its = slice(group[0], group[-1] + 1)
-            return Decoding(tokens, n, stock.seq_lens[its], used[its], select)
-        blocks = [
-            (int(table[i, max(0, m - 2) // size]), int(table[i, (m - 1) // size]), m)
-            for i, m in zip(group, n, strict=True)
-        ]
-        at, is_new = self._rows.step(blocks)
-        rows = torch.tensor(at, device="cpu")
-        seqlens = torch.zeros(self._rows.capacity, dtype=torch.int32, device="cpu")
-        block_table = torch.zeros(
-            self._rows.capacity, used.shape[1], dtype=torch.int32, device="cpu"
-        )
-        seqlens[rows], block_table[rows] = stock.seq_lens[group], used[group]
-        begins = torch.zeros(self._rows.capacity, dtype=torch.bool, device="cpu")
-        begins[rows[torch.tensor(is_new, device="cpu")]] = True
-        return Decoding(
-            tokens, n, seqlens, block_table, select, rows, begins if any(is_new) else None
-        )
+            return Decoding(where, n, common.seq_lens[its], used, select)
+        at, is_new = self._rows.step(self._named(common, group, n, used))
+        rows = async_tensor_h2d(at, self.device)
+        seqlens = common.seq_lens.new_zeros(self._rows.capacity)
+        block_table = used.new_zeros(self._rows.capacity, used.shape[1])
+        seqlens[rows], block_table[rows] = common.seq_lens[its], used
+        begins = None
+        if any(is_new):
+            news = [row for row, new in zip(at, is_new, strict=True) if new]
+            marks = torch.zeros(self._rows.capacity, dtype=torch.bool, device="cpu")
+            marks[news] = True
+            begins = async_tensor_h2d(marks, self.device)
+        return Decoding(where, n, seqlens, block_table, select, rows, begins)
+
+    def _named(
+        self, common: CommonAttentionMetadata, group: list[int], n: list[int], used: Tensor
+    ) -> list[tuple[int, int, int]]:
+        """Return by what `Rows` knows requests that decode again.
+
+        used  (requests, blocks) int32, their block table
+        """
+        if common.req_idx is not None:
+            names = [int(common.req_idx[i]) for i in group]
+            return list(zip(names, names, n, strict=True))
+        size = self.kv_cache_spec.block_size
+        ends = [[max(0, m - 2) // size, (m - 1) // size] for m in n]
+        blocks = used.gather(1, async_tensor_h2d(ends, self.device)).tolist()
+        return [(before, newest, m) for (before, newest), m in zip(blocks, n, strict=True)]
 
 
-class Impl(CPUAttentionBackendImpl):
+class Selects(AttentionImpl):
     """The attention of one layer: vLLM's own if it slides or is named as dense."""
 
     def __init__(self, *args: Any, **more: Any) -> None:
@@ -238,22 +234,23 @@ class Impl(CPUAttentionBackendImpl):
         self._options, self._is_settled = None if is_dense else options, True
         self._group = group
 
-    def _selects(self) -> bool:
+    def selects(self) -> bool:
+        """Say whether requests that decode select here."""
         if not self._is_settled:
             raise RuntimeError("a layer attends before tokenselect's metadata builder was made")
         return self._options is not None
 
-    def do_kv_cache_update(
-        self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
-    ) -> None:
-        """Write the keys and values of new tokens to their slots."""
-        if self._selects():
-            layout.write(key, value, kv_cache, slot_mapping)
-        else:
-            super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
+    def rows(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
+        """View keys and values as (blocks, block_size, Hkv, D)."""
+        raise NotImplementedError
 
-    # vLLM's own update, for `layout.pack`.
-    pack_rows = CPUAttentionBackendImpl.do_kv_cache_update
+    def cache_of(self, layer: Any, kv_cache: Tensor, part: Dense) -> Tensor:
+        """Return the cache that vLLM's kernel reads."""
+        return kv_cache
+
+    def fused_output_quant_supported(self, quant_key: Any) -> bool:
+        """Say no: what is selected is not quantised with attention."""
+        return False
 
     def forward(
         self,
@@ -262,26 +259,26 @@ class Impl(CPUAttentionBackendImpl):
         key: Tensor,
         value: Tensor,
         kv_cache: Tensor,
-        attn_metadata: Metadata | None,
+        attn_metadata: Any,
         output: Tensor,
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
         """Fill output (tokens, Hq, D), as vLLM's own backend does; query likewise."""
-        given = (layer, query, key, value, kv_cache, attn_metadata, output)
-        if attn_metadata is None or not self._selects():
+        if attn_metadata is None or not self.selects():
+            given = (layer, query, key, value, kv_cache, attn_metadata, output)
             stock: Tensor = super().forward(*given, output_scale, output_block_scale)
             return stock
         if output_scale is not None or output_block_scale is not None:
             raise refuse("an output that is quantised with attention", "not built", "leave it out")
-        for part in attn_metadata.prompts:
-            packed = layout.pack(self, layer, kv_cache, part.blocks)
-            q = query[part.tokens]
+        for part in attn_metadata.tokenselect.dense:
+            q, cache = query[part.tokens], self.cache_of(layer, kv_cache, part)
             out = output[part.tokens] if isinstance(part.tokens, slice) else torch.empty_like(q)
-            super().forward(layer, q, key, value, packed, part.metadata, out)
+            metadata = attn_metadata if part.metadata is None else part.metadata
+            super().forward(layer, q, key, value, cache, metadata, out)
             if not isinstance(part.tokens, slice):
                 output[part.tokens] = out
-        for decoding in attn_metadata.decoding:
+        for decoding in attn_metadata.tokenselect.decoding:
             self._decode(query, kv_cache, decoding, output)
         return output
 
@@ -297,7 +294,7 @@ class Impl(CPUAttentionBackendImpl):
             q[part.at] = its
         if options.theta is not None:
             cache = self._selections(part, options)
-        keys, values = layout.rows(kv_cache)
+        keys, values = self.rows(kv_cache)
         problem = self._problem(q[:, :, None], keys, values, part, options)
         # Its lengths and blocks are those of the layer before.
         validate = None if problem is part.problem else False

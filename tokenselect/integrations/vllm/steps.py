@@ -1,11 +1,10 @@
 """What one step of the engine is to the layers that select: which requests attend how."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from tokenselect.contract import Problem, SelectConfig
@@ -14,18 +13,36 @@ from tokenselect.contract import Problem, SelectConfig
 _PACKED_TOKENS = 16_384
 
 
+class Batch(NamedTuple):
+    """The requests of a step, as the host knows them.
+
+    common    vLLM's CommonAttentionMetadata
+    starts    where the queries of each request begin, and their end
+    lengths   of each request, the new tokens included
+    prompts, short, selecting
+              the requests that read prompts, decode densely, and decode selecting
+    """
+
+    common: Any
+    starts: list[int]
+    lengths: list[int]
+    prompts: list[int]
+    short: list[int]
+    selecting: list[int]
+
+
 @dataclass
-class Prompts:
-    """Requests that read prompts, densely, in one call of vLLM's kernel over packed copies.
+class Dense:
+    """Requests that attend densely in one call of vLLM's kernel.
 
     tokens    of the step's queries, theirs
-    blocks    their blocks, which are copied
-    metadata  as vLLM's kernel is given it, over these copies
+    metadata  as vLLM's kernel is given it; None: that of the step
+    blocks    of these requests, where they are copied for it
     """
 
     tokens: Tensor | slice
-    blocks: list[int]
     metadata: Any
+    blocks: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -54,41 +71,49 @@ class Decoding:
     alike: Any = None
 
 
+@dataclass
+class Division:
+    """What the layers that select do in a step."""
+
+    dense: list[Dense]
+    decoding: list[Decoding]
+
+
 class Rows:
     """Which rows of the Selection Caches belong to the requests that decode, from step to step.
 
-    vLLM tells a backend no names. The block that a request's newest token is written to is its
-    alone, so where the step before wrote a request's last token, that request goes on. It has to
-    have decoded in that very step: one that was preempted, or had to wait, gets another row, and
-    a new one has read a prompt before, which is no decoding.
+    A request goes by the number that vLLM's model runner has for it, or, where none is told, by the
+    block that its newest token is written to, which is its alone. A request goes on if it is as
+    long as one of that name was, and a token more. That one has to have decoded in the step before:
+    a request that was preempted, or had to wait, gets another row, and a new one has read a prompt
+    before, which is no decoding.
     """
 
     def __init__(self) -> None:
-        self._row: dict[tuple[int, int], int] = {}  # by newest block and length
+        self._row: dict[tuple[int, int], int] = {}  # by name and length
         self.capacity = 1
 
     def step(self, requests: Sequence[tuple[int, int, int]]) -> tuple[list[int], list[bool]]:
         """Return each request's row, and whether it begins there.
 
-        requests  of each that decodes: the block of the token before the newest, the block of the
-                  newest, and the length
+        requests  of each that decodes: its name in the step before (the block of the token before
+                  the newest), its name now, and its length
         """
         found = [self._row.get((before, n - 1)) for before, _, n in requests]
         taken = {row for row in found if row is not None}
         free = (row for row in range(len(requests) + len(taken)) if row not in taken)
         at = [next(free) if row is None else row for row in found]
-        self._row = {(block, n): row for (_, block, n), row in zip(requests, at, strict=True)}
+        self._row = {(name, n): row for (_, name, n), row in zip(requests, at, strict=True)}
         while self.capacity <= max(at, default=0):
             self.capacity *= 2
         return at, [row is None for row in found]
 
 
-def tokens_of(starts: Sequence[int], requests: Sequence[int]) -> Tensor | slice:
-    """Return where the queries of some requests lie: a slice where they follow one another."""
-    spans = [range(starts[i], starts[i + 1]) for i in requests]
+def joined(spans: Sequence[range]) -> list[int] | slice:
+    """Return all that lies in these: a slice where they follow one another."""
     if all(a.stop == b.start for a, b in pairwise(spans)):
         return slice(spans[0].start, spans[-1].stop)
-    return torch.tensor([token for span in spans for token in span], device="cpu")
+    return [i for span in spans for i in span]
 
 
 def in_groups(requests: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:

@@ -5,6 +5,7 @@ from typing import Any
 from torch.distributed import ProcessGroup
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.v1.attention.backend import AttentionType
+from vllm.v1.kv_cache_interface import KVQuantMode
 
 from tokenselect.errors import InvalidProblem, UnsupportedProblem
 from tokenselect.integrations.options import NAME, Options, check, check_layers, parse
@@ -25,6 +26,12 @@ def refuse_engine(config: Any) -> None:
     ):
         if getattr(parallel, name) > 1:
             raise refuse(f"{name}={getattr(parallel, name)}", why, "leave it at 1")
+    if parallel.use_ubatching:
+        raise refuse(
+            "steps in microbatches",
+            "each would divide its requests, and keep their selections, by itself",
+            "leave --enable-dbo and --ubatch-size out",
+        )
     if config.speculative_config is not None:
         raise refuse(
             "speculative decoding",
@@ -34,7 +41,8 @@ def refuse_engine(config: Any) -> None:
     if config.kv_transfer_config is not None:
         raise refuse(
             "a KV connector",
-            "the cache holds keys in rows, not as vLLM's own backend packs them",
+            "on a CPU the cache holds keys in rows, not as vLLM's own backend packs them; on a GPU "
+            "nobody has tried it",
             "leave --kv-transfer-config out",
         )
     if config.model_config.rswa_window is not None:
@@ -47,7 +55,8 @@ def refuse_layer(impl: Any) -> None:
         f"attn_type={impl.attn_type}: only decoders have a cache to select from": impl.attn_type
         != AttentionType.DECODER,
         "ALiBi: selected keys get no bias": impl.alibi_slopes is not None,
-        f"kv_cache_dtype={impl.kv_cache_dtype}: quantised keys are not read": impl.is_fp8_kv_cache,
+        f"kv_cache_dtype={impl.kv_cache_dtype}: quantised keys are not read": impl.kv_quant_mode
+        != KVQuantMode.NONE,
         "it shares the cache of another layer": impl.kv_sharing_target_layer_name is not None,
     }
     for why, holds in whys.items():
