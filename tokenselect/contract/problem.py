@@ -208,7 +208,7 @@ class Problem:
 
 # Kinds of problems that keep all rules, by how they look.
 _KINDS: dict[tuple[Any, ...], Kind] = {}
-_MOST_KINDS = 1024
+_MOST_KINDS = 256
 
 
 def _looks(p: Problem) -> tuple[Any, ...] | None:
