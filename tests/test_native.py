@@ -444,14 +444,20 @@ def test_a_chunk_in_tiles_does_not_depend_on_threads_and_is_the_same_in_a_plan()
 
 
 @needs_native
-def test_subnormal_keys_count_beside_large_queries_in_a_chunk() -> None:
+@pytest.mark.parametrize(
+    ("of_queries", "of_keys", "scale"),
+    [(2.0**60, 2.0**-128, 2.0**66), (2.0**-127, 2.0**125, 4.0), (2.0**-62, 2.0**-62, 2.0**122)],
+)
+def test_subnormal_numbers_count_in_a_chunk(
+    of_queries: float, of_keys: float, scale: float
+) -> None:
     """Tiles take them for zeros."""
     problem = Case(
-        lengths=(300,), Lq=20, G=1, Hkv=1, D=32, dtype=torch.bfloat16,
+        lengths=(300,), Lq=20, G=1, Hkv=1, D=32, dtype=torch.bfloat16, scale=scale,
         config=SelectConfig(100, 16, 64),
     ).problem()  # fmt: skip
-    problem.k_cache.copy_(problem.k_cache.float() * 2.0**-128)
-    problem.q.copy_(problem.q.float() * 2.0**127)
+    problem.k_cache.copy_(problem.k_cache.float() * of_keys)
+    problem.q.copy_(problem.q.float() * of_queries)
     backend = load("native")
     attended, selection, _ = backend.attend_fresh(problem)
     finding = attend_tolerance(problem, selection).compare(attended)
@@ -495,6 +501,7 @@ FLAGS = (*build.FLAGS, "-O0")  # where only the compiler's word is asked for
 def test_every_path_is_within_the_tolerance(path: str) -> None:
     lib = library.Library(build.library(paths=(path,)), path)
     assert lib.path == path
+    assert lib.has_tiles == (path == "amx")
     backend = native.backend(lib, f"native-{path}")
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for D, G in ((8, 1), (40, 3), (64, 4), (100, 7)):

@@ -20,10 +20,14 @@ class Kind:
 
     Of one kind are problems with one config and numbers, and with tensors of one shape, dtype and
     device; of a rope, only the size counts.
+
+    backends  by what was asked for: which backend runs them, and all that were tried
+    notes     of backends, each by keys of its own
     """
 
     def __init__(self, config: SelectConfig) -> None:
         self.config = config  # its id is part of how a kind looks: it stays its own
+        self.backends: dict[Any, tuple[str, list[tuple[str, Any]]]] = {}
         self.notes: dict[Any, Any] = {}
 
 

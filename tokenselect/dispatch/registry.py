@@ -282,10 +282,11 @@ def resolve(name: str, problem: Problem, *, static: bool = False) -> str:
 
     Raises UnknownBackend, or UnsupportedProblem with the reasons of every backend tried.
     """
-    notes = {} if problem.kind is None else problem.kind.notes
-    noted = notes.get(("backend", name, static))
-    if noted is not None and all(_loaded.get(tried) is backend for tried, backend in noted[1]):
-        return noted[0]  # type: ignore[no-any-return]
+    kind, at = problem.kind, (name, static)
+    if kind is not None and at in kind.backends:
+        noted, tried = kind.backends[at]
+        if all(_loaded.get(one) is backend for one, backend in tried):
+            return noted
     chosen, passed_over = _choose(name, problem, static)
     if chosen is None:
         everything = "pass backend='reference', which runs everything, slowly"
@@ -294,8 +295,8 @@ def resolve(name: str, problem: Problem, *, static: bool = False) -> str:
         raise UnsupportedProblem(
             problem.describe(), passed_over, f"change the problem, or {everything}"
         )
-    tried = [(one, _loaded.get(one)) for one in (*passed_over, chosen)]
-    notes["backend", name, static] = chosen, tried
+    if kind is not None:
+        kind.backends[at] = chosen, [(one, _loaded.get(one)) for one in (*passed_over, chosen)]
     return chosen
 
 

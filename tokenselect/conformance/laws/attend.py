@@ -33,6 +33,20 @@ ATTENDED = (
     ),
     # More rows of queries than a kernel takes at once.
     Chosen(Case(lengths=(130, 90), Hkv=1, G=7, Lq=80, filler="inf"), 0.3, 0),
+    Chosen(
+        Case(
+            lengths=(330, 0, 90),
+            G=3,
+            Lq=45,
+            D=40,
+            Dv=72,
+            dtype=torch.bfloat16,
+            has_sink_logits=True,
+            config=SelectConfig(8, 2, 4, scope="group"),
+        ),
+        0.9,
+        0,
+    ),
     Chosen(Case(lengths=(40,), Lq=5, filler="nan", page_size=2), 0.5, 1),
     Chosen(
         Case(lengths=(40,), content="needles", dtype=torch.bfloat16, has_sink_logits=True), 1, 1
@@ -86,6 +100,7 @@ def rows_that_are_not_selected_have_no_influence(backend: Backend, drawn: Chosen
     chosen(Lq=3),
     Chosen(Case(lengths=(40, 7), Lq=5), 1.0, 0),
     Chosen(Case(lengths=(40,), Lq=2, page_size=2, G=3), 1.0, 1),
+    Chosen(Case(lengths=(40,), Lq=20, dtype=torch.bfloat16), 1.0, 0),
     query_lengths=range(2, 2**31),
 )
 def the_newest_value_leaves_earlier_queries_as_they_were(backend: Backend, drawn: Chosen) -> None:

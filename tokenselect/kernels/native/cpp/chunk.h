@@ -79,19 +79,20 @@ struct ChunkAttender {
     return found;
   }
 
-  // A query's row of the cache's type, zeros behind D. Returns whether all of it is so small that
-  // what tiles take for 0 in a key, a subnormal number, would change no weight.
+  // A query's row of the cache's type, zeros behind D. Returns whether tiles may multiply it: what
+  // they take for 0, a subnormal number or product, then changes no weight.
   bool place_query(int64_t b, int64_t h, int64_t i, uint16_t* to) const {
     const uint16_t* from =
         (const uint16_t*)c.q + b * c.q_request + h * c.q_head + i * c.q_token;
-    float largest = 0x1p64f / (float)(c.scale > 1 ? c.scale : 1);
-    uint32_t too_large = 0;
+    float least = 0x1p-126f, largest = 0x1p64f / (float)(c.scale > 1 ? c.scale : 1);
+    bool fits = c.scale < 0x1p64;
     for (int64_t d = 0; d < c.D; ++d) {
       to[d] = from[d * c.q_dim];
-      too_large |= !(BFloat16::widen_one(to[d] & 0x7fff) <= largest);
+      float size = BFloat16::widen_one(to[d] & 0x7fff);
+      fits &= size == 0 || (size >= least && size <= largest);
     }
     for (int64_t d = c.D; d < depth * DEPTH; ++d) to[d] = 0;
-    return !too_large;
+    return fits;
   }
 
   // Weights of `count` keys, rounded to the nearest, and zeros up to `end`. A NaN stays one: those

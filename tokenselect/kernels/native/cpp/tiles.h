@@ -17,14 +17,17 @@ TS_APART static void multiply_in_loops(const uint16_t* a, int64_t a_pitch, const
                                        int64_t down, int64_t right, int64_t blocks,
                                        int64_t columns, float* out, int64_t pitch) {
   for (int64_t i = 0; i < AT_ONCE; ++i) {
-    for (int64_t j = 0; j < columns; ++j) {
-      const uint16_t *row = a + i * a_pitch, *column = b + j / SIDE * right + j % SIDE * 2;
-      float sum = 0;
-      for (int64_t k = 0; k < blocks * DEPTH; ++k) {
-        uint16_t y = column[k / DEPTH * down + k % DEPTH / 2 * AT_ONCE + k % 2];
-        sum += BFloat16::widen_one(row[k]) * BFloat16::widen_one(y);
+    const uint16_t* row = a + i * a_pitch;
+    for (int64_t j = 0; j < columns; j += W) {
+      const uint16_t* column = b + j / SIDE * right + j % SIDE * 2;
+      vf sums = {};
+      for (int64_t k = 0; k < blocks * DEPTH; k += 2) {
+        vu pairs;
+        memcpy(&pairs, column + k / DEPTH * down + k % DEPTH / 2 * AT_ONCE, sizeof pairs);
+        sums += (vf)(pairs << 16) * all(BFloat16::widen_one(row[k]));
+        sums += (vf)(pairs & 0xffff0000u) * all(BFloat16::widen_one(row[k + 1]));
       }
-      out[i * pitch + j] = sum;
+      store(out + i * pitch + j, sums);
     }
   }
 }
@@ -36,8 +39,11 @@ constexpr bool HAS_TILES = true;
 static inline void open_tiles() {}
 static inline void close_tiles() {}
 constexpr auto multiply = multiply_in_loops;
-#elif defined(__AMX_BF16__)
+#elif defined(__AMX_BF16__) || defined(__AMXBF16__)  // as clang++ 14 has it
 constexpr bool HAS_TILES = true;
+
+// What a tile is loaded from has to be in memory, which the intrinsics of some compilers leave out.
+static inline void written() { __asm__ volatile("" ::: "memory"); }
 
 // The shape of a thread's tiles: 16 rows of 64 bytes each, until they are closed.
 static inline void open_tiles() {
@@ -46,15 +52,17 @@ static inline void open_tiles() {
     uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
     uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
   } shape;
+  written();
   _tile_loadconfig(&shape);
 }
 static inline void close_tiles() { _tile_release(); }
 
-// The same; subnormal numbers count as 0.
+// The same; subnormal numbers, and products and sums below the normal ones, count as 0.
 static inline void multiply(const uint16_t* a, int64_t a_pitch, const uint16_t* b, int64_t down,
                             int64_t right, int64_t blocks, int64_t columns, float* out,
                             int64_t pitch) {
   const int64_t a_bytes = 2 * a_pitch, out_bytes = 4 * pitch;
+  written();
   for (int64_t j = 0; j < columns; j += AT_ONCE, b += 2 * right) {
     _tile_zero(0);
     _tile_zero(1);
@@ -75,6 +83,7 @@ static inline void multiply(const uint16_t* a, int64_t a_pitch, const uint16_t* 
     _tile_stored(2, out + SIDE * pitch + j, out_bytes);
     _tile_stored(3, out + SIDE * pitch + j + SIDE, out_bytes);
   }
+  written();
 }
 #else
 constexpr bool HAS_TILES = false;
