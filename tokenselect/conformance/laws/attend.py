@@ -42,7 +42,7 @@ ATTENDED = (
             Dv=72,
             dtype=torch.bfloat16,
             has_sink_logits=True,
-            config=SelectConfig(8, 2, 4, scope="group"),
+            config=SelectConfig(300, 2, 4, scope="group"),
         ),
         0.9,
         0,
