@@ -289,11 +289,13 @@ def resolve(name: str, problem: Problem, *, static: bool = False) -> str:
             return noted
     chosen, passed_over = _choose(name, problem, static)
     if chosen is None:
-        everything = "pass backend='reference', which runs everything, slowly"
+        instead = "leave backend out: 'auto' takes one that can"
+        if name == "auto":
+            instead = "pass backend='reference', which runs everything, slowly"
         if static:
-            everything = "call attention, which does without a plan"
+            instead = "call attention, which does without a plan"
         raise UnsupportedProblem(
-            problem.describe(), passed_over, f"change the problem, or {everything}"
+            problem.describe(), passed_over, f"change the problem, or {instead}"
         )
     if kind is not None:
         kind.backends[at] = chosen, [(one, _loaded.get(one)) for one in (*passed_over, chosen)]

@@ -94,9 +94,10 @@ def find_compiler() -> Compiler:
         if isinstance(compiler, Compiler):
             return compiler
         tried.append(compiler)
+    instead = "correct CXX or leave it out, or " if named else ""
     raise CannotBuild(
-        f"no C++ compiler: {'; '.join(tried)}; install g++ {OLDEST['g++']} or newer, or clang++ "
-        f"{OLDEST['clang++']}"
+        f"no C++ compiler: {'CXX: ' if named else ''}{'; '.join(tried)}; {instead}install g++ "
+        f"{OLDEST['g++']} or newer, or clang++ {OLDEST['clang++']}"
     )
 
 
