@@ -15,11 +15,11 @@ RESULTS = fresh.ROOT / "bench" / "results"
 # What the second did not measure is of the first.
 H100 = "2026-11-27-0751-nvidia-h100-80gb-hbm3-gpu", "2026-11-28-0302-nvidia-h100-80gb-hbm3-gpu"
 CPUS = {
-    "Intel Xeon": "2026-11-27-native-xeon-amx-1-thread",
+    "Intel Xeon": "2026-11-28-native-xeon-amx-1-thread",
     "AMD Zen 3": "2026-11-27-native-epyc-zen3-1-thread",
     "AMD Zen 5": "2026-11-21-cpu-epyc-zen5",
 }
-TWO_THREADS = ("2026-11-27-native-xeon-amx-2-threads", "2026-11-27-native-epyc-zen3-2-threads")
+TWO_THREADS = ("2026-11-28-native-xeon-amx-2-threads", "2026-11-27-native-epyc-zen3-2-threads")
 
 
 def load(name: str) -> dict[str, Any]:
