@@ -50,10 +50,10 @@ static inline void dots_of(const float* q, int64_t pitch, const typename E::raw*
       }
     }
     float found[(T * R + W - 1) / W * W];
-    lane_sums<T * R>(sums, found);
+    fold<Sum, T * R>(sums, found);
     // There is room for a whole tile, whatever `count` is.
     TS_UNROLL for (int i = 0; i < T * R; ++i) {
-      out[i % R * stride + t0 + i / R] = found[SUM_AT.place[i]];
+      out[i % R * stride + t0 + i / R] = found[FOLDED_AT.place[i]];
     }
   }
 }

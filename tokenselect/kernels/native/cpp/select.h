@@ -78,7 +78,20 @@ struct Selector {
   uint32_t bound(const float* row, int64_t m, int64_t k, uint32_t* top) const {
     int64_t groups = m / GROUP;
     if (groups < 2 * k) return 0;
-    for (int64_t i = 0; i < groups; ++i) {
+    int64_t i = 0;
+    for (; i + W <= groups; i += W) {
+      vf largest[W];
+      float found[W];
+      TS_UNROLL for (int g = 0; g < W; ++g) {
+        largest[g] = all(-INF);
+        for (int64_t j = (i + g) * GROUP; j < (i + g + 1) * GROUP; j += W) {
+          largest[g] = larger(load(row + j), largest[g]);  // which a NaN is not
+        }
+      }
+      fold<Largest, W>(largest, found);
+      TS_UNROLL for (int g = 0; g < W; ++g) top[i + g] = ordered(found[FOLDED_AT.place[g]]);
+    }
+    for (; i < groups; ++i) {
       uint32_t largest = 0;
       for (int64_t j = i * GROUP; j < (i + 1) * GROUP; ++j) {
         uint32_t x = ordered(row[j]);

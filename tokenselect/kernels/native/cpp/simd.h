@@ -190,7 +190,7 @@ static inline vf tanh(vf x) {
   return select_lanes(size < 0.6f, near, far);
 }
 
-// --- sums of the lanes of several vectors at once ---
+// --- what the lanes of several vectors add up to, or the largest of them ---
 
 template <int... I>
 struct Lanes {};
@@ -208,22 +208,29 @@ constexpr int from(int i, int H, int half) {
   return within < H ? group + half * H + within : W + group + half * H + within - H;
 }
 
-template <int H, int... I>
+struct Sum {
+  static vf of(vf a, vf b) { return a + b; }
+};
+struct Largest {
+  static vf of(vf a, vf b) { return larger(a, b); }
+};
+
+template <class Op, int H, int... I>
 static inline vf folded(vf x, vf y, Lanes<I...>) {
 #if defined(__clang__)
-  return __builtin_shufflevector(x, y, from(I, H, 0)...) +
-         __builtin_shufflevector(x, y, from(I, H, 1)...);
+  return Op::of(__builtin_shufflevector(x, y, from(I, H, 0)...),
+                __builtin_shufflevector(x, y, from(I, H, 1)...));
 #else
-  return __builtin_shuffle(x, y, vi{from(I, H, 0)...}) +
-         __builtin_shuffle(x, y, vi{from(I, H, 1)...});
+  return Op::of(__builtin_shuffle(x, y, vi{from(I, H, 0)...}),
+                __builtin_shuffle(x, y, vi{from(I, H, 1)...}));
 #endif
 }
 
-// Where lane_sums has the sum of vector i: folding reverses the bits of its lane.
-struct SumAt {
+// Where what is folded of vector i is: folding reverses the bits of its lane.
+struct FoldedAt {
   int place[64];
 
-  constexpr SumAt() : place() {
+  constexpr FoldedAt() : place() {
     for (int i = 0; i < 64; ++i) {
       int lane = i % W, result = 0;
       for (int bit = 1; bit < W; bit *= 2, lane /= 2) result = 2 * result + lane % 2;
@@ -231,32 +238,28 @@ struct SumAt {
     }
   }
 };
-constexpr SumAt SUM_AT;
+constexpr FoldedAt FOLDED_AT;
 
-template <int N, int H>
-static inline void fold(const vf* a, float* sums) {
+// The sum, or the largest, of the lanes of each of N vectors, that of vector i at
+// to[FOLDED_AT.place[i]], in an order that depends on nothing but W. There is room for N rounded up
+// to a multiple of W.
+template <class Op, int N, int H = W / 2>
+static inline void fold(const vf* a, float* to) {
   if constexpr (H == 0) {
-    TS_UNROLL for (int i = 0; i < N; ++i) store(sums + i * W, a[i]);
+    TS_UNROLL for (int i = 0; i < N; ++i) store(to + i * W, a[i]);
   } else {
     constexpr int M = (N + 1) / 2;
     vf b[M];
     TS_UNROLL for (int i = 0; i < M; ++i) {
-      b[i] = folded<H>(a[2 * i], a[2 * i + 1 < N ? 2 * i + 1 : 2 * i], EveryLane());
+      b[i] = folded<Op, H>(a[2 * i], a[2 * i + 1 < N ? 2 * i + 1 : 2 * i], EveryLane());
     }
-    fold<M, H / 2>(b, sums);
+    fold<Op, M, H / 2>(b, to);
   }
-}
-
-// The sum of the lanes of each of N vectors, that of vector i at sums[SUM_AT.place[i]], added up in
-// an order that depends on nothing but W. There is room for N rounded up to a multiple of W.
-template <int N>
-static inline void lane_sums(const vf* a, float* sums) {
-  fold<N, W / 2>(a, sums);
 }
 
 static inline float sum(vf x) {
   float sums[W];
-  lane_sums<1>(&x, sums);
+  fold<Sum, 1>(&x, sums);
   return sums[0];
 }
 
