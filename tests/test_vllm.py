@@ -17,6 +17,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -53,13 +54,14 @@ with warnings.catch_warnings():
         PreTrainedTokenizerFast,
     )
     from vllm import LLM, EngineArgs, SamplingParams, envs
-    from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode
+    from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode, ModelConfig
     from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8StaticTensorSym
+    from vllm.model_executor.models import llama as vllm_llama
     from vllm.platforms.interface import DeviceCapability, PlatformEnum
     from vllm.v1.attention import selector
     from vllm.v1.attention.backend import CommonAttentionMetadata
     from vllm.v1.attention.backends import triton_attn
-    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 
     from tokenselect.integrations.options import Options
     from tokenselect.integrations.vllm import (
@@ -600,6 +602,13 @@ def test_microbatches_are_refused(llama: Path) -> None:
         support.refuse_engine(config)
 
 
+def test_hybrids_are_refused(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = EngineArgs(model=str(llama)).create_engine_config()
+    monkeypatch.setattr(ModelConfig, "is_hybrid", True)
+    with pytest.raises(UnsupportedProblem, match="a hybrid of attention"):
+        support.refuse_engine(config)
+
+
 class Gpu(CudaPlatformBase):
     """A GPU by name, which is all that vLLM's choice of a backend asks for."""
 
@@ -697,6 +706,18 @@ def test_what_is_refused(
     with pytest.raises((InvalidProblem, UnsupportedProblem, tokenselect.UnknownBackend)) as error:
         start(folder, options, **more)
     assert told in str(error.value)
+
+
+def test_a_model_that_brings_its_own_attention(
+    start: Callable[..., Engine], llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As MiMo-V2 and openPangu do. vLLM's own is as it was, and with it asked for none starts."""
+    monkeypatch.setattr(
+        vllm_llama, "Attention", partial(vllm_llama.Attention, attn_backend=CPUAttentionBackend)
+    )
+    assert {type(impl) for impl in start(llama).impls()} == {CPUAttentionBackendImpl}
+    with pytest.raises(UnsupportedProblem, match="chooses how it attends by itself"):
+        start(llama, SMALL)
 
 
 def test_without_the_plugin_vllm_refuses_to_start(llama: Path) -> None:

@@ -14,6 +14,7 @@ from vllm.config import get_current_vllm_config, get_layers_from_vllm_config
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import (
@@ -21,14 +22,17 @@ from vllm.v1.attention.backend import (
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
 )
+from vllm.v1.attention.selector import get_attn_spec_kind
 
 from tokenselect.api import attention, run
 from tokenselect.contract import Problem, SelectConfig
 from tokenselect.integrations.options import EVERYTHING, NAME, Options
+from tokenselect.integrations.vllm import BACKEND
 from tokenselect.integrations.vllm.metrics import METRICS
 from tokenselect.integrations.vllm.steps import Batch, Decoding, Dense, Division, Rows, joined
 from tokenselect.integrations.vllm.support import (
     group_of,
+    is_ours,
     options_of,
     refuse,
     refuse_engine,
@@ -38,6 +42,26 @@ from tokenselect.integrations.vllm.support import (
 from tokenselect.selection_cache import SelectionCache
 
 logger = init_logger(f"vllm.{NAME}")
+
+
+def refuse_others(config: Any) -> None:
+    """Raise UnsupportedProblem for a layer that attends in another way than was asked for.
+
+    config  a VllmConfig that knows the model's layers
+    """
+    asked = config.attention_config
+    for name, layer in get_layers_from_vllm_config(config, AttentionLayerBase).items():
+        if isinstance(layer, Attention):
+            kind = get_attn_spec_kind(False, layer.sliding_window is not None, layer.attn_type)
+            if not is_ours(asked.backend_per_kind.get(kind.value, asked.backend)):
+                continue
+        impl = getattr(layer, "impl", layer)
+        if not isinstance(impl, Selects):
+            raise refuse(
+                f"layer {name}, whose attention is {type(impl).__name__}",
+                "this model chooses how it attends by itself, whatever backend is asked for",
+                f"leave --attention-backend {BACKEND} out for this model",
+            )
 
 
 class Divides(AttentionMetadataBuilder):
