@@ -17,6 +17,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -53,13 +54,14 @@ with warnings.catch_warnings():
         PreTrainedTokenizerFast,
     )
     from vllm import LLM, EngineArgs, SamplingParams, envs
-    from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode
+    from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode, ModelConfig
     from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8StaticTensorSym
+    from vllm.model_executor.models import llama as vllm_llama
     from vllm.platforms.interface import DeviceCapability, PlatformEnum
     from vllm.v1.attention import selector
     from vllm.v1.attention.backend import CommonAttentionMetadata
     from vllm.v1.attention.backends import triton_attn
-    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 
     from tokenselect.integrations.options import Options
     from tokenselect.integrations.vllm import (
@@ -70,6 +72,7 @@ with warnings.catch_warnings():
         cuda,
         layout,
         metrics,
+        steps,
         support,
     )
     from tokenselect.integrations.vllm.metrics import METRICS
@@ -423,25 +426,96 @@ def test_streams_do_not_disturb_one_another(
         assert told == apart.alone(text, lengths[name])[: len(told)], name
 
 
+def test_rows_keep_up_with_requests() -> None:
+    """Requests come, wait and go: each finds what it left, and there are rows for few others."""
+    rng, rows, lengths = random.Random(0), steps.Rows(), Counter[int]()
+    held: list[int | None] = [None]
+    before: set[int] = set()
+    for _ in range(300):
+        now = rng.sample(range(40), rng.choice([0, 1, 2, 5, 30]))
+        now += [i for i in before if rng.random() < 0.5 and i not in now]
+        lengths.update(now)
+        at, is_new, order = rows.step([(i, i, lengths[i]) for i in now])
+        if order is not None:
+            held = [held[row] for row in order][: rows.capacity]
+        held += [None] * (rows.capacity - len(held))
+        assert len(set(at)) == len(now)
+        assert not now or rows.capacity < 4 * len(now)
+        for i, row, new in zip(now, at, is_new, strict=True):
+            assert new == (i not in before)
+            assert new or held[row] == i
+            held[row] = i
+        before = set(now)
+
+
+def test_a_row_is_of_one_request() -> None:
+    rows = steps.Rows()
+    rows.step([(7, 7, 64)])
+    at, is_new, _ = rows.step([(7, 8, 65), (7, 9, 65)])  # both behind a block that they share
+    assert (at, is_new) == ([0, 1], [False, True])
+
+
+def test_a_stream_that_is_left_alone_keeps_its_selections(
+    start: Callable[..., Engine], llama: Path
+) -> None:
+    """It begins in the sixth of 8 rows, and ends in the only one."""
+    options = {**SMALL, "theta": -1.0, "max_reuse": 7}
+    texts, kept = prompts(30, 31, 32, 33, 34, 90), []
+    for named in (texts, texts[-1:]):
+        engine = start(llama, options)
+        for text in named:
+            engine.add(str(len(text)), text, 4 if len(text) < 90 else 30)
+        told = engine.finish()["90"]
+        caches = [impl.selections for impl in engine.impls()]
+        kept.append((told, *([one.hits.tolist(), one.misses.tolist()] for one in caches)))
+    assert kept[0] == kept[1]
+    assert 0 < kept[0][1][0][0] < 29
+
+
+def test_two_groups_of_layers_are_counted_once(
+    start: Callable[..., Engine], gemma: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that slide, which are vLLM's own, and those that select."""
+    engine = start(gemma, SMALL)
+    monkeypatch.setattr(metrics, "_EVERY", 2)
+    METRICS._begin()
+    for i, text in enumerate(prompts(60, 70)):
+        engine.add(str(i), text, 41)
+    engine.finish()
+    names = "prompt_steps", "selecting_tokens", "sampled_calls"
+    assert [METRICS._sums[name] for name in names] == [2, 2 * 40, 2 * 20]
+    builders = [group[0].get_metadata_builder() for group in engine.runner().attn_groups]
+    assert sorted(one._divides for one in builders) == [False, True]
+
+
 @on_both
-def test_requests_that_are_preempted_go_on(start: Callable[..., Engine], llama: Path) -> None:
-    """The cache holds 16 blocks, and five streams grow beyond it."""
+@pytest.mark.parametrize("options", [EVERYTHING, SMALL])
+def test_requests_that_are_preempted_go_on(
+    start: Callable[..., Engine], llama: Path, options: dict[str, Any]
+) -> None:
+    """The cache holds 16 blocks, and five streams grow beyond it.
+
+    A stream has the tokens of one that was given as a prompt what it had to read again.
+    """
+    options = {**options, "theta": -1.0, "max_reuse": 7}
     texts = prompts(90, 80, 70, 60, 50)
-    engine = start(llama, {**EVERYTHING, "theta": 0.5}, num_gpu_blocks_override=17)
+    engine = start(llama, options, num_gpu_blocks_override=17, async_scheduling=False)
     scheduler = engine.engine.engine_core.engine_core.scheduler
-    preempted = []
+    ends: dict[str, list[int]] = {str(i): [] for i in range(len(texts))}
     before = scheduler._preempt_request
     scheduler._preempt_request = lambda request, *more, **named: (
-        preempted.append(request.request_id),
+        ends[request.request_id.split("-")[0]].append(request.num_output_tokens),
         before(request, *more, **named),
     )
     for i, text in enumerate(texts):
         engine.add(str(i), text, 60)
     told = engine.finish()
-    assert preempted
-    apart = start(llama, EVERYTHING)
+    assert any(ends.values())
+    apart = start(llama, options)
     for i, text in enumerate(texts):
-        assert told[str(i)] == apart.alone(text, 60)
+        tokens = told[str(i)]
+        for begin, end in pairwise(sorted({0, *ends[str(i)], 60})):
+            assert tokens[begin:end] == apart.alone(text + tokens[:begin], end - begin)
 
 
 @on_both
@@ -600,6 +674,13 @@ def test_microbatches_are_refused(llama: Path) -> None:
         support.refuse_engine(config)
 
 
+def test_hybrids_are_refused(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = EngineArgs(model=str(llama)).create_engine_config()
+    monkeypatch.setattr(ModelConfig, "is_hybrid", True)
+    with pytest.raises(UnsupportedProblem, match="a hybrid of attention"):
+        support.refuse_engine(config)
+
+
 class Gpu(CudaPlatformBase):
     """A GPU by name, which is all that vLLM's choice of a backend asks for."""
 
@@ -697,6 +778,39 @@ def test_what_is_refused(
     with pytest.raises((InvalidProblem, UnsupportedProblem, tokenselect.UnknownBackend)) as error:
         start(folder, options, **more)
     assert told in str(error.value)
+
+
+def test_a_model_that_brings_its_own_attention(
+    start: Callable[..., Engine], llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As MiMo-V2 and openPangu do. vLLM's own is as it was, and with it asked for none starts."""
+    monkeypatch.setattr(
+        vllm_llama, "Attention", partial(vllm_llama.Attention, attn_backend=CPUAttentionBackend)
+    )
+    assert {type(impl) for impl in start(llama).impls()} == {CPUAttentionBackendImpl}
+    with pytest.raises(UnsupportedProblem, match="chooses how it attends by itself"):
+        start(llama, SMALL)
+
+
+def test_layers_that_another_backend_has(
+    start: Callable[..., Engine], llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are counted as dense where that was asked for, by kind, and refused where not."""
+    engine, lines = start(llama, SMALL), []
+    config = engine.runner().vllm_config
+    layers = config.compilation_config.static_forward_context
+    last = list(layers.values())[-1]
+    monkeypatch.setattr(last, "impl", None)
+    monkeypatch.setattr(backend.logger, "warning_once", lambda *line: lines.append(line))
+    built = engine.builder()
+    type(built)(built.kv_cache_spec, list(layers)[:-1], config, built.device)
+    assert "1 of 2 layers select while decoding (0 slide, 1 dense)" in lines[0][0] % lines[0][1:]
+    with pytest.raises(UnsupportedProblem, match=last.layer_name):
+        backend.refuse_others(config)
+    asked = config.attention_config
+    monkeypatch.setattr(asked, "backend_per_kind", {"sliding_window": asked.backend})
+    monkeypatch.setattr(asked, "backend", None)
+    backend.refuse_others(config)
 
 
 def test_without_the_plugin_vllm_refuses_to_start(llama: Path) -> None:

@@ -6,6 +6,8 @@ the plugin the name is unknown to vLLM, which then refuses to start. Options are
 docs/serving.md has all of it.
 """
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 __all__ = ["BACKEND", "register"]
@@ -34,4 +36,27 @@ def register() -> Any:
         # vLLM's own name for a backend from outside, which only one plugin can have.
         if not AttentionBackendEnum.CUSTOM.is_overridden():
             register_backend(AttentionBackendEnum.CUSTOM, f"{here}.{BACKEND}")
+        from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+        before = WorkerWrapperBase.initialize_from_config
+        WorkerWrapperBase.initialize_from_config = _looked_at(before)
     return AttentionBackendEnum[BACKEND]
+
+
+def _looked_at(before: Callable[..., None]) -> Callable[..., None]:
+    """Return what a worker does once its model is there, after a look at the model's layers.
+
+    A model can name a backend to its layers, which vLLM then takes whatever was asked for.
+    """
+
+    @wraps(before)
+    def initialize_from_config(self: Any, *args: Any, **more: Any) -> None:
+        from tokenselect.integrations.vllm.support import is_asked_for
+
+        if is_asked_for(self.vllm_config):
+            from tokenselect.integrations.vllm.backend import refuse_others
+
+            refuse_others(self.vllm_config)
+        before(self, *args, **more)
+
+    return initialize_from_config

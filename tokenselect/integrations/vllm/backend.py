@@ -14,6 +14,7 @@ from vllm.config import get_current_vllm_config, get_layers_from_vllm_config
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import (
@@ -21,14 +22,17 @@ from vllm.v1.attention.backend import (
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
 )
+from vllm.v1.attention.selector import get_attn_spec_kind
 
 from tokenselect.api import attention, run
 from tokenselect.contract import Problem, SelectConfig
 from tokenselect.integrations.options import EVERYTHING, NAME, Options
+from tokenselect.integrations.vllm import BACKEND
 from tokenselect.integrations.vllm.metrics import METRICS
 from tokenselect.integrations.vllm.steps import Batch, Decoding, Dense, Division, Rows, joined
 from tokenselect.integrations.vllm.support import (
     group_of,
+    is_ours,
     options_of,
     refuse,
     refuse_engine,
@@ -38,6 +42,26 @@ from tokenselect.integrations.vllm.support import (
 from tokenselect.selection_cache import SelectionCache
 
 logger = init_logger(f"vllm.{NAME}")
+
+
+def refuse_others(config: Any) -> None:
+    """Raise UnsupportedProblem for a layer that attends in another way than was asked for.
+
+    config  a VllmConfig that knows the model's layers
+    """
+    asked = config.attention_config
+    for name, layer in get_layers_from_vllm_config(config, AttentionLayerBase).items():
+        if isinstance(layer, Attention):
+            kind = get_attn_spec_kind(False, layer.sliding_window is not None, layer.attn_type)
+            if not is_ours(asked.backend_per_kind.get(kind.value, asked.backend)):
+                continue
+        impl = getattr(layer, "impl", layer)
+        if not isinstance(impl, Selects):
+            raise refuse(
+                f"layer {name}, whose attention is {type(impl).__name__}",
+                "this model chooses how it attends by itself, whatever backend is asked for",
+                f"leave --attention-backend {BACKEND} out for this model",
+            )
 
 
 class Divides(AttentionMetadataBuilder):
@@ -51,32 +75,38 @@ class Divides(AttentionMetadataBuilder):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         refuse_spec(kv_cache_spec)
         layers = get_layers_from_vllm_config(vllm_config, Attention)
-        sliding = {
-            extract_layer_index(name)
-            for name, layer in layers.items()
-            if layer.sliding_window is not None
-        }
-        self._options = options_of(vllm_config, sliding)
-        everywhere = self._options, *map(self._options.of, self._options.layers)
-        self._keeps = any(one.theta is not None for one in everywhere)
-        self._rows = Rows()
-        self._counts = get_tp_group().is_first_rank
+        numbers = {name: extract_layer_index(name) for name in layers}
+        sliding = [name for name, layer in layers.items() if layer.sliding_window is not None]
+        self._options = options_of(vllm_config, {numbers[name] for name in sliding})
         count = vllm_config.model_config.hf_text_config.num_hidden_layers
+        own = {
+            name: self._options.of(numbers[name], count)
+            for name, layer in layers.items()
+            if isinstance(layer.impl, Selects) and name not in sliding
+        }
+        selecting = [name for name, options in own.items() if options.select != EVERYTHING]
+        here = [name for name in layer_names if name in selecting]
         for name in layer_names:
-            number = extract_layer_index(name)
-            own = None if number in sliding else self._options.of(number, count)
-            group = None if own is None else group_of(vllm_config, number, own)
-            layers[name].impl.settle(own, group)
-        dense = sum(
-            self._options.of(extract_layer_index(name), count).select == EVERYTHING
-            for name in layers
-        )
+            layers[name].impl.settle(None, None)
+        for name in here:
+            group = group_of(vllm_config, numbers[name], own[name])
+            layers[name].impl.settle(own[name], group)
+        self._selections = [
+            layers[name].impl.selections for name in here if own[name].theta is not None
+        ]
+        self._rows = Rows()
+        self._divides = bool(here)
+        # Of several builders one counts.
+        self._counts = self._divides and selecting[0] in here and get_tp_group().is_first_rank
+        if selecting and not here:
+            return
         backend = self._try(layers[layer_names[0]].num_heads)
         select, theta = self._options.select, self._options.theta
+        dense = len(layers) - len(sliding) - len(selecting)
         logger.warning_once(
             "TOKENSELECT IS ACTIVE: %d of %d layers select while decoding (%d slide, %d dense), "
             "k=%s, n_sink=%d, n_local=%d, theta=%s, dense_below=%d, backend %s",
-            *(len(layers) - len(sliding) - dense, len(layers), len(sliding), dense),
+            *(len(selecting), len(layers), len(sliding), dense),
             *(select.k, select.n_sink, select.n_local, theta),
             *(self._options.dense_below, backend),
         )
@@ -103,8 +133,10 @@ class Divides(AttentionMetadataBuilder):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> Any:
-        """Return vLLM's metadata of a step, and its `Division` as `tokenselect` of it."""
+        """Return vLLM's metadata of a step; where layers select, with its `Division`."""
         common = common_attn_metadata
+        if not self._divides:
+            return super().build(common_prefix_len, common, fast_build)
         if common.causal is not True:
             raise refuse("attention that is not causal", "only decoders", "use another backend")
         if common.is_prefilling is None or common.seq_lens_cpu_upper_bound is None:
@@ -177,7 +209,7 @@ class Divides(AttentionMetadataBuilder):
         self, batch: Batch, group: list[int], select: SelectConfig | None
     ) -> Decoding | None:
         """Return what requests that decode need; those that select get their rows."""
-        keeps = select is None and self._keeps
+        keeps = select is None and bool(self._selections)
         if not group:
             if keeps:
                 self._rows.step(())
@@ -187,18 +219,31 @@ class Divides(AttentionMetadataBuilder):
         used = common.block_table_tensor[its, : -(-max(n) // self.kv_cache_spec.block_size)]
         if not keeps:
             return Decoding(where, n, common.seq_lens[its], used, select)
-        at, is_new = self._rows.step(self._named(common, group, n, used))
-        rows = async_tensor_h2d(at, self.device)
+        rows = async_tensor_h2d(self._rows_of(self._named(common, group, n, used)), self.device)
         seqlens = common.seq_lens.new_zeros(self._rows.capacity)
         block_table = used.new_zeros(self._rows.capacity, used.shape[1])
         seqlens[rows], block_table[rows] = common.seq_lens[its], used
-        begins = None
+        return Decoding(where, n, seqlens, block_table, select, rows)
+
+    def _rows_of(self, requests: list[tuple[int, int, int]]) -> list[int]:
+        """Return the requests' rows in the layers' Selection Caches, which are made ready."""
+        before = self._rows.capacity
+        at, is_new, moved = self._rows.step(requests)
+        order = begins = None
+        if moved is not None:
+            order = async_tensor_h2d(moved, self.device)
         if any(is_new):
-            news = [row for row, new in zip(at, is_new, strict=True) if new]
             marks = torch.zeros(self._rows.capacity, dtype=torch.bool, device="cpu")
-            marks[news] = True
+            marks[[row for row, new in zip(at, is_new, strict=True) if new]] = True
             begins = async_tensor_h2d(marks, self.device)
-        return Decoding(where, n, seqlens, block_table, select, rows, begins)
+        for cache in self._selections:
+            if order is not None:
+                cache.reorder(order)
+            if self._rows.capacity != before:
+                cache.resize(self._rows.capacity)
+            if begins is not None:
+                cache.reset(begins)
+        return at
 
     def _named(
         self, common: CommonAttentionMetadata, group: list[int], n: list[int], used: Tensor
@@ -226,13 +271,14 @@ class Selects(AttentionImpl):
         self._options: Options | None = None
         self._group: ProcessGroup | None = None
         self._is_settled = False
-        self._cache: SelectionCache | None = None
+        self.selections: SelectionCache | None = None
 
     def settle(self, options: Options | None, group: ProcessGroup | None) -> None:
-        """Take the options of this layer, None if it slides, and the ranks it selects with."""
-        is_dense = options is None or options.select == EVERYTHING
-        self._options, self._is_settled = None if is_dense else options, True
-        self._group = group
+        """Take the options of this layer, None if it is dense, and the ranks it selects with."""
+        self._options, self._group, self._is_settled = options, group, True
+        self.selections = None
+        if options is not None and options.theta is not None:
+            self.selections = options.selection_cache()
 
     def selects(self) -> bool:
         """Say whether requests that decode select here."""
@@ -285,15 +331,15 @@ class Selects(AttentionImpl):
     def _decode(self, query: Tensor, kv_cache: Tensor, part: Decoding, output: Tensor) -> None:
         """Fill the rows of output of some requests that decode."""
         assert self._options is not None
-        options, q, cache, group = self._options, query[part.tokens], None, self._group
+        options, q = self._options, query[part.tokens]
+        cache, group = self.selections, self._group
         if part.select is not None:  # everything, for which nobody votes
-            options, group = replace(options, select=part.select, theta=None), None
+            options = replace(options, select=part.select, theta=None)
+            cache = group = None
         if part.at is not None:
             its = q
             q = its.new_zeros(len(part.seqlens), *its.shape[1:])
             q[part.at] = its
-        if options.theta is not None:
-            cache = self._selections(part, options)
         keys, values = self.rows(kv_cache)
         problem = self._problem(q[:, :, None], keys, values, part, options)
         # Its lengths and blocks are those of the layer before.
@@ -333,12 +379,3 @@ class Selects(AttentionImpl):
         )
         part.problem, part.alike = problem, alike
         return problem
-
-    def _selections(self, part: Decoding, options: Options) -> SelectionCache:
-        """Return the layer's Selection Cache, without what other requests left in their rows."""
-        if self._cache is None:
-            self._cache = options.selection_cache()
-        elif part.begins is not None:
-            self._cache.resize(len(part.seqlens))
-            self._cache.reset(part.begins)
-        return self._cache

@@ -16,7 +16,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from tokenselect.integrations.options import NAME
 from tokenselect.integrations.vllm import BACKEND, PATHS
-from tokenselect.integrations.vllm.support import options_of, refuse
+from tokenselect.integrations.vllm.support import is_asked_for, options_of, refuse
 
 _MINOR = "0.32"
 logger = init_logger(f"vllm.{NAME}")
@@ -26,11 +26,7 @@ def __getattr__(name: str) -> Any:
     if name not in (BACKEND, *PATHS):
         raise AttributeError(name)
     config = get_current_vllm_config()
-    attention = config.attention_config
-    asked = {attention.backend, *attention.backend_per_kind.values()}
-    ours = AttentionBackendEnum[BACKEND], AttentionBackendEnum.CUSTOM
-    path = ours[0].get_path()
-    if name != BACKEND and not any(one in asked and one.get_path() == path for one in ours):
+    if name != BACKEND and not is_asked_for(config):
         model = config.model_config
         if model is not None and getattr(model.hf_config, NAME, None) is not None:
             logger.warning_once(

@@ -55,7 +55,6 @@ class Decoding:
     block_table  (B, blocks) int32
     select       what they attend to, in place of the layer's own options; None: those
     at           with Selection Caches, the row of each request in them; else None
-    begins       (B,) bool, rows of `at` that another request had; None if there are none
     problem      of a layer that has attended in this step, and
     alike        what it shares with layers like it
     """
@@ -66,7 +65,6 @@ class Decoding:
     block_table: Tensor
     select: SelectConfig | None
     at: Tensor | None = None
-    begins: Tensor | None = None
     problem: Problem | None = None
     alike: Any = None
 
@@ -87,26 +85,41 @@ class Rows:
     long as one of that name was, and a token more. That one has to have decoded in the step before:
     a request that was preempted, or had to wait, gets another row, and a new one has read a prompt
     before, which is no decoding.
+
+    capacity  how many rows there are: after a step fewer than four for each of its requests
     """
 
     def __init__(self) -> None:
         self._row: dict[tuple[int, int], int] = {}  # by name and length
         self.capacity = 1
 
-    def step(self, requests: Sequence[tuple[int, int, int]]) -> tuple[list[int], list[bool]]:
-        """Return each request's row, and whether it begins there.
+    def step(
+        self, requests: Sequence[tuple[int, int, int]]
+    ) -> tuple[list[int], list[bool], list[int] | None]:
+        """Return each request's row, whether it begins there, and what order the rows get first.
+
+        An order, for `SelectionCache.reorder`, if there are fewer rows now: which row comes to lie
+        in each, in use or not; the first `capacity` stay. Else None, and no row moves.
 
         requests  of each that decodes: its name in the step before (the block of the token before
                   the newest), its name now, and its length
         """
-        found = [self._row.get((before, n - 1)) for before, _, n in requests]
+        # A row that two requests could go on in is the first one's.
+        found = [self._row.pop((before, n - 1), None) for before, _, n in requests]
+        order = None
+        if 0 < 4 * len(requests) <= self.capacity:
+            kept = [row for row in found if row is not None]
+            order = kept + [0] * (self.capacity - len(kept))
+            front = iter(range(len(kept)))
+            found = [None if row is None else next(front) for row in found]
+            self.capacity = 1
         taken = {row for row in found if row is not None}
         free = (row for row in range(len(requests) + len(taken)) if row not in taken)
         at = [next(free) if row is None else row for row in found]
         self._row = {(name, n): row for (_, name, n), row in zip(requests, at, strict=True)}
         while self.capacity <= max(at, default=0):
             self.capacity *= 2
-        return at, [row is None for row in found]
+        return at, [row is None for row in found], order
 
 
 def joined(spans: Sequence[range]) -> list[int] | slice:

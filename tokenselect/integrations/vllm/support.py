@@ -5,10 +5,24 @@ from typing import Any
 from torch.distributed import ProcessGroup
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.v1.attention.backend import AttentionType
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import KVQuantMode
 
 from tokenselect.errors import InvalidProblem, UnsupportedProblem
 from tokenselect.integrations.options import NAME, Options, check, check_layers, parse
+from tokenselect.integrations.vllm import BACKEND
+
+
+def is_ours(backend: Any) -> bool:
+    """Say whether a member of vLLM's enum, or None, stands for this backend."""
+    ours = AttentionBackendEnum[BACKEND], AttentionBackendEnum.CUSTOM
+    return backend in ours and backend.get_path() == ours[0].get_path()
+
+
+def is_asked_for(config: Any) -> bool:
+    """Say whether a VllmConfig names this backend, for all layers or for some kind of them."""
+    asked = config.attention_config
+    return any(map(is_ours, (asked.backend, *asked.backend_per_kind.values())))
 
 
 def refuse(what: str, why: str, fix: str) -> UnsupportedProblem:
@@ -44,6 +58,13 @@ def refuse_engine(config: Any) -> None:
             "on a CPU the cache holds keys in rows, not as vLLM's own backend packs them; on a GPU "
             "nobody has tried it",
             "leave --kv-transfer-config out",
+        )
+    if config.model_config.is_hybrid:
+        raise refuse(
+            "a hybrid of attention and other layers that keep state",
+            "vLLM takes a prompt's last token for one that is decoded there, and does not number "
+            "requests",
+            "use another backend, or another model",
         )
     if config.model_config.rswa_window is not None:
         raise refuse("a model with R-SWA", "its later tokens see a window", "use another backend")
