@@ -89,7 +89,7 @@ MUTANTS = (
            "attend"),
     Mutant("merges-unweighed", "attend.h", "float by = (float)shrunk;", "float by = 1;", "attend"),
     Mutant("multiplies-values-that-are-hidden", "chunk.h",
-           "if (t0 + t + i >= seen_by_all) exponents |= has_special(row[i]);", "", "attend"),
+           "if (t0 + t + i >= seen_by_all) special |= has_special(row[i]);", "", "attend"),
     Mutant("leaves-the-last-of-an-odd-count", "chunk.h", "t + i < there; ++i",
            "t + 1 < there; ++i", "attend"),
     Mutant("lets-a-query-see-what-its-neighbours-see", "chunk.h", "min(KEYS, sees[r] - first));",

@@ -16,6 +16,7 @@ from tokenselect import (
     Explanation,
     InvalidProblem,
     Problem,
+    Rope,
     SelectConfig,
     UnknownBackend,
     UnsupportedProblem,
@@ -363,3 +364,16 @@ def test_a_choice_that_is_noted_is_made_anew_where_a_backend_changes(
     assert registry.resolve("auto", again) != chosen
     with pytest.raises(UnsupportedProblem):
         registry.resolve(chosen, again)
+
+
+def test_a_noted_choice_is_not_that_of_keys_that_arrive_otherwise() -> None:
+    limited, _ = counting("rotated-only", ropes=("none", "rotated"))
+    register("rotated-only", limited)
+    config, inv_freq = SelectConfig(**SMALL), torch.ones(2)
+    rotated, raw = (
+        Problem.build(*tensors(), config, rope=Rope(inv_freq, cached=cached))
+        for cached in ("rotated", "raw")
+    )
+    assert registry.resolve("rotated-only", rotated) == "rotated-only"
+    with pytest.raises(UnsupportedProblem, match="rope is raw"):
+        registry.resolve("rotated-only", raw)

@@ -68,7 +68,7 @@ def section(report: dict[str, Any]) -> str:
         f"{'; '.join(ran)}. The model: {model['architecture']}, "
         f"{model['layers']} layers, {model['heads']} heads on {model['kv_heads']}, "
         f"trained for {trained}, {model['dtype']}, sha256 {model['sha256'][:16]}. "
-        f"Texts: {texts}. `python -m bench.quality run --settings {name} --save`\n",
+        f"Texts: {texts}. `{report['command']}`\n",
     ]
     if report["missing"]:
         lines.append(f"{report['missing']} cases of these settings have not been run.\n")

@@ -168,11 +168,10 @@ def passes(
     for case in sorted(cases, key=lambda case: case.variant.moves):
         # What is moved is cached otherwise, and needs a prefill of its own.
         if case.variant.moves not in before:
-            cache, alike = TokenSelectCache(model, max_length=len(ids)), case.variant
-            if alike.options is None:  # what stands before is read as those that select read it
-                of_same = (c.variant for c in cases if c.variant.options and not c.variant.moves)
-                alike = next(of_same, alike)
-            with alike.reading_densely(len(ids)).applied(model):
+            cache = TokenSelectCache(model, max_length=len(ids))
+            selecting = (c.variant for c in cases if c.variant.options is not None)
+            alike = (variant for variant in selecting if variant.moves == case.variant.moves)
+            with next(alike, DENSE).reading_densely(len(ids)).applied(model):
                 for at in range(0, start, _CHUNK):
                     feed(model, cache, ids[at : min(at + _CHUNK, start)])
             before = {case.variant.moves: cache}

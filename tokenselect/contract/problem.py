@@ -19,7 +19,7 @@ class Kind:
     """What is known of all problems of one kind: they keep the rules, and what is noted here.
 
     Of one kind are problems with one config and numbers, and with tensors of one shape, dtype and
-    device; of a rope, only the size counts.
+    device; of a rope, its size counts and how keys arrive.
 
     backends  by what was asked for: which backend runs them, and all that were tried
     notes     of backends, each by keys of its own
@@ -27,7 +27,7 @@ class Kind:
 
     def __init__(self, config: SelectConfig) -> None:
         self.config = config  # its id is part of how a kind looks: it stays its own
-        self.backends: dict[Any, tuple[str, list[tuple[str, Any]]]] = {}
+        self.backends: dict[tuple[str, bool], tuple[str, list[tuple[str, Any]]]] = {}
         self.notes: dict[Any, Any] = {}
 
 
@@ -216,12 +216,12 @@ _MOST_KINDS = 256
 
 
 def _looks(p: Problem) -> tuple[Any, ...] | None:
-    """Return all that the rules look at; None where some of it is no plain value or tensor."""
+    """Return all that rules and limits look at; None where some is no plain value or tensor."""
     if torch.compiler.is_compiling():
         return None
     found: list[Any] = [id(p.config)]
     if type(p.rope) is Rope:
-        found += [p.rope.inv_freq.shape, p.rope.inv_freq.device]
+        found += [p.rope.inv_freq.shape, p.rope.inv_freq.device, p.rope.cached]
     elif p.rope is not None:
         return None
     for number in (p.scale, p.softcap, p.max_reuse):

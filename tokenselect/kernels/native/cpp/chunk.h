@@ -45,7 +45,7 @@ struct ChunkAttender {
     uint32_t* key_pairs = (uint32_t*)(keys + at * keys_size());
     uint32_t* value_pairs = (uint32_t*)(values + at * values_size());
     int64_t end = ceil_div(count, DEPTH) * DEPTH, seen_by_all = of.seen(b, s, 0) - first;
-    uint32_t exponents = 0;
+    uint32_t special = 0;
     Tile<BFloat16> tile;
     for (int64_t t0 = 0; t0 < end; t0 += TILE) {
       int64_t there = max(0, min(TILE, count - t0)), last = min(TILE, end - t0);
@@ -61,7 +61,7 @@ struct ChunkAttender {
         uint16_t row[2][MAX_DIM] = {};
         for (int64_t i = 0; i < 2 && t + i < there; ++i) {
           memcpy(row[i], tile.row[t + i], (size_t)c.Dv * 2);
-          if (t0 + t + i >= seen_by_all) exponents |= has_special(row[i]);
+          if (t0 + t + i >= seen_by_all) special |= has_special(row[i]);
         }
         int64_t block = (t0 + t) / DEPTH * (width / SIDE), line = (t0 + t) % DEPTH / 2;
         for (int64_t d = 0; d < width; d += SIDE) {
@@ -70,7 +70,7 @@ struct ChunkAttender {
         }
       }
     }
-    odd[at] = exponents != 0;
+    odd[at] = special != 0;
   }
 
   static uint32_t has_special(const uint16_t* row) {
