@@ -32,13 +32,13 @@ FLAGS = (
     # Sums keep their order and NaN stays NaN; errno and the flags of exceptions are not looked at.
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
 )
-# Per architecture: the paths of the kernels, from the narrowest to the widest, and what each is
-# compiled for. All have passed the properties; that of Arm in emulation.
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (
     *_AVX2,
     *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"),
 )
+# Per architecture: the paths of the kernels, from the narrowest to the widest, and what each is
+# compiled for. All have passed the properties; that of Arm in emulation.
 PATHS: dict[str, dict[str, tuple[str, ...]]] = {
     "x86_64": {
         "baseline": (),
@@ -49,15 +49,12 @@ PATHS: dict[str, dict[str, tuple[str, ...]]] = {
     "aarch64": {"baseline": ()},
 }
 # What a path needs, as the system lists a processor's features; the library tests them itself.
-_NEEDS = {
+_NEEDS: dict[str, tuple[str, ...]] = {
     "baseline": (),
     "avx2": ("avx2", "fma", "f16c"),
     "avx512": ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq"),
-    "amx": (
-        *("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq"),
-        *("amx_tile", "amx_bf16"),
-    ),
 }
+_NEEDS["amx"] = (*_NEEDS["avx512"], "amx_tile", "amx_bf16")
 OLDEST = {"g++": 11, "clang++": 14}
 SECONDS = 600  # that a compiler, or another process that compiles, may take
 
