@@ -359,6 +359,9 @@ def test_a_choice_that_is_noted_is_made_anew_where_a_backend_changes(
     first, again = (Problem.build(*tensors(), config) for _ in range(2))
     assert again.kind is first.kind is not None
     chosen = registry.resolve("auto", first)
+    with monkeypatch.context() as patch:
+        patch.setattr(registry, "AUTO", ("reference",))
+        assert registry.resolve("auto", again) == "reference"
     gone = Backend(chosen, Capability(devices=()), "reference", "reference", "reference")
     monkeypatch.setitem(registry._loaded, chosen, registry.resolved(gone))
     assert registry.resolve("auto", again) != chosen

@@ -21,13 +21,15 @@ class Kind:
     Of one kind are problems with one config and numbers, and with tensors of one shape, dtype and
     device; of a rope, its size counts and how keys arrive.
 
-    backends  by what was asked for: which backend runs them, and all that were tried
+    backends  by what was asked for, and what "auto" was: which one runs them, and all tried
     notes     of backends, each by keys of its own
     """
 
     def __init__(self, config: SelectConfig) -> None:
         self.config = config  # its id is part of how a kind looks: it stays its own
-        self.backends: dict[tuple[str, bool], tuple[str, list[tuple[str, Any]]]] = {}
+        self.backends: dict[
+            tuple[str, bool, tuple[str, ...]], tuple[str, list[tuple[str, Any]]]
+        ] = {}
         self.notes: dict[Any, Any] = {}
 
 

@@ -282,7 +282,7 @@ def resolve(name: str, problem: Problem, *, static: bool = False) -> str:
 
     Raises UnknownBackend, or UnsupportedProblem with the reasons of every backend tried.
     """
-    kind, at = problem.kind if isinstance(name, str) else None, (name, static)
+    kind, at = problem.kind if isinstance(name, str) else None, (name, static, AUTO)
     if kind is not None and at in kind.backends:
         noted, tried = kind.backends[at]
         if all(_loaded.get(one) is backend for one, backend in tried):
